@@ -1,0 +1,59 @@
+# `make help` lists the targets. Each sets up its own environment in $(VENV) on first use; after that, only when
+# pyproject.toml, setup.py or constraints.txt changed.
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+# Test processes: more than the cores only makes them wait for each other.
+PYTEST_WORKERS ?= 2
+
+PY := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu lint types compile-check bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/installed-plot  ## set up, then run the small self-distillation demo (DEMO_ARGS="--help" for its options)
+	$(PY) -m sdcore demo $(DEMO_ARGS)
+
+test: $(VENV)/installed-dev  ## set up with the test extras, then run the tests (PYTEST_ARGS="-k divergence" for some)
+	$(PY) -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/installed-dev  ## the kernel tests, compiled, on this machine's CUDA device
+	@$(PY) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'test-gpu needs a CUDA device that torch can see')"
+	$(PY) -m pytest tests/sdkernels $(PYTEST_ARGS)
+
+lint: $(VENV)/installed-dev  ## ruff: rules and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(VENV)/installed-dev  ## mypy
+	$(PY) -m mypy
+
+compile-check: $(VENV)/installed-dev  ## compile the Triton kernels for sm_80, sm_90 and sm_100; needs no GPU
+	$(PY) -m sdkernels.compile_check
+
+bench: $(VENV)/installed-bench  ## compare with the public kernels: tables, JSON and plot (BENCH_ARGS="--help" for its options)
+	$(PY) -m benchmarks $(BENCH_ARGS)
+
+clean:  ## remove the environment
+	rm -rf $(VENV)
+
+# One stamp per extra, touched last: an interrupted installation is done again. dev and bench contain plot, and say so
+# here, so that `make demo` after `make test` has nothing to do.
+$(VENV)/installed-dev $(VENV)/installed-bench: $(VENV)/installed-plot
+
+$(VENV)/installed-%: $(VENV)/created pyproject.toml setup.py constraints.txt
+	@echo "installing sdcore[$*] into $(VENV); the first time this takes some minutes"
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	@touch $@
+
+$(VENV)/created:
+	@$(PYTHON) -c "import sys; sys.exit(None if sys.version_info >= (3, 11) else \
+	    'sdcore needs Python 3.11 or newer, $(PYTHON) is %d.%d: make PYTHON=python3.12' % sys.version_info[:2])"
+	$(PYTHON) -m venv $(VENV)
+	@touch $@

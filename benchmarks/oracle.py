@@ -1,0 +1,105 @@
+"""The right answer to a case, from the definitions in `sdkernels/reference.py`, a few rows at a time.
+
+All divergences of a shape share its projections. They and the gradient products are float64 where that is cheap, and
+float32 at the shapes of the speed table, whose error (1e-6) is far below what the equality check asks; everything in
+between is float64 always.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers import StepResult
+from benchmarks.shapes import CaseInputs, Divergence
+from sdkernels import reference
+
+# Bytes of one float64 tile; about ten are live at a time.
+TILE_BYTES = 64 << 20
+# Up to here float64 products take under a second.
+FLOAT64_PRODUCT = 1 << 29  # N·V·H
+
+
+class Errors(NamedTuple):
+    """Relative errors; those of the gradients norm-wise. NaN where a result is not finite."""
+
+    loss: float
+    hidden_gradient: float
+    weight_gradient: float
+
+    @property
+    def gradient(self) -> float:
+        return max(self.hidden_gradient, self.weight_gradient)
+
+
+# What counts as the same quantity: rounding stays below it in every implementation, a wrong constant, a swapped
+# direction or a mixed-in cross-entropy does not. How exact each one is stands in the accuracy table.
+EQUAL_LOSS = {"fp32": 1e-4, "bf16": 0.02}
+EQUAL_GRADIENT = {"fp32": 1e-3, "bf16": 0.05}
+
+
+@torch.no_grad()
+def solve(inputs: CaseInputs, divergences: tuple[Divergence, ...]) -> dict[Divergence, StepResult]:
+    """Mean loss over the rows and its gradients, per divergence, in the dtype of the products (see above)."""
+    shape = inputs.shape
+    dtype = torch.float64 if shape.rows * shape.vocab * shape.hidden <= FLOAT64_PRODUCT else torch.float32
+    hidden, weight, teacher_hidden = (tensor.detach().to(dtype) for tensor in inputs)
+    results = {
+        divergence: StepResult(
+            torch.zeros((), dtype=torch.float64, device=inputs.device),
+            torch.empty_like(hidden),
+            torch.zeros_like(weight),
+        )
+        for divergence in divergences
+    }
+    chunk = max(1, TILE_BYTES // (8 * shape.vocab))
+    for start in range(0, shape.rows, chunk):
+        rows = slice(start, start + chunk)
+        student_logits = (hidden[rows] @ weight.T).double()  # (C, V)
+        teacher_logits = (teacher_hidden[rows] @ weight.T).double()  # (C, V)
+        log_p, log_q = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+        for divergence, result in results.items():
+            if divergence.topk is None:
+                loss = reference.divergence(log_p, log_q, divergence.alpha)
+                gradient = reference.divergence_gradient(log_p, log_q, divergence.alpha)
+            else:
+                loss, gradient = _with_support(student_logits, teacher_logits, divergence)
+            result.loss.add_(loss.sum() / shape.rows)
+            gradient = (gradient / shape.rows).to(dtype)
+            torch.mm(gradient, weight, out=result.hidden_gradient[rows])
+            result.weight_gradient.addmm_(gradient.T, hidden[rows])
+    return results
+
+
+def _with_support(student_logits: Tensor, teacher_logits: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+    k = divergence.topk or 0
+    ids = student_logits.topk(k, -1).indices
+    student = reference.bucketed(student_logits, ids, tail=True)  # (C, K + 1)
+    teacher = reference.bucketed(teacher_logits, ids, tail=True)
+    bucket_gradient = reference.divergence_gradient(student, teacher, divergence.alpha)
+    gradient = reference.bucketed_gradient(bucket_gradient, student_logits, ids, tail=True)
+    return reference.divergence(student, teacher, divergence.alpha), gradient
+
+
+def compare(result: StepResult, exact: StepResult) -> Errors:
+    return Errors(*(_relative_error(actual, right) for actual, right in zip(result, exact, strict=True)))
+
+
+def _relative_error(actual: Tensor, exact: Tensor) -> float:
+    # Sums in float64 without a float64 copy: the head's gradient has 136 million entries.
+    distance = torch.linalg.vector_norm(actual - exact, dtype=torch.float64)
+    return (distance / torch.linalg.vector_norm(exact, dtype=torch.float64)).item()
+
+
+def difference(errors: Errors, dtype: str) -> str | None:
+    """Why a result is not the quantity that was asked for, or None."""
+    if not errors.loss <= EQUAL_LOSS[dtype]:
+        return f"loss off by {errors.loss:.1e}"
+    if not errors.gradient <= EQUAL_GRADIENT[dtype]:
+        return f"gradient off by {errors.gradient:.1e}"
+    return None
+
+
+__all__ = ["EQUAL_GRADIENT", "EQUAL_LOSS", "Errors", "compare", "difference", "solve"]

@@ -1,0 +1,321 @@
+"""The contenders: ours, the plain code, the public kernels, and the four bare matrix products.
+
+`prepare` is the one set-up function: speed, memory, accuracy and the pytest-benchmark entries all call the step that
+it returns, a forward and a backward pass to the gradients of the student's hidden states and of the head. A contender
+that cannot run raises `Unavailable` with the reason, which becomes its row.
+
+Every contender gets its best setting: Liger the chunk size that `best_liger_chunk` finds on the shape, a pure soft
+loss (its default adds half a hard cross-entropy) and its default compilation. All of them take the mixture weight the
+way `alpha` is defined here (0: KL(teacher‖student), 1: KL(student‖teacher)) but orda-kernel, whose `kl_beta` is
+1 - alpha.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.shapes import DTYPES, CaseInputs, Divergence
+
+LIGER_CHUNK_SIZES = (64, 128, 256, 512, 1024)
+
+
+class StepResult(NamedTuple):
+    """What one step computes."""
+
+    loss: Tensor  # ()
+    hidden_gradient: Tensor  # (N, H)
+    weight_gradient: Tensor  # (V, H)
+
+
+Loss = Callable[[], Tensor]
+Step = Callable[[], StepResult]
+
+
+class Unavailable(Exception):
+    """This contender cannot run this case; the message says why."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`build(inputs, divergence)` returns a function of no arguments to the mean loss over the rows, in the graph."""
+
+    name: str
+    build: Callable[[CaseInputs, Divergence], Loss]
+    # The bytes of a compiled graph are allocated where `LiveBytes` does not see them.
+    compiled: bool = False
+
+
+def skipped(contender: Contender, reason: str) -> Contender:
+    """The same row without a run."""
+
+    def build(inputs: CaseInputs, divergence: Divergence) -> Loss:
+        raise Unavailable(reason)
+
+    return replace(contender, build=build)
+
+
+def prepare(contender: Contender, inputs: CaseInputs, divergence: Divergence) -> Step:
+    """A step of `contender`; raises `Unavailable`."""
+    loss_of = contender.build(inputs, divergence)
+    leaves = (inputs.student_hidden, inputs.student_weight)
+
+    def step() -> StepResult:
+        loss = loss_of()
+        return StepResult(loss.detach(), *torch.autograd.grad(loss, leaves))
+
+    return step
+
+
+def _require(package: str) -> None:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        raise Unavailable(f"{package} is not installed; the extra `bench` brings it") from None
+
+
+def _full_vocabulary_only(divergence: Divergence, name: str) -> None:
+    if divergence.topk is not None:
+        raise Unavailable(f"{name} has no top-k + tail")
+
+
+def _sdcore(inputs: CaseInputs, divergence: Divergence, *, recompute: bool = False) -> Loss:
+    from sdkernels import TopK, linear_divergence
+
+    arguments: dict[str, Any] = {"alpha": divergence.alpha}
+    if divergence.topk is not None:
+        arguments["support"] = TopK(divergence.topk)
+    if not recompute:
+        return lambda: linear_divergence(*inputs, **arguments).loss
+    return lambda: linear_divergence(*inputs, **arguments, reduction="none", gradient="recompute").loss.mean()
+
+
+def plain_loss(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, divergence: Divergence, upcast: bool
+) -> Tensor:
+    """The loss as trainers write it: all logits in the model's dtype, then (with `upcast`) everything in float32."""
+    student_logits = student_hidden @ student_weight.T  # (N, V)
+    with torch.no_grad():
+        teacher_logits = teacher_hidden @ student_weight.T  # (N, V)
+    if upcast:
+        student_logits, teacher_logits = student_logits.float(), teacher_logits.float()
+    log_p, log_q = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    if divergence.topk is not None:
+        ids = student_logits.topk(divergence.topk, -1).indices  # (N, K)
+        log_p, log_q = _with_tail(log_p.gather(-1, ids)), _with_tail(log_q.gather(-1, ids))
+    alpha = divergence.alpha
+    if alpha == 0:
+        entries = F.kl_div(log_p, log_q, reduction="none", log_target=True)
+    elif alpha == 1:
+        entries = F.kl_div(log_q, log_p, reduction="none", log_target=True)
+    else:
+        weights = torch.tensor([1 - alpha, alpha], dtype=log_p.dtype, device=log_p.device).log()
+        log_m = torch.logsumexp(torch.stack([log_p + weights[0], log_q + weights[1]]), dim=0)
+        entries = alpha * F.kl_div(log_m, log_q, reduction="none", log_target=True)
+        entries = entries + (1 - alpha) * F.kl_div(log_m, log_p, reduction="none", log_target=True)
+    return entries.sum(-1).mean()
+
+
+def _with_tail(logprobs: Tensor) -> Tensor:  # (N, K) -> (N, K + 1)
+    rest = torch.log(-torch.expm1(logprobs.logsumexp(-1, keepdim=True)))
+    return torch.cat([logprobs, rest], -1)
+
+
+def _plain(inputs: CaseInputs, divergence: Divergence, *, upcast: bool = True) -> Loss:
+    return lambda: plain_loss(*inputs, divergence, upcast)
+
+
+def _allow_many_graphs() -> None:
+    """Let torch.compile make one graph per chunk size, dtype and divergence; past 8 it would go on in eager code."""
+    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
+@lru_cache
+def _compiled_plain_loss(divergence: Divergence) -> Callable[..., Tensor]:
+    _allow_many_graphs()
+    # dynamic: one graph per dtype for all shapes. It ran as fast as one graph per shape.
+    return torch.compile(partial(plain_loss, divergence=divergence, upcast=True), dynamic=True)
+
+
+def _compiled(inputs: CaseInputs, divergence: Divergence) -> Loss:
+    loss = _compiled_plain_loss(divergence)
+    return lambda: loss(*inputs)
+
+
+def _trl(inputs: CaseInputs, divergence: Divergence) -> Loss:
+    _require("trl")
+    _full_vocabulary_only(divergence, "trl.kernels")
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    hidden, weight, teacher_hidden = inputs
+    teacher_weight = weight.detach()
+
+    def loss() -> Tensor:
+        per_token, _ = ChunkedDivergenceFunction.apply(
+            hidden, weight, None, teacher_hidden, teacher_weight, None, divergence.alpha
+        )
+        return per_token.mean()
+
+    return loss
+
+
+def _liger(inputs: CaseInputs, divergence: Divergence, *, chunk_size: int | None = None) -> Loss:
+    _require("liger-kernel")
+    _full_vocabulary_only(divergence, "Liger")
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    _allow_many_graphs()
+    hidden, weight, teacher_hidden = inputs
+    module = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0,
+        weight_soft_loss=1.0,
+        beta=divergence.alpha,
+        chunk_size=chunk_size or best_liger_chunk(inputs),
+    )
+    labels = torch.zeros(len(hidden), dtype=torch.int64, device=inputs.device)
+    teacher_weight = weight.detach()
+    return lambda: module(hidden, weight, teacher_hidden, teacher_weight, labels)
+
+
+_best_chunks: dict[tuple[Any, ...], int] = {}
+
+
+def best_liger_chunk(inputs: CaseInputs) -> int:
+    """The fastest of `LIGER_CHUNK_SIZES` on this shape and dtype, by the better of two steps of reverse KL each.
+
+    It goes from the largest down and stops two sizes past the best: smaller chunks add up more weight gradients.
+    """
+    key = (inputs.shape, inputs.student_hidden.dtype, inputs.device)
+    if key not in _best_chunks:
+        rows = len(inputs.student_hidden)
+        seconds: dict[int, float] = {}
+        # Sizes that cut the rows into equally many chunks are the same setting; the smallest of them stands for all.
+        for chunk_size in {max(1, rows // size): size for size in reversed(LIGER_CHUNK_SIZES)}.values():
+            candidate = Contender("", partial(_liger, chunk_size=chunk_size))
+            step = prepare(candidate, inputs, Divergence("reverse KL", 1.0))
+            step()
+            seconds[chunk_size] = min(timed(step, inputs.device) for _ in range(2))
+            if min(list(seconds.values())[-2:]) > min(seconds.values()):
+                break
+        _best_chunks[key] = min(seconds, key=lambda size: seconds[size])
+    return _best_chunks[key]
+
+
+def _liger_triton(inputs: CaseInputs, divergence: Divergence) -> Loss:
+    _require("liger-kernel")
+    _full_vocabulary_only(divergence, "Liger")
+    if inputs.device.type != "cuda":
+        raise Unavailable("needs a GPU")
+    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+
+    module = LigerFusedLinearJSD(jsd_beta=divergence.alpha)
+    hidden, weight, teacher_hidden = inputs
+    teacher_weight = weight.detach()
+    return lambda: module(hidden, weight, teacher_hidden, teacher_weight, None)
+
+
+def _orda(inputs: CaseInputs, divergence: Divergence) -> Loss:
+    _require("orda-kernel")
+    _full_vocabulary_only(divergence, "orda-kernel")
+    from orda_kernel import TiedTeacher, distillation_loss
+
+    variant = {0.0: "forward", 1.0: "reverse"}.get(divergence.alpha, "skew_js")
+    hidden, weight, teacher_hidden = inputs
+    labels = torch.zeros(len(hidden), dtype=torch.int64, device=inputs.device)
+    on_gpu = inputs.device.type == "cuda"
+    return lambda: (
+        distillation_loss(
+            hidden,
+            weight,
+            labels,
+            TiedTeacher(hidden=teacher_hidden),
+            student_ce_weight=0.0,
+            teacher_ce_weight=0.0,
+            kl_weight=1.0,
+            kl_divergence=variant,
+            kl_beta=1 - divergence.alpha if variant == "skew_js" else None,
+            backend="triton" if on_gpu else "torch",
+        ).loss
+    )
+
+
+SDCORE = Contender("sdcore", _sdcore)
+SDCORE_RECOMPUTE = Contender("sdcore, recompute", partial(_sdcore, recompute=True))
+PLAIN = Contender("plain torch", _plain)
+PLAIN_LOW_PRECISION = Contender("plain torch, no upcast", partial(_plain, upcast=False))
+COMPILED = Contender("torch.compile", _compiled, compiled=True)
+TRL = Contender("TRL chunked", _trl)
+LIGER = Contender("Liger chunked", _liger, compiled=True)
+LIGER_TRITON = Contender("Liger FusedLinearJSD", _liger_triton)
+ORDA = Contender("orda-kernel", _orda)
+CONTENDERS = (SDCORE, SDCORE_RECOMPUTE, PLAIN, COMPILED, TRL, LIGER, LIGER_TRITON, ORDA)
+
+
+def setting(contender: Contender, inputs: CaseInputs) -> str:
+    """What was tuned, for the table."""
+    if contender.name == LIGER.name:
+        chunk_size = _best_chunks.get((inputs.shape, inputs.student_hidden.dtype, inputs.device))
+        return "" if chunk_size is None else f"chunk {chunk_size}"
+    return ""
+
+
+def four_matmuls(inputs: CaseInputs, dtype: str) -> Callable[[], None]:
+    """The floor: two projections, the gradients of the hidden states and of the head, into preallocated outputs."""
+    hidden, weight, teacher_hidden = (tensor.detach().to(DTYPES[dtype]) for tensor in inputs)
+    student_logits = hidden.new_empty(len(hidden), len(weight))
+    teacher_logits = torch.empty_like(student_logits)
+    hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def products() -> None:
+        torch.mm(hidden, weight.T, out=student_logits)
+        torch.mm(teacher_hidden, weight.T, out=teacher_logits)
+        torch.mm(student_logits, weight, out=hidden_gradient)
+        torch.mm(student_logits.T, hidden, out=weight_gradient)
+
+    return products
+
+
+def timed(step: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, to the end of the device's work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+__all__ = [
+    "COMPILED",
+    "CONTENDERS",
+    "LIGER",
+    "LIGER_CHUNK_SIZES",
+    "LIGER_TRITON",
+    "ORDA",
+    "PLAIN",
+    "PLAIN_LOW_PRECISION",
+    "SDCORE",
+    "SDCORE_RECOMPUTE",
+    "TRL",
+    "Contender",
+    "Step",
+    "StepResult",
+    "Unavailable",
+    "best_liger_chunk",
+    "four_matmuls",
+    "plain_loss",
+    "prepare",
+    "setting",
+    "skipped",
+    "timed",
+]

@@ -1,0 +1,133 @@
+"""What a run measured, as one JSON file: `results/<device>/<date>.json`; read back for the tables and the README."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import AccuracyRow, MemoryRow, SpeedRow
+from benchmarks.oracle import Errors
+from benchmarks.shapes import Divergence, Group, Shape
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "orda-kernel")
+
+
+@dataclass(kw_only=True)
+class Report:
+    """All rows of a run, and where and when it ran."""
+
+    machine: dict[str, Any]
+    speed: list[SpeedRow] = field(default_factory=list)
+    memory: list[MemoryRow] = field(default_factory=list)
+    accuracy: list[AccuracyRow] = field(default_factory=list)
+
+    @property
+    def device(self) -> str:
+        """The directory's name."""
+        threads = "" if self.machine["kind"] == "cuda" else f" {self.machine['threads']} threads"
+        return re.sub(r"[^a-z0-9]+", "-", (self.machine["name"] + threads).lower()).strip("-")
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """Name, software and settings that the times depend on."""
+    machine: dict[str, Any] = {
+        "kind": device,
+        "name": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+    if device == "cpu":
+        machine["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+        machine["bf16_instructions"] = bool(torch.cpu._is_avx512_bf16_supported())
+        machine["cores"] = os.cpu_count()
+    return machine
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _rounded(value: Any) -> Any:
+    """Four digits: more are noise, and make the committed file larger."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if value == value else None
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(entry) for entry in value]
+    return value
+
+
+def save(report: Report, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = {name: _rounded(rows) for name, rows in asdict(report).items() if name != "machine"}
+    # One row per line: a diff of two dates is readable.
+    parts = [f'"machine": {json.dumps(report.machine)}']
+    for name, entries in rows.items():
+        lines = ",\n".join(json.dumps(_flat(entry)) for entry in entries)
+        parts.append(f'"{name}": [\n{lines}\n]')
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def _flat(entry: dict[str, Any]) -> dict[str, Any]:
+    # `asdict` turns the NamedTuple of a group into a list.
+    if "group" in entry:
+        shape, dtype, divergence = entry.pop("group")
+        entry = {"shape": shape, "dtype": dtype, "divergence": divergence} | entry
+    return entry
+
+
+def load(path: Path) -> Report:
+    stored = json.loads(path.read_text())
+    report = Report(machine=stored["machine"])
+    for entry in stored["speed"]:
+        report.speed.append(SpeedRow(group=_take_group(entry), **_with_errors(entry)))
+    for entry in stored["memory"]:
+        report.memory.append(MemoryRow(group=_take_group(entry), **entry))
+    for entry in stored["accuracy"]:
+        shape, divergence = Shape(*entry.pop("shape")), Divergence(**entry.pop("divergence"))
+        entry["loss"] = float("nan") if entry["loss"] is None else entry["loss"]
+        report.accuracy.append(AccuracyRow(shape=shape, divergence=divergence, **_with_errors(entry)))
+    return report
+
+
+def _take_group(entry: dict[str, Any]) -> Group:
+    return Group(Shape(*entry.pop("shape")), entry.pop("dtype"), Divergence(**entry.pop("divergence")))
+
+
+def _with_errors(entry: dict[str, Any]) -> dict[str, Any]:
+    errors = entry.pop("errors")
+    if errors is not None:
+        errors = Errors(*(float("nan") if error is None else error for error in errors))
+    return entry | {"errors": errors}
+
+
+def newest_results(results: Path = RESULTS) -> list[Path]:
+    """The newest file of every device; file names are dates."""
+    return [max(device.glob("*.json")) for device in sorted(results.iterdir()) if any(device.glob("*.json"))]
+
+
+__all__ = ["RESULTS", "Report", "describe_machine", "load", "newest_results", "save"]

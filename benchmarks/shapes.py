@@ -1,0 +1,158 @@
+"""What is measured: shapes, divergences, inputs, and which of their combinations a full run covers.
+
+The inputs of a float32 case are those of the bfloat16 case, widened: one oracle then serves both, and a product of two
+entries is exact in float32. No time depends on it. The teacher of a speed case is far from the student (noise 1), so
+that every contender gets the answer to within its rounding; the accuracy table is where the teacher comes near.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdkernels.testing import make_inputs
+
+SPEED_NOISE = 1.0
+ACCURACY_NOISES = (0.3, 0.03, 0.003)
+
+
+class Shape(NamedTuple):
+    """N rows, V vocabulary, H hidden."""
+
+    rows: int
+    vocab: int
+    hidden: int
+
+    def __str__(self) -> str:
+        return f"N={self.rows} V={self.vocab} H={self.hidden}"
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """`alpha` as in the design, section 3; `topk` None for the full vocabulary, else the student's top k and a tail."""
+
+    name: str
+    alpha: float
+    topk: int | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+FORWARD_KL = Divergence("forward KL", 0.0)
+REVERSE_KL = Divergence("reverse KL", 1.0)
+JSD = Divergence("JSD", 0.5)
+TOP_K = Divergence("JSD, top-100 + tail", 0.5, 100)
+FULL_VOCABULARY = (FORWARD_KL, REVERSE_KL, JSD)
+TOP_K_FORWARD = Divergence("forward KL, top-100 + tail", 0.0, 100)
+TOP_K_REVERSE = Divergence("reverse KL, top-100 + tail", 1.0, 100)
+ALL = (*FULL_VOCABULARY, TOP_K)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Group(NamedTuple):
+    """One table of contenders that compute the same thing on the same inputs."""
+
+    shape: Shape
+    dtype: str  # a key of DTYPES
+    divergence: Divergence
+
+    def __str__(self) -> str:
+        return f"{self.shape} {self.dtype} {self.divergence}"
+
+
+class CaseInputs(NamedTuple):
+    """Leaves of the student, and the teacher's states; the teacher's head is the student's, detached."""
+
+    student_hidden: Tensor  # (N, H)
+    student_weight: Tensor  # (V, H)
+    teacher_hidden: Tensor  # (N, H)
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.student_hidden.shape[0], *self.student_weight.shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self.student_hidden.device
+
+
+def make_case_inputs(shape: Shape, dtype: str, *, noise: float, device: str = "cpu", seed: int = 0) -> CaseInputs:
+    """Seeded inputs of standard deviation 1 whose logits have a standard deviation of 3."""
+    made = make_inputs(
+        shape.rows, shape.hidden, shape.vocab, noise=noise, dtype=torch.bfloat16, device=device, seed=seed
+    )
+
+    def leaf(tensor: Tensor, differentiable: bool) -> Tensor:
+        return tensor.detach().to(DTYPES[dtype]).requires_grad_(differentiable)
+
+    return CaseInputs(
+        leaf(made.student_hidden, True), leaf(made.student_weight, True), leaf(made.teacher_hidden, False)
+    )
+
+
+def _product(shape: Shape, dtypes: tuple[str, ...], divergences: tuple[Divergence, ...]) -> list[Group]:
+    return [Group(shape, dtype, divergence) for dtype in dtypes for divergence in divergences]
+
+
+BOTH = ("fp32", "bf16")
+SMALL, MEDIUM = Shape(512, 32000, 512), Shape(384, 50257, 1024)
+LONG, WIDE = Shape(1024, 32000, 1024), Shape(512, 151936, 896)
+CPU_SHAPES = (SMALL, MEDIUM, LONG, WIDE)
+CUDA_SHAPES = (LONG, Shape(4096, 32000, 4096), Shape(4096, 151936, 2048))
+QUICK_SHAPE = Shape(24, 1500, 32)
+ACCURACY_SHAPE = Shape(64, 8192, 512)
+QUICK_ACCURACY_SHAPE = Shape(8, 600, 32)
+
+
+def groups(device: str, *, quick: bool = False, everything: bool = False) -> list[Group]:
+    """The groups of a run, in the order in which they are measured.
+
+    On a CPU a group of the largest shapes takes minutes, so these keep to one divergence in each dtype; a forward KL
+    costs what a reverse KL does. `everything` measures all combinations.
+    """
+    if quick:
+        return _product(QUICK_SHAPE, BOTH, (REVERSE_KL, TOP_K))
+    if everything or device != "cpu":
+        shapes = CPU_SHAPES if device == "cpu" else CUDA_SHAPES
+        return [group for shape in shapes for group in _product(shape, BOTH, ALL)]
+    return [
+        *_product(SMALL, BOTH, ALL),
+        *_product(MEDIUM, ("fp32",), ALL),
+        *_product(MEDIUM, ("bf16",), (REVERSE_KL, JSD, TOP_K)),
+        *_product(LONG, ("fp32",), (JSD,)),
+        *_product(LONG, ("bf16",), (REVERSE_KL,)),
+        *_product(WIDE, ("fp32",), (REVERSE_KL,)),
+        *_product(WIDE, ("bf16",), (JSD,)),
+    ]
+
+
+__all__ = [
+    "ACCURACY_NOISES",
+    "ACCURACY_SHAPE",
+    "ALL",
+    "BOTH",
+    "CPU_SHAPES",
+    "CUDA_SHAPES",
+    "DTYPES",
+    "FORWARD_KL",
+    "FULL_VOCABULARY",
+    "JSD",
+    "QUICK_ACCURACY_SHAPE",
+    "QUICK_SHAPE",
+    "REVERSE_KL",
+    "SPEED_NOISE",
+    "TOP_K",
+    "TOP_K_FORWARD",
+    "TOP_K_REVERSE",
+    "CaseInputs",
+    "Divergence",
+    "Group",
+    "Shape",
+    "groups",
+    "make_case_inputs",
+]

@@ -1,0 +1,294 @@
+"""Compile every Triton kernel for every architecture, without a GPU, and refuse what would run badly.
+
+`python -m sdkernels.compile_check [--arch sm_90 ...] [--json FILE] [--jobs 2]` compiles each kernel, in the
+variants that differ in code, with the block sizes of `triton_backend/configs.py`, down to machine code with the
+ptxas that ships in Triton's wheel, and prints registers per thread, stack, spills and shared memory. It exits with
+1 when a kernel does not compile, uses stack or spills, or wants more shared memory than a block of the chip can
+have.
+
+What it says nothing about is speed and correctness: `bytes` is what the kernel's algorithm moves per entry of the
+tile, counted by hand, and the results are compared in tests/sdkernels/test_triton_interpret.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+# Compute capability, and the most shared memory that one block can have, in bytes.
+CHIPS = {"sm_80": (80, 163 << 10), "sm_90": (90, 227 << 10), "sm_100": (100, 227 << 10)}
+
+POINTERS = {
+    "p_statistics": "*fp32",
+    "p_tail_statistics": "*fp32",
+    "p_ids": "*i64",
+    "p_target_ids": "*i64",
+    "p_group_ids": "*i64",
+}
+# Values that the host passes as Python floats; every other scalar is an integer.
+FLOATS = {
+    "student_gain",
+    "student_cap",
+    "teacher_gain",
+    "teacher_cap",
+    "gain",
+    "cap",
+    "alpha",
+    "factor",
+    "entry_clip",
+}
+# The vocabulary and strides: multiples of 16 for the models that matter, which is what lets loads be 16 bytes wide.
+ALIGNED = {"V", "stride_student", "stride_teacher", "stride_gradient", "stride_logits"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel, how it is launched, and the arguments that select code."""
+
+    kernel: str  # name of the function in triton_backend
+    variant: str
+    block: int
+    warps: int
+    bytes_per_entry: int  # moved per entry of the tile, once through
+    constants: dict[str, Any] = field(default_factory=dict)  # tl.constexpr arguments, and None for absent ones
+    gradient: str = "*bf16"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a case on one architecture; `problems` is empty where all is well."""
+
+    arch: str
+    kernel: str
+    variant: str
+    block: int
+    warps: int
+    bytes_per_entry: int
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    seconds: float
+    problems: tuple[str, ...]
+
+
+def cases(arch: str) -> list[Case]:
+    """Every kernel in every variant that is launched on `arch`."""
+    from sdkernels.triton_backend.configs import MOST_BUCKETS, TABLE, bucket_config
+    from sdkernels.triton_backend.topk import CANDIDATE_WARPS, CANDIDATES_PER_PROGRAM, LEAST_GROUP, MOST_GROUP
+
+    table = TABLE[arch]
+    found = []
+
+    def add(entry: str, variant: str, size: int, constants: dict[str, Any], gradient: str = "*bf16") -> None:
+        config = table[entry]
+        constants = constants | {"BV": config.block, "STAGES": config.stages}
+        kernel = entry.removesuffix("_clipped") + "_kernel"
+        found.append(Case(kernel, variant, config.block, config.warps, size, constants, gradient))
+
+    no_bias: dict[str, Any] = {"p_student_bias": None, "p_teacher_bias": None}
+    plain = no_bias | {"STUDENT_SOFTCAP": False, "TEACHER_SOFTCAP": False}
+    capped: dict[str, Any] = {"STUDENT_SOFTCAP": True, "TEACHER_SOFTCAP": True}
+    no_groups: dict[str, Any] = {"p_groups": None, "GROUP": 1, "GROUPS_OF_TEACHER": False, "EXCLUDE": False}
+    no_targets = {"p_target_ids": None}
+    add("row_statistics", "both sides", 8, plain | no_groups | no_targets)
+    add("row_statistics", "both sides, targets, bias, soft-cap", 8, capped | no_groups)
+    add("row_statistics", "both sides without ids", 8, capped | no_groups | no_targets | {"EXCLUDE": True})
+    add("row_statistics", "one side, targets", 4, plain | no_groups | {"p_teacher": None})
+    for group, of in ((LEAST_GROUP, "student"), (MOST_GROUP, "teacher")):
+        groups = {"GROUP": group, "GROUPS_OF_TEACHER": of == "teacher", "EXCLUDE": False}
+        add("row_statistics", f"both sides, maxima of {group} of the {of}", 8, capped | no_targets | groups)
+    for number, family in enumerate(("forward KL", "reverse KL", "JSD")):
+        unclipped = plain | {"FAMILY": number, "entry_clip": None}
+        one_pass = family != "JSD"
+        add("divergence", f"{family}, loss", 8, unclipped | {"ACCUMULATE": True, "p_gradient": None})
+        add("divergence", f"{family}, gradient bf16", 10, unclipped | {"ACCUMULATE": one_pass})
+        add("divergence", f"{family}, gradient fp32", 12, unclipped | {"ACCUMULATE": one_pass}, "*fp32")
+        clipped = capped | {"FAMILY": number}
+        add(
+            "divergence_clipped",
+            f"{family}, soft-cap, clip, loss",
+            8,
+            clipped | {"ACCUMULATE": True, "p_gradient": None},
+        )
+        add("divergence_clipped", f"{family}, soft-cap, clip, gradient", 10, clipped | {"ACCUMULATE": False})
+    no_peak: dict[str, Any] = {"p_peak": None, "p_target_ids": None}
+    no_level: dict[str, Any] = {"p_level": None, "p_tilt": None}
+    add("softmax_gradient", "tail", 6, no_peak | {"SOFTCAP": False, "p_bias": None, "p_tilt": None})
+    add("softmax_gradient", "sampled", 6, no_level | {"SOFTCAP": False, "p_bias": None})
+    add("softmax_gradient", "log-probability, entropy, soft-cap", 6, {"SOFTCAP": True})
+    add("softmax_gradient", "log-probability, entropy, fp32", 8, {"SOFTCAP": True}, "*fp32")
+    supports: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("two sides, tail", {"p_teacher_logprobs": None}),
+        ("two sides, no tail", {"p_teacher_logprobs": None, "p_tail_statistics": None}),
+        ("cached teacher, tail", {"p_teacher": None, "p_teacher_bias": None}),
+    )
+    for k in (20, 100, MOST_BUCKETS - 1):
+        launch = bucket_config(k + 1)
+        for variant, absent in supports:
+            constants = absent | capped | {"FAMILY": 2, "BK": launch.block}
+            found.append(Case("bucket_kernel", f"k={k}, {variant}", launch.block, launch.warps, 0, constants))
+    for group in (LEAST_GROUP, MOST_GROUP):
+        constants = {"SOFTCAP": True, "GROUP": group, "BC": CANDIDATES_PER_PROGRAM}
+        found.append(
+            Case("candidates_kernel", f"groups of {group}", CANDIDATES_PER_PROGRAM, CANDIDATE_WARPS, 0, constants)
+        )
+    return found
+
+
+def kernel_named(name: str) -> Any:
+    """The Triton function of that name."""
+    from sdkernels.triton_backend import buckets, divergence, softmax_gradient, statistics, topk
+
+    for module in (statistics, divergence, softmax_gradient, buckets, topk):
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise ValueError(f"kernel must be a function in sdkernels.triton_backend, got {name!r}")
+
+
+def check(arch: str, case: Case) -> Result:
+    """Compile one case for one architecture; never from a cache, since the assembler's report is what is wanted."""
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from sdkernels.triton_backend.configs import FUSED_MULTIPLY_ADD
+
+    capability, most_shared = CHIPS[arch]
+    kernel = kernel_named(case.kernel)
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in case.constants:
+            signature[name] = "constexpr"
+        elif name == "p_gradient":
+            signature[name] = case.gradient
+        elif name.startswith("p_"):
+            signature[name] = POINTERS.get(name, "*fp32")
+        else:
+            signature[name] = "fp32" if name in FLOATS else "i32"
+        if signature[name].startswith("*") or name in ALIGNED:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    knobs.compilation.always_compile = True
+    knobs.nvidia.dump_ptxas_log = True
+    started = time.perf_counter()
+    log = io.StringIO()
+    numbers = {"registers": 0, "stack": 0, "spills": 0, "shared": 0}
+    try:
+        with contextlib.redirect_stdout(log):
+            compiled = triton.compile(
+                ASTSource(kernel, signature, case.constants, attributes),
+                target=GPUTarget("cuda", capability, 32),
+                options={"num_warps": case.warps, "enable_fp_fusion": FUSED_MULTIPLY_ADD},
+            )
+    except Exception as error:
+        problems = [f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}"]
+    else:
+        numbers = parse_assembler_log(log.getvalue()) | {"shared": compiled.metadata.shared}
+        problems = problems_of(numbers, most_shared)
+    return Result(
+        arch=arch,
+        kernel=case.kernel,
+        variant=case.variant,
+        block=case.block,
+        warps=case.warps,
+        bytes_per_entry=case.bytes_per_entry,
+        seconds=round(time.perf_counter() - started, 2),
+        problems=tuple(problems),
+        **numbers,
+    )
+
+
+def parse_assembler_log(log: str) -> dict[str, int]:
+    """Registers per thread, and bytes of stack and of spills (stores and loads), from `ptxas -v`."""
+    registers = re.search(r"Used (\d+) registers", log)
+    frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    if registers is None or frame is None:
+        raise ValueError(f"the log must hold ptxas' resource report, got {log[:200]!r}")
+    stack, stores, loads = (int(number) for number in frame.groups())
+    return {"registers": int(registers.group(1)), "stack": stack, "spills": stores + loads}
+
+
+def problems_of(numbers: dict[str, int], most_shared: int) -> list[str]:
+    problems = [f"{numbers[name]} bytes of {name}" for name in ("spills", "stack") if numbers[name]]
+    if numbers["shared"] > most_shared:
+        problems.append(f"{numbers['shared']} bytes of shared memory, the chip has {most_shared}")
+    return problems
+
+
+def run(archs: Sequence[str], jobs: int) -> Iterator[Result]:
+    """Results in order, compiled in `jobs` processes."""
+    work = [(arch, case) for arch in archs for case in cases(arch)]
+    if jobs == 1:
+        yield from (check(*item) for item in work)
+        return
+    # Not forked: the parent may hold threads of torch.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(check, *zip(*work, strict=True), chunksize=4)
+
+
+def row(*columns: object) -> str:
+    """Fixed widths, so that lines can be printed as they come."""
+    widths = ("<7", "<17", "<38", ">6", ">6", ">5", ">6", ">7", ">7", ">6", "")
+    return "".join(f"{column:{width}}" for column, width in zip(columns, widths, strict=True))
+
+
+def table_line(result: Result) -> str:
+    return row(
+        result.arch,
+        result.kernel.removesuffix("_kernel"),
+        result.variant,
+        result.block,
+        result.warps,
+        result.registers,
+        result.stack,
+        result.spills,
+        result.shared,
+        result.bytes_per_entry or "-",
+        "  FAIL: " + "; ".join(result.problems) if result.problems else "  ok",
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m sdkernels.compile_check", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--arch", action="append", choices=list(CHIPS), help="default: all; may be repeated")
+    parser.add_argument("--json", type=Path, help="also write the results there")
+    parser.add_argument(
+        "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set, under which nothing is compiled; unset it")
+    import triton
+
+    started = time.perf_counter()
+    print(f"triton {triton.__version__}; per thread: registers, bytes of stack and of spills; per block: shared bytes")
+    print(row("arch", "kernel", "variant", "block", "warps", "regs", "stack", "spills", "shared", "bytes", ""))
+    results = []
+    for result in run(options.arch or list(CHIPS), options.jobs):
+        results.append(result)
+        print(table_line(result), flush=True)
+    failed = sum(bool(result.problems) for result in results)
+    print(f"{len(results)} kernels, {failed} failed, {time.perf_counter() - started:.0f} s")
+    if options.json is not None:
+        report = {"triton": triton.__version__, "results": [asdict(result) for result in results]}
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""How many bytes does a computation keep alive, and which matrix products does it do? Counted, not read off a process.
+
+`LiveBytes` sees every allocation of a torch operator, also inside custom operators and in backward, so that its
+numbers are the same on every run and need no GPU. It does not see what a library allocates below torch (a matmul's
+own scratch), nor the inside of a graph that torch.compile made.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Matmul(NamedTuple):
+    """One matrix product (m, k) by (k, n); a batch is counted in m."""
+
+    operator: str
+    m: int
+    k: int
+    n: int
+
+
+# Position of the first factor among the arguments of each operator that multiplies matrices.
+FIRST_FACTOR = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "mv": 0, "addmv": 1}
+
+
+def _name_of(func: Any) -> str:
+    return func.overloadpacket.__name__ if func.namespace == "aten" else ""
+
+
+def _matmul_of(func: Any, args: tuple[Any, ...]) -> Matmul | None:
+    name = _name_of(func).removesuffix("_")
+    if name not in FIRST_FACTOR:
+        return None
+    a, b = args[FIRST_FACTOR[name]], args[FIRST_FACTOR[name] + 1]
+    return Matmul(name, math.prod(a.shape[:-1]), a.shape[-1], b.shape[-1] if b.dim() > 1 else 1)
+
+
+def _zeros_like_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    if "out" in kwargs:
+        return kwargs["out"].zero_()
+    name = _name_of(func)
+    if name.endswith("_"):
+        return args[0].zero_()
+    a, b = args[FIRST_FACTOR[name]], args[FIRST_FACTOR[name] + 1]
+    return a.new_zeros((*a.shape[:-1], *b.shape[-1:]) if b.dim() > 1 else a.shape[:-1])
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts, inside a `with` block, the bytes of all live storages that were allocated there, and matrix products.
+
+    A storage counts once, from its allocation until the last tensor on it is gone; views and in-place or `out=`
+    results are free. `uncounted_bytes` are sizes of storages that the question leaves out (the gradients, the outputs):
+    for each number one live storage of exactly that size is not counted, a second one is. With `multiply=False` matrix
+    products are counted and allocated but give zeros: for shapes whose products take minutes on a CPU.
+
+        with LiveBytes() as probe:
+            linear_divergence(...).loss.backward()
+        assert probe.largest_numel < N * V and probe.peak_bytes < 256 << 20
+    """
+
+    def __init__(self, *, uncounted_bytes: Iterable[int] = (), multiply: bool = True) -> None:
+        super().__init__()
+        self.peak_bytes = 0
+        self.largest_numel = 0
+        self.largest_bytes = 0
+        self.largest_origin = ""  # operator and shape of the tensor with the most elements
+        self.matmuls: list[Matmul] = []
+        self._multiply = multiply
+        self._live_bytes = 0
+        self._sizes: dict[int, int] = {}  # storage address -> bytes; 0 for storages from before the block
+        self._allowances = Counter(uncounted_bytes)
+
+    def matmul_count(self, *dimensions: int) -> float:
+        """All multiplications in matrix products, in units of one product with these dimensions, e.g. (N, V, H)."""
+        return sum(product.m * product.k * product.n for product in self.matmuls) / math.prod(dimensions)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        for tensor in inputs:
+            self._see(tensor, is_new=False)
+        if func.namespace not in ("aten", "prim", "prims"):
+            # A mode is off inside its own handler. Calling a custom operator's kernel directly, with the mode on
+            # again, shows what it allocates; calling the operator would end up here for ever.
+            device = inputs[0].device.type if inputs else "cpu"
+            key = getattr(torch._C.DispatchKey, device.upper())
+            with self:
+                return func.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
+        # Composite operators reach a mode undivided in inference mode.
+        with self:
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        product = _matmul_of(func, args)
+        if product is not None:
+            self.matmuls.append(product)
+        if product is None or self._multiply:
+            result = func(*args, **kwargs)
+        else:
+            result = _zeros_like_product(func, args, kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._see(leaf, is_new=True, operator=str(func))
+        return result
+
+    def _see(self, tensor: Tensor, *, is_new: bool, operator: str = "") -> None:
+        if tensor.layout != torch.strided or tensor.device.type == "meta":
+            return
+        storage = tensor.untyped_storage()
+        address, size = storage._cdata, storage.nbytes()
+        known = self._sizes.get(address)
+        if known is None:
+            weakref.finalize(storage, self._forget, address).atexit = False
+            if is_new and self._allowances[size] > 0:
+                self._allowances[size] -= 1
+                weakref.finalize(storage, self._return_allowance, size).atexit = False
+                counted = 0
+            else:
+                counted = size if is_new else 0
+            self._sizes[address] = counted
+            self._live_bytes += counted
+        elif known and size != known:  # resized in place
+            self._sizes[address] = size
+            self._live_bytes += size - known
+        self.peak_bytes = max(self.peak_bytes, self._live_bytes)
+        if is_new and known != 0:
+            self.largest_bytes = max(self.largest_bytes, size)
+            numel = size // tensor.element_size()
+            if numel > self.largest_numel:
+                self.largest_numel, self.largest_origin = numel, f"{operator} {tuple(tensor.shape)} {tensor.dtype}"
+
+    def _forget(self, address: int) -> None:
+        self._live_bytes -= self._sizes.pop(address, 0)
+
+    def _return_allowance(self, size: int) -> None:
+        self._allowances[size] += 1
+
+
+__all__ = ["LiveBytes", "Matmul"]

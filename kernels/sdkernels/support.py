@@ -1,0 +1,83 @@
+"""Divergences between two short lists of buckets: the k ids of a top-k support and the rest of the vocabulary.
+
+A softmax restricted to k ids with one bucket for the remaining mass is again a softmax, over the k logits and the
+log-sum-exp of the others. So a gradient with respect to the bucket logits is spread over the vocabulary by giving each
+id its own entry and every other token the tail's entry times its share of the tail's mass. Everything here is
+(rows, buckets) in float64: the buckets are few, and self-distillation lives on the digits of their log-ratio.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# The mass that an empty tail is given. log 0 has no use, and no float32 tile can tell this mass from 0.
+LEAST_MASS = 1e-37
+
+
+def bucket_divergence(student: Tensor, teacher: Tensor, alpha: float, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Loss (rows,) and its gradient with respect to the student's bucket logits (rows, buckets).
+
+    `student` and `teacher` are log-probabilities (rows, buckets) in float64. Each summand carries the difference of
+    the masses beside the textbook term, so that an error in the normalisers enters only to second order. The loss is
+    clamped at 0, below which only rounding (1e-16) takes it.
+    """
+    p, q = student.exp(), teacher.exp()
+    u = teacher - student
+    if alpha == 0.0:
+        return (q * u + p - q).sum(-1).clamp(min=0.0), p - q
+    if alpha == 1.0:
+        loss = (q - p - p * u).sum(-1).clamp(min=0.0)
+        return loss, -p * (u + loss[:, None])
+    scale = 1 / (alpha * (1 - alpha)) if normalize else 1.0
+    r = torch.logaddexp(u + math.log(alpha), u.new_tensor(math.log1p(-alpha)))  # log(m/p)
+    loss = scale * (alpha * q * (u - r) - (1 - alpha) * p * r).sum(-1)  # the masses' differences add up to 0
+    return loss.clamp(min=0.0), -scale * (1 - alpha) * p * (r - (p * r).sum(-1, keepdim=True))
+
+
+def with_tail(logprobs: Tensor, tail_mass: Tensor | None, tail: bool) -> Tensor:
+    """Append the log of the remaining mass (rows,) to (rows, k) log-probabilities, or renormalise them without it.
+
+    `tail_mass` None takes it as one minus the listed mass, for a teacher of which no more is known.
+    """
+    if not tail:
+        return logprobs - logprobs.logsumexp(-1, keepdim=True)
+    if tail_mass is None:
+        tail_mass = -torch.expm1(logprobs.logsumexp(-1))
+    return torch.cat([logprobs, tail_mass.clamp(min=LEAST_MASS).log()[:, None]], dim=-1)
+
+
+def clipped_divergence(
+    student: Tensor, teacher: Tensor, alpha: float, normalize: bool, entry_clip: float
+) -> tuple[Tensor, Tensor]:
+    """Loss (rows,) = Σ min(entry, entry_clip) and its gradient with respect to the student's logits (rows, V).
+
+    The entries are the textbook summands, which may be negative (OPSD, arXiv:2601.18734); `student` and `teacher` are
+    log-probabilities (rows, V) in float64.
+    """
+    p, q = student.exp(), teacher.exp()
+    if alpha == 0.0:
+        entries, slopes = q * (teacher - student), -q
+    elif alpha == 1.0:
+        entries = p * (student - teacher)
+        slopes = entries + p
+    else:
+        mixture = torch.logaddexp(student + math.log1p(-alpha), teacher + math.log(alpha))
+        scale = 1 / (alpha * (1 - alpha)) if normalize else 1.0
+        slopes = scale * (1 - alpha) * p * (student - mixture)
+        entries = scale * alpha * q * (teacher - mixture) + slopes
+    slopes = torch.where(entries < entry_clip, slopes, 0.0)  # d entry / d log p
+    return entries.clamp(max=entry_clip).sum(-1), slopes - p * slopes.sum(-1, keepdim=True)
+
+
+def transform_(z: Tensor, head: tuple[float, float | None, float], bias: Tensor | None) -> None:
+    """From raw projections to final logits, in place."""
+    scale, softcap, temperature = head
+    if bias is not None:
+        z.add_(bias)
+    if softcap is not None:
+        z.mul_(scale / softcap).tanh_().mul_(softcap / temperature)
+    elif scale != temperature:
+        z.mul_(scale / temperature)

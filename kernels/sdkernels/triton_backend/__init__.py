@@ -1,0 +1,12 @@
+"""The Triton backend: `divergence_tile`, `logprob_tile`, `topk_tile` over tiles that the driver has projected.
+
+Importing this package imports triton; the driver does so when the backend is used. From a tile to its results:
+tiles.py; kernels: statistics.py, divergence.py, softmax_gradient.py, buckets.py, topk.py; formulas per element:
+formulas.py; block sizes per architecture: configs.py.
+"""
+
+from __future__ import annotations
+
+from .tiles import divergence_tile, logprob_tile, scratch_bytes, topk_tile
+
+__all__ = ["divergence_tile", "logprob_tile", "scratch_bytes", "topk_tile"]

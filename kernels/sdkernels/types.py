@@ -1,0 +1,188 @@
+"""What goes into the fused operations and what comes out, beyond plain tensors.
+
+The public part is what a caller writes (`TopK(20)`, `LogitTransform(softcap=30.0)`) and gets back
+(`DivergenceOutput`). `Objective`, `TileRows` and `RowValues` are the seam between the driver, which walks over
+chunks of rows and does the matrix products, and a backend, which turns one tile of logits into row values and a
+gradient tile. `Objective` holds scalars only, so that it can cross a `torch.library` operator.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, cast
+
+import torch
+
+Backend = Literal["auto", "torch", "triton"]
+Gradient = Literal["auto", "in_forward", "recompute"]
+Nonfinite = Literal["propagate", "raise"]
+Reduction = Literal["mean", "sum", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitTransform:
+    """From a projection `x = h W^T` to the logits: `softcap·tanh(scale·(x + bias)/softcap) / temperature`.
+
+    `bias` is a (V,) tensor or None. `scale` multiplies (Cohere's `logit_scale`, the inverse of Granite's
+    `logits_scaling`); `softcap` is Gemma's `final_logit_softcapping`, None for none. `temperature` None means the
+    `temperature` argument of the call.
+    """
+
+    bias: torch.Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float | None = None
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Restrict both distributions to the k most likely ids of one side (SDPO, arXiv:2601.20802).
+
+    With `tail` the remaining mass of each side becomes one more bucket, which keeps the result a divergence.
+    Without it both sides are renormalised over the k ids.
+    """
+
+    k: int
+    of: Literal["student", "teacher"] = "student"
+    tail: bool = True
+
+
+@dataclass(frozen=True)
+class TeacherMix:
+    """A second teacher; the teacher's logits become `(1 - share)·teacher + share·this one` (trust region, SDPO).
+
+    `hidden` is (N, Hm). `weight` is (V, Hm), or None for the weight that the first teacher uses. Both teachers go
+    through the teacher's `LogitTransform` before they are mixed.
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor | None = None
+    share: float = 0.5
+
+
+@dataclass(frozen=True)
+class TopKLogprobs:
+    """The teacher as log-probabilities of K ids per row, as a serving engine returns them, in place of hidden states.
+
+    `ids` is (N, K) int64 without repetition in a row; `logprobs` is (N, K), the log-probabilities under the full
+    vocabulary, so that a row's probabilities add up to at most 1.
+    """
+
+    ids: torch.Tensor
+    logprobs: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ImportanceClip:
+    """Multiply a token's loss by `min(exp(log p(y) - old_logprob), clip)`, without gradient (SDPO's IS clip).
+
+    `old_logprobs` is (N,): the log-probability of `target_ids` under the policy that sampled them.
+    """
+
+    old_logprobs: torch.Tensor
+    clip: float = 2.0
+
+
+class DivergenceOutput(NamedTuple):
+    """Result of `linear_divergence` and `logit_divergence`. Everything but the loss is detached (see `per_token`)."""
+
+    loss: torch.Tensor  # () float32 (float64 for float64 inputs); (N,) with reduction="none"
+    per_token: torch.Tensor  # (N,) divergence times token weight and importance; 0 where the weight is 0
+    student_logprobs: torch.Tensor | None  # (N,) log p(target); None without target_ids; 0 where the weight is 0
+    teacher_logprobs: torch.Tensor | None  # (N,) log q(target); None also where the teacher is TopKLogprobs
+    student_entropy: torch.Tensor  # (N,) nats, over the full vocabulary; 0 where the weight is 0
+    teacher_entropy: torch.Tensor | None  # (N,) nats; None where the teacher is TopKLogprobs
+    active_tokens: torch.Tensor  # () int64, rows with a weight other than 0
+    backend: str  # "torch" or "triton"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Every scalar that says what is computed for a row. Reference: `reference.py`, function by function."""
+
+    alpha: float = 1.0
+    normalize: bool = False
+    support: Literal["full", "topk", "sampled"] = "full"
+    topk: int = 0
+    topk_of: Literal["student", "teacher"] = "student"
+    tail: bool = True
+    entry_clip: float | None = None
+    importance_clip: float = math.inf
+    mix_share: float = 0.0
+    # (scale, softcap, temperature) of each side; the biases are tensors and travel beside this.
+    student: tuple[float, float | None, float] = (1.0, None, 1.0)
+    teacher: tuple[float, float | None, float] = (1.0, None, 1.0)
+    vocab_size: int = 0  # 0: the head's own
+
+    def for_vocabulary(self, vocab_size: int | None) -> Objective:
+        return replace(self, vocab_size=vocab_size or 0)
+
+    def encode(self) -> tuple[str, list[float], list[int]]:
+        """As operator arguments: words, floats, ints. Floats and ints stay apart for torch.compile's symbols."""
+        words = [self.support, self.topk_of, "tail" if self.tail else "", "normalize" if self.normalize else ""]
+        entry_clip = math.inf if self.entry_clip is None else self.entry_clip
+        numbers = [self.alpha, entry_clip, self.importance_clip, self.mix_share]
+        for scale, softcap, temperature in (self.student, self.teacher):
+            numbers += [scale, math.inf if softcap is None else softcap, temperature]
+        return ",".join(words), numbers, [self.topk, self.vocab_size]
+
+    @staticmethod
+    def decode(words: str, numbers: list[float], counts: list[int]) -> Objective:
+        def side(scale: float, softcap: float, temperature: float) -> tuple[float, float | None, float]:
+            return scale, None if math.isinf(softcap) else softcap, temperature
+
+        support, topk_of, tail, normalize = words.split(",")
+        alpha, entry_clip, importance_clip, mix_share = numbers[:4]
+        return Objective(
+            alpha=alpha,
+            normalize=bool(normalize),
+            support=cast(Literal["full", "topk", "sampled"], support),
+            topk=counts[0],
+            topk_of=cast(Literal["student", "teacher"], topk_of),
+            tail=bool(tail),
+            entry_clip=None if math.isinf(entry_clip) else entry_clip,
+            importance_clip=importance_clip,
+            mix_share=mix_share,
+            student=side(*numbers[4:7]),
+            teacher=side(*numbers[7:10]),
+            vocab_size=counts[1],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileRows:
+    """What a backend needs beside the logits of a tile of C rows; None where the objective does not use it."""
+
+    student_bias: torch.Tensor | None = None  # (V,)
+    teacher_bias: torch.Tensor | None = None  # (V,)
+    target_ids: torch.Tensor | None = None  # (C,) int64
+    teacher_ids: torch.Tensor | None = None  # (C, K) int64: the teacher is cached and teacher_logits is None
+    teacher_logprobs: torch.Tensor | None = None  # (C, K) in the compute dtype
+
+
+class RowValues(NamedTuple):
+    """What a backend returns for a tile, each (C,) in the compute dtype; None where it does not apply."""
+
+    loss: torch.Tensor  # the divergence, before token weight and importance
+    student_logprobs: torch.Tensor | None
+    teacher_logprobs: torch.Tensor | None
+    student_entropy: torch.Tensor
+    teacher_entropy: torch.Tensor | None
+
+
+__all__ = [
+    "Backend",
+    "DivergenceOutput",
+    "Gradient",
+    "ImportanceClip",
+    "LogitTransform",
+    "Nonfinite",
+    "Objective",
+    "Reduction",
+    "RowValues",
+    "TeacherMix",
+    "TileRows",
+    "TopK",
+    "TopKLogprobs",
+]

@@ -1,0 +1,309 @@
+"""Every argument error of the public functions, raised before any work is done.
+
+What shapes, dtypes and scalars say is checked in the public function; what only values say (ids in range, weights not
+NaN) is checked inside the operator, so that a compiled graph checks it too. On a GPU that costs one synchronisation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .types import ImportanceClip, LogitTransform, TeacherMix, TopK, TopKLogprobs
+from .walk import Operands
+
+# Of a row of teacher log-probabilities; above 1 by what 16-bit log-probabilities of a server may be off.
+MOST_MASS = 1.02
+INTEGER_DTYPES = (torch.int64, torch.int32)
+
+
+def check_tensor(name: str, tensor: object, shape: tuple[int | None, ...], like: Tensor | None = None) -> None:
+    """A floating-point tensor of this shape (None: any size) on the device of `like`."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if hasattr(tensor, "full_tensor"):
+        raise TypeError(f"{name} must be a plain tensor, got a sharded DTensor: gather it first, {name}.full_tensor()")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
+    _check_shape(name, tensor, shape)
+    if like is not None:
+        _check_device(name, tensor, like)
+
+
+def check_ids(name: str, tensor: object, shape: tuple[int | None, ...], like: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"{name} must be int64 or int32, got {tensor.dtype}")
+    _check_shape(name, tensor, shape)
+    _check_device(name, tensor, like)
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_number(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    """A real number in [low, high], or (low, high] with `open_low`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    inside = (value > low if open_low else value >= low) and value <= high and value < math.inf
+    if not inside:
+        bound = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
+        raise ValueError(f"{name} must be a finite number in {bound}, got {value!r}")
+
+
+def check_count(name: str, value: object, low: int, high: int, meaning: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low}, {meaning}={high}], got {value}")
+
+
+def check_head(name: str, head: object, rows: int, like: Tensor) -> None:
+    if not isinstance(head, LogitTransform):
+        raise TypeError(f"{name} must be a LogitTransform, got {type(head).__name__}")
+    if head.bias is not None:
+        check_tensor(f"{name}.bias", head.bias, (rows,), like)
+    check_number(f"{name}.scale", head.scale, 0.0, open_low=True)
+    if head.softcap is not None:
+        check_number(f"{name}.softcap", head.softcap, 0.0, open_low=True)
+    if head.temperature is not None:
+        check_number(f"{name}.temperature", head.temperature, 0.0, open_low=True)
+
+
+def check_call(
+    alpha: float,
+    normalize: bool,
+    temperature: float,
+    reduction: str,
+    backend: str,
+    gradient: str,
+    workspace_mb: float | None,
+    on_nonfinite: str,
+) -> None:
+    """The scalar options of a divergence."""
+    check_number("alpha", alpha, 0.0, 1.0)
+    if not isinstance(normalize, bool):
+        raise TypeError(f"normalize must be a bool, got {type(normalize).__name__}")
+    check_number("temperature", temperature, 0.0, open_low=True)
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_choice("gradient", gradient, ("auto", "in_forward", "recompute"))
+    check_choice("on_nonfinite", on_nonfinite, ("propagate", "raise"))
+    _check_machine(backend, workspace_mb)
+
+
+def check_linear(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher: TeacherMix | TopKLogprobs | None,
+    vocab_size: int | None,
+) -> None:
+    """Hidden states and heads of both sides."""
+    check_tensor("student_hidden", student_hidden, (None, None))
+    rows, width = student_hidden.shape
+    check_tensor("student_weight", student_weight, (None, width), student_hidden)
+    vocab = student_weight.shape[0]
+    if vocab == 0:
+        raise ValueError("student_weight must have at least one row, got shape " + str(tuple(student_weight.shape)))
+    _check_vocab_size(vocab_size, vocab)
+    if isinstance(teacher, TopKLogprobs):
+        for name, given in (("teacher_hidden", teacher_hidden), ("teacher_weight", teacher_weight)):
+            if given is not None:
+                raise ValueError(f"{name} must be None where the teacher is TopKLogprobs, got {_describe(given)}")
+        return
+    if teacher is not None and not isinstance(teacher, TeacherMix):
+        raise TypeError(f"teacher must be a TeacherMix, a TopKLogprobs or None, got {type(teacher).__name__}")
+    if teacher_hidden is None:
+        raise ValueError("teacher_hidden must be a tensor unless the teacher is TopKLogprobs, got None")
+    check_tensor("teacher_hidden", teacher_hidden, (rows, None), student_hidden)
+    if teacher_weight is None:
+        check_tensor("teacher_hidden (without a teacher_weight)", teacher_hidden, (rows, width))
+    else:
+        check_tensor("teacher_weight", teacher_weight, (vocab, teacher_hidden.shape[1]), student_hidden)
+    if isinstance(teacher, TeacherMix):
+        check_number("teacher.share", teacher.share, 0.0, 1.0)
+        check_tensor("teacher.hidden", teacher.hidden, (rows, None), student_hidden)
+        if teacher.weight is None:
+            check_tensor("teacher.hidden (without a weight)", teacher.hidden, (rows, teacher_hidden.shape[1]))
+        else:
+            check_tensor("teacher.weight", teacher.weight, (vocab, teacher.hidden.shape[1]), student_hidden)
+
+
+def check_logits(
+    student_logits: Tensor, teacher_logits: Tensor | None, teacher: TopKLogprobs | None, vocab_size: int | None
+) -> None:
+    check_tensor("student_logits", student_logits, (None, None))
+    if student_logits.shape[1] == 0:
+        raise ValueError(f"student_logits must have at least one column, got shape {tuple(student_logits.shape)}")
+    _check_vocab_size(vocab_size, student_logits.shape[1])
+    if teacher is not None and not isinstance(teacher, TopKLogprobs):
+        raise TypeError(f"teacher must be a TopKLogprobs or None (mix logits yourself), got {type(teacher).__name__}")
+    if (teacher is None) == (teacher_logits is None):
+        came = "both" if teacher is not None else "neither"
+        raise ValueError(f"teacher_logits or teacher=TopKLogprobs(...) must be given, and only one, got {came}")
+    if teacher_logits is not None:
+        check_tensor("teacher_logits", teacher_logits, tuple(student_logits.shape), student_logits)
+
+
+def check_targets(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor | None,
+    head: LogitTransform,
+    temperature: float,
+    vocab_size: int | None,
+    backend: str,
+    workspace_mb: float | None,
+    *,
+    k: int | None = None,
+) -> None:
+    """The arguments of `linear_logprobs` and `linear_topk`."""
+    check_tensor("hidden", hidden, (None, None))
+    check_tensor("weight", weight, (None, hidden.shape[1]), hidden)
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight must have at least one row, got shape {tuple(weight.shape)}")
+    _check_vocab_size(vocab_size, weight.shape[0])
+    if target_ids is not None:
+        check_ids("target_ids", target_ids, (hidden.shape[0],), hidden)
+    check_head("head", head, weight.shape[0], hidden)
+    check_number("temperature", temperature, 0.0, open_low=True)
+    if k is not None:
+        check_count("k (topk)", k, 1, weight.shape[0] if vocab_size is None else vocab_size, "V")
+    _check_machine(backend, workspace_mb)
+
+
+def check_row_operands(
+    rows: int,
+    vocab: int,
+    like: Tensor,
+    *,
+    alpha: float,
+    normalize: bool,
+    token_weights: Tensor | None,
+    target_ids: Tensor | None,
+    importance: ImportanceClip | None,
+    teacher: TeacherMix | TopKLogprobs | None,
+    support: TopK | str | None,
+    entry_clip: float | None,
+) -> None:
+    """The operands that have one entry a row, and the combinations of options that contradict each other."""
+    if token_weights is not None:
+        check_tensor("token_weights", token_weights, (rows,), like)
+    if target_ids is not None:
+        check_ids("target_ids", target_ids, (rows,), like)
+    if importance is not None:
+        if not isinstance(importance, ImportanceClip):
+            raise TypeError(f"importance must be an ImportanceClip, got {type(importance).__name__}")
+        check_tensor("importance.old_logprobs", importance.old_logprobs, (rows,), like)
+        check_number("importance.clip", importance.clip, 0.0, open_low=True)
+        if target_ids is None:
+            raise ValueError("importance needs target_ids, the tokens that its old_logprobs belong to; got None")
+    if isinstance(teacher, TopKLogprobs):
+        check_ids("teacher.ids", teacher.ids, (rows, None), like)
+        check_tensor("teacher.logprobs", teacher.logprobs, tuple(teacher.ids.shape), like)
+        check_count("the number of columns of teacher.ids", teacher.ids.shape[1], 1, vocab, "V")
+    if isinstance(support, TopK):
+        check_choice("support.of", support.of, ("student", "teacher"))
+        check_count("support.k (topk)", support.k, 1, vocab, "V")
+        if isinstance(teacher, TopKLogprobs) and (support.of != "teacher" or support.k != teacher.ids.shape[1]):
+            raise ValueError(
+                f"support must be None or TopK({teacher.ids.shape[1]}, of='teacher') where the teacher is TopKLogprobs "
+                f"with {teacher.ids.shape[1]} ids a row, got {support}"
+            )
+    elif support == "sampled":
+        if target_ids is None:
+            raise ValueError("support='sampled' needs target_ids, got None")
+        if alpha != 1.0 or normalize:
+            raise ValueError(
+                "support='sampled' is the score-function form of the reverse KL: alpha must be 1 and normalize False, "
+                f"got alpha={alpha!r}, normalize={normalize!r}"
+            )
+        if isinstance(teacher, TopKLogprobs):
+            raise ValueError("support='sampled' needs the teacher's full distribution, got TopKLogprobs")
+    elif support is not None:
+        raise ValueError(f"support must be None, TopK(...) or 'sampled', got {support!r}")
+    if entry_clip is not None:
+        check_number("entry_clip", entry_clip, 0.0, open_low=True)
+        if support is not None or isinstance(teacher, TopKLogprobs):
+            raise ValueError(
+                f"entry_clip is for the full vocabulary, got support={support!r} and teacher={type(teacher).__name__}"
+            )
+
+
+def check_values(operands: Operands, vocab_size: int, reduction: str) -> None:
+    """What only the values say; called by the operators."""
+    vocab = vocab_size or operands.vocab
+    weights = operands.token_weights
+    if weights is not None:
+        if not bool(weights.isfinite().all()):
+            row = int((~weights.isfinite()).nonzero()[0, 0])
+            raise ValueError(f"token_weights must be finite, got {float(weights[row])} in row {row}")
+        if reduction == "mean" and weights.numel() and bool((weights != 0).any()) and float(weights.sum()) <= 0:
+            raise ValueError(
+                f"token_weights must have a positive sum for reduction='mean', got {float(weights.sum()):g}"
+            )
+    for name, ids in (("target_ids", operands.target_ids), ("teacher.ids", operands.teacher_ids)):
+        if ids is not None and ids.numel():
+            _check_range(name, ids, weights, vocab)
+    if operands.teacher_ids is not None and operands.teacher_ids.shape[1] > 1:
+        ordered = operands.teacher_ids.sort(dim=-1).values
+        if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+            raise ValueError("teacher.ids must not repeat an id within a row")
+    for name, logprobs in (
+        ("importance.old_logprobs", operands.old_logprobs),
+        ("teacher.logprobs", operands.teacher_logprobs),
+    ):
+        if logprobs is not None and logprobs.numel() and bool(logprobs.isnan().any()):
+            raise ValueError(f"{name} must not be NaN")
+    if operands.teacher_logprobs is not None and operands.teacher_logprobs.numel():
+        masses = operands.teacher_logprobs.float().exp().sum(-1)
+        if bool((masses > MOST_MASS).any()):
+            raise ValueError(
+                "teacher.logprobs must be over the full vocabulary, with probabilities that add up to at most 1 in a row, "
+                f"got {float(masses.max()):.3g} in row {int(masses.argmax())}"
+            )
+
+
+def _check_machine(backend: str, workspace_mb: float | None) -> None:
+    check_choice("backend", backend, ("auto", "torch", "triton"))
+    if workspace_mb is not None:
+        check_number("workspace_mb", workspace_mb, 0.0, open_low=True)
+
+
+def _check_vocab_size(vocab_size: int | None, columns: int) -> None:
+    if vocab_size is not None:
+        check_count("vocab_size", vocab_size, 1, columns, "V")
+
+
+def _describe(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _check_range(name: str, ids: Tensor, weights: Tensor | None, vocab: int) -> None:
+    # Rows without weight may hold a padding id such as -100: they are never looked up.
+    outside = (ids < 0) | (ids >= vocab)
+    if weights is not None:
+        outside &= (weights != 0).view(-1, *[1] * (ids.dim() - 1))
+    if bool(outside.any()):
+        position = tuple(int(i) for i in outside.nonzero()[0])
+        raise ValueError(f"{name} must be in [0, V={vocab}), got {int(ids[position])} at {position}")
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
+    matches = tensor.dim() == len(shape) and all(
+        want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
+    )
+    if not matches:
+        expected = ", ".join("*" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape ({expected}), got {tuple(tensor.shape)}")
+
+
+def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} as the student's tensors are, got {tensor.device}")

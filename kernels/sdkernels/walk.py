@@ -1,0 +1,295 @@
+"""The walk over chunks of rows that every fused operation is.
+
+Rows without weight are left out before anything is projected. Row factors (token weight, importance, upstream
+gradient) multiply a chunk's hidden rows, never its (C, V) tile. Nothing here knows a divergence, and nothing keeps more
+than one chunk of logits; `tiling` sizes the chunk so that all of it fits the workspace.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .matmul import Head, compute_dtype_of
+from .support import transform_
+from .tiling import plan_tiling
+from .types import Objective, TileRows
+
+Rows = slice | Tensor  # a chunk's rows: a slice where every row is active, else their indices
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operands:
+    """The tensors of a call. A teacher weight of None is the student's, a mixed-in teacher's None is the teacher's.
+
+    Without a `student_weight`, what stands for hidden states are logits (N, V).
+    """
+
+    student_hidden: Tensor  # (N, H)
+    student_weight: Tensor | None = None  # (V, H)
+    student_bias: Tensor | None = None  # (V,)
+    teacher_hidden: Tensor | None = None  # (N, Ht)
+    teacher_weight: Tensor | None = None  # (V, Ht)
+    teacher_bias: Tensor | None = None  # (V,)
+    mix_hidden: Tensor | None = None  # (N, Hm)
+    mix_weight: Tensor | None = None  # (V, Hm)
+    token_weights: Tensor | None = None  # (N,)
+    target_ids: Tensor | None = None  # (N,)
+    old_logprobs: Tensor | None = None  # (N,)
+    teacher_ids: Tensor | None = None  # (N, K)
+    teacher_logprobs: Tensor | None = None  # (N, K)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the logits and of every row value."""
+        sides = (self.student_hidden, self.teacher_hidden, self.mix_hidden)
+        return compute_dtype_of(*sides, self.student_weight, self.teacher_weight, self.mix_weight)
+
+    @property
+    def vocab(self) -> int:
+        return self.student_hidden.shape[1] if self.student_weight is None else self.student_weight.shape[0]
+
+    @property
+    def weight(self) -> Tensor:
+        if self.student_weight is None:
+            raise TypeError("these operands are logits: they have no head")
+        return self.student_weight
+
+    def sides(self) -> list[tuple[Tensor, Tensor]]:
+        """(hidden, weight) of each distribution: student, teacher, mixed-in teacher."""
+        teacher_weight = self.weight if self.teacher_weight is None else self.teacher_weight
+        mix_weight = teacher_weight if self.mix_weight is None else self.mix_weight
+        sides = [(self.student_hidden, self.weight)]
+        if self.teacher_hidden is not None:
+            sides.append((self.teacher_hidden, teacher_weight))
+        if self.mix_hidden is not None:
+            sides.append((self.mix_hidden, mix_weight))
+        return sides
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which of the student's gradients to form."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+
+    def __bool__(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+
+class Gradients(NamedTuple):
+    """In the shapes and dtypes of their inputs; None where not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class RowWalk:
+    """What every pass over rows has: the active ones, in chunks, and their row-wise operands."""
+
+    chunk_rows: int
+    gradient_dtype: torch.dtype | None = None  # that in which a tile enters the gradient products; None: its own
+
+    def __init__(self, operands: Operands, objective: Objective, backend: str) -> None:
+        self.operands, self.objective, self.dtype = operands, objective, operands.dtype
+        self.vocab = objective.vocab_size or operands.vocab
+        self.backend = load_backend(backend)
+        self.active = _active_rows(operands.token_weights)
+        self.count = operands.student_hidden.shape[0] if self.active is None else self.active.numel()
+
+    def chunks(self) -> Iterator[Rows]:
+        for start in range(0, self.count, self.chunk_rows):
+            chunk = slice(start, min(start + self.chunk_rows, self.count))
+            yield chunk if self.active is None else self.active[chunk]
+
+    def per_row(self) -> Tensor:
+        """Zeros (N,) for row values: those of rows without weight."""
+        hidden = self.operands.student_hidden
+        return hidden.new_zeros(hidden.shape[0], dtype=self.dtype)
+
+    def project(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
+        """Raw logits (C, V) of student and teacher, in buffers that the backend may destroy."""
+        raise NotImplementedError
+
+    def tile_rows(self, rows: Rows) -> TileRows:
+        operands = self.operands
+        return TileRows(
+            student_bias=self._bias(operands.student_bias),
+            teacher_bias=self._bias(operands.teacher_bias),
+            target_ids=_part(operands.target_ids, rows),
+            teacher_ids=_part(operands.teacher_ids, rows),
+            teacher_logprobs=_part(operands.teacher_logprobs, rows),
+        )
+
+    def token_weights(self, rows: Rows) -> Tensor | None:
+        weights = _part(self.operands.token_weights, rows)
+        return None if weights is None else weights.to(self.dtype)
+
+    def _bias(self, bias: Tensor | None) -> Tensor | None:
+        return None if bias is None else bias[: self.vocab]
+
+
+class LogitWalk(RowWalk):
+    """Rows of logits that exist already: the operands' hidden states are logits (N, V)."""
+
+    def __init__(self, operands: Operands, objective: Objective, backend: str, workspace_bytes: int) -> None:
+        sides = [operands.student_hidden]
+        if operands.teacher_hidden is not None:
+            sides.append(operands.teacher_hidden)
+        super().__init__(operands, objective, backend)
+        device = operands.student_hidden.device.type
+        self.chunk_rows = plan_tiling(
+            self.count,
+            self.vocab,
+            sides=len(sides),
+            hidden_entries=self.vocab,  # the gathered rows on their way into the buffer
+            cast_width=0,
+            itemsize=self.dtype.itemsize,
+            scratch=self.backend.scratch_bytes(self.count, self.vocab, device, objective.topk),
+            workspace_bytes=workspace_bytes,
+        ).chunk_rows
+        self.sides = sides
+        self.logits = [side.new_empty((self.chunk_rows, self.vocab), dtype=self.dtype) for side in sides]
+
+    def project(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
+        copies = []
+        for side, buffer in zip(self.sides, self.logits, strict=True):
+            part = side[rows][:, : self.vocab]
+            copies.append(buffer[: part.shape[0]].copy_(part))
+        return copies[0], copies[1] if len(copies) > 1 else None
+
+
+class HeadWalk(RowWalk):
+    """Rows of hidden states that are projected by their heads."""
+
+    def __init__(self, operands: Operands, objective: Objective, backend: str, workspace_bytes: int) -> None:
+        sides = operands.sides()
+        super().__init__(operands, objective, backend)
+        # Neighbours with one weight are projected together: a tile of the head is cast once for all of them.
+        runs = [list(run) for _, run in groupby(sides, key=lambda side: id(side[1]))]
+        self.groups = [(Head(run[0][1][: self.vocab], self.dtype), [side[0] for side in run]) for run in runs]
+        self.student_head = self.groups[0][0]
+        self.gradient_dtype = self.student_head.operand_dtype
+        hidden = operands.student_hidden
+        tiling = plan_tiling(
+            self.count,
+            self.vocab,
+            sides=len(sides),
+            hidden_entries=3 * sum(side.shape[1] for side, _ in sides) + 2 * hidden.shape[1],
+            cast_width=max((head.weight.shape[1] for head, _ in self.groups if head.cast), default=0),
+            itemsize=self.dtype.itemsize,
+            scratch=self.backend.scratch_bytes(self.count, self.vocab, hidden.device.type, objective.topk),
+            workspace_bytes=workspace_bytes,
+        )
+        self.chunk_rows = tiling.chunk_rows
+        for head, _ in self.groups:
+            head.reserve(tiling.cast_columns)
+        # Off the CPU, rows start on 64-byte boundaries, so that they can be read in full-width pieces.
+        columns = self.vocab if hidden.device.type == "cpu" else -(-self.vocab // 16) * 16
+        shape = (tiling.chunk_rows, columns)
+        self.logits = [hidden.new_empty(shape, dtype=self.dtype)[:, : self.vocab] for _ in sides]
+        # Two teachers are mixed by their final logits, so that part of the transform is done here, not in the tile.
+        self.mixing = operands.mix_hidden is not None
+        if self.mixing:
+            self.objective = replace(objective, teacher=(1.0, None, 1.0))
+            self.teacher_transform, self.mix_share = objective.teacher, objective.mix_share
+
+    def student_rows(self, rows: Rows) -> Tensor:
+        return self.operands.student_hidden[rows].to(self.student_head.operand_dtype)
+
+    def project(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
+        projected: list[Tensor] = []
+        for head, members in self.groups:
+            hidden = [side[rows].to(head.operand_dtype) for side in members]
+            buffers = self.logits[len(projected) : len(projected) + len(members)]
+            outs = [buffer[: part.shape[0]] for buffer, part in zip(buffers, hidden, strict=True)]
+            head.project(hidden, outs)
+            projected += outs
+        if self.mixing:
+            student, teacher, other = projected
+            for side in (teacher, other):
+                transform_(side, self.teacher_transform, self._bias(self.operands.teacher_bias))
+            return student, teacher.lerp_(other, self.mix_share)
+        return projected[0], projected[1] if len(projected) > 1 else None
+
+    def tile_rows(self, rows: Rows) -> TileRows:
+        tile_rows = super().tile_rows(rows)
+        return replace(tile_rows, teacher_bias=None) if self.mixing else tile_rows
+
+
+class LogitGradient:
+    """The gradient of logits (N, V), written chunk by chunk; zero in rows without weight."""
+
+    def __init__(self, walk: LogitWalk) -> None:
+        self.logits = torch.zeros_like(walk.operands.student_hidden)
+        self.vocab = walk.vocab
+
+    def add(self, rows: Rows, gradient: Tensor, factors: Tensor | None, scale: float) -> None:
+        gradient.mul_(scale if factors is None else (factors * scale)[:, None])
+        self.logits[rows, : self.vocab] = gradient.to(self.logits.dtype)
+
+
+class HeadGradients:
+    """The gradients of hidden states and head, summed chunk by chunk; the head's in the compute dtype."""
+
+    def __init__(self, walk: HeadWalk, wanted: Wanted) -> None:
+        self.walk = walk
+        hidden, weight = walk.operands.student_hidden, walk.operands.weight
+        self.hidden = torch.zeros_like(hidden) if wanted.hidden else None
+        self.chunk = hidden.new_empty((walk.chunk_rows if wanted.hidden else 0, hidden.shape[1]), dtype=walk.dtype)
+        self.weight = weight.new_empty(weight.shape, dtype=walk.dtype) if wanted.weight else None
+        self.bias = weight.new_zeros(weight.shape[0], dtype=walk.dtype) if wanted.bias else None
+        self.first = True
+
+    def add(self, rows: Rows, gradient: Tensor, factors: Tensor | None, scale: float) -> None:
+        """Add the products of one gradient tile (C, V); row i counts `scale · factors[i]` times."""
+        head, vocab = self.walk.student_head, self.walk.vocab
+        if self.hidden is not None:
+            chunk = self.chunk[: gradient.shape[0]]
+            head.hidden_gradient(gradient, chunk)
+            chunk.mul_(scale if factors is None else (factors * scale)[:, None])
+            self.hidden[rows] = chunk.to(self.hidden.dtype)
+        if self.weight is not None:
+            hidden = self.walk.student_rows(rows)
+            if factors is not None:
+                hidden = hidden * factors[:, None].to(hidden.dtype)
+            head.weight_gradient(gradient, hidden, self.weight[:vocab], scale, self.first)
+        if self.bias is not None:
+            ones = gradient.new_ones(gradient.shape[0]) if factors is None else factors.to(gradient.dtype)
+            self.bias[:vocab] += (gradient.t() @ ones).to(self.bias.dtype) * scale
+        self.first = False
+
+    def result(self) -> Gradients:
+        operands, weight, bias = self.walk.operands, self.weight, self.bias
+        if weight is not None:
+            weight[0 if self.first else self.walk.vocab :].zero_()
+            weight = weight.to(operands.weight.dtype)
+        if bias is not None and operands.student_bias is not None:
+            bias = bias.to(operands.student_bias.dtype)
+        return Gradients(self.hidden, weight, bias)
+
+
+def load_backend(name: str) -> ModuleType:
+    """The module of a backend; triton is imported here and nowhere else."""
+    return importlib.import_module(f"{__package__}.{name}_backend")
+
+
+def _active_rows(token_weights: Tensor | None) -> Tensor | None:
+    if token_weights is None:
+        return None
+    active = token_weights.nonzero()[:, 0]
+    return None if active.numel() == token_weights.numel() else active
+
+
+def _part(tensor: Tensor | None, rows: Rows) -> Tensor | None:
+    return None if tensor is None else tensor[rows]

@@ -1,0 +1,1 @@
+"""The command line. `main.py` holds the app, every other file one command; importing it imports no torch."""

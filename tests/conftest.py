@@ -1,0 +1,65 @@
+"""What holds for every test: uninitialised memory is NaN, random numbers are seeded, threads are few.
+
+`torch.empty` returns whatever the memory held, often zeros, and code that forgets to write an element then passes.
+Under `use_deterministic_algorithms` torch fills it with NaN (the largest value for integers), and refuses operations
+whose result depends on the order of threads.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# cuBLAS is deterministic only with a fixed workspace, which it reads once, when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Nothing in the tests may download.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def deterministic_torch() -> Iterator[None]:
+    """The state of the process; xdist workers share the cores."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // workers)))
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(1).isnan(), "this version of torch does not fill uninitialised memory"
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """The seed that the global generator has at the start of every test."""
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture
+def run_python(tmp_path: Path, pytestconfig: pytest.Config) -> Callable[..., str]:
+    """`run_python(code, *arguments)` runs code in a new interpreter, in an empty folder, and returns what it printed.
+
+    The checkout is on its path, or, with `path=`, only that folder and what is installed.
+    """
+
+    def run(code: str, *arguments: str, path: Path | None = None) -> str:
+        root = pytestconfig.rootpath
+        search = [path] if path else [root, root / "kernels"]
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, search))},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
