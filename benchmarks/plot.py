@@ -68,7 +68,7 @@ def _speed(report: Report) -> Any:
     figure, axes = plt.subplots(
         len(dtypes),
         len(shapes),
-        figsize=(1.5 + 3.5 * len(shapes), 1.2 + 3.1 * len(dtypes)),
+        figsize=(max(8.0, 1.5 + 3.5 * len(shapes)), 1.2 + 3.1 * len(dtypes)),
         squeeze=False,
         sharey="row",
     )
@@ -108,12 +108,12 @@ def _memory(report: Report) -> Any:
     dtype = selected[-1].group.dtype
     rows = [row for row in selected if row.group.dtype == dtype]
     groups = list(dict.fromkeys(row.group for row in rows))
-    figure, axes = plt.subplots(figsize=(2.0 + 2.1 * len(groups), 4.2))
-    for position, group in enumerate(groups):
-        members = [row for row in rows if row.group == group and _bytes(row)]
-        width = BAR / max(len(members), 1)
+    figure, axes = plt.subplots(figsize=(max(8.0, 2.0 + 2.1 * len(groups)), 4.2))
+    drawn = [[row for row in rows if row.group == group and _bytes(row)] for group in groups]
+    width = BAR / max(map(len, drawn))
+    for position, members in enumerate(drawn):
         for k, row in enumerate(sorted(members, key=_bytes)):
-            left = position - BAR / 2 + k * width
+            left = position + (k - len(members) / 2) * width
             beyond = max(_bytes(row) - row.gradient_bytes, 0) / MIB
             colour = COLOURS[row.contender]
             axes.bar(left, row.gradient_bytes / MIB, width * 0.92, align="edge", color=colour, alpha=0.35)
@@ -129,7 +129,7 @@ def _memory(report: Report) -> Any:
             axes.text(
                 left + width / 2,
                 _bytes(row) / MIB,
-                f"{_bytes(row) / MIB:.0f}",
+                f" {_bytes(row) / MIB:.0f}",
                 ha="center",
                 va="bottom",
                 fontsize=6.5,
@@ -164,6 +164,7 @@ def _accuracy(report: Report) -> Any:
                 "markersize": 5,
                 "label": contender,
                 "linewidth": 2.2 if contender == SDCORE.name else 1.2,
+                "zorder": 4 if contender == SDCORE.name else 2,
             }
             # An exact zero has no place on a logarithmic axis.
             axes[0][j].plot(*zip(*((noise, max(e.loss, 1e-9)) for noise, e in points), strict=True), **style)

@@ -35,7 +35,8 @@ class Report:
     def device(self) -> str:
         """The directory's name."""
         threads = "" if self.machine["kind"] == "cuda" else f" {self.machine['threads']} threads"
-        return re.sub(r"[^a-z0-9]+", "-", (self.machine["name"] + threads).lower()).strip("-")
+        name = re.sub(r"\((r|tm)\)", "", self.machine["name"].lower())
+        return re.sub(r"[^a-z0-9]+", "-", name + threads).strip("-")
 
 
 def describe_machine(device: str) -> dict[str, Any]:
@@ -126,8 +127,9 @@ def _with_errors(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def newest_results(results: Path = RESULTS) -> list[Path]:
-    """The newest file of every device; file names are dates."""
-    return [max(device.glob("*.json")) for device in sorted(results.iterdir()) if any(device.glob("*.json"))]
+    """The newest file of every device; file names are dates. Empty where nothing is committed yet."""
+    newest = {path.parent: path for path in sorted(results.glob("*/*.json"))}
+    return list(newest.values())
 
 
 __all__ = ["RESULTS", "Report", "describe_machine", "load", "newest_results", "save"]

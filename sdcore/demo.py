@@ -51,8 +51,8 @@ class DemoConfig:
     seed: int = 0  # of the task, the questions and every sample
     alpha: float = 1.0  # 1: reverse KL, 0: forward KL, between: Jensen-Shannon
     learning_rate: float = 1e-4
-    steps: int = 40  # of SDFT and the oracle; SFT is also shown after as many
-    sft_steps: int = 160  # SFT needs more steps before it knows the task
+    steps: int = 60  # of SDFT and the oracle; SFT is also shown after as many
+    sft_steps: int = 300  # SFT knows the task much later
     batch_size: int = 32  # questions per step
     eval_every: int = 10  # steps
     eval_episodes: int = 300  # questions per measurement

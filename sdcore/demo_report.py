@@ -20,10 +20,10 @@ Skill = Literal["new", "prior", "in_context"]
 TITLES: Final[dict[Learner, str]] = {"sdft": "SDFT", "sft": "SFT", "oracle": "oracle"}
 COLUMNS: Final = ("new, lenient", "new, strict", "prior", "in-context")
 LEGEND: Final = (
-    ("new, lenient", "the new task without any context; right digits, in whatever style"),
-    ("new, strict", "the same answers; right digits in the model's own style, without the demonstration's H"),
-    ("prior", "tasks that the model knew before, strict: what was not forgotten"),
-    ("in-context", "other task names with hints in view, strict: is the model still able to learn from its context?"),
+    ("new, lenient", "the new task without any context: all five digits right, in whatever style"),
+    ("new, strict", "the same answers: right and in the model's own style, without the demonstration's H"),
+    ("prior", "tasks that the model knew before, lenient: what was not forgotten"),
+    ("in-context", "other task names with hints in view, lenient: can the model still learn from its context?"),
     ("teacher", "the model before training with the demonstration in view: what SDFT distils, and its ceiling"),
     ("SDFT", "distilled from that teacher, on the student's own answers to the bare question"),
     ("SFT", "cross-entropy on the same demonstrations; shown after as many steps as SDFT, and after training on"),
@@ -102,7 +102,7 @@ def print_report(report: DemoReport, console: Console) -> None:
     table.add_row("teacher", "", _share(report.teacher.lenient), _share(report.teacher.strict), end_section=True)
     for name, point in table_points(report):
         new, prior, in_context = (point.skills[skill] for skill in ("new", "prior", "in_context"))
-        numbers = (new.lenient, new.strict, prior.strict, in_context.strict)
+        numbers = (new.lenient, new.strict, prior.lenient, in_context.lenient)
         table.add_row(name, str(point.step), *map(_share, numbers))
     console.print(table)
     legend = Table.grid(padding=(0, 2))
@@ -134,8 +134,8 @@ def plot_curves(report: DemoReport, path: Path) -> None:
     panels: tuple[tuple[str, Skill, Literal["lenient", "strict"]], ...] = (
         ("new task, lenient", "new", "lenient"),
         ("new task, strict", "new", "strict"),
-        ("prior tasks", "prior", "strict"),
-        ("in-context, other names", "in_context", "strict"),
+        ("prior tasks", "prior", "lenient"),
+        ("in-context, other names", "in_context", "lenient"),
     )
     figure = Figure(figsize=(14, 3.6), layout="constrained")
     for axes, (title, skill, judged) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
@@ -147,7 +147,7 @@ def plot_curves(report: DemoReport, path: Path) -> None:
         axes.set(title=title, xlabel="training steps", ylim=(-0.03, 1.03))
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("accuracy of sampled answers")
-    figure.axes[0].legend()
+    figure.axes[1].legend(loc="center right")  # where a strict SFT leaves room
     figure.savefig(path, dpi=120)
 
 

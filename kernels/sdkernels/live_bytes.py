@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class Matmul(NamedTuple):
@@ -30,6 +30,21 @@ class Matmul(NamedTuple):
 
 # Position of the first factor among the arguments of each operator that multiplies matrices.
 FIRST_FACTOR = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "mv": 0, "addmv": 1}
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among an operator's arguments or results, also those in lists."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from (item for item in value if isinstance(item, Tensor))
+
+
+@cache
+def _is_composite(func: Any) -> bool:
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return key in func.py_kernels or torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
 
 
 def _name_of(func: Any) -> str:
@@ -87,7 +102,7 @@ class LiveBytes(TorchDispatchMode):
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = [*_tensors(args), *_tensors(kwargs.values())]
         for tensor in inputs:
             self._see(tensor, is_new=False)
         if func.namespace not in ("aten", "prim", "prims"):
@@ -97,11 +112,10 @@ class LiveBytes(TorchDispatchMode):
             key = getattr(torch._C.DispatchKey, device.upper())
             with self:
                 return func.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
-        # Composite operators reach a mode undivided in inference mode.
-        with self:
-            result = func.decompose(*args, **kwargs)
-        if result is not NotImplemented:
-            return result
+        if _is_composite(func):
+            # Such operators reach a mode undivided in inference mode.
+            with self:
+                return func.decompose(*args, **kwargs)
         product = _matmul_of(func, args)
         if product is not None:
             self.matmuls.append(product)
@@ -109,12 +123,11 @@ class LiveBytes(TorchDispatchMode):
             result = func(*args, **kwargs)
         else:
             result = _zeros_like_product(func, args, kwargs)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._see(leaf, is_new=True, operator=str(func))
+        for tensor in _tensors(result if isinstance(result, tuple | list) else (result,)):
+            self._see(tensor, is_new=True, origin=func)
         return result
 
-    def _see(self, tensor: Tensor, *, is_new: bool, operator: str = "") -> None:
+    def _see(self, tensor: Tensor, *, is_new: bool, origin: Any = None) -> None:
         if tensor.layout != torch.strided or tensor.device.type == "meta":
             return
         storage = tensor.untyped_storage()
@@ -138,7 +151,7 @@ class LiveBytes(TorchDispatchMode):
             self.largest_bytes = max(self.largest_bytes, size)
             numel = size // tensor.element_size()
             if numel > self.largest_numel:
-                self.largest_numel, self.largest_origin = numel, f"{operator} {tuple(tensor.shape)} {tensor.dtype}"
+                self.largest_numel, self.largest_origin = numel, f"{origin} {tuple(tensor.shape)} {tensor.dtype}"
 
     def _forget(self, address: int) -> None:
         self._live_bytes -= self._sizes.pop(address, 0)

@@ -21,6 +21,8 @@ FAR = 40.0
 # A loss below this is summed again in float64. In float32 it may be off by 1e-7 over the root mean square of u, which is
 # about the root of twice the loss.
 NEAR = 1e-2
+# Sums of e^z between this and its inverse are taken as they are: neither they nor their parts over- or underflow.
+ORDINARY = 1e30
 
 
 def scratch_bytes(rows: int, vocab: int, device_type: str, topk: int) -> tuple[int, int]:
@@ -69,7 +71,7 @@ def logprob_tile(
     for block, scratch in _blocks(logits):
         z, target_ids = logits[block], None if rows.target_ids is None else rows.target_ids[block]
         slope = _transform_(z, objective.student, rows.student_bias)
-        side = _normalise(z, z, scratch.neg_p, scratch.a)
+        side = _normalise(z, scratch.neg_p, scratch.a)
         scratch.neg_p.mul_(-1.0 / side.total)
         entropies.append(side.entropy)
         if target_ids is not None:
@@ -103,13 +105,13 @@ class Scratch(NamedTuple):
     """Buffers of one block of rows in the compute dtype."""
 
     neg_p: Tensor
-    teacher: Tensor
+    u: Tensor  # not the teacher's logits: what is only read of a tile is not written back to memory
     a: Tensor
     b: Tensor
 
 
 class Side(NamedTuple):
-    """One distribution of a block: its final logits, shifted to a maximum of 0, and their normalisation."""
+    """One distribution of a block: its final logits, shifted where they had to be, and their normalisation."""
 
     z: Tensor  # (rows, V)
     total: Tensor  # (rows, 1) sum of the exponentials
@@ -162,11 +164,14 @@ def _narrowed(gradient: Tensor, dtype: torch.dtype | None) -> Tensor:
     return gradient if dtype is None else gradient.to(dtype)
 
 
-def _normalise(z: Tensor, shifted: Tensor, exponentials: Tensor, spare: Tensor) -> Side:
-    """Write `z` (rows, V) less its maximum into `shifted`, which may be `z`, and e to that into `exponentials`."""
-    z = torch.sub(z, z.amax(-1, keepdim=True), out=shifted)
-    torch.exp(z, out=exponentials)
-    total = exponentials.sum(-1, keepdim=True)
+def _normalise(z: Tensor, exponentials: Tensor, spare: Tensor) -> Side:
+    """Write `e^z` of final logits (rows, V) into `exponentials`, and normalise."""
+    total = torch.exp(z, out=exponentials).sum(-1, keepdim=True)
+    low, high = total.aminmax()
+    # Logits of usual size need no shift to a maximum of 0, which would cost two more passes.
+    if not (float(low) > 1 / ORDINARY and float(high) < ORDINARY):
+        z.sub_(z.amax(-1, keepdim=True))
+        total = torch.exp(z, out=exponentials).sum(-1, keepdim=True)
     log_sum = total.log()
     entropy = log_sum - torch.mul(exponentials, z, out=spare).sum(-1, keepdim=True) / total
     return Side(z, total, log_sum, entropy[:, 0])
@@ -181,13 +186,12 @@ def _divergence_block(
     want_gradient: bool,
 ) -> RowValues:
     slope = _transform_(z, objective.student, rows.student_bias)
-    student = _normalise(z, z, scratch.neg_p, scratch.a)
+    student = _normalise(z, scratch.neg_p, scratch.a)
     scratch.neg_p.mul_(-1.0 / student.total)
     teacher = None
     if z_teacher is not None:
         _transform_(z_teacher, objective.teacher, rows.teacher_bias)
-        # Into scratch: what is only read of a tile is not written back to memory.
-        teacher = _normalise(z_teacher, scratch.teacher, scratch.a, scratch.b)
+        teacher = _normalise(z_teacher, scratch.a, scratch.b)
     ids = rows.target_ids
     student_logprobs = None if ids is None else student.logprobs_at(ids)
     teacher_logprobs = None if ids is None or teacher is None else teacher.logprobs_at(ids)
@@ -206,14 +210,14 @@ def _divergence_block(
 
 
 def _full_vocabulary(student: Side, teacher: Side, objective: Objective, scratch: Scratch) -> Tensor:
-    """Loss (rows,); the student's z becomes its gradient with respect to the final logits, the teacher's is lost."""
+    """Loss (rows,); the student's z becomes its gradient with respect to the final logits."""
     alpha, normalize, z = objective.alpha, objective.normalize, student.z
     if objective.entry_clip is not None:
         log_p, log_q = (side.z.double() - side.log_sum for side in (student, teacher))
         loss, gradient = clipped_divergence(log_p, log_q, alpha, normalize, objective.entry_clip)
         z.copy_(gradient)
         return loss.to(z.dtype)
-    u = torch.sub(teacher.z, z, out=teacher.z).sub_(teacher.log_sum - student.log_sum)
+    u = torch.sub(teacher.z, z, out=scratch.u).sub_(teacher.log_sum - student.log_sum)
     if u.amax() > FAR:
         log_p = z.double() - student.log_sum
         loss, gradient = bucket_divergence(log_p, log_p + u, alpha, normalize)

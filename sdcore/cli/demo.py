@@ -16,18 +16,19 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of the task, the questions and every sample.")] = 0,
     alpha: Annotated[float, typer.Option(help="1: reverse KL, 0: forward KL, between: Jensen-Shannon.")] = 1.0,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW, for every method.")] = 1e-4,
-    steps: Annotated[int, typer.Option(help="Training steps of SDFT and of the oracle.")] = 40,
-    sft_steps: Annotated[int, typer.Option(help="Training steps of SFT, which learns the task later.")] = 160,
+    steps: Annotated[int, typer.Option(help="Training steps of SDFT and of the oracle.")] = 60,
+    sft_steps: Annotated[int, typer.Option(help="Training steps of SFT, which learns the task later.")] = 300,
     threads: Annotated[int, typer.Option(help="Torch threads; one is fastest for the bundled model.")] = 1,
     device: Annotated[str, typer.Option(help="Torch device to run on.")] = "cpu",
     plot: Annotated[bool, typer.Option(help="Draw the curves; needs matplotlib.")] = True,
 ) -> None:
-    """Teach a model a new task three ways and show what each costs: about a minute and a half on one core.
+    """Teach a model a new task three ways and show what each costs: about a minute on one core.
 
     The model distils its own answers with a demonstration in view (SDFT), imitates the demonstrations (SFT), or
     imitates the same answers in its own style (the oracle). Prints accuracies before and after, and sampled answers.
     """
     from rich.console import Console
+    from transformers.utils import logging
 
     from sdcore.demo import DemoConfig, run_demo
 
@@ -46,6 +47,7 @@ def demo(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    logging.disable_progress_bar()  # a bar for loading 30 tensors
     try:
         run_demo(config, Console())
     except (ImportError, OSError) as error:  # no matplotlib, no such model

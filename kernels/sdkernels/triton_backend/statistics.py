@@ -13,8 +13,10 @@ the last one only as good as the rounding of the logits: it is the constant that
 itself is summed (divergence.py).
 
 `shift`, the teacher's log-sum-exp minus the student's, is taken as the difference of the maxima plus the logarithm
-of the ratio of the sums: two nearly equal log-sum-exps would cost it three digits. The pass reads each logit once
-and writes 1/GROUP of a tile where a top-k follows (see topk.py).
+of the ratio of the sums: two nearly equal log-sum-exps would cost it three digits. A loss over the whole row feels
+its error only in second order, but not one over a tail beside other buckets, so there (EXCLUDE) a teacher near the
+student has its `shift` from `log(1 + Σ w (e^(z_teacher - z_student) - 1) / S)`, whose relative error is that of the
+differences. The pass reads each logit once and writes 1/GROUP of a tile where a top-k follows (see topk.py).
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from torch import Tensor
 
 from ..types import Objective, TileRows
 from .configs import FUSED_MULTIPLY_ADD, block_size, config, head_factors, on_device
-from .formulas import exp, final_logits
+from .formulas import NEAR, exp, final_logits, mass_times, phi_near, rho_near
 
 # Rows of the statistics array; the kernels below and in divergence.py address it by these numbers.
 LSE_STUDENT = tl.constexpr(0)
@@ -109,7 +111,7 @@ def row_statistics_kernel(
     b_max, b_max_teacher = tl.full((), LOWEST, tl.float32), tl.full((), LOWEST, tl.float32)
     b_sum, b_first = tl.zeros((BV,), tl.float32), tl.zeros((BV,), tl.float32)
     b_sum_teacher, b_first_teacher = tl.zeros((BV,), tl.float32), tl.zeros((BV,), tl.float32)
-    b_difference = tl.zeros((BV,), tl.float32)
+    b_difference, b_growth = tl.zeros((BV,), tl.float32), tl.zeros((BV,), tl.float32)
     for i_v in tl.range(0, V, BV, num_stages=STAGES):
         o_v = i_v + tl.arange(0, BV)
         m_v = o_v < V
@@ -119,6 +121,7 @@ def row_statistics_kernel(
         if b_new > b_max:
             b_sum, b_first = rescale(b_max, b_new, b_sum, b_first)
             b_difference *= exp(b_max - b_new)
+            b_growth *= exp(b_max - b_new)
             b_max = b_new
         b_sum, b_first, b_weight = add_block(b_z, b_max, b_sum, b_first)
         b_grouped = b_z
@@ -127,12 +130,15 @@ def row_statistics_kernel(
                 p_teacher, p_teacher_bias, o_v, m_v, teacher_gain, teacher_cap, TEACHER_SOFTCAP, EXCLUDE
             )
             b_new = tl.maximum(b_max_teacher, tl.max(b_z_teacher, axis=0))
-            if b_new > b_max_teacher:
+            if b_new > b_max_teacher + 1e9:
                 b_sum_teacher, b_first_teacher = rescale(b_max_teacher, b_new, b_sum_teacher, b_first_teacher)
                 b_max_teacher = b_new
             b_sum_teacher, b_first_teacher, _ = add_block(b_z_teacher, b_max_teacher, b_sum_teacher, b_first_teacher)
             b_gap = tl.minimum(tl.maximum(b_z_teacher - b_z, LOWEST), -LOWEST)
             b_difference += b_weight * b_gap
+            if EXCLUDE:
+                b_factor = tl.where(tl.abs(b_gap) < NEAR, b_gap + phi_near(b_gap), exp(b_gap) - 1)
+                b_growth += mass_times(b_weight, b_factor)
             if GROUPS_OF_TEACHER:
                 b_grouped = b_z_teacher
         if p_groups is not None:
@@ -148,6 +154,10 @@ def row_statistics_kernel(
         total_teacher = tl.sum(b_sum_teacher, axis=0)
         log_total_teacher = tl.log(total_teacher)
         shift = (b_max_teacher - b_max) + tl.log(total_teacher / total)
+        if EXCLUDE:
+            growth = tl.sum(b_growth, axis=0) / total
+            # The comparison is also false for what overflowed.
+            shift = tl.where(tl.abs(growth) < NEAR / 2, growth - rho_near(growth, growth / (2 + growth)), shift)
         tl.store(p_statistics + LSE_TEACHER * C + i_row, b_max_teacher + log_total_teacher)
         tl.store(
             p_statistics + ENTROPY_TEACHER * C + i_row,
