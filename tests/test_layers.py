@@ -24,6 +24,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"walk", "validation"},
         {"passes"},
         {"custom_ops"},
+        {"objective"},
         {"api"},
         {"testing", "compile_check", "__init__"},
     ],

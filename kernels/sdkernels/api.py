@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import custom_ops
+from .objective import objective_of, teacher_transform, transform_scalars
 from .tiling import DEFAULT_WORKSPACE_MB, MIB
 from .types import (
     Backend,
@@ -128,7 +128,7 @@ def linear_divergence(
     )
     student_head = LogitTransform() if student_head is None else student_head
     check_head("student_head", student_head, student_weight.shape[0], student_hidden)
-    teacher_head = _teacher_head(student_head, teacher_head, teacher_weight)
+    teacher_head = teacher_transform(student_head, teacher_head, teacher_weight)
     check_head("teacher_head", teacher_head, student_weight.shape[0], student_hidden)
 
     mix = teacher if isinstance(teacher, TeacherMix) else None
@@ -138,7 +138,7 @@ def linear_divergence(
     teacher_hidden, teacher_weight, mix_hidden, mix_weight = (
         None if side is None else _autocast(side.detach()) for side in sides
     )
-    objective = _objective(
+    objective = objective_of(
         alpha, normalize, temperature, student_head, teacher_head, support, teacher, importance, entry_clip
     )
     gradients = _formed_in_forward(hidden, weight, bias, reduction, gradient)
@@ -210,7 +210,7 @@ def logit_divergence(
     teacher_head = LogitTransform(temperature=teacher_temperature)
     check_head("teacher_head", teacher_head, student_logits.shape[1], student_logits)
     chosen = _choose_backend(backend, student_logits, teacher_logits)
-    objective = _objective(
+    objective = objective_of(
         alpha, normalize, temperature, LogitTransform(), teacher_head, support, teacher, importance, entry_clip
     )
     loss, *values = custom_ops.logit_divergence(
@@ -264,7 +264,7 @@ def linear_logprobs(
         *[None] * 6,
         _int64(target_ids),
         *[None] * 3,
-        *Objective(student=_scalars(head, temperature)).for_vocabulary(vocab_size).encode(),
+        *Objective(student=transform_scalars(head, temperature)).for_vocabulary(vocab_size).encode(),
         _choose_backend(backend, hidden, weight),
         _workspace_bytes(workspace_mb, weight),
     )
@@ -296,55 +296,11 @@ def linear_topk(
         weight,
         head.bias,
         *[None] * 10,
-        *Objective(student=_scalars(head, temperature), topk=k).for_vocabulary(vocab_size).encode(),
+        *Objective(student=transform_scalars(head, temperature), topk=k).for_vocabulary(vocab_size).encode(),
         _choose_backend(backend, hidden, weight),
         _workspace_bytes(workspace_mb, weight),
     )
     return TopKOutput(ids, logprobs)
-
-
-def _teacher_head(
-    student: LogitTransform, teacher: LogitTransform | None, teacher_weight: Tensor | None
-) -> LogitTransform:
-    if teacher is not None:
-        return teacher
-    if teacher_weight is None:
-        return student
-    return LogitTransform(scale=student.scale, softcap=student.softcap, temperature=student.temperature)
-
-
-def _scalars(head: LogitTransform, temperature: float) -> tuple[float, float | None, float]:
-    own = temperature if head.temperature is None else head.temperature
-    return float(head.scale), None if head.softcap is None else float(head.softcap), float(own)
-
-
-def _objective(
-    alpha: float,
-    normalize: bool,
-    temperature: float,
-    student_head: LogitTransform,
-    teacher_head: LogitTransform,
-    support: TopK | str | None,
-    teacher: TeacherMix | TopKLogprobs | None,
-    importance: ImportanceClip | None,
-    entry_clip: float | None,
-) -> Objective:
-    if isinstance(teacher, TopKLogprobs) and support is None:
-        support = TopK(teacher.ids.shape[1], of="teacher")
-    restricted = support if isinstance(support, TopK) else None
-    return Objective(
-        alpha=float(alpha),
-        normalize=normalize,
-        support="topk" if restricted is not None else "full" if support is None else "sampled",
-        topk=0 if restricted is None else restricted.k,
-        topk_of="student" if restricted is None else restricted.of,
-        tail=restricted is None or restricted.tail,
-        entry_clip=None if entry_clip is None else float(entry_clip),
-        importance_clip=math.inf if importance is None else float(importance.clip),
-        mix_share=float(teacher.share) if isinstance(teacher, TeacherMix) else 0.0,
-        student=_scalars(student_head, temperature),
-        teacher=_scalars(teacher_head, temperature),
-    )
 
 
 def _output(loss: Tensor, values: list[Tensor], backend: str, targets: bool, cached: bool) -> DivergenceOutput:

@@ -1,8 +1,8 @@
 """The passes as `torch.library` operators: opaque to `torch.compile`, with fakes and autograd formulas.
 
 An operator takes tensors and plain scalars and returns tensors, so `Objective` travels as words, floats and ints, a
-tensor that is not there comes back empty, and `gradients` lists those that the forward pass forms ("h", "w", "b": hidden states,
-weight, bias). Autograd scales what the forward pass left, or, where `gradients` is empty, runs the pass again.
+tensor that is not there comes back empty, and `gradients` lists what the forward pass forms ("h", "w", "b": hidden
+states, weight, bias). Autograd scales what the forward pass left, or, where `gradients` is empty, runs the pass again.
 """
 
 from __future__ import annotations

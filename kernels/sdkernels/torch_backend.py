@@ -18,8 +18,8 @@ from .types import Objective, RowValues, TileRows
 
 # Above this log-ratio u, e^u is out of reach of float32, and p·(e^u - 1) has to be taken as q - p.
 FAR = 40.0
-# A loss below this is summed again in float64. In float32 it may be off by 1e-7 over the root mean square of u, which is
-# about the root of twice the loss.
+# A loss below this is summed again in float64. In float32 it may be off by 1e-7 over the root mean square of u, which
+# is about the root of twice the loss.
 NEAR = 1e-2
 # Sums of e^z between this and its inverse are taken as they are: neither they nor their parts over- or underflow.
 ORDINARY = 1e30
@@ -213,11 +213,12 @@ def _full_vocabulary(student: Side, teacher: Side, objective: Objective, scratch
     """Loss (rows,); the student's z becomes its gradient with respect to the final logits."""
     alpha, normalize, z = objective.alpha, objective.normalize, student.z
     if objective.entry_clip is not None:
-        log_p, log_q = (side.z.double() - side.log_sum for side in (student, teacher))
+        # Clipped sums are of first order: here an error in the normalisers counts.
+        log_p, log_q = (side.z.double().log_softmax(-1) for side in (student, teacher))
         loss, gradient = clipped_divergence(log_p, log_q, alpha, normalize, objective.entry_clip)
         z.copy_(gradient)
         return loss.to(z.dtype)
-    u = torch.sub(teacher.z, z, out=scratch.u).sub_(teacher.log_sum - student.log_sum)
+    u = torch.sub(teacher.z, z, out=scratch.u).sub_((teacher.total / student.total).log_())
     if u.amax() > FAR:
         log_p = z.double() - student.log_sum
         loss, gradient = bucket_divergence(log_p, log_p + u, alpha, normalize)

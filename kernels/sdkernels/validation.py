@@ -265,7 +265,7 @@ def check_values(operands: Operands, vocab_size: int, reduction: str) -> None:
         masses = operands.teacher_logprobs.float().exp().sum(-1)
         if bool((masses > MOST_MASS).any()):
             raise ValueError(
-                "teacher.logprobs must be over the full vocabulary, with probabilities that add up to at most 1 in a row, "
+                "teacher.logprobs must be over the full vocabulary, with probabilities that add up to at most 1, "
                 f"got {float(masses.max()):.3g} in row {int(masses.argmax())}"
             )
 

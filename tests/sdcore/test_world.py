@@ -171,6 +171,7 @@ def test_the_checkpoint_has_the_architecture_that_pretraining_builds(model: Llam
     assert model.config.rope_parameters == fresh.config.rope_parameters
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     assert tokenizer.get_vocab() == build_tokenizer().get_vocab()
+    assert tokenizer.chat_template == build_tokenizer().chat_template
 
 
 # The gate asks for 0.99 of 1,000 answers of each kind. Of 400 answers, 0.99 has a standard error of 0.005.

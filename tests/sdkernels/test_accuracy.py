@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdkernels import TopK, linear_divergence
+from sdkernels import TopK, linear_divergence, logit_divergence
 from sdkernels.reference import divergence
 from sdkernels.testing import Inputs, make_arguments, make_inputs, relative_error, run_operation, run_reference
 
@@ -99,3 +99,16 @@ def test_logits_rounded_to_bf16_would_miss_these_limits(near: dict[tuple[float, 
     assert exact.hidden_gradient is not None
     assert relative_error(naive.hidden_gradient, exact.hidden_gradient) > 0.1
     assert relative_error(naive.output.loss, exact.output.loss) > 0.01
+
+
+@alphas
+@pytest.mark.parametrize("noise", [0.3, 0.03, 0.003, 0.0003])
+def test_from_given_float32_logits_every_row_keeps_its_digits(noise: float, alpha: float, normalize: bool) -> None:
+    """No product is rounded here: what is off is the summation, which has to be of second order in the noise."""
+    generator = torch.Generator().manual_seed(0)
+    student = 3 * torch.randn(32, 4001, generator=generator)
+    teacher = student + noise * torch.randn(32, 4001, generator=generator)
+    rows = logit_divergence(student, teacher, alpha=alpha, normalize=normalize, reduction="none").loss
+    log_p, log_q = (logits.double().log_softmax(-1) for logits in (student, teacher))
+    exact = divergence(log_p, log_q, alpha, normalize)
+    assert ((rows - exact).abs() <= 2e-6 * exact).all()

@@ -47,11 +47,15 @@ def check(actual: Run, exact: Run, loss: float = 1e-6, gradient: float = 1e-5) -
             torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def limit_of(arguments: dict[str, Any], exact: Run) -> float:
+    """1e-6, or twice the naive float32 path's error where that is more: few entries, summands of both signs."""
+    naive = run_reference(**arguments, naive=True)
+    return max(1e-6, 2 * relative_error(naive.output.per_token, exact.output.per_token))
+
+
 def compare(arguments: dict[str, Any], **run_only: Any) -> None:
-    """Within the limits of issue 3, or twice the naive float32 path's error where few entries cancel much."""
-    exact, naive = run_reference(**arguments), run_reference(**arguments, naive=True)
-    loss = max(1e-6, 2 * relative_error(naive.output.per_token, exact.output.per_token))
-    check(run_operation(linear_divergence, **arguments, **run_only), exact, loss)
+    exact = run_reference(**arguments)
+    check(run_operation(linear_divergence, **arguments, **run_only), exact, limit_of(arguments, exact))
 
 
 def with_bias(vocab: int, head: LogitTransform = HEAD, dtype: torch.dtype = torch.float32) -> LogitTransform:
@@ -66,7 +70,10 @@ def test_single_precision_is_within_1e_6_and_1e_5(shape: tuple[int, int, int], o
     rows, vocab, hidden = shape
     inputs = make_inputs(rows, hidden, vocab, masked=0.3)
     arguments = make_arguments(inputs, objective)
-    check(run_operation(linear_divergence, **arguments, gradient=gradient), run_reference(**arguments))
+    exact = run_reference(**arguments)
+    # A sum of capped contributions is no divergence: it has either sign, and is as well conditioned as luck has it.
+    limit = limit_of(arguments, exact) if "entry clip" in objective else 1e-6
+    check(run_operation(linear_divergence, **arguments, gradient=gradient), exact, limit)
 
 
 @gradients
@@ -373,8 +380,10 @@ def test_logits_at_hand_agree_too(objective: str, reduction: str) -> None:
     output = logit_divergence(student, teacher, **arguments)
     output.loss.backward(upstream)
     # Logits are hidden states under a head that does nothing.
-    exact = run_reference(student, torch.eye(41), teacher, **arguments, upstream=upstream)
-    check(Run(output._replace(loss=output.loss.detach()), student.grad, None, None), exact)
+    arguments |= {"student_hidden": student, "student_weight": torch.eye(41), "teacher_hidden": teacher}
+    exact = run_reference(**arguments, upstream=upstream)
+    actual = Run(output._replace(loss=output.loss.detach()), student.grad, None, None)
+    check(actual, exact, limit_of(arguments | {"upstream": upstream}, exact))
 
 
 def test_topk_of_everything_is_the_full_vocabulary() -> None:

@@ -130,7 +130,7 @@ def row_statistics_kernel(
                 p_teacher, p_teacher_bias, o_v, m_v, teacher_gain, teacher_cap, TEACHER_SOFTCAP, EXCLUDE
             )
             b_new = tl.maximum(b_max_teacher, tl.max(b_z_teacher, axis=0))
-            if b_new > b_max_teacher + 1e9:
+            if b_new > b_max_teacher:
                 b_sum_teacher, b_first_teacher = rescale(b_max_teacher, b_new, b_sum_teacher, b_first_teacher)
                 b_max_teacher = b_new
             b_sum_teacher, b_first_teacher, _ = add_block(b_z_teacher, b_max_teacher, b_sum_teacher, b_first_teacher)
