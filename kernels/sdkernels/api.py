@@ -28,6 +28,10 @@ from .types import (
 from .validation import check_call, check_head, check_linear, check_logits, check_row_operands, check_targets
 
 
+# A top-k support of this size or more does not fit the registers of a Triton program.
+TRITON_BUCKETS = 2048
+
+
 class LogprobOutput(NamedTuple):
     """Result of `linear_logprobs`, both in the graph."""
 
@@ -142,7 +146,7 @@ def linear_divergence(
         alpha, normalize, temperature, student_head, teacher_head, support, teacher, importance, entry_clip
     )
     gradients = _formed_in_forward(hidden, weight, bias, reduction, gradient)
-    chosen = _choose_backend(backend, hidden, weight, teacher_hidden, teacher_weight)
+    chosen = _choose_backend(backend, hidden, weight, teacher_hidden, teacher_weight, buckets=objective.topk)
     loss, *values = custom_ops.divergence(
         hidden,
         weight,
@@ -209,10 +213,10 @@ def logit_divergence(
     )
     teacher_head = LogitTransform(temperature=teacher_temperature)
     check_head("teacher_head", teacher_head, student_logits.shape[1], student_logits)
-    chosen = _choose_backend(backend, student_logits, teacher_logits)
     objective = objective_of(
         alpha, normalize, temperature, LogitTransform(), teacher_head, support, teacher, importance, entry_clip
     )
+    chosen = _choose_backend(backend, student_logits, teacher_logits, buckets=objective.topk)
     loss, *values = custom_ops.logit_divergence(
         student_logits,
         None,
@@ -297,7 +301,7 @@ def linear_topk(
         head.bias,
         *[None] * 10,
         *Objective(student=transform_scalars(head, temperature), topk=k).for_vocabulary(vocab_size).encode(),
-        _choose_backend(backend, hidden, weight),
+        _choose_backend(backend, hidden, weight, buckets=k),
         _workspace_bytes(workspace_mb, weight),
     )
     return TopKOutput(ids, logprobs)
@@ -335,12 +339,13 @@ def _formed_in_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, redu
     return "".join(letter for letter, is_trained in zip("hwb", trained, strict=True) if is_trained)
 
 
-def _choose_backend(backend: str, *tensors: Tensor | None) -> str:
+def _choose_backend(backend: str, *tensors: Tensor | None, buckets: int = 0) -> str:
     present = [tensor for tensor in tensors if tensor is not None]
     on_gpu = present[0].device.type == "cuda"
     wide = any(tensor.dtype == torch.float64 for tensor in present)
     if backend == "auto":
-        return "triton" if on_gpu and not wide and importlib.util.find_spec("triton") else "torch"
+        fits = on_gpu and not wide and buckets < TRITON_BUCKETS
+        return "triton" if fits and importlib.util.find_spec("triton") else "torch"
     if backend == "triton":
         if wide:
             raise TypeError("backend='triton' needs inputs of at most 32 bits, got torch.float64; use backend='torch'")
