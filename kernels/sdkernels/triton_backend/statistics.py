@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..types import Objective, TileRows
 from .configs import FUSED_MULTIPLY_ADD, block_size, config, head_factors, on_device
-from .formulas import NEAR, exp, final_logits, mass_times, phi_near, rho_near
+from .formulas import NEAR, exp, final_logits, log_ratio, mass_times, phi_near, rho_near
 
 # Rows of the statistics array; the kernels below and in divergence.py address it by these numbers.
 LSE_STUDENT = tl.constexpr(0)
@@ -134,7 +134,8 @@ def row_statistics_kernel(
                 b_sum_teacher, b_first_teacher = rescale(b_max_teacher, b_new, b_sum_teacher, b_first_teacher)
                 b_max_teacher = b_new
             b_sum_teacher, b_first_teacher, _ = add_block(b_z_teacher, b_max_teacher, b_sum_teacher, b_first_teacher)
-            b_gap = tl.minimum(tl.maximum(b_z_teacher - b_z, LOWEST), -LOWEST)
+            # 0 where both are -inf, also in lanes beyond V: whether a maximum drops a NaN differs between targets.
+            b_gap = tl.minimum(tl.maximum(log_ratio(b_z, b_z_teacher, 0.0), LOWEST), -LOWEST)
             b_difference += b_weight * b_gap
             if EXCLUDE:
                 b_factor = tl.where(tl.abs(b_gap) < NEAR, b_gap + phi_near(b_gap), exp(b_gap) - 1)
