@@ -27,7 +27,6 @@ from .types import (
 )
 from .validation import check_call, check_head, check_linear, check_logits, check_row_operands, check_targets
 
-
 # A top-k support of this size or more does not fit the registers of a Triton program.
 TRITON_BUCKETS = 2048
 

@@ -81,3 +81,12 @@ def transform_(z: Tensor, head: tuple[float, float | None, float], bias: Tensor 
         z.mul_(scale / softcap).tanh_().mul_(softcap / temperature)
     elif scale != temperature:
         z.mul_(scale / temperature)
+
+
+def gradient_view(logits: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Where the gradient (C, V) goes: the logits' own memory, in the first half of each row for a 16-bit `dtype`."""
+    if dtype is None or dtype == logits.dtype:
+        return logits
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"gradient_dtype must be float32, bfloat16 or float16, got {dtype}")
+    return logits.view(dtype)[:, : logits.shape[1]]

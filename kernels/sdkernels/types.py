@@ -159,6 +159,9 @@ class TileRows:
     target_ids: torch.Tensor | None = None  # (C,) int64
     teacher_ids: torch.Tensor | None = None  # (C, K) int64: the teacher is cached and teacher_logits is None
     teacher_logprobs: torch.Tensor | None = None  # (C, K) in the compute dtype
+    # Both sides go through one head without soft-cap, and teacher_logits hold the projection of the difference of their
+    # hidden states, teacher minus student: rounded like itself, not like the logits.
+    teacher_is_gap: bool = False
 
 
 class RowValues(NamedTuple):

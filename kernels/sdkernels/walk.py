@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .matmul import Head, compute_dtype_of
-from .support import transform_
-from .tiling import plan_tiling
+from .matmul import Head, compute_dtype_of, fast_products
+from .support import gradient_view, transform_
+from .tiling import block_rows, plan_tiling
 from .types import Objective, TileRows
 
 Rows = slice | Tensor  # a chunk's rows: a slice where every row is active, else their indices
@@ -64,7 +64,9 @@ class Operands:
 
     def sides(self) -> list[tuple[Tensor, Tensor]]:
         """(hidden, weight) of each distribution: student, teacher, mixed-in teacher."""
-        teacher_weight = self.weight if self.teacher_weight is None else self.teacher_weight
+        teacher_weight = self.teacher_weight
+        if teacher_weight is None or _is_same(teacher_weight, self.weight):
+            teacher_weight = self.weight
         mix_weight = teacher_weight if self.mix_weight is None else self.mix_weight
         sides = [(self.student_hidden, self.weight)]
         if self.teacher_hidden is not None:
@@ -203,17 +205,31 @@ class HeadWalk(RowWalk):
         if self.mixing:
             self.objective = replace(objective, teacher=(1.0, None, 1.0))
             self.teacher_transform, self.mix_share = objective.teacher, objective.mix_share
+        self.gap = (
+            self.backend.TAKES_GAP
+            and operands.teacher_hidden is not None
+            and sides[1][1] is sides[0][1]
+            and not self.mixing
+            and objective.teacher == objective.student
+            and objective.student[1] is None
+            and _is_same(operands.student_bias, operands.teacher_bias)
+        )
 
     def student_rows(self, rows: Rows) -> Tensor:
-        return self.operands.student_hidden[rows].to(self.student_head.operand_dtype)
+        """(C, H), as they enter the product with a gradient tile."""
+        head = self.student_head
+        return self.operands.student_hidden[rows].to(head.weight.dtype if head.narrow else head.operand_dtype)
 
     def project(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
         projected: list[Tensor] = []
         for head, members in self.groups:
             hidden = [side[rows].to(head.operand_dtype) for side in members]
+            if self.gap:
+                hidden[1] = hidden[1] - hidden[0]
             buffers = self.logits[len(projected) : len(projected) + len(members)]
             outs = [buffer[: part.shape[0]] for buffer, part in zip(buffers, hidden, strict=True)]
-            head.project(hidden, outs)
+            with fast_products(hidden[0].device):
+                head.project(hidden, outs)
             projected += outs
         if self.mixing:
             student, teacher, other = projected
@@ -223,7 +239,7 @@ class HeadWalk(RowWalk):
         return projected[0], projected[1] if len(projected) > 1 else None
 
     def tile_rows(self, rows: Rows) -> TileRows:
-        tile_rows = super().tile_rows(rows)
+        tile_rows = replace(super().tile_rows(rows), teacher_is_gap=self.gap)
         return replace(tile_rows, teacher_bias=None) if self.mixing else tile_rows
 
 
@@ -254,19 +270,24 @@ class HeadGradients:
     def add(self, rows: Rows, gradient: Tensor, factors: Tensor | None, scale: float) -> None:
         """Add the products of one gradient tile (C, V); row i counts `scale · factors[i]` times."""
         head, vocab = self.walk.student_head, self.walk.vocab
+        if self.bias is not None:
+            ones = gradient.new_ones(gradient.shape[0]) if factors is None else factors.to(gradient.dtype)
+            self.bias[:vocab] += (gradient.t() @ ones).to(self.bias.dtype) * scale
+        if head.narrow:
+            # The factors go in before the tile is rounded: in hidden rows they would be rounded once more.
+            gradient, factors = _narrowed(gradient, factors, head.weight.dtype), None
         if self.hidden is not None:
             chunk = self.chunk[: gradient.shape[0]]
-            head.hidden_gradient(gradient, chunk)
+            with fast_products(chunk.device):
+                head.hidden_gradient(gradient, chunk)
             chunk.mul_(scale if factors is None else (factors * scale)[:, None])
             self.hidden[rows] = chunk.to(self.hidden.dtype)
         if self.weight is not None:
             hidden = self.walk.student_rows(rows)
             if factors is not None:
                 hidden = hidden * factors[:, None].to(hidden.dtype)
-            head.weight_gradient(gradient, hidden, self.weight[:vocab], scale, self.first)
-        if self.bias is not None:
-            ones = gradient.new_ones(gradient.shape[0]) if factors is None else factors.to(gradient.dtype)
-            self.bias[:vocab] += (gradient.t() @ ones).to(self.bias.dtype) * scale
+            with fast_products(hidden.device):
+                head.weight_gradient(gradient, hidden, self.weight[:vocab], scale, self.first)
         self.first = False
 
     def result(self) -> Gradients:
@@ -289,6 +310,24 @@ def _active_rows(token_weights: Tensor | None) -> Tensor | None:
         return None
     active = token_weights.nonzero()[:, 0]
     return None if active.numel() == token_weights.numel() else active
+
+
+def _narrowed(gradient: Tensor, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A tile (C, V) times its rows' factors, rounded, in the first half of its rows' memory; the tile is gone."""
+    view = gradient_view(gradient, dtype)
+    step = block_rows(gradient.shape[1], gradient.device.type)
+    for start in range(0, gradient.shape[0], step):
+        block = slice(start, start + step)
+        view[block] = (gradient[block] if factors is None else gradient[block] * factors[block, None]).to(dtype)
+    return view
+
+
+def _is_same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Both absent, or one memory: a detached bias is its original."""
+    if one is None or other is None:
+        return one is other
+    same_layout = one.dtype == other.dtype and one.shape == other.shape and one.stride() == other.stride()
+    return same_layout and one.data_ptr() == other.data_ptr()
 
 
 def _part(tensor: Tensor | None, rows: Rows) -> Tensor | None:

@@ -9,4 +9,7 @@ from __future__ import annotations
 
 from .tiles import divergence_tile, logprob_tile, scratch_bytes, topk_tile
 
+# What `HeadWalk` may project as the teacher: see `TileRows.teacher_is_gap`.
+TAKES_GAP = False
+
 __all__ = ["divergence_tile", "logprob_tile", "scratch_bytes", "topk_tile"]

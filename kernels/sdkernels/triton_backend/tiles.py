@@ -15,6 +15,7 @@ import os
 import torch
 from torch import Tensor
 
+from ..support import gradient_view
 from ..types import Objective, RowValues, TileRows
 from .buckets import topk_divergence
 from .divergence import full_divergence
@@ -127,15 +128,6 @@ def topk_tile(logits: Tensor, rows: TileRows, objective: Objective, k: int) -> t
     statistics, maxima = row_statistics(logits, None, rows, objective, group=group_size(logits.shape[1], k))
     ids, values = top_ids(logits, rows.student_bias, objective.student, maxima, k)
     return ids, values - statistics.lse_student[:, None]
-
-
-def gradient_view(logits: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Where the gradient (C, V) goes: the logits' own memory, in the first half of each row for a 16-bit `dtype`."""
-    if dtype is None or dtype == logits.dtype:
-        return logits
-    if dtype not in (torch.bfloat16, torch.float16):
-        raise TypeError(f"gradient_dtype must be float32, bfloat16 or float16, got {dtype}")
-    return logits.view(dtype)[:, : logits.shape[1]]
 
 
 def _support(student: Tensor, teacher: Tensor | None, rows: TileRows, objective: Objective, maxima: Tensor) -> Tensor:
