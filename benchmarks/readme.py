@@ -1,17 +1,20 @@
-"""The block of results in the project's README, made from the newest committed JSON of every device."""
+"""The two blocks of results in the project's README, made from the newest committed JSON of every device."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+from benchmarks import prefix
 from benchmarks.report import RESULTS, load, newest_results
 from benchmarks.shapes import FULL_VOCABULARY
 from benchmarks.tables import accuracy_table, describe, memory_selection, memory_table, ratio_table
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
+PREFIX_BEGIN, PREFIX_END = "<!-- prefix results -->", "<!-- /prefix results -->"
 NOTHING = "No results are committed yet; `make bench` measures this machine."
+NO_PREFIX = "No results are committed yet; `python -m benchmarks.prefix` measures this machine."
 
 
 def block(results: Path = RESULTS, root: Path = README.parent) -> str:
@@ -35,17 +38,53 @@ def block(results: Path = RESULTS, root: Path = README.parent) -> str:
     return "\n\n".join(parts) or NOTHING
 
 
+def prefix_block(results: Path = RESULTS, root: Path = README.parent) -> str:
+    """What belongs between the markers of the shared-prefix scheme."""
+    parts = []
+    for path in prefix.newest_results(results):
+        report = prefix.load(path)
+        place = Path(os.path.relpath(path, root)).as_posix().removesuffix(".json")
+        parts.append(f"Measured on {describe(report.general)}. [All numbers]({place}.json), [tables]({place}.md).")
+        parts.append(prefix.describe_models(report))
+        parts += [table.markdown() for table in prefix.overviews(report)]
+        if path.with_suffix(".png").exists():
+            parts.append(f"![Speed and memory of shared prefixes]({place}.png)")
+    return "\n\n".join(parts) or NO_PREFIX
+
+
 def with_block(text: str, results: Path = RESULTS, root: Path = README.parent) -> str:
     """`text` with the block between its markers made anew; raises ValueError where a marker is missing."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README.md must contain {BEGIN} and, after it, {END}")
-    return f"{before}{BEGIN}\n\n{block(results, root)}\n\n{END}{after}"
+    return _between(text, BEGIN, END, block(results, root))
+
+
+def with_prefix_block(text: str, results: Path = RESULTS, root: Path = README.parent) -> str:
+    """`with_block` for the other pair of markers."""
+    return _between(text, PREFIX_BEGIN, PREFIX_END, prefix_block(results, root))
+
+
+def _between(text: str, begin: str, end: str, content: str) -> str:
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise ValueError(f"README.md must contain {begin} and, after it, {end}")
+    return f"{before}{begin}\n\n{content}\n\n{end}{after}"
 
 
 def update(readme: Path = README) -> None:
-    readme.write_text(with_block(readme.read_text()))
+    readme.write_text(with_prefix_block(with_block(readme.read_text())))
 
 
-__all__ = ["BEGIN", "END", "NOTHING", "README", "block", "update", "with_block"]
+__all__ = [
+    "BEGIN",
+    "END",
+    "NOTHING",
+    "NO_PREFIX",
+    "PREFIX_BEGIN",
+    "PREFIX_END",
+    "README",
+    "block",
+    "prefix_block",
+    "update",
+    "with_block",
+    "with_prefix_block",
+]

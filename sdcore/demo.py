@@ -35,7 +35,11 @@ from sdcore.demo_report import (
     print_report,
     require_matplotlib,
 )
-from sdcore.step import StepOutput, distill_step, imitate_step, require_plain_head
+from sdcore.losses import FusedLinearDivergence
+from sdcore.models import head_of
+from sdcore.prefix import plan
+from sdcore.step import StepOutput, distill_step, imitate_step
+from sdcore.teachers import Frozen
 from sdcore.world.episodes import Episode, hinted, mapped, prior, random_digits
 from sdcore.world.language import OPEN_NAMES
 from sdcore.world.verifier import Accuracy, accuracy, answer_ids, prompt_ids, sample_answers, sample_texts
@@ -88,7 +92,7 @@ class Experiment:
             "prior": [prior(rng) for _ in range(count)],
             "in_context": [hinted(rng, names=others) for _ in range(count)],
         }
-        require_plain_head(self.base, prompt_ids(self.tokenizer, self.questions["new"][0]))
+        head_of(self.base)  # refuses a model whose logits are not its states times a matrix, before any work
 
     def measure(self, model: PreTrainedModel, episodes: list[Episode]) -> Accuracy:
         return accuracy(model, self.tokenizer, episodes, seed=self.config.seed)
@@ -109,7 +113,12 @@ def train_step(
     if learner == "sdft":
         completions = sample_answers(student, experiment.tokenizer, episodes)
         contexts = [prompt_ids(experiment.tokenizer, episode.with_demonstration()) for episode in episodes]
-        return distill_step(student, experiment.base, prompts, contexts, completions, alpha=experiment.config.alpha)
+        return distill_step(
+            student,
+            plan(prompts, [[completion] for completion in completions], contexts),
+            loss=FusedLinearDivergence(alpha=experiment.config.alpha),
+            teacher=Frozen(experiment.base),
+        )
     texts = [episode.demonstration if learner == "sft" else episode.native_answer for episode in episodes]
     return imitate_step(student, prompts, [answer_ids(experiment.tokenizer, text) for text in texts])
 
@@ -138,8 +147,8 @@ def learn(
 def run_demo(config: DemoConfig, console: Console) -> DemoReport:
     """Run all learners, print the tables, write `report.json` and `curves.png` into `config.output`.
 
-    Raises `ImportError` before any work when a plot is wanted and matplotlib is missing, `ValueError` for a model whose
-    logits are not plain (see `require_plain_head`), and what transformers raises for a model it cannot load.
+    Raises `ImportError` before any work when a plot is wanted and matplotlib is missing, `UnsupportedModelError` for a
+    model whose logits are not what its configuration says, and what transformers raises for a model it cannot load.
     """
     if config.plot:
         require_matplotlib()

@@ -4,127 +4,185 @@ The student sees `prompt + completion`. The teacher sees `prompt with privileged
 give one hidden state per completion token, the divergence between the two next-token distributions is the loss, and
 the gradient reaches the student only:
 
-    student_states = completion_states(student, prompts, completions)             # (N, H), with gradient
-    teacher_states = completion_states(teacher, contexts, completions)            # (N, H), without
-    linear_divergence(student_states, student_head, teacher_states, teacher_head).loss.backward()
+    plan = sdcore.prefix.plan(prompts, completions, teacher_prompts)      # which tokens have the same past
+    for part in passes(model, plan, teacher=teacher).parts:               # hidden states of both, each token once
+        out = loss(part.student_hidden, lm_head.weight, part.teachers[0].hidden)
+        part.attach(out.loss).backward()
 
 `linear_divergence` applies the output layer in small tiles, so the (N, V) logits never exist. The first completion
 token is supervised too: the state that predicts it is the last prompt token's.
 
-Not covered yet: each pass computes its whole prompt anew (a shared-prefix scheme will replace `completion_states`),
-and heads that soft-cap or scale their logits (see `require_plain_head`).
+Not covered: sampling (`sdcore.prefix.generate`), the optimizer, and what becomes of the metrics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
-from sdkernels import linear_divergence, linear_logprobs
+from sdkernels import DivergenceOutput, TeacherMix, linear_logprobs
 
-TokenIds = Sequence[int]
+from .errors import ArgumentError
+from .losses import FusedLinearDivergence
+from .models import find_body, head_of
+from .prefix.checks import Verify
+from .prefix.planner import Plan, TokenIds
+from .prefix.planner import plan as plan_of
+from .prefix.report import Report
+from .prefix.runner import Part, Strategy, passes, run
+from .teachers import Teacher, TrustRegion
+
+Backward = Callable[[Tensor], object]
 
 
 class StepOutput(NamedTuple):
-    """What a step reports; the gradients are already in the student's `.grad`."""
+    """What a step reports; the gradients are already in the parameters' `.grad`."""
 
-    loss: Tensor  # () detached, mean over the completion tokens
-    entropy: Tensor  # () detached, the student's mean entropy over them, in nats
+    loss: Tensor  # () detached: mean over the weights of the completion tokens
+    metrics: dict[str, Tensor]  # () each, detached, not yet copied to the host
+    report: Report
 
 
 def distill_step(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    prompts_B: Sequence[TokenIds],
-    contexts_B: Sequence[TokenIds],
-    completions_B: Sequence[TokenIds],
+    model: nn.Module,
+    plan: Plan,
     *,
-    alpha: float = 1.0,
+    loss: FusedLinearDivergence | None = None,
+    teacher: Teacher | TrustRegion | None = None,
+    token_weights: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    micro_batch: int | None = None,
+    strategy: Strategy = "auto",
+    verify: Verify = "once",
+    backward: Backward = Tensor.backward,
 ) -> StepOutput:
-    """Teach the student, on its own completions, what the teacher would say with the context in view.
+    """Teach the model, on these completions, what the teacher says with the privileged context in view.
 
-    `prompts_B` are the student's prompts, `contexts_B` the teacher's (the same with privileged context inside),
-    `completions_B` what the student sampled; token ids, one entry per sequence. `alpha` 0 is forward KL, 1 reverse KL,
-    between them the generalised Jensen-Shannon divergence. `teacher` may be `student`: then it is a live teacher.
-    Accumulates gradients into the student's parameters. Raises `ValueError` for lists of unequal lengths.
+    Args:
+        model: a transformers causal language model; may be wrapped by PEFT, DistributedDataParallel or FSDP2.
+        plan: from `sdcore.prefix.plan`, with the teacher's prompts.
+        loss: None for reverse KL over the full vocabulary.
+        teacher: whose weights; None for `Live()`, the model itself.
+        token_weights: (N,), in the order of `plan.target_ids`; tokens of weight 0 carry no loss. None: all 1.
+        old_logprobs: (N,) the sampler's log-probabilities, for a loss with an `importance_clip`.
+        micro_batch: completions in flight at a time (strategy "two_phase"): bounds the memory. None: all, if they fit.
+        strategy, verify: as in `sdcore.prefix.run`.
+        backward: called with a scalar for each part of the step, such as `accelerator.backward`.
+
+    Accumulates gradients of the mean over the weights. The model's own output layer is never called on completion
+    tokens. Raises `ArgumentError` and `PlanError` for arguments that do not fit, and `UnsupportedModelError` for models
+    that cannot be treated exactly, before any pass.
     """
-    with torch.no_grad():
-        teacher_states = completion_states(teacher, contexts_B, completions_B)  # (N, H)
-    student_states = completion_states(student, prompts_B, completions_B)  # (N, H)
-    out = linear_divergence(
-        student_states,
-        head_weight(student),
-        teacher_states,
-        head_weight(teacher).detach(),
-        alpha=alpha,
-    )
-    out.loss.backward()
-    return StepOutput(out.loss.detach(), out.student_entropy.mean())
+    weights = _checked_weights(plan, token_weights)
+    old_logprobs = _checked_rows("old_logprobs", plan, old_logprobs)
+    if not plan.teacher:
+        raise ArgumentError("plan must have teacher prompts, got a plan of the student's pass alone")
+    loss = FusedLinearDivergence() if loss is None else loss
+    loss.check(old_logprobs)
+    share = teacher.share if isinstance(teacher, TrustRegion) else None
+    total = float(plan.num_rows if weights is None else weights.sum()) or 1.0
+    body = find_body(model)
+    seen = _Seen(plan)
+    parts, report = passes(model, plan, teacher=teacher, strategy=strategy, micro_batch=micro_batch, verify=verify)
+    with closing(parts):
+        for part in parts:
+            # Anew for each part: under FSDP2 each gathers the head, and its backward frees what it gathered.
+            head = head_of(body)
+            first, mix = part.teachers[0], None
+            if share is not None:
+                mix = TeacherMix(part.teachers[1].hidden, head.weight.detach(), share)
+            out = loss(
+                part.student_hidden,
+                head.weight,
+                first.hidden,
+                first.weight,
+                student_head=head.transform,
+                teacher_head=first.transform,
+                teacher=mix,
+                token_weights=None if weights is None else weights[part.rows],
+                target_ids=plan.target_ids[part.rows],
+                old_logprobs=None if old_logprobs is None else old_logprobs[part.rows],
+                reduction="sum",
+            )
+            seen.add(part, out)
+            with part.no_sync():
+                backward(part.attach(out.loss / total))
+    return StepOutput(seen.per_token.sum() / total, seen.metrics(weights), report)
 
 
 def imitate_step(
-    student: PreTrainedModel, prompts_B: Sequence[TokenIds], completions_B: Sequence[TokenIds]
+    model: nn.Module,
+    prompts_B: Sequence[TokenIds],
+    completions_B: Sequence[TokenIds],
+    *,
+    backward: Backward = Tensor.backward,
 ) -> StepOutput:
     """Supervised fine-tuning, the baseline: cross-entropy of given completions, mean over their tokens.
 
-    Accumulates gradients into the student's parameters. Raises `ValueError` for lists of unequal lengths.
+    Accumulates gradients into the model's parameters. Raises `PlanError` for ids or lists that do not fit.
     """
-    targets = torch.tensor([token for completion in completions_B for token in completion], device=student.device)
-    states = completion_states(student, prompts_B, completions_B)  # (N, H)
-    logprobs, entropy = linear_logprobs(states, head_weight(student), targets)
+    plan = plan_of(prompts_B, [[completion] for completion in completions_B])
+    student_hidden, _, report = run(model, plan)
+    head = head_of(model)
+    logprobs, entropy = linear_logprobs(student_hidden, head.weight, plan.target_ids, head=head.transform)
     loss = -cast(Tensor, logprobs).mean()  # None only without targets
-    loss.backward()
-    return StepOutput(loss.detach(), entropy.detach().mean())
+    backward(loss)
+    return StepOutput(loss.detach(), {"student/entropy": entropy.detach().mean()}, report)
 
 
-def completion_states(
-    model: PreTrainedModel, prompts_B: Sequence[TokenIds], completions_B: Sequence[TokenIds]
-) -> Tensor:
-    """The (N, H) hidden states that predict each completion token, in the order of sequences and positions.
+class _Seen:
+    """Row values (N,) of the parts, put back in the plan's order."""
 
-    Runs the base model only: the output layer is never applied here. N is the number of completion tokens. Raises
-    `ValueError` when the lists are of unequal lengths.
-    """
-    # The last completion token is predicted, never read.
-    inputs = [
-        torch.tensor([*prompt, *completion[:-1]]) for prompt, completion in zip(prompts_B, completions_B, strict=True)
-    ]
-    input_ids = pad_sequence(inputs, batch_first=True)  # (B, T), padded on the right
-    mask = pad_sequence([torch.ones_like(ids) for ids in inputs], batch_first=True)
-    states = model.base_model(
-        input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
-    ).last_hidden_state  # (B, T, H)
-    return torch.cat(
-        [
-            states[row, len(prompt) - 1 : len(prompt) - 1 + len(completion)]
-            for row, (prompt, completion) in enumerate(zip(prompts_B, completions_B, strict=True))
-        ]
-    )
+    def __init__(self, plan: Plan) -> None:
+        self.device, self.count = plan.device, plan.num_rows
+        self.values: dict[str, Tensor] = {}
 
+    def add(self, part: Part, out: DivergenceOutput) -> None:
+        for name in ("per_token", "student_entropy", "teacher_entropy", "student_logprobs", "teacher_logprobs"):
+            rows = getattr(out, name)
+            if rows is not None:
+                whole = self.values.setdefault(name, rows.new_zeros(self.count))
+                whole[part.rows] = rows.detach()
 
-def head_weight(model: PreTrainedModel) -> Tensor:
-    """The (V, H) weight of the model's output layer."""
-    return model.get_output_embeddings().weight
+    @property
+    def per_token(self) -> Tensor:
+        return self.values["per_token"]
 
-
-@torch.no_grad()
-def require_plain_head(model: PreTrainedModel, prompt: TokenIds) -> None:
-    """Check on one prompt that the model's logits are its hidden states times `head_weight`, and nothing more.
-
-    Raises `ValueError` for models that soft-cap, scale or shift their logits: the steps above would train them on
-    other distributions than they sample from.
-    """
-    input_ids = torch.tensor([list(prompt)], device=model.device)
-    expected = model(input_ids=input_ids, use_cache=False).logits.float()
-    states = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    error = (torch.nn.functional.linear(states, head_weight(model)).float() - expected).abs().max().item()
-    if error > 1e-2 * expected.abs().max().item():
-        raise ValueError(
-            f"model must have logits equal to hidden states times the lm_head weight, got {type(model).__name__} "
-            f"whose logits differ by up to {error:.3g}"
+    def metrics(self, weights: Tensor | None) -> dict[str, Tensor]:
+        active = (
+            torch.tensor(float(self.count), device=self.device) if weights is None else (weights != 0).sum().float()
         )
+        # Rows without weight are 0 in every value.
+        means = {name: rows.sum() / active.clamp(min=1) for name, rows in self.values.items() if name != "per_token"}
+        return {
+            "student/entropy": means["student_entropy"],
+            "teacher/entropy": means["teacher_entropy"],
+            "student/logprob": means["student_logprobs"],
+            "teacher/logprob": means["teacher_logprobs"],
+            "loss/active_tokens": active,
+        }
+
+
+def _checked_weights(plan: Plan, token_weights: Tensor | None) -> Tensor | None:
+    weights = _checked_rows("token_weights", plan, token_weights)
+    if weights is not None and not bool(weights.isfinite().all() & ((weights.sum() > 0) | (weights == 0).all())):
+        raise ArgumentError(
+            f"token_weights must be finite, and all 0 or of a positive sum, got {float(weights.sum()):g}"
+        )
+    return weights
+
+
+def _checked_rows(name: str, plan: Plan, rows: Tensor | None) -> Tensor | None:
+    if rows is None:
+        return None
+    if not isinstance(rows, Tensor) or rows.shape != (plan.num_rows,) or not rows.is_floating_point():
+        came = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+        raise ArgumentError(f"{name} must be a float tensor of shape (N={plan.num_rows},), got {came}")
+    return rows.to(plan.device)
+
+
+__all__ = ["StepOutput", "distill_step", "imitate_step"]

@@ -29,9 +29,11 @@ LAYERS: dict[str, list[set[str]]] = {
         {"testing", "compile_check", "__init__"},
     ],
     "sdcore": [
-        {"__init__"},
-        {"world"},
+        {"errors"},
+        {"models", "losses", "teachers"},
+        {"prefix"},
         {"step"},
+        {"__init__", "world"},
         {"demo", "demo_report"},
         {"cli"},
         {"__main__"},

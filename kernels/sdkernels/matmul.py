@@ -145,32 +145,27 @@ class Head:
                 out, gradient.t(), hidden, out_dtype=self.dtype, beta=0.0 if first else 1.0, alpha=scale, out=out
             )
         elif self.narrow and self.tile is not None:
-            self._narrow_weight_gradient(gradient, hidden, out, scale, first)
+            # A 16-bit product rounds its output, so it goes through the tile and is added up in float32.
+            buffer = self.tile.view(-1).view(self.weight.dtype).view(-1, self.tile.shape[1])
+            for columns in _slices(self.weight.shape[0], buffer.shape[0]):
+                product = torch.mm(gradient[:, columns].t(), hidden, out=buffer[: columns.stop - columns.start])
+                if first:
+                    out[columns].copy_(product).mul_(scale)
+                else:
+                    out[columns].add_(product, alpha=scale)
         else:
             out.addmm_(gradient.t(), hidden, beta=0.0 if first else 1.0, alpha=scale)
-
-    def _narrow_weight_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor, scale: float, first: bool) -> None:
-        """A 16-bit product rounds its output, so it goes through the tile and is added up in float32."""
-        for columns, tile in self._column_tiles():
-            product = tile.view(self.weight.dtype).flatten()[: tile.numel()].view(tile.shape)
-            torch.mm(gradient[:, columns].t(), hidden, out=product)
-            if first:
-                out[columns].copy_(product).mul_(scale)
-            else:
-                out[columns].add_(product, alpha=scale)
 
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """(columns, that part of the weight in the operand dtype); each cast tile overwrites the one before."""
         if self.tile is None:
             yield slice(0, self.weight.shape[0]), self.weight
             return
-        for columns, tile in self._column_tiles():
-            yield columns, tile.copy_(self.weight[columns])
+        for columns in _slices(self.weight.shape[0], self.tile.shape[0]):
+            yield columns, self.tile[: columns.stop - columns.start].copy_(self.weight[columns])
 
-    def _column_tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """(columns, the reserved tile for them), whatever it holds."""
-        assert self.tile is not None
-        vocab, size = self.weight.shape[0], self.tile.shape[0]
-        for start in range(0, vocab, size):
-            columns = slice(start, min(start + size, vocab))
-            yield columns, self.tile[: columns.stop - start]
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    """0 to `count` in steps of `size`, the last one shorter."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))

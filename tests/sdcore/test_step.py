@@ -1,128 +1,441 @@
-"""One step of self-distillation against plain full logits, on a tiny random model."""
+"""One step against plain full logits in float64: the loss, every metric, and the gradient of every parameter."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor, nn
+from transformers import LlamaConfig, PreTrainedModel
 
-from sdcore.step import completion_states, distill_step, head_weight, imitate_step, require_plain_head
+from sdcore.errors import ArgumentError, PlanError
+from sdcore.losses import FusedLinearDivergence
+from sdcore.prefix import Plan, plan
+from sdcore.step import StepOutput, distill_step, imitate_step
+from sdcore.teachers import Frozen, Live, Teacher, TrustRegion
+from sdkernels import TopK
+from tests.sdcore.prefix.models import COMMON, build, double_precision, tiny
+from tests.sdcore.prefix.trees import Ids, random_ids
 
-PROMPTS = [[1, 7, 8], [1, 9], [1, 5, 6, 7, 8]]
-CONTEXTS = [[1, 7, 8, 3, 3], [1, 9, 4], [1, 5, 6, 7, 8, 2, 2, 2]]
-COMPLETIONS = [[10, 11, 2], [2], [12, 13]]
+SEED = 5
+SHARE = 0.3
+# strategy and micro_batch
+HOW: list[Any] = [
+    pytest.param("naive", None, id="naive"),
+    pytest.param("cached", None, id="cached"),
+    pytest.param("packed", None, id="packed"),
+    pytest.param("two_phase", None, id="two_phase"),
+    pytest.param("two_phase", 2, id="two_phase-2"),
+]
+Step = Callable[[PreTrainedModel], StepOutput]
 
 
-def tiny(seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    # Weights as large as these let a state that is off by one position show.
-    config = LlamaConfig(
-        vocab_size=23,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.3,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).double().eval()
+@pytest.fixture(autouse=True)
+def in_double_precision() -> Iterator[None]:
+    """Also on one thread: two that wait for each other after every small operator are slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with double_precision():
+        yield
+    torch.set_num_threads(threads)
 
 
-def full_logprobs(model: LlamaForCausalLM, prompts: list[list[int]]) -> torch.Tensor:
-    """(N, V): one unpadded forward per sequence, logits of the positions before each completion token."""
+def full_logits(model: nn.Module, prompts: Sequence[Any], completions: Sequence[Sequence[Tensor]]) -> Tensor:
+    """(N, V): one unpadded forward of the whole model per sequence, the logits before each completion token."""
     rows = []
-    for prompt, completion in zip(prompts, COMPLETIONS, strict=True):
-        logits = model(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0]
-        rows.append(logits[len(prompt) - 1 : -1])
-    return torch.cat(rows).log_softmax(-1)
+    for group, prompt in zip(completions, prompts, strict=True):
+        for i, completion in enumerate(group):
+            own = prompt[i] if isinstance(prompt, list) else prompt
+            logits = model(input_ids=torch.cat([own, completion])[None], use_cache=False).logits[0]
+            rows.append(logits[len(own) - 1 : -1])
+    return torch.cat(rows)
 
 
-def gradients(model: LlamaForCausalLM) -> torch.Tensor:
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+def targets_of(ids: Ids) -> Tensor:
+    return torch.cat([completion for group in ids.completions for completion in group])
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_distilling_is_the_divergence_of_the_full_distributions(alpha: float) -> None:
-    student, teacher = tiny(0), tiny(1)
-    plain = copy.deepcopy(student)
-    out = distill_step(student, teacher, PROMPTS, CONTEXTS, COMPLETIONS, alpha=alpha)
+def divergences(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
+    """(N,) as the papers write them; `log_q` without gradient."""
+    p, q = log_p.exp(), log_q.exp()
+    if alpha in (0.0, 1.0):
+        return (p * (log_p - log_q)).sum(-1) if alpha == 1.0 else (q * (log_q - log_p)).sum(-1)
+    log_m = ((1 - alpha) * p + alpha * q).log()
+    return alpha * (q * (log_q - log_m)).sum(-1) + (1 - alpha) * (p * (log_p - log_m)).sum(-1)
 
-    p = full_logprobs(plain, PROMPTS)
-    q = full_logprobs(teacher, CONTEXTS).detach()
-    if alpha == 0.5:
-        m = (0.5 * p.exp() + 0.5 * q.exp()).log()
-        rows = 0.5 * (q.exp() * (q - m)).sum(-1) + 0.5 * (p.exp() * (p - m)).sum(-1)
+
+def teacher_logits(kind: str, student: nn.Module, ids: Ids) -> Tensor:
+    """(N, V), without gradient."""
+    assert ids.teacher_prompts is not None
+    with torch.no_grad():
+        live, frozen = (
+            full_logits(model, ids.teacher_prompts, ids.completions) for model in (student, tiny("llama", seed=1))
+        )
+    return {"live": live, "frozen": frozen, "trust": (1 - SHARE) * frozen + SHARE * live}[kind]
+
+
+def teacher_of(kind: str) -> Teacher | TrustRegion:
+    frozen = Frozen(tiny("llama", seed=1))
+    return {"live": Live(), "frozen": frozen, "trust": TrustRegion(frozen, SHARE)}[kind]
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    errors = {name: float((found[name] - grad).norm() / grad.norm()) for name, grad in expected.items()}
+    assert {name: error for name, error in errors.items() if not error < 1e-9} == {}
+
+
+@cache
+def expected(name: str, kind: str, teacher: str, alpha: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and the gradients of plain full logits."""
+    model, ids = tiny(name), random_ids(SEED, teacher=teacher)
+    assert ids.teacher_prompts is not None
+    if kind == "live":
+        with torch.no_grad():
+            logits = full_logits(model, ids.teacher_prompts, ids.completions)
     else:
-        rows = (p.exp() * (p - q)).sum(-1) if alpha == 1.0 else (q.exp() * (q - p)).sum(-1)
-    rows.mean().backward()
-    assert rows.shape == (6,)
-    torch.testing.assert_close(out.loss, rows.mean().detach())
-    torch.testing.assert_close(gradients(student), gradients(plain))
-    torch.testing.assert_close(out.entropy, -(p.exp() * p).sum(-1).mean().detach())
-
-
-def test_imitating_is_the_cross_entropy_of_the_completions() -> None:
-    student = tiny(0)
-    plain = copy.deepcopy(student)
-    out = imitate_step(student, PROMPTS, COMPLETIONS)
-    targets = torch.tensor([token for completion in COMPLETIONS for token in completion])
-    loss = -full_logprobs(plain, PROMPTS).gather(1, targets[:, None]).mean()
+        logits = teacher_logits(kind, model, ids)
+    log_p = full_logits(model, ids.student_prompts, ids.completions).log_softmax(-1)
+    loss = divergences(log_p, logits.log_softmax(-1), alpha).mean()
     loss.backward()
-    torch.testing.assert_close(out.loss, loss.detach())
-    torch.testing.assert_close(gradients(student), gradients(plain))
+    return loss.detach(), gradients(model)
 
 
-def test_the_teacher_gets_no_gradient() -> None:
-    student, teacher = tiny(0), tiny(1)
-    distill_step(student, teacher, PROMPTS, CONTEXTS, COMPLETIONS)
-    assert all(p.grad is None for p in teacher.parameters())
+def close(found: Tensor, wanted: Tensor) -> bool:
+    return bool(torch.allclose(found.double(), wanted.double(), rtol=1e-9, atol=1e-12))
 
 
-def test_a_teacher_that_is_the_student_gets_the_students_gradient_only() -> None:
-    live, frozen = tiny(0), tiny(0)
-    out = distill_step(live, live, PROMPTS, CONTEXTS, COMPLETIONS)
-    other = distill_step(frozen, tiny(0), PROMPTS, CONTEXTS, COMPLETIONS)
-    torch.testing.assert_close(out.loss, other.loss)
-    torch.testing.assert_close(gradients(live), gradients(frozen))
+@pytest.mark.parametrize(("strategy", "micro_batch"), HOW)
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_distilling_is_the_divergence_of_the_full_distributions(
+    alpha: float, strategy: Any, micro_batch: int | None
+) -> None:
+    model = tiny("llama")
+    out = distill_step(
+        model,
+        plan(*random_ids(SEED)),
+        loss=FusedLinearDivergence(alpha=alpha),
+        strategy=strategy,
+        micro_batch=micro_batch,
+    )
+    loss, grads = expected("llama", "live", "one", alpha)
+    assert close(out.loss, loss)
+    assert not out.loss.requires_grad
+    assert_same_gradients(gradients(model), grads)
 
 
-def test_the_models_own_output_layer_is_never_run() -> None:
-    student, teacher = tiny(0), tiny(1)
+@pytest.mark.parametrize(("strategy", "micro_batch"), [HOW[1], HOW[2], HOW[4]])
+@pytest.mark.parametrize("teacher", ["one", "each"])
+@pytest.mark.parametrize("kind", ["live", "frozen", "trust"])
+def test_every_teacher_reads_its_own_prompts(kind: str, teacher: str, strategy: Any, micro_batch: int | None) -> None:
+    model, other = tiny("llama"), teacher_of(kind)
+    out = distill_step(
+        model,
+        plan(*random_ids(SEED, teacher=teacher)),
+        loss=FusedLinearDivergence(alpha=0.5),
+        teacher=other,
+        strategy=strategy,
+        micro_batch=micro_batch,
+    )
+    loss, grads = expected("llama", kind, teacher, 0.5)
+    assert close(out.loss, loss)
+    assert_same_gradients(gradients(model), grads)
+    reference = other.reference if isinstance(other, TrustRegion) else other
+    if isinstance(reference, Frozen):
+        assert all(weight.grad is None and weight.requires_grad for weight in reference.model.parameters())
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1])
+@pytest.mark.parametrize("name", ["gemma2", "granite", "cohere2"])
+def test_soft_capped_and_scaled_heads_are_the_models_own(name: str, micro_batch: int | None) -> None:
+    model = tiny(name)
+    out = distill_step(model, plan(*random_ids(SEED)), micro_batch=micro_batch)
+    loss, grads = expected(name, "live", "one", 1.0)
+    assert close(out.loss, loss)
+    assert_same_gradients(gradients(model), grads)
+
+
+def test_a_frozen_teachers_head_is_transformed_as_its_own_model_does() -> None:
+    model, other, ids = tiny("llama"), tiny("granite"), random_ids(SEED)
+    assert ids.teacher_prompts is not None
+    with torch.no_grad():
+        log_p = full_logits(model, ids.student_prompts, ids.completions).log_softmax(-1)
+        log_q = full_logits(other, ids.teacher_prompts, ids.completions).log_softmax(-1)
+    out = distill_step(model, plan(*ids), teacher=Frozen(other))
+    assert close(out.loss, divergences(log_p, log_q, 1.0).mean())
+
+
+@pytest.mark.parametrize("strategy", ["packed", "two_phase"])
+def test_tied_embeddings_gather_both_gradients(strategy: Any) -> None:
+    model, ids = build(LlamaConfig(**COMMON | {"tie_word_embeddings": True})), random_ids(SEED)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    plain = copy.deepcopy(model)
+    assert ids.teacher_prompts is not None
+    with torch.no_grad():
+        log_q = full_logits(plain, ids.teacher_prompts, ids.completions).log_softmax(-1)
+    log_p = full_logits(plain, ids.student_prompts, ids.completions).log_softmax(-1)
+    divergences(log_p, log_q, 1.0).mean().backward()
+    distill_step(model, plan(*ids), strategy=strategy)
+    assert_same_gradients(gradients(model), gradients(plain))
+
+
+@pytest.mark.parametrize(("strategy", "micro_batch"), HOW)
+def test_a_tokens_weight_multiplies_its_loss_and_the_mean_is_over_the_weights(
+    strategy: Any, micro_batch: int | None
+) -> None:
+    model, plain, ids = tiny("llama"), tiny("llama"), random_ids(SEED)
+    weights = torch.rand(len(targets_of(ids)), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weights[weights < 0.4] = 0.0
+    log_q = teacher_logits("live", plain, ids).log_softmax(-1)
+    log_p = full_logits(plain, ids.student_prompts, ids.completions).log_softmax(-1)
+    loss = (weights * divergences(log_p, log_q, 1.0)).sum() / weights.sum()
+    loss.backward()
+    out = distill_step(model, plan(*ids), token_weights=weights, strategy=strategy, micro_batch=micro_batch)
+    assert close(out.loss, loss.detach())
+    assert_same_gradients(gradients(model), gradients(plain))
+
+
+@pytest.mark.parametrize(("strategy", "micro_batch"), HOW)
+@pytest.mark.parametrize("nothing", ["weights", "rows"])
+def test_a_step_without_any_weight_or_row_is_zero_everywhere(
+    nothing: str, strategy: Any, micro_batch: int | None
+) -> None:
+    model = tiny("llama")
+    if nothing == "weights":
+        planned = plan(*random_ids(SEED))
+        weights = torch.zeros(planned.num_rows)
+    else:
+        planned, weights = plan([[1, 2], [3]], [[[], []], [[]]], [[1, 2, 4], [5, 3]]), None
+    out = distill_step(model, planned, token_weights=weights, strategy=strategy, micro_batch=micro_batch)
+    found = {"loss": out.loss, **out.metrics, **gradients(model)}
+    assert {name for name, value in found.items() if value.any()} == set()  # NaN is not zero either
+    assert {name for name, _ in model.named_parameters()} <= found.keys()
+
+
+@pytest.mark.parametrize("strategy", ["packed", "two_phase"])
+def test_options_of_the_loss_reach_it(strategy: Any) -> None:
+    """A support of k ids with a tail, and importance weights of the sampled tokens."""
+    model, plain, ids = tiny("llama"), tiny("llama"), random_ids(SEED)
+    targets, clip = targets_of(ids), 1.1
+    log_q = teacher_logits("live", plain, ids).log_softmax(-1)
+    log_p = full_logits(plain, ids.student_prompts, ids.completions).log_softmax(-1)
+    chosen = log_p.detach().topk(4).indices
+
+    def bucketed(logprobs: Tensor) -> Tensor:
+        kept = logprobs.gather(1, chosen)
+        return torch.cat([kept, (1 - kept.exp().sum(-1, keepdim=True)).log()], dim=-1)
+
+    sampled = log_p.detach().gather(1, targets[:, None])[:, 0]
+    old = sampled + torch.linspace(-0.5, 0.5, len(targets), dtype=torch.float64)
+    importance = (sampled - old).exp().clamp(max=clip)
+    assert 0 < int((importance == clip).sum()) < len(targets)
+    loss = (importance * divergences(bucketed(log_p), bucketed(log_q), 1.0)).mean()
+    loss.backward()
+    out = distill_step(
+        model,
+        plan(*ids),
+        loss=FusedLinearDivergence(support=TopK(4), importance_clip=clip),
+        old_logprobs=old,
+        strategy=strategy,
+        micro_batch=2 if strategy == "two_phase" else None,
+    )
+    assert close(out.loss, loss.detach())
+    assert_same_gradients(gradients(model), gradients(plain))
+
+
+@pytest.mark.parametrize(("strategy", "micro_batch"), HOW)
+def test_a_backward_that_scales_scales_the_gradients_exactly(strategy: Any, micro_batch: int | None) -> None:
+    """As accelerator.backward does in mixed precision and in gradient accumulation."""
+    plain, scaled, seen = tiny("llama"), tiny("llama"), []
+
+    def backward(loss: Tensor) -> None:
+        seen.append(loss.detach())
+        (loss * 1024.0).backward()
+
+    planned = plan(*random_ids(SEED))
+    distill_step(plain, planned, strategy=strategy, micro_batch=micro_batch)
+    out = distill_step(scaled, planned, strategy=strategy, micro_batch=micro_batch, backward=backward)
+    for (name, weight), other in zip(plain.named_parameters(), scaled.parameters(), strict=True):
+        assert torch.equal(weight.grad * 1024.0, other.grad), name  # a power of two rounds nothing
+    assert all(loss.shape == () for loss in seen)
+    assert close(torch.stack(seen).sum(), out.loss)
+    # Groups with 2, 1, 0, 0, and 3 completions that read a token; group 2 has rows without, group 3 has none.
+    assert len(seen) == {("two_phase", None): 7, ("two_phase", 2): 5}.get((strategy, micro_batch), 1)
+
+
+@pytest.mark.parametrize("strategy", ["packed", "two_phase"])
+def test_gradients_accumulate_over_steps(strategy: Any) -> None:
+    model, planned = tiny("llama"), plan(*random_ids(SEED))
+    distill_step(model, planned, strategy=strategy)
+    once = gradients(model)
+    distill_step(model, planned, strategy=strategy)
+    assert_same_gradients(gradients(model), {name: 2 * grad for name, grad in once.items()})
+
+
+@pytest.mark.parametrize(("strategy", "micro_batch"), HOW)
+def test_the_models_own_output_layer_is_never_run(strategy: Any, micro_batch: int | None) -> None:
+    model, other = tiny("llama"), tiny("llama", seed=1)
 
     def refuse(*_: Any) -> None:
         raise AssertionError("lm_head was run")
 
-    student.lm_head.register_forward_pre_hook(refuse)
-    teacher.lm_head.register_forward_pre_hook(refuse)
-    distill_step(student, teacher, PROMPTS, CONTEXTS, COMPLETIONS)
-    imitate_step(student, PROMPTS, COMPLETIONS)
+    for one in (model, other):
+        one.lm_head.register_forward_pre_hook(refuse)
+    planned = plan(*random_ids(SEED))
+    distill_step(
+        model, planned, teacher=TrustRegion(Frozen(other)), strategy=strategy, micro_batch=micro_batch, verify="always"
+    )
+    imitate_step(model, [[1, 2, 3]], [[4, 5]])
 
 
-def test_the_first_completion_token_is_predicted_by_the_last_prompt_token() -> None:
-    model = tiny(0)
-    states = completion_states(model, [[1, 7, 8]], [[10, 11]])
-    alone = model.base_model(input_ids=torch.tensor([[1, 7, 8]])).last_hidden_state[0, -1]
-    torch.testing.assert_close(states[0], alone)
+@pytest.mark.parametrize(("strategy", "micro_batch"), HOW)
+def test_the_first_completion_token_is_supervised(strategy: Any, micro_batch: int | None) -> None:
+    """Of completions of one token there is nothing else: a loss without it would be 0."""
+    model, other = tiny("llama"), tiny("llama", seed=1)
+    planned = plan([[5, 9, 2]], [[[7], [8]]], [[5, 9, 4, 2]])
+    out = distill_step(model, planned, teacher=Frozen(other), strategy=strategy, micro_batch=micro_batch)
+    with torch.no_grad():
+        log_p = model(input_ids=torch.tensor([[5, 9, 2]])).logits[0, -1:].log_softmax(-1)
+        log_q = other(input_ids=torch.tensor([[5, 9, 4, 2]])).logits[0, -1:].log_softmax(-1)
+    assert close(out.loss, divergences(log_p, log_q, 1.0)[0])
 
 
-@pytest.mark.parametrize("lists", [(PROMPTS[:2], CONTEXTS), (PROMPTS, CONTEXTS[:2])])
-def test_lists_of_unequal_lengths_are_refused(lists: tuple[list[list[int]], list[list[int]]]) -> None:
-    with pytest.raises(ValueError, match="argument 2 is longer"):
-        distill_step(tiny(0), tiny(1), *lists, COMPLETIONS)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("strategy", "micro_batch"), HOW[2:])
+def test_metrics_are_means_over_the_tokens_with_a_weight(
+    strategy: Any, micro_batch: int | None, weighted: bool
+) -> None:
+    model, ids = tiny("llama"), random_ids(SEED)
+    targets = targets_of(ids)
+    weights = torch.arange(len(targets), dtype=torch.float64) % 3 if weighted else None
+    active = torch.ones(len(targets), dtype=torch.bool) if weights is None else weights != 0
+    with torch.no_grad():
+        log_p = full_logits(model, ids.student_prompts, ids.completions).log_softmax(-1)[active]
+    log_q = teacher_logits("frozen", model, ids).log_softmax(-1)[active]
+    out = distill_step(
+        model,
+        plan(*ids),
+        teacher=teacher_of("frozen"),
+        token_weights=weights,
+        strategy=strategy,
+        micro_batch=micro_batch,
+    )
+    wanted = {"loss/active_tokens": active.sum()}
+    for side, logprobs in (("student", log_p), ("teacher", log_q)):
+        wanted[f"{side}/entropy"] = -(logprobs.exp() * logprobs).sum(-1).mean()
+        wanted[f"{side}/logprob"] = logprobs.gather(1, targets[active, None]).mean()
+    assert out.metrics.keys() == wanted.keys()
+    assert {name for name, value in out.metrics.items() if not close(value, wanted[name])} == set()
+    assert not any(value.requires_grad or value.dim() for value in out.metrics.values())
+    assert out.report.student.strategy == strategy
 
 
-def test_a_model_that_changes_its_logits_is_refused() -> None:
-    model = tiny(0)
-    require_plain_head(model, [1, 2, 3])
-    model.lm_head.register_forward_hook(lambda module, inputs, logits: 3.0 * torch.tanh(logits / 3.0))
-    with pytest.raises(ValueError, match="model must have logits equal to hidden states times the lm_head weight"):
-        require_plain_head(model, [1, 2, 3])
+def test_imitating_is_the_cross_entropy_of_the_completions() -> None:
+    model, plain = tiny("gemma2"), tiny("gemma2")
+    prompts, completions = [[1, 7, 8], [1, 9], [1, 5, 6, 7, 8]], [[10, 11, 2], [2], [12, 13]]
+    out = imitate_step(model, prompts, completions)
+    log_p = full_logits(plain, list(map(torch.tensor, prompts)), [[torch.tensor(c)] for c in completions])
+    log_p = log_p.log_softmax(-1)
+    loss = -log_p.gather(1, torch.tensor([10, 11, 2, 2, 12, 13])[:, None]).mean()
+    loss.backward()
+    assert close(out.loss, loss.detach())
+    assert close(out.metrics["student/entropy"], -(log_p.exp() * log_p).sum(-1).mean().detach())
+    assert_same_gradients(gradients(model), gradients(plain))
 
 
-def test_the_head_weight_is_a_parameter_of_the_model() -> None:
-    model = tiny(0)
-    assert head_weight(model) is model.lm_head.weight
+def test_a_teacher_that_is_the_student_gives_the_students_gradient_only() -> None:
+    live, student = tiny("llama"), tiny("llama")
+    planned = plan(*random_ids(SEED))
+    out = distill_step(live, planned)
+    other = distill_step(student, planned, teacher=Frozen(copy.deepcopy(student)))
+    assert close(out.loss, other.loss)
+    assert_same_gradients(gradients(live), gradients(student))
+
+
+def good() -> Plan:
+    return plan([[1, 2, 3]], [[[4, 5], [6]]], [[1, 2, 9, 3]])
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "error", "message"),
+    [
+        (good, {"token_weights": torch.ones(2)}, ArgumentError, r"token_weights must be .* \(N=3,\), got .* \(2,\)"),
+        (good, {"token_weights": torch.ones(3, 1)}, ArgumentError, r"token_weights must be .* got .* \(3, 1\)"),
+        (good, {"token_weights": torch.ones(3).long()}, ArgumentError, "token_weights must be a float tensor"),
+        (good, {"token_weights": [1.0, 1.0, 1.0]}, ArgumentError, "token_weights must be a float tensor .* got list"),
+        (good, {"token_weights": torch.tensor([1.0, torch.nan, 1.0])}, ArgumentError, "token_weights must be finite"),
+        (good, {"token_weights": torch.tensor([1.0, -2.0, 0.0])}, ArgumentError, "token_weights .* sum"),
+        (good, {"token_weights": torch.tensor([1.0, -1.0, 0.0])}, ArgumentError, "token_weights .* sum"),
+        (good, {"old_logprobs": torch.zeros(4)}, ArgumentError, r"old_logprobs must be .* got .* \(4,\)"),
+        (good, {"old_logprobs": torch.zeros(3)}, ArgumentError, "old_logprobs must be given where importance_clip is"),
+        (
+            good,
+            {"loss": FusedLinearDivergence(importance_clip=2.0)},
+            ArgumentError,
+            "old_logprobs must be given where importance_clip is",
+        ),
+        (lambda: plan([[1, 2]], [[[3]]]), {}, ArgumentError, "plan must have teacher prompts"),
+        (
+            good,
+            {"micro_batch": 1, "strategy": "packed"},
+            ArgumentError,
+            "micro_batch must be positive, for 'two_phase'",
+        ),
+        (good, {"micro_batch": 0}, ArgumentError, "micro_batch must be positive, .* got 0"),
+        (good, {"strategy": "fastest"}, ArgumentError, "strategy must be one of .*'fastest'"),
+        (good, {"verify": "never"}, ArgumentError, "verify must be one of .*'never'"),
+        (lambda: plan([[1, 61]], [[[3]]], [[1]]), {}, PlanError, r"student_prompts\[0\] .* V=61.* got id 61"),
+        (lambda: plan([[1]], [[[3, 99]]], [[1]]), {}, PlanError, r"completions\[0\]\[0\] .* V=61.* got id 99"),
+        (lambda: plan([[1]], [[[3]]], [[1, 70]]), {}, PlanError, r"teacher_prompts\[0\] .* V=61.* got id 70"),
+        (lambda: plan([[1]], [[[3] * 257]], [[1]]), {}, PlanError, r"student_prompts\[0\] .* 256 tokens.* got 257"),
+        (lambda: plan([[1]], [[[3]]], [[1] * 257]), {}, PlanError, r"teacher_prompts\[0\] .* 256 tokens.* got 257"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name_before_any_pass(
+    make: Callable[[], Plan], options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    model = tiny("llama")
+    model.model.register_forward_pre_hook(lambda *_: pytest.fail("a pass was run"))
+    with pytest.raises(error, match=message):
+        distill_step(model, make(), **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda model: Frozen(model), ArgumentError, "model must be another module than the student"),
+        (
+            lambda _: Frozen(build(LlamaConfig(**COMMON | {"max_position_embeddings": 4}))),
+            PlanError,
+            r"teacher_prompts\[0\] .* at most 4 tokens",
+        ),
+        (
+            lambda _: Frozen(build(LlamaConfig(**COMMON | {"vocab_size": 8}))),
+            PlanError,
+            r"teacher_prompts\[0\] .* V=8.* got id 9",
+        ),
+        (
+            lambda _: Frozen(build(LlamaConfig(**COMMON | {"vocab_size": 64}))),
+            ArgumentError,
+            r"teacher .* 61 .* got 64",
+        ),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused_before_any_pass(
+    make: Callable[[Any], Teacher], error: type[Exception], message: str
+) -> None:
+    model = tiny("llama")
+    teacher = make(model)
+    model.model.register_forward_pre_hook(lambda *_: pytest.fail("a pass was run"))
+    with pytest.raises(error, match=message):
+        distill_step(model, good(), teacher=teacher)
+    with pytest.raises(error, match=message):
+        distill_step(model, good(), teacher=TrustRegion(teacher))  # type: ignore[arg-type]

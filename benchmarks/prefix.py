@@ -1,0 +1,374 @@
+"""Measure the shared-prefix scheme: the student's pass, the teacher's, the whole step, each naive and shared.
+
+    python -m benchmarks.prefix                     # this machine; ten minutes on two cores
+    python -m benchmarks.prefix --everything        # the grid: hours on a CPU
+    python -m benchmarks.prefix --quick --output /tmp/quick.json
+
+Writes `results/<device>/prefix/<date>.json`, `.md` and `.png`. A row is checked against naive in the step whose memory
+is counted, and only then timed; the rows of a case take turns. "Allowed" is the speed-up by the FLOPs that are left
+(`sdcore.prefix.cost`), "reached" the measured one's share of it. The times mean something on a machine that does
+nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from benchmarks.measure import MemoryRow, SpeedRow, _summary, _take_turns, watch_memory
+from benchmarks.oracle import _relative_error
+from benchmarks.prefix_cases import MODELS, STEP, STUDENT, WORKS, Case, Contender, Outcome, Setup, cases, make_setup
+from benchmarks.prefix_cases import contenders as contenders_of
+from benchmarks.report import RESULTS, Report, _rounded, describe_machine
+from benchmarks.tables import MIB, Table, describe, format_error
+
+# What counts as equal to naive, relative to the norm of the states and of all gradients.
+EQUAL = {"fp32": 1e-4, "bf16": 0.05}
+MOST_OF_FREE = 0.7
+# On a CPU the naive loop, which computes what the naive batch does, is left out beyond so many tokens.
+LONG_LOOP = 8192
+MOST_PANELS = 10
+REFERENCES = ("naive batch", "naive loop")
+
+
+@dataclass(kw_only=True)
+class PrefixRow(SpeedRow):
+    """A contender in a case; `errors` stays empty, the two errors of a pass are fields of their own."""
+
+    group: Any  # a Case
+    allowed: float = math.nan  # the speed-up over naive that the FLOPs allow
+    values_error: float = math.nan  # of the states, or of the loss
+    gradient_error: float = math.nan
+    live_bytes: int | None = None  # the peak of one pass beyond its inputs, gradients included
+    resident_bytes: int | None = None
+    gradient_bytes: int = 0
+
+
+@dataclass(kw_only=True)
+class PrefixReport:
+    machine: dict[str, Any]
+    rows: list[PrefixRow] = field(default_factory=list)
+
+    @property
+    def general(self) -> Report:
+        """What names a machine, in the other suite's words."""
+        return Report(machine=self.machine)
+
+    def by_case(self) -> dict[Case, list[PrefixRow]]:
+        found: dict[Case, list[PrefixRow]] = {}
+        for row in self.rows:
+            found.setdefault(row.group, []).append(row)
+        return found
+
+
+def measure_case(setup: Setup, contenders: Sequence[Contender], *, seconds_per_row: float) -> list[PrefixRow]:
+    """Check against the first that runs, then time all; repetitions come to `seconds_per_row`, or the least number."""
+    rows = []
+    steps: list[tuple[Any, Any]] = []
+    exact: Outcome | None = None
+    for contender in contenders:
+        row = PrefixRow(
+            group=setup.case,
+            contender=contender.name,
+            allowed=setup.allowed_speedup(contender),
+            reason=_left_out(setup, contender),
+        )
+        rows.append(row)
+        if row.reason is not None:
+            continue
+        usage = MemoryRow(group=row.group, contender=row.contender)
+        try:
+            step = contender.build(setup)
+            with watch_memory(usage, setup.device, compiled=False):
+                outcome = step()
+        except Exception as error:
+            row.reason = _summary(error)
+            continue
+        row.live_bytes, row.resident_bytes = usage.live_bytes, usage.resident_bytes
+        row.gradient_bytes = sum(gradient.nbytes for gradient in outcome.gradients.values())
+        if exact is None:
+            exact = outcome
+        else:
+            row.values_error, row.gradient_error = compare(outcome, exact)
+            row.reason = _difference(row)
+        del outcome
+        if row.reason is None:
+            steps.append((row, step))
+    exact = None
+    if steps:
+        _take_turns(steps, setup.device, seconds_per_row)
+    return rows
+
+
+def _left_out(setup: Setup, contender: Contender) -> str | None:
+    """Why a contender is not run, such as that what it keeps for backward would not fit."""
+    if contender.left_out or setup.case.work not in (STUDENT, STEP):
+        return contender.left_out
+    kept, free = setup.cost(contender).student.kept_bytes, _free_bytes(setup.device)
+    if kept > MOST_OF_FREE * free:
+        return f"it would keep {kept / 2**30:.1f} GiB for backward, and {free / 2**30:.1f} GiB are free"
+    return None
+
+
+def _free_bytes(device: torch.device) -> float:
+    """Of a CPU's memory with what the kernel would give up for it; infinite where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), math.inf)
+
+
+def compare(outcome: Outcome, exact: Outcome) -> tuple[float, float]:
+    """Relative errors of the states (or the loss), and of all gradients together; NaN for a pass without any."""
+    values = _relative_error(outcome.values, exact.values)
+    if not exact.gradients:
+        return values, math.nan
+    if outcome.gradients.keys() != exact.gradients.keys():
+        return values, math.inf
+    norms = [
+        (
+            torch.linalg.vector_norm(outcome.gradients[name] - gradient, dtype=torch.float64).item(),
+            torch.linalg.vector_norm(gradient, dtype=torch.float64).item(),
+        )
+        for name, gradient in exact.gradients.items()
+    ]
+    error = math.hypot(*(wrong for wrong, _ in norms)) / math.hypot(*(size for _, size in norms))
+    return values, math.inf if math.isnan(error) else error
+
+
+def _difference(row: PrefixRow) -> str | None:
+    most = EQUAL[row.group.dtype]
+    if not row.values_error <= most:
+        return f"differs from naive by {row.values_error:.1e}"
+    if row.gradient_error > most:
+        return f"gradients differ from naive's by {row.gradient_error:.1e}"
+    return None
+
+
+def reference(rows: Sequence[PrefixRow]) -> PrefixRow | None:
+    """What speed-up and memory are relative to: the naive batch, or the loop where the batch did not fit."""
+    found = {row.contender: row for row in rows if not row.reason}
+    return next((found[name] for name in REFERENCES if name in found), None)
+
+
+def speedup(row: PrefixRow, rows: Sequence[PrefixRow]) -> float:
+    base = reference(rows)
+    return base.median / row.median if base is not None and row.seconds else math.nan
+
+
+def _memory_share(row: PrefixRow, rows: Sequence[PrefixRow]) -> float:
+    base = reference(rows)
+    if base is None or not base.live_bytes or row.live_bytes is None:
+        return math.nan
+    return row.live_bytes / base.live_bytes
+
+
+def case_table(case: Case, rows: Sequence[PrefixRow]) -> Table:
+    """All there is to know about one case."""
+    table = Table(
+        f"{case.work}, {case}",
+        ("contender", "median", "spread", "runs", "speed-up", "allowed", "reached", "peak MiB", "of naive", "error"),
+    )
+    for row in rows:
+        if row.reason:
+            table.notes.append(f"{row.contender}: not timed, {row.reason}")
+            continue
+        gained = speedup(row, rows)
+        errors = [format_error(e) for e in (row.values_error, row.gradient_error) if not math.isnan(e)]
+        cells = (
+            row.contender,
+            f"{row.median * 1e3:.0f} ms" if row.median >= 0.1 else f"{row.median * 1e3:.1f} ms",
+            "" if math.isnan(row.spread) else f"{row.spread:.0%}",
+            str(len(row.seconds)),
+            f"{gained:.2f}×",
+            f"{row.allowed:.2f}×",
+            f"{gained / row.allowed:.0%}",
+            "–" if row.live_bytes is None else f"{row.live_bytes / MIB:.0f}",
+            f"{_memory_share(row, rows):.2f}",
+            " / ".join(errors),
+        )
+        _add(table, cells)
+    gradients = max(row.gradient_bytes for row in rows)
+    if gradients:
+        table.notes.append(f"The parameters' gradients are {gradients / MIB:.0f} MiB of every peak.")
+    return table
+
+
+def overview(work: str, report: PrefixReport, *, memory: bool = False) -> Table:
+    """One kind of pass at a glance: a line per contender, a column per case."""
+    groups = {case: rows for case, rows in report.by_case().items() if case.work == work}
+    what = "peak MiB (of naive's)" if memory else "times faster than the naive batch (of what the FLOPs allow)"
+    several = len({case.model for case in groups}) > 1
+    heads = (str(case) if several else f"{case.sizes} {case.dtype}" for case in groups)
+    table = Table(f"{work[0].upper()}{work[1:]}, {what}", ("contender", *heads))
+    for contender in dict.fromkeys(row.contender for rows in groups.values() for row in rows):
+        cells = []
+        for rows in groups.values():
+            row = next((row for row in rows if row.contender == contender and not row.reason), None)
+            cells.append("–" if row is None else _overview_cell(row, rows, memory))
+        if any(cell != "–" for cell in cells):
+            _add(table, (contender, *cells))
+    if not memory:
+        bases = [reference(rows) for rows in groups.values()]
+        table.add("naive, seconds", *("–" if base is None else f"{base.median:.2f}" for base in bases))
+    return table
+
+
+def _overview_cell(row: PrefixRow, rows: Sequence[PrefixRow], memory: bool) -> str:
+    if memory:
+        return "–" if row.live_bytes is None else f"{row.live_bytes / MIB:.0f} ({_memory_share(row, rows):.2f})"
+    gained = speedup(row, rows)
+    return f"{gained:.2f}" if row.contender in REFERENCES else f"{gained:.2f} ({gained / row.allowed:.0%})"
+
+
+def _add(table: Table, cells: Sequence[str]) -> None:
+    if cells[0] not in (*REFERENCES, "PrefixGrouper-style"):
+        table.ours.add(len(table.rows))
+    table.add(*cells)
+
+
+def overviews(report: PrefixReport) -> list[Table]:
+    """What the README shows: the speed of everything, the memory of what has a backward."""
+    works = [work for work in WORKS if any(case.work == work for case in report.by_case())]
+    tables = [overview(work, report) for work in works]
+    return tables + [overview(work, report, memory=True) for work in works if not work.startswith("teacher")]
+
+
+def describe_models(report: PrefixReport) -> str:
+    names = dict.fromkeys(case.model for case in report.by_case())
+    return "; ".join(f"{name}: {MODELS[name]}" for name in names) + "; random weights, sdpa attention."
+
+
+def markdown(report: PrefixReport) -> str:
+    """The whole report as a file beside its JSON."""
+    tables = overviews(report) + [case_table(case, rows) for case, rows in report.by_case().items()]
+    head = ["# Benchmark of the shared-prefix scheme", describe(report.general), describe_models(report)]
+    return "\n\n".join([*head, *(table.markdown() for table in tables)]) + "\n"
+
+
+def save(report: PrefixReport, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(_rounded(asdict(row))) for row in report.rows)
+    path.write_text(f'{{\n"machine": {json.dumps(report.machine)},\n"rows": [\n{lines}\n]\n}}\n')
+
+
+def load(path: Path) -> PrefixReport:
+    stored = json.loads(path.read_text())
+    report = PrefixReport(machine=stored["machine"])
+    for entry in stored["rows"]:
+        entry |= {name: math.nan for name in ("allowed", "values_error", "gradient_error") if entry[name] is None}
+        report.rows.append(PrefixRow(**entry | {"group": Case(**entry["group"])}))
+    return report
+
+
+def newest_results(results: Path = RESULTS) -> list[Path]:
+    """The newest file of every device."""
+    return list({path.parent: path for path in sorted(results.glob("*/prefix/*.json"))}.values())
+
+
+def save_plot(report: PrefixReport, path: Path) -> None:
+    """Per case a bar for each contender's speed-up, a mark for what the FLOPs allow, and the peak beneath.
+
+    Of more than `MOST_PANELS` cases only the student's passes with the most completions.
+    """
+    from benchmarks.plot import plt
+
+    groups = report.by_case()
+    if len(groups) > MOST_PANELS:
+        most = max(case.completions for case in groups)
+        wanted = [case for case in groups if case.work == STUDENT and case.completions == most][:MOST_PANELS]
+        groups = {case: groups[case] for case in wanted}
+    figure, axes = plt.subplots(2, len(groups), figsize=(1 + 2.6 * len(groups), 6.4), squeeze=False, sharey="row")
+    for (upper, lower), (case, rows) in zip(axes.T, groups.items(), strict=True):
+        timed = [row for row in rows if not row.reason]
+        colours = [
+            "#8c8c8c" if row.contender in REFERENCES else "#e08a1e" if "style" in row.contender else "#0b6e99"
+            for row in timed
+        ]
+        upper.bar(range(len(timed)), [speedup(row, rows) for row in timed], color=colours)
+        upper.scatter(range(len(timed)), [row.allowed for row in timed], marker="_", s=160, color="black", zorder=3)
+        upper.set_title(f"{case.work}\n{case.sizes}\n{case.dtype}, {case.model}", fontsize=8)
+        lower.bar(range(len(timed)), [_memory_share(row, rows) for row in timed], color=colours)
+        lower.axhline(0.2, color="black", linewidth=0.8, linestyle="--")
+        lower.set_xticks(range(len(timed)), [row.contender for row in timed], rotation=60, ha="right", fontsize=8)
+        upper.set_xticks([])
+    axes[0][0].set_ylabel("times faster than naive")
+    axes[1][0].set_ylabel("peak bytes / naive's")
+    figure.suptitle(
+        f"Shared prefixes, {report.machine['name']} (lines: what the FLOPs allow; dashed: a fifth)", x=0.01, ha="left"
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def run(device: str, *, quick: bool, everything: bool, seconds: float, console: Console) -> PrefixReport:
+    report = PrefixReport(machine=describe_machine(device))
+    planned = cases(device, quick=quick, everything=everything)
+    for number, case in enumerate(planned, start=1):
+        began = time.perf_counter()
+        chosen = contenders_of(case)
+        if device == "cpu" and not everything and case.prompt * case.completions > LONG_LOOP:
+            reason = "the same tokens as the naive batch: timed where the prompt is shorter"
+            chosen = [replace(one, left_out=reason) if one.name == "naive loop" else one for one in chosen]
+        rows = measure_case(make_setup(case, device), chosen, seconds_per_row=0.0 if quick else seconds)
+        report.rows += rows
+        timed = sum(not row.reason for row in rows)
+        console.print(
+            f"[{number}/{len(planned)}] {case.work}, {case}: {timed} of {len(rows)} rows timed, "
+            f"{time.perf_counter() - began:.0f} s"
+        )
+        gc.collect()
+    return report
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parser().parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    console = Console(stderr=True)
+    started = time.perf_counter()
+    report = run(
+        options.device, quick=options.quick, everything=options.everything, seconds=options.seconds, console=console
+    )
+    path = options.output or RESULTS / report.general.device / "prefix" / f"{report.machine['date']}.json"
+    save(report, path)
+    report = load(path)  # every table shows the numbers that are on disk
+    path.with_suffix(".md").write_text(markdown(report))
+    save_plot(report, path.with_suffix(".png"))
+    terminal = Console()
+    if not terminal.is_terminal:
+        terminal = Console(width=160)
+    for table in [*(case_table(case, rows) for case, rows in report.by_case().items()), *reversed(overviews(report))]:
+        table.print(terminal)
+    written = (str(path.with_suffix(suffix)) for suffix in (".json", ".md", ".png"))
+    console.print(f"{time.perf_counter() - started:.0f} s; wrote {', '.join(written)}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.prefix", description=__doc__.partition("\n")[0])
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device)
+    parser.add_argument("--quick", action="store_true", help="a tiny model: does it all work?")
+    parser.add_argument("--everything", action="store_true", help="every size and dtype: hours on a CPU")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time to spend on repeating each row (default 3)")
+    parser.add_argument("--threads", type=int, help="threads of torch; default: torch's own choice")
+    parser.add_argument("--output", type=Path, help="JSON to write; default: results/<device>/prefix/<date>.json")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""The shared-prefix scheme: teacher and student passes that compute each token with the same past once."""
+
+from .costs import Cost, PassCost, cost, cost_of_sizes
+from .planner import Plan, Tree, buckets, check_against, plan, row_slices
+from .report import PassReport, Report
+from .runner import Part, Passes, PrefixOutput, Strategy, TeacherRows, passes, run
+from .sampling import Sampled, generate
+from .sizes import ModelSizes
+
+__all__ = [
+    "Cost",
+    "ModelSizes",
+    "Part",
+    "PassCost",
+    "PassReport",
+    "Passes",
+    "Plan",
+    "PrefixOutput",
+    "Report",
+    "Sampled",
+    "Strategy",
+    "TeacherRows",
+    "Tree",
+    "buckets",
+    "check_against",
+    "cost",
+    "cost_of_sizes",
+    "generate",
+    "passes",
+    "plan",
+    "row_slices",
+    "run",
+]

@@ -1,0 +1,127 @@
+"""The first-use check: does a strategy compute on this model what naive computes?
+
+The first time that a kind of model meets a strategy, a few short made-up sequences run both ways, without gradient: two
+groups, completions of one token and of several, a teacher that reads the student's prompt states and one that does not.
+A strategy that disagrees is not used, and the caller says so with the numbers.
+
+How much may differ is not a constant: it is four times what naive itself differs by between a padded batch and one
+sequence at a time, and never less than eps^(2/3) of the dtype (2e-5 in float32, 4 % in bfloat16), which rounding does
+not reach and a wrong position, a lost prefix token or completions that see each other exceed. Float64 models are held
+to float32's, in which transformers computes norms and recurrences anyway. In 16 bits a router that is undecided between
+two experts may take either, so of a mixture of experts the worst tenth of the states may differ more.
+
+Not covered: what short sequences cannot show, such as a sliding window of thousands of tokens; `verify="always"`
+compares on the plan itself, at the price of a naive pass. In 16 bits, a freshly initialised model hides such faults.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..models import Body, without_dropout
+from . import naive, ranks
+from .planner import Plan, Tree, plan
+
+Verify = Literal["once", "always", "off"]
+
+# What was found for (model class, attention implementation, dtype, device, strategy): the problem, or None.
+_FOUND: dict[tuple[object, ...], str | None] = {}
+
+
+def agrees(body: Body, strategy: ModuleType, own_plan: Plan, verify: Verify) -> str | None:
+    """None where the strategy's module computes what naive does, else how much they differ."""
+    if verify == "always":
+        return _problem(body, strategy, own_plan)
+    attention = getattr(body.config, "_attn_implementation", None)
+    key = (type(body.causal_lm), attention, body.dtype, body.device.type, strategy.__name__)
+    # One rank may have met this kind of model before, and another not.
+    if ranks.most(body, key not in _FOUND)[0]:
+        _FOUND[key] = _problem(body, strategy, short_plan(body))
+    return _FOUND[key]
+
+
+def forget() -> None:
+    """Make every next use a first one."""
+    _FOUND.clear()
+
+
+def short_plan(body: Body) -> Plan:
+    """Seeded sequences that have one of everything, short enough to cost nothing."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(length: int) -> Tensor:
+        return torch.randint(body.vocab_size, (length,), generator=generator).to(body.device)
+
+    prompts = [ids(11), ids(6)]
+    completions = [[ids(length) for length in (1, 5, 9)], [ids(length) for length in (4, 4)]]
+    context, feedback = ids(7), [ids(3), ids(5)]
+    teachers: list[Tensor | list[Tensor]] = [
+        torch.cat([prompts[0][:8], context, prompts[0][8:]]),
+        [torch.cat([prompts[1][:4], text, prompts[1][4:]]) for text in feedback],
+    ]
+    return plan(prompts, completions, teachers)
+
+
+@torch.no_grad()
+def _problem(body: Body, strategy: ModuleType, checked: Plan) -> str | None:
+    with without_dropout(body.model, training=False):
+        record = [tree.shared for tree in checked.teacher]
+        student, prompts = ranks.hidden_states(body, strategy, checked.student, record=record)
+        found = [(student, checked.student)]
+        if checked.teacher:
+            found.append((ranks.hidden_states(body, strategy, checked.teacher, prompts=prompts)[0], checked.teacher))
+            found.append((ranks.hidden_states(body, strategy, checked.teacher)[0], checked.teacher))
+        error = noise = 0.0
+        undecided = _routes(body) and torch.finfo(student.dtype).bits == 16
+        for states, trees in found:
+            alone = _one_by_one(body, trees)
+            error = max(error, _difference(states, alone, undecided))
+            noise = max(noise, _difference(ranks.hidden_states(body, naive, trees)[0], alone, undecided))
+    eps = max(torch.finfo(student.dtype).eps, torch.finfo(torch.float32).eps)
+    allowed = max(4 * noise, eps ** (2 / 3))
+    # Ranks that chose differently would wait for each other for ever.
+    if not ranks.most(body, error > allowed)[0]:
+        return None
+    return (
+        f"hidden states differ by {error:.1e} of their size, where naive differs by {noise:.1e} from itself "
+        f"and {allowed:.1e} is allowed"
+    )
+
+
+def _one_by_one(body: Body, trees: Sequence[Tree]) -> Tensor:
+    """(N, H) by one unpadded sequence at a time."""
+    places = [(tree, i) for tree in trees for i in tree.active]
+    (wanted,) = ranks.runs_of_all(body, [len(places)])
+    rows = []
+    for tree, i in places:
+        sequence = tree.sequence(i)
+        rows.append(naive.run_whole(body, [sequence])[0, len(sequence) - tree.rows[i] :])
+    rows += ranks.idle(body, wanted - len(places))
+    return torch.cat(rows) if rows else torch.empty(0, body.hidden_size, device=body.device, dtype=body.dtype)
+
+
+def _difference(states: Tensor, exact: Tensor, undecided: bool) -> float:
+    """The largest difference of a row, relative to the row's norm; infinite where a state is not finite.
+
+    Where some rows may be `undecided` it is the largest of all but a tenth of them.
+    """
+    if len(exact) == 0:
+        return 0.0
+    difference = (states.double() - exact.double()).norm(dim=-1) / exact.double().norm(dim=-1)
+    if not bool(difference.isfinite().all()):
+        return math.inf
+    return float(difference.sort(descending=True).values[len(exact) // 10 if undecided else 0])
+
+
+def _routes(body: Body) -> bool:
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return any((getattr(body.config, name, None) or 0) > 1 for name in names)
+
+
+__all__ = ["Verify", "agrees", "forget", "short_plan"]

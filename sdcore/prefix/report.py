@@ -1,0 +1,188 @@
+"""What was run and why, in numbers for a log and in a paragraph for a person.
+
+Everything here is known from the plan, its cost and the choice of the strategy: nothing is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .costs import Cost
+from .planner import Plan, Tree
+
+# Below this share of a student's prompt, a teacher that could read its states hardly does: say so.
+LITTLE_SHARED = 0.5
+
+
+class Fallback(NamedTuple):
+    """A strategy that was not taken, although it was wanted."""
+
+    strategy: str
+    reason: str
+
+
+class Choice(NamedTuple):
+    """How a pass is run: what was chosen, and why."""
+
+    strategy: str
+    reason: str = ""
+    padding: float = 0.0  # share of its batches' tokens that are padding
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassReport:
+    """One pass. `naive_…` is with every completion as a sequence of its own; tokens are without padding."""
+
+    strategy: str
+    reason: str  # why this strategy, as a clause; may be empty
+    padding: float  # share of the batches' tokens that are padding
+    tokens: int
+    naive_tokens: int
+    flops: int | None  # None where the model's configuration does not say what a layer costs
+    naive_flops: int | None
+
+    def sentence(self, name: str) -> str:
+        reason = f" ({self.reason})" if self.reason else ""
+        text = f"{name} pass: {self.strategy}{reason}, {self.tokens:,} tokens"
+        if self.tokens == self.naive_tokens:
+            text += ", as many as a naive pass computes"
+        else:
+            text += f" where a naive pass computes {self.naive_tokens:,}"
+        if self.flops and self.naive_flops and self.tokens != self.naive_tokens:
+            text += f", {_times(self.naive_flops / self.flops)} fewer FLOPs"
+        if self.padding > 0:
+            text += f", {_percent(self.padding)} of its batches is padding"
+        return text + "."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What the passes over a plan shared, and how they were run. `str(report)` is for reading."""
+
+    student: PassReport
+    teacher: PassReport | None  # None for a plan without a teacher
+    teacher_shares: bool  # the teacher has the student's weights and read its states
+    shared_tokens: tuple[int, ...]  # per group: tokens that the student's and the teacher's prompts begin with alike
+    prompt_tokens: tuple[int, ...]  # per group: tokens of the student's prompt
+    fallbacks: tuple[Fallback, ...]
+    speedup: float | None  # naive FLOPs over FLOPs, both passes, without the lm_head; None where FLOPs are not known
+    step_speedup: float | None  # the same with the lm_head, which sharing does not change
+
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        cost: Cost | None,
+        *,
+        student: Choice,
+        teacher: Choice | None = None,
+        teacher_shares: bool = False,
+        fallbacks: Sequence[Fallback] = (),
+    ) -> Report:
+        """`cost` is `cost(plan, ...)` of a strategy that shares, None where the configuration says too little.
+
+        `teacher` None: run as the student's pass. `teacher_shares`: as in `cost`; a naive pass reads nothing anyway.
+        """
+        # Either pass may have fallen back to naive alone.
+        passes = [
+            _pass_report(choice, trees, pair, read_shared)
+            for choice, trees, pair, read_shared in (
+                (student, plan.student, _flops(cost, "student"), False),
+                (teacher or student, plan.teacher, _flops(cost, "teacher"), teacher_shares),
+            )
+        ]
+        counted = [p for p, trees in zip(passes, (plan.student, plan.teacher), strict=True) if trees]
+        flops, naive = (
+            None if None in values else sum(value or 0 for value in values)
+            for values in ([p.flops for p in counted], [p.naive_flops for p in counted])
+        )
+        head = cost.head_flops if cost else 0
+        return cls(
+            student=passes[0],
+            teacher=passes[1] if plan.teacher else None,
+            teacher_shares=teacher_shares,
+            shared_tokens=tuple(tree.shared for tree in plan.teacher),
+            prompt_tokens=tuple(len(tree.trunk) for tree in plan.student),
+            fallbacks=tuple(fallbacks),
+            speedup=naive / flops if naive and flops else None,
+            step_speedup=(naive + head) / (flops + head) if naive and flops else None,
+        )
+
+    @property
+    def shared_fractions(self) -> tuple[float, ...]:
+        """Per group: the share of the student's prompt that the teacher's prompts begin with; () without a teacher."""
+        return tuple(shared / self.prompt_tokens[g] for g, shared in enumerate(self.shared_tokens))
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """For a log: only what is known, under `prefix/`."""
+        found: dict[str, float | None] = {
+            "prefix/speedup": self.speedup,
+            "prefix/step_speedup": self.step_speedup,
+            "prefix/fallbacks": float(len(self.fallbacks)),
+        }
+        for name, one in (("student", self.student), ("teacher", self.teacher)):
+            if one is not None:
+                found[f"prefix/{name}_tokens"] = float(one.tokens)
+                found[f"prefix/{name}_naive_tokens"] = float(one.naive_tokens)
+                found[f"prefix/{name}_padding"] = one.padding
+        if self.shared_tokens:
+            found["prefix/shared_fraction"] = sum(self.shared_tokens) / sum(self.prompt_tokens)
+        return {name: value for name, value in found.items() if value is not None}
+
+    def __str__(self) -> str:
+        sentences = [self.student.sentence("Student")]
+        if self.teacher is not None:
+            sentences += [self.teacher.sentence("Teacher"), self._about_shared()]
+        if self.speedup is not None and self.step_speedup is not None:
+            sentences.append(
+                f"Together {_times(self.speedup)} fewer FLOPs than naive, {_times(self.step_speedup)} with the lm_head."
+            )
+        sentences += [f"Not {fallback.strategy}: {fallback.reason}." for fallback in self.fallbacks]
+        return " ".join(sentences)
+
+    def _about_shared(self) -> str:
+        fractions = self.shared_fractions
+        mean = sum(self.shared_tokens) / sum(self.prompt_tokens)
+        text = f"The teacher's prompts begin with {_percent(mean)} of the student's"
+        if max(fractions) - min(fractions) > 0.01:
+            text += f" ({_percent(min(fractions))} to {_percent(max(fractions))} over {len(fractions)} groups)"
+        if not self.teacher_shares:
+            return text + ", but it has other weights and computed them itself."
+        if self.teacher is not None and self.teacher.strategy == "naive":
+            return text + ", but a naive pass computed them again."
+        if mean < LITTLE_SHARED:
+            return text + ", which it read from the student's pass: context that comes later in the prompt shares more."
+        return text + ", which it read from the student's pass."
+
+
+def _flops(cost: Cost | None, name: str) -> tuple[int | None, int | None]:
+    one = getattr(cost, name, None)
+    return (None, None) if one is None else (one.flops, one.naive_flops)
+
+
+def _pass_report(
+    choice: Choice, trees: Sequence[Tree], flops: tuple[int | None, int | None], read_shared: bool
+) -> PassReport:
+    naive_tokens = sum(tree.naive_tokens() for tree in trees)
+    naive = choice.strategy == "naive"
+    return PassReport(
+        strategy=choice.strategy,
+        reason=choice.reason,
+        padding=choice.padding,
+        tokens=naive_tokens if naive else sum(tree.tokens(read_shared=read_shared) for tree in trees),
+        naive_tokens=naive_tokens,
+        flops=flops[1] if naive else flops[0],
+        naive_flops=flops[1],
+    )
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.1f}×"
+
+
+def _percent(share: float) -> str:
+    """Of a share that is not nothing, never 0 %."""
+    return f"{100 * share:.0f} %" if share == 0 or share >= 0.01 else "less than 1 %"

@@ -1,0 +1,242 @@
+"""Sample several completions per prompt, and compute each prompt once.
+
+    out = model.generate(input_ids=padded.repeat_interleave(G, 0), attention_mask=..., do_sample=True, top_k=0,
+                         max_new_tokens=..., temperature=..., eos_token_id=...)
+
+samples from the same distribution, and after `torch.manual_seed(seed)` the same tokens as `generate(..., seed=seed)`
+here. There a prompt passes the model G times; here it passes once, and G rows go on from its keys, values and states.
+
+What differs from the obvious: this is a loop of its own and not Hugging Face `generate` on an expanded cache, because
+that takes options from the model's generation config (a top_k of 50, penalties) that would change the distribution
+behind the caller's back, cannot use a generator, and gives log-probabilities only by keeping every step's (rows, V)
+scores. Its temperature, top-k and top-p are used, so the distribution is the same by construction.
+
+Not covered: beam search and penalties, models sharded over processes whose ranks would stop at different steps, and
+rotary embeddings that change with the length (LongRoPE) where the longest sequence reaches the change.
+
+Letters: B prompts, G completions of each, P the longest prompt, V vocabulary, N completion tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import DynamicCache
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ..errors import ArgumentError, UnsupportedModelError
+from ..models import Body, find_body
+from .planner import TokenIds, collect_ids, entries
+
+
+class Sampled(NamedTuple):
+    """What was sampled, on the model's device."""
+
+    completions: list[list[Tensor]]  # [b][g]: (R,) int64, ends with an end-of-sequence id unless it was cut
+    logprobs: Tensor  # (N,) float32, in the order prompt, completion, position: of the distribution drawn from
+
+
+def generate(
+    model: nn.Module,
+    prompts: Sequence[TokenIds],
+    *,
+    num_completions: int,
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int] | None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    pad_token_id: int | None = None,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Sampled:
+    """Sample `num_completions` completions of each prompt from a causal language model.
+
+    `prompts` are non-empty 1-D int64 or int32 tensors or sequences of ints. A completion ends with the first of
+    `eos_token_id` (None: none ends it), or after `max_new_tokens`. `temperature` 0 takes the likeliest token, and then
+    the log-probabilities are those of temperature 1; else they are of the distribution drawn from, with temperature,
+    `top_k` (None: all) and `top_p` (None: all). `pad_token_id` (None: an end-of-sequence id, or 0) fills shorter
+    prompts up and is seen by nobody. Random numbers come from `generator`, from a new one with `seed`, or from torch's
+    global one.
+
+    Memory: all B·G rows at a time, with keys and values of P + max_new_tokens tokens each; call it on a few prompts at
+    a time to bound it. Dropout is off meanwhile; training modes, the configuration, gradients and, with a seed or a
+    generator, torch's random state are left as they were. Raises `ArgumentError` or `PlanError`, which are ValueErrors,
+    `PlanTypeError`, and `UnsupportedModelError`.
+    """
+    body = find_body(model)
+    ends = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    _check_options(num_completions, max_new_tokens, temperature, top_k, top_p, ends, pad_token_id, body.vocab_size)
+    if seed is not None and generator is not None:
+        raise ArgumentError("seed and generator must not both be given, got both")
+    prompts_B = _on_device(prompts, body)
+    _check_lengths(body, max(len(prompt) for prompt in prompts_B), max_new_tokens)
+    if seed is not None:
+        generator = torch.Generator(body.device).manual_seed(seed)
+    pad = pad_token_id if pad_token_id is not None else (ends or [0])[0]
+
+    rows = len(prompts_B) * num_completions
+    end_ids = torch.tensor(ends, dtype=torch.int64, device=body.device)
+    unfinished = torch.ones(rows, dtype=torch.bool, device=body.device)
+    tokens, logprobs, counted = [], [], []
+    with torch.no_grad(), _evaluating(body.causal_lm):
+        decoder = _Decoder(body, prompts_B, num_completions, pad)
+        warpers = _warpers(temperature, top_k, top_p)
+        logits = decoder.prefill()  # (B·G, V)
+        for step in range(max_new_tokens):
+            # As in Hugging Face's loop: scores in float32, and the softmax of them. No warper looks at ids.
+            scores = warpers(end_ids, logits.to(dtype=torch.float32, copy=True))
+            if temperature == 0:
+                chosen = scores.argmax(-1)
+            else:
+                chosen = torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+            counted.append(unfinished)
+            tokens.append(chosen)
+            logprobs.append(scores.log_softmax(-1).gather(1, chosen[:, None])[:, 0])
+            unfinished = unfinished & ~torch.isin(chosen, end_ids)
+            # A finished row goes on until the last one is done; what it samples is cut off.
+            if step == max_new_tokens - 1 or not bool(unfinished.any()):
+                break
+            logits = decoder.step(chosen)
+    mask = torch.stack(counted, 1)  # (B·G, steps)
+    lengths = mask.sum(1).tolist()
+    ragged = torch.stack(tokens, 1)[mask].split(lengths)
+    completions = [list(ragged[start : start + num_completions]) for start in range(0, rows, num_completions)]
+    return Sampled(completions, torch.stack(logprobs, 1)[mask])
+
+
+class _Decoder:
+    """A model that has read the prompts, and goes on reading one token per row."""
+
+    def __init__(self, body: Body, prompts_B: Sequence[Tensor], num_completions: int, pad: int) -> None:
+        # A wrapper that gathers weights or casts has to see the call; one that reduces gradients has not.
+        plain = body.through is None or isinstance(body.through, DistributedDataParallel)
+        self._model: Any = body.causal_lm if plain else body.through
+        self._body = body
+        self._num_completions = num_completions
+        self._cache = DynamicCache(config=body.config)
+        longest = max(len(prompt) for prompt in prompts_B)
+        self._prompts = torch.full((len(prompts_B), longest), pad, device=body.device)  # padded on the left
+        mask = torch.zeros_like(self._prompts)
+        for row, prompt in enumerate(prompts_B):
+            self._prompts[row, longest - len(prompt) :] = prompt
+            mask[row, longest - len(prompt) :] = 1
+        # Without padding there is nothing to mask, and attention can take its fastest way.
+        self._mask = None if all(len(prompt) == longest for prompt in prompts_B) else mask
+
+    def prefill(self) -> Tensor:
+        """(B·G, V) logits after the prompts, which are read once each."""
+        positions = None if self._mask is None else (self._mask.cumsum(1) - 1).clamp_min(0)
+        logits = self._call(self._prompts, positions)
+        rows = torch.arange(len(logits), device=logits.device).repeat_interleave(self._num_completions)
+        # Unlike batch_repeat_interleave, every kind of cache layer has this, recurrent ones too.
+        self._cache.reorder_cache(rows)
+        self._mask = None if self._mask is None else self._mask[rows]
+        return logits[rows]
+
+    def step(self, ids: Tensor) -> Tensor:
+        """(B·G, V) logits after one more token per row, (B·G,)."""
+        positions = None
+        if self._mask is not None:
+            self._mask = torch.cat([self._mask, torch.ones_like(ids[:, None])], 1)
+            positions = self._mask.sum(1, keepdim=True) - 1
+        return self._call(ids[:, None], positions)
+
+    def _call(self, ids: Tensor, positions: Tensor | None) -> Tensor:
+        more = {"position_ids": positions} if positions is not None and self._body.accepts_position_ids else {}
+        output = self._model(
+            input_ids=ids,
+            attention_mask=self._mask,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+            return_dict=True,
+            **more,
+        )
+        return output.logits[:, -1]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards each module's own mode: some may have been set apart from the rest."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _warpers(temperature: float, top_k: int | None, top_p: float | None) -> LogitsProcessorList:
+    found = LogitsProcessorList()
+    if temperature == 0:
+        return found
+    if temperature != 1:
+        found.append(TemperatureLogitsWarper(temperature))
+    if top_k is not None:
+        found.append(TopKLogitsWarper(top_k))
+    if top_p is not None and top_p < 1:
+        found.append(TopPLogitsWarper(top_p))
+    return found
+
+
+def _on_device(prompts: Sequence[TokenIds], body: Body) -> list[Tensor]:
+    """Checked ids, on the model's device."""
+    named = [(f"prompts[{b}]", ids) for b, ids in entries("prompts", prompts)]
+    if not named:
+        raise ArgumentError("prompts must have at least one prompt, got none")
+    ids, host = collect_ids(named, may_be_empty=frozenset())
+    for name, prompt in host.items():
+        highest = int(prompt.max())
+        if highest >= body.vocab_size:
+            raise ArgumentError(f"{name} must be in [0, V={body.vocab_size}), the model's vocabulary, got id {highest}")
+    return [prompt.to(body.device) for prompt in ids.values()]
+
+
+def _check_options(
+    num_completions: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    ends: Sequence[int],
+    pad_token_id: int | None,
+    vocab_size: int,
+) -> None:
+    for name, count in (("num_completions", num_completions), ("max_new_tokens", max_new_tokens), ("top_k", top_k)):
+        if count is not None and count < 1:
+            raise ArgumentError(f"{name} must be at least 1, got {count}")
+    if not 0 <= temperature < float("inf"):
+        raise ArgumentError(f"temperature must be at least 0 and finite, got {temperature}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ArgumentError(f"top_p must be in (0, 1], got {top_p}")
+    if pad_token_id is not None and not 0 <= pad_token_id < vocab_size:
+        raise ArgumentError(f"pad_token_id must be in [0, V={vocab_size}), got {pad_token_id}")
+    for token in ends:
+        if not 0 <= token < vocab_size:
+            raise ArgumentError(f"eos_token_id must be in [0, V={vocab_size}), got {token}")
+
+
+def _check_lengths(body: Body, longest: int, max_new_tokens: int) -> None:
+    read = longest + max_new_tokens - 1  # the last token is not read
+    if body.max_positions is not None and read > body.max_positions:
+        raise ArgumentError(
+            f"max_new_tokens must be at most {body.max_positions - longest + 1}, what the model's {body.max_positions} "
+            f"positions leave after the longest prompt's {longest} tokens, got {max_new_tokens}"
+        )
+    if body.rotary_switch is not None and read > body.rotary_switch:
+        raise UnsupportedModelError(
+            f"{body.name} encodes positions otherwise in sequences longer than {body.rotary_switch} tokens: keys of a "
+            f"prompt cannot be kept across that length, got up to {read} tokens"
+        )

@@ -1,0 +1,337 @@
+"""Attention over packed rows against plain attention with a dense mask, and the rectangles that it is cut into."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from sdcore.errors import UnsupportedModelError
+from sdcore.prefix import attention, attention_cuda
+from sdcore.prefix.attention import PLAIN, Call, RowContext, RowMask, attend, packed_attention, packed_mask
+from sdcore.prefix.segments import ROW, Row, pack
+from sdkernels.testing import LiveBytes, assert_within_reference_error
+
+SCALING = 0.31
+
+
+class Token(NamedTuple):
+    """Who a token of a row or of a prefix is, from first principles."""
+
+    group: int
+    branch: int  # -1: prefix or trunk
+    position: int
+
+    def sees(self, other: Token, window: int | None) -> bool:
+        related = self.group == other.group and other.branch in (-1, self.branch)
+        return related and 0 <= self.position - other.position < (window or 10**9)
+
+
+def tokens_of(groups: list[Any]) -> tuple[list[Token], list[Token]]:
+    prefixes, row = [], []
+    for g, (prefix, trunk, branches) in enumerate(groups):
+        prefixes += [Token(g, -1, p) for p in range(prefix)]
+        row += [Token(g, -1, prefix + p) for p in range(trunk)]
+        row += [Token(g, b, prefix + trunk + p) for b, length in enumerate(branches) for p in range(length)]
+    return prefixes, row
+
+
+def dense_mask(groups: list[Any], window: int | None) -> Tensor:
+    """(L, prefix tokens + L) bool."""
+    prefixes, row = tokens_of(groups)
+    return torch.tensor([[q.sees(k, window) for k in prefixes + row] for q in row]).view(len(row), -1)
+
+
+class Case(NamedTuple):
+    groups: list[Any]  # (prefix, trunk, branch lengths)
+    key_heads: int = 2
+    heads_per_key: int = 2
+    size: int = 5
+    value_size: int = 5
+    window: int | None = None
+    softcap: float | None = None
+    seed: int = 0
+
+    def tensors(self, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], list[Any]]:
+        """Query, key, value, laid out as a projection's views are; and a prefix per group."""
+        draw = torch.Generator().manual_seed(self.seed)
+
+        def states(length: int, heads: int, size: int) -> Tensor:
+            return torch.randn(1, length, heads, size, generator=draw, dtype=torch.float64).to(dtype).transpose(1, 2)
+
+        length = pack(self.groups).length
+        heads = self.key_heads * self.heads_per_key
+        row = [
+            states(length, h, d)
+            for h, d in ((heads, self.size), (self.key_heads, self.size), (self.key_heads, self.value_size))
+        ]
+        prefixes = [
+            tuple(states(prefix, self.key_heads, d) for d in (self.size, self.value_size)) if prefix else None
+            for prefix, _, _ in self.groups
+        ]
+        return row, prefixes
+
+    def call(self, prefixes: list[Any]) -> Call:
+        row = pack(self.groups)
+        window = None if self.window is None or self.window >= row.longest else self.window
+        return Call(row, tuple(prefixes), SCALING, window, self.softcap, {})
+
+    def reference(self, row: list[Tensor], prefixes: list[Any]) -> Tensor:
+        """(1, L, Hq, Dv) in the dtype of the tensors."""
+        query, key, value = row
+        key, value = (torch.cat([*(p[i] for p in prefixes if p), x], 2) for i, x in enumerate((key, value)))
+        key, value = (x.repeat_interleave(self.heads_per_key, 1) for x in (key, value))
+        scores = query @ key.mT * SCALING
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        scores = scores.masked_fill(~dense_mask(self.groups, self.window), float("-inf"))
+        return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+@st.composite
+def cases(draw: Any) -> Case:
+    """Groups with ragged, equal, empty and no branches, with and without a prefix; never an empty row."""
+    length = st.integers(0, 9)
+    branches = st.lists(length, max_size=4) | st.integers(1, 5).flatmap(lambda n: st.just([n] * 3))
+    group = st.tuples(length | st.just(0), length, branches)
+    groups = draw(st.lists(group, min_size=1, max_size=3).filter(lambda found: pack(found).length > 0))
+    size = draw(st.integers(1, 7))
+    return Case(
+        groups,
+        key_heads=draw(st.integers(1, 2)),
+        heads_per_key=draw(st.integers(1, 3)),
+        size=size,
+        value_size=draw(st.sampled_from([size, size, size + 1])),
+        window=draw(st.none() | st.integers(1, 12)),
+        softcap=draw(st.none() | st.just(0.8)),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+def with_gradients(function: Any, row: list[Tensor]) -> list[Tensor]:
+    """The output of `function(leaves)`, and its three gradients for one fixed upstream."""
+    leaves = [x.detach().requires_grad_() for x in row]
+    out = function(leaves)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut rectangles after 3 queries, so that short rows have many."""
+    monkeypatch.setattr("sdcore.prefix.segments._step", lambda window, at_most: 3)
+    monkeypatch.setattr(attention, "PLAIN", PLAIN._replace(at_most=3))
+
+
+def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float = 1e-12) -> None:
+    for name, a, b in zip(("out", "query", "key", "value"), actual, expected, strict=True):
+        assert a.shape == b.shape, name
+        difference = (a - b).abs().max().item()
+        assert difference <= tolerance * max(1.0, b.abs().max().item()), (name, difference)
+
+
+@pytest.mark.parametrize("steps", ["usual", "small"])
+@settings(deadline=None, max_examples=60)
+@given(case=cases())
+def test_values_and_gradients_are_those_of_dense_attention(case: Case, steps: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if steps == "small":
+            small_steps(patch)
+        row, prefixes = case.tensors()
+        actual = with_gradients(lambda leaves: attend(*leaves, case.call(prefixes)), row)
+        expected = with_gradients(lambda leaves: case.reference(leaves, prefixes), row)
+        assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("steps", [None, 3])
+@settings(deadline=None, max_examples=100)
+@given(case=cases())
+def test_every_visible_pair_is_in_exactly_one_rectangle(case: Case, steps: int | None) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if steps:
+            small_steps(patch)
+        check_rectangles(pack(case.groups), case, steps)
+
+
+def check_rectangles(row: Row, case: Case, at_most: int | None) -> None:
+    mask = dense_mask(case.groups, case.window)
+    first = [sum(prefix for prefix, _, _ in case.groups[:g]) for g in range(len(case.groups) + 1)]
+    seen, opened = torch.zeros(mask.shape, dtype=torch.int64), torch.zeros(row.length, dtype=torch.int64)
+    for block in row.blocks(case.window, at_most=at_most):
+        i, j = torch.arange(block.queries)[:, None], torch.arange(block.keys)
+        inside = torch.ones(block.queries, block.keys, dtype=torch.bool)
+        if block.causal:
+            inside = i >= j
+        if block.masked:
+            distance = block.offset + i - j
+            inside = (distance >= 0) & (distance < (case.window or 10**9))
+            assert not inside.all(), "a mask that hides nothing is not needed"
+        assert inside.any(1).all(), "a query sees none of its keys"
+        for copy in range(block.copies):
+            query = slice(block.query + copy * block.queries, block.query + (copy + 1) * block.queries)
+            start = first[-1] if block.source == ROW else first[block.source]
+            key = start + block.key + copy * block.keys
+            seen[query, key : key + block.keys] += inside
+            if block.opens:
+                opened[query] += 1
+            else:
+                assert (opened[query] == 1).all(), "merged before it was opened"
+    assert torch.equal(seen, mask.long())
+    assert (opened == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_low_precision_is_as_near_to_float64_as_dense_attention(
+    dtype: torch.dtype, window: int | None, softcap: float | None
+) -> None:
+    case = Case([(0, 33, [7, 7, 12, 1]), (11, 5, [3, 8])], size=16, value_size=16, window=window, softcap=softcap)
+    row, prefixes = case.tensors(dtype)
+    exact_prefixes = [p and tuple(x.double() for x in p) for p in prefixes]
+    exact = with_gradients(lambda leaves: case.reference(leaves, exact_prefixes), [x.double() for x in row])
+    naive = with_gradients(lambda leaves: case.reference(leaves, prefixes), row)
+    actual = with_gradients(lambda leaves: attend(*leaves, case.call(prefixes)), row)
+    for name, a, e, n in zip(("out", "query", "key", "value"), actual, exact, naive, strict=True):
+        assert_within_reference_error(a, e, n, name=name)
+
+
+def test_autocast_does_not_lower_the_precision_of_soft_capped_scores() -> None:
+    case = Case([(0, 6, [3, 2])], softcap=1.0)
+    row, prefixes = case.tensors(torch.float32)
+    plain = with_gradients(lambda leaves: attend(*leaves, case.call(prefixes)), row)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(with_gradients(lambda leaves: attend(*leaves, case.call(prefixes)), row), plain, 0.0)
+
+
+@pytest.mark.parametrize("window", [None, 256])
+def test_keys_and_values_of_a_trunk_are_never_repeated(window: int | None) -> None:
+    """32 branches with 4 queries to a key: any repetition is larger than all of the queries together."""
+    case = Case([(0, 1024, [4] * 32)], key_heads=2, heads_per_key=4, size=16, value_size=16, window=window)
+    row, prefixes = case.tensors(torch.float32)
+    leaves = [x.detach().requires_grad_() for x in row]
+    queries = row[0].numel()
+    with LiveBytes() as probe:
+        out = attend(*leaves, case.call(prefixes))
+        assert probe.largest_numel <= queries, probe.largest_origin
+        forward = probe.peak_bytes
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+    assert probe.largest_numel <= queries, probe.largest_origin
+    masks = 0 if window is None else 2 * 4 * 256 * (256 + window)
+    # The output, its log-sum-exp, and one rectangle's part of it that is being merged.
+    assert forward < 3 * 4 * queries + masks
+    # And its gradient, the gradients of query, key and value (1.5 queries), and one rectangle's part of them.
+    assert probe.peak_bytes < 6 * 4 * queries + masks
+
+
+def test_a_narrow_window_does_not_compute_what_nobody_sees() -> None:
+    row = pack([(0, 4096, [64] * 8)])
+    computed = sum(block.queries * block.keys * block.copies for block in row.blocks(128))
+    visible = 128 * row.length
+    assert computed < 3 * visible
+
+
+def plain_varlen(
+    query: Tensor, key: Tensor, value: Tensor, launch: attention_cuda.Launch, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a varlen kernel does, in plain arithmetic: out (n, Hq, D), lse (Hq, n), weights (Hq, n, m)."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1).transpose(0, 1) for x in (key, value))
+    visible = torch.zeros(query.shape[0], key.shape[1], dtype=torch.bool)
+    bounds = [x.tolist() for x in (launch.query_bounds, launch.key_bounds)]
+    for q0, q1, k0, k1 in zip(bounds[0], bounds[0][1:], bounds[1], bounds[1][1:], strict=False):
+        assert 0 < q1 - q0 <= launch.longest_query
+        assert 0 < k1 - k0 <= launch.longest_key
+        ones = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool)
+        visible[q0:q1, k0:k1] = ones.tril() if launch.causal else ones
+    assert (bounds[0][-1], bounds[1][-1]) == visible.shape
+    scores = (query.transpose(0, 1) @ key.mT * scaling).masked_fill(~visible, float("-inf"))
+    return (scores.softmax(-1) @ value).transpose(0, 1), scores.logsumexp(-1), scores
+
+
+def plain_varlen_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, launch: Any, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups = query.shape[1] // key.shape[1]
+    keys, values = (x.repeat_interleave(groups, 1).transpose(0, 1) for x in (key, value))
+    weights = torch.exp(plain_varlen(query, key, value, launch, scaling)[2] - lse.unsqueeze(-1))
+    grad, out = grad.transpose(0, 1), out.transpose(0, 1)
+    grad_scores = weights * (grad @ values.mT - (grad * out).sum(-1, keepdim=True)) * scaling
+
+    def fold(x: Tensor) -> Tensor:
+        return x.unflatten(0, (-1, groups)).sum(1).transpose(0, 1)
+
+    grad_query = (grad_scores @ keys).transpose(0, 1)
+    return grad_query, fold(grad_scores.mT @ query.transpose(0, 1)), fold(weights.mT @ grad)
+
+
+@settings(deadline=None, max_examples=60)
+@given(case=cases())
+def test_the_varlen_launches_of_the_gpu_path_add_up(case: Case) -> None:
+    case = case._replace(window=None, softcap=None, value_size=case.size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_cuda, "can_varlen", lambda *_: True)
+        patch.setattr(attention_cuda, "_forward", lambda *args: plain_varlen(*args)[:2])
+        patch.setattr(attention_cuda, "_backward", plain_varlen_backward)
+        patch.setattr(torch.Tensor, "float", lambda x: x)
+        row, prefixes = case.tensors()
+        actual = with_gradients(lambda leaves: attend(*leaves, case.call(prefixes)), row)
+    assert_same(actual, with_gradients(lambda leaves: case.reference(leaves, prefixes), row))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_flex_attention_gives_the_same_output(window: int | None, softcap: float | None) -> None:
+    case = Case([(0, 33, [7, 7, 12, 1]), (11, 5, [3, 8]), (0, 0, [4, 2])], size=16, value_size=16)
+    case = case._replace(window=window, softcap=softcap)
+    row, prefixes = case.tensors()
+    with torch.no_grad():
+        out = attention_cuda.flex(*row, case.call(prefixes))
+    assert (out - case.reference(row, prefixes)).abs().max() < 1e-12
+
+
+class Layer(torch.nn.Module):
+    layer_idx = 0
+
+
+def refused(layer: Any = None, mask: Any = None, **arguments: Any) -> str:
+    row, _ = Case([(0, 3, [2])]).tensors()
+    context = RowContext(pack([(0, 3, [2])]), (None,))
+    with pytest.raises(UnsupportedModelError) as error:
+        packed_attention(layer or Layer(), *row, RowMask(context, None) if mask is None else mask, **arguments)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"dropout": 0.1}, "dropout"),
+        ({"is_causal": False}, "is_causal"),
+        ({"sliding_window": 4}, "sliding_window=4"),
+        ({"s_aux": torch.zeros(4)}, "s_aux"),
+        ({"position_bias": torch.zeros(1)}, "position_bias"),
+        ({"output_attentions": True}, "output_attentions"),
+    ],
+)
+def test_what_it_does_not_know_is_refused_by_name(arguments: dict[str, Any], named: str) -> None:
+    assert named in refused(**arguments)
+
+
+def test_what_does_not_matter_is_let_through() -> None:
+    row, _ = Case([(0, 3, [2])]).tensors()
+    context = RowContext(pack([(0, 3, [2])]), (None,))
+    extras = {"position_ids": torch.arange(5)[None], "use_cache": False, "s_aux": None, "output_attentions": False}
+    out, weights = packed_attention(Layer(), *row, RowMask(context, None), **extras)
+    assert out.shape == (1, 5, 4, 5)
+    assert weights is None
+
+
+def test_a_mask_of_another_kind_and_tokens_from_elsewhere_are_refused() -> None:
+    assert "Tensor" in refused(mask=torch.zeros(1, 1, 5, 5))
+    assert "6 tokens" in refused(mask=RowMask(RowContext(pack([(0, 4, [2])]), (None,)), None))
+    with pytest.raises(RuntimeError, match="can only be called by"):
+        packed_mask(1, 5, 5)

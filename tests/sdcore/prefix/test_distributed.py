@@ -1,0 +1,203 @@
+"""Two processes on CPU: each with a plan of its own, they get the gradients of one process that sees both plans.
+
+The processes are started once, run all cases, and leave a file each with what they found; the tests read it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from sdcore.prefix import Plan
+from sdcore.step import distill_step
+from sdcore.teachers import AdapterOff, Frozen, Live, TrustRegion
+from tests.sdcore.prefix.models import double_precision, tiny
+from tests.sdcore.prefix.trees import random_plan
+
+RANKS = 2
+SECONDS = 120  # a hang is a failure within this time
+STRATEGIES = ["naive", "cached", "packed", "two_phase"]
+# Of each rank: tokens of the prompts, and of the completions of each.
+SHAPES: dict[str, list[tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]]] = {
+    "equal": [((9, 4), ((4, 2, 5), (3, 3))), ((9, 4), ((4, 2, 5), (3, 3)))],
+    # More groups, more completions, several buckets of lengths, a group whose completions have one token.
+    "unequal": [((9,), ((4, 2),)), ((5, 12, 3), ((40, 2, 1, 6, 7), (1, 1), (3,)))],
+    "no rows": [((6, 4), ((), (0,))), ((9, 4), ((4, 2, 5), (3, 3)))],
+    "nothing to share": [((9,), ((4,),)), ((9, 4), ((4, 2, 5), (3, 3)))],
+}
+
+
+def plan_of(shapes: str, rank: int) -> Plan:
+    prompts, sizes = SHAPES[shapes][rank]
+    return random_plan(rank, prompts=prompts, sizes=tuple(size or (0,) for size in sizes))
+
+
+def ddp(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model)
+
+
+def fsdp(model: Any) -> nn.Module:
+    for layer in (model.get_base_model() if hasattr(model, "get_base_model") else model).model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def checkpointed(model: PreTrainedModel) -> PreTrainedModel:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The whole ones, of what is sharded too. To be called by all ranks."""
+    found = {}
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            continue
+        assert weight.grad is not None, f"{name} has no gradient"
+        grad = weight.grad.full_tensor() if isinstance(weight.grad, DTensor) else weight.grad
+        found[name.removeprefix("module.")] = grad.clone()
+    return found
+
+
+def adapted(model: PreTrainedModel) -> Any:
+    """With an adapter that is not zero."""
+    import peft
+
+    adapter = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])).double()
+    draw = torch.Generator().manual_seed(1)
+    for name, weight in adapter.named_parameters():
+        if "lora_" in name:
+            weight.data = 0.3 * torch.randn(weight.shape, dtype=weight.dtype, generator=draw)
+    return adapter
+
+
+def teacher_of(kind: str, name: str) -> Any:
+    if kind in ("live", "adapter off"):
+        return Live() if kind == "live" else AdapterOff()
+    other = tiny(name, seed=1)
+    frozen = Frozen(fsdp(other) if kind == "sharded" else other)
+    return TrustRegion(frozen, 0.3) if kind == "trust" else frozen
+
+
+@cache
+def of_one_process(name: str, shapes: str, teacher: str, steps: int) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The loss of each rank's plan, and the mean of their gradients."""
+    plain = adapted(tiny(name)) if teacher == "adapter off" else tiny(name)
+    alone = teacher_of("frozen" if teacher == "sharded" else teacher, name)
+    plans = [plan_of(shapes, rank) for rank in range(RANKS)] * steps
+    losses = [distill_step(plain, planned, teacher=alone, strategy="naive").loss for planned in plans]
+    return losses, {key: grad / RANKS for key, grad in gradients(plain).items()}
+
+
+def compare(
+    wrap: Callable[[Any], nn.Module],
+    shapes: str,
+    *,
+    name: str = "llama",
+    teacher: str = "live",
+    steps: int = 1,
+    prepare: Callable[[PreTrainedModel], Any] = lambda model: model,
+    **options: Any,
+) -> None:
+    """A step of both ranks gives the mean of what each plan gives in a process of its own."""
+    model, rank = wrap(prepare(tiny(name))), dist.get_rank()
+    for _ in range(steps):
+        out = distill_step(model, plan_of(shapes, rank), teacher=teacher_of(teacher, name), **options)
+    found = gradients(model)
+    losses, expected = of_one_process(name, shapes, teacher, steps)
+    assert torch.allclose(out.loss, losses[rank], rtol=1e-9), "the loss differs"
+    assert found.keys() == expected.keys()
+    errors = {key: float((found[key] - grad).norm() / grad.norm()) for key, grad in expected.items()}
+    assert {key: error for key, error in errors.items() if not error < 1e-9} == {}
+
+
+def cases() -> dict[str, Callable[[], None]]:
+    """Every case has a name, and is run by both ranks in the same order."""
+    found: dict[str, Callable[[], None]] = {}
+
+    def add(case: str, *args: Any, **kwargs: Any) -> None:
+        found[case] = lambda: compare(*args, **kwargs)
+
+    for strategy in STRATEGIES:
+        how = {"strategy": strategy, "micro_batch": 2 if strategy == "two_phase" else None}
+        for label, wrap in (("ddp", ddp), ("fsdp", fsdp)):
+            for shapes in ("equal", "unequal", "no rows"):
+                add(f"{label} {strategy} {shapes}", wrap, shapes, **how)
+            add(f"{label} {strategy} checkpointed", wrap, "unequal", prepare=checkpointed, **how)
+            if importlib.util.find_spec("peft"):
+                add(f"{label} {strategy} adapter", wrap, "unequal", prepare=adapted, teacher="adapter off", **how)
+        add(f"fsdp {strategy} always verified", fsdp, "unequal", verify="always", **how)
+        add(f"fsdp {strategy} trust region", fsdp, "unequal", teacher="trust", **how)
+        add(f"fsdp {strategy} sharded teacher", fsdp, "unequal", teacher="sharded", **how)
+    for label, wrap in (("ddp", ddp), ("fsdp", fsdp)):
+        for strategy in ("cached", "two_phase"):
+            add(f"{label} {strategy} hybrid", wrap, "unequal", name="qwen3_5", strategy=strategy)
+        add(f"{label} auto chooses alike", wrap, "nothing to share")
+        add(f"{label} two steps", wrap, "unequal", micro_batch=1, steps=2)
+    add("ddp two_phase sharded teacher", ddp, "unequal", teacher="sharded", micro_batch=1)
+    return found
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=RANKS, timeout=timedelta(seconds=20)
+    )
+    results = Path(folder, f"{rank}.json")
+    found: dict[str, str] = {}
+    with double_precision():
+        for case, run in cases().items():
+            started = time.monotonic()
+            try:
+                run()
+                found[case] = ""
+            except Exception:
+                found[case] = traceback.format_exc()
+            finally:
+                results.write_text(json.dumps(found))
+            # Whoever waited for the other in vain is no longer in step with it.
+            if "timeout" in found[case].lower() or time.monotonic() - started > 18:
+                break
+    with contextlib.suppress(Exception):
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """What each rank found: "" for a case that is right, else why not; a case that was not reached is missing."""
+    folder = tmp_path_factory.mktemp("ranks")
+    context = mp.start_processes(work, args=(str(folder),), nprocs=RANKS, join=False, start_method="spawn")
+    end = time.monotonic() + SECONDS
+    try:
+        for process in context.processes:
+            process.join(max(0.0, end - time.monotonic()))
+    finally:
+        for process in context.processes:
+            process.kill()
+    files = [folder / f"{rank}.json" for rank in range(RANKS)]
+    return [json.loads(file.read_text()) if file.exists() else {} for file in files]
+
+
+@pytest.mark.parametrize("case", cases())
+def test_ranks_get_the_gradients_of_one_process(case: str, found: list[dict[str, str]]) -> None:
+    for rank, results in enumerate(found):
+        assert results.get(case, "it was not reached: the ranks hung, or died, in a case before") == "", f"rank {rank}"

@@ -1,0 +1,96 @@
+"""What a report says of a plan, and that a person can read it."""
+
+from __future__ import annotations
+
+import math
+
+from sdcore.prefix.costs import cost
+from sdcore.prefix.planner import plan
+from sdcore.prefix.report import Choice, Fallback, Report
+from sdcore.prefix.sizes import ModelSizes
+from tests.sdcore.prefix.trees import random_plan
+
+SIZES = ModelSizes.dense(layers=2, hidden=8, intermediate=16, heads=2, vocab=61)
+
+
+def test_a_report_has_the_numbers_of_its_cost() -> None:
+    made = random_plan(0)
+    counted = cost(made, SIZES, teacher_shares=True)
+    report = Report.of(made, counted, student=Choice("packed"), teacher_shares=True)
+    assert report.teacher is not None
+    assert counted.teacher is not None
+    for mine, its in ((report.student, counted.student), (report.teacher, counted.teacher)):
+        assert (mine.tokens, mine.naive_tokens) == (its.tokens, its.naive_tokens)
+        assert (mine.flops, mine.naive_flops) == (its.flops, its.naive_flops)
+    assert report.speedup == counted.speedup
+    assert report.step_speedup == counted.step_speedup
+    assert report.shared_tokens == tuple(tree.shared for tree in made.teacher)
+    assert report.shared_fractions == tuple(
+        t.shared / len(s.trunk) for t, s in zip(made.teacher, made.student, strict=True)
+    )
+    assert math.isclose(report.metrics["prefix/shared_fraction"], sum(report.shared_tokens) / (9 + 12 + 1 + 4 + 17))
+    assert report.metrics["prefix/student_tokens"] == counted.student.tokens
+
+
+def test_a_pass_that_fell_back_to_naive_is_counted_as_naive() -> None:
+    made = random_plan(0)
+    counted = cost(made, SIZES)
+    report = Report.of(
+        made, counted, student=Choice("packed"), teacher=Choice("naive", "it is wrapped"), teacher_shares=True
+    )
+    assert report.teacher is not None
+    assert counted.teacher is not None
+    assert report.teacher.tokens == report.teacher.naive_tokens == counted.teacher.naive_tokens
+    assert report.teacher.flops == counted.teacher.naive_flops
+    assert report.speedup == counted.naive_flops / (counted.student.flops + counted.teacher.naive_flops)
+    assert "Teacher pass: naive (it is wrapped), 184 tokens, as many as a naive pass computes." in str(report)
+    assert "60 % of the student's (0 % to 100 % over 5 groups), but a naive pass computed them again." in str(report)
+
+
+def test_a_report_reads_as_a_paragraph() -> None:
+    shared = list(range(40))
+    made = plan([shared], [[[1] * 10, [2] * 10]], [[*shared[:38], 60, 60, *shared[38:]]])
+    counted = cost(made, SIZES)
+    assert counted.teacher is not None
+    report = Report.of(
+        made,
+        counted,
+        student=Choice("cached", "the fastest on this device", padding=0.104),
+        teacher_shares=True,
+        fallbacks=[Fallback("packed", "layer 3 is recurrent")],
+    )
+    assert str(report) == (
+        "Student pass: cached (the fastest on this device), 58 tokens where a naive pass computes 98, "
+        f"{counted.student.speedup:.1f}× fewer FLOPs, 10 % of its batches is padding. "
+        "Teacher pass: cached (the fastest on this device), 22 tokens where a naive pass computes 102, "
+        f"{counted.teacher.speedup:.1f}× fewer FLOPs, 10 % of its batches is padding. "
+        "The teacher's prompts begin with 95 % of the student's, which it read from the student's pass. "
+        f"Together {counted.speedup:.1f}× fewer FLOPs than naive, {counted.step_speedup:.1f}× with the lm_head. "
+        "Not packed: layer 3 is recurrent."
+    )
+
+
+def test_a_report_says_why_little_or_nothing_was_read_from_the_student() -> None:
+    made = plan([[1, 2, 3, 4], [5]], [[[1]], [[1]]], [[1, 9, 2, 3, 4], [6, 5]])
+    frozen = Report.of(made, None, student=Choice("packed"), teacher_shares=False)
+    live = Report.of(made, None, student=Choice("packed"), teacher_shares=True)
+    assert "begin with 20 % of the student's (0 % to 25 % over 2 groups), but it has other weights" in str(frozen)
+    assert "context that comes later in the prompt shares more" in str(live)
+
+
+def test_without_a_cost_or_a_teacher_the_rest_is_reported() -> None:
+    made = random_plan(0, teacher="none")
+    report = Report.of(made, None, student=Choice("naive", "asked for"))
+    assert report.teacher is None
+    assert report.speedup is report.step_speedup is None
+    assert report.shared_fractions == ()
+    assert "prefix/speedup" not in report.metrics
+    assert "prefix/shared_fraction" not in report.metrics
+    assert str(report) == "Student pass: naive (asked for), 113 tokens, as many as a naive pass computes."
+
+
+def test_a_plan_without_rows_can_be_reported() -> None:
+    made = plan([[1, 2]], [[[]]], [[1, 2]])
+    report = Report.of(made, cost(made, SIZES), student=Choice("packed"))
+    assert (report.student.tokens, report.speedup) == (0, None)
+    assert str(report)

@@ -1,0 +1,84 @@
+"""Plans of random ids for the tests of the shared-prefix scheme, with every odd shape in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdcore.prefix.planner import Plan, plan
+
+VOCAB = 61  # as the models of `models.py` have
+# Completion lengths per group: one token, none, one completion alone, all of them empty.
+SIZES = ((4, 1, 0, 7), (5,), (1, 1), (0, 0), (3, 6, 2))
+PROMPTS = (9, 12, 1, 4, 17)  # tokens of the students' prompts
+
+
+class Ids(NamedTuple):
+    """The arguments of `plan`."""
+
+    student_prompts: list[Tensor]
+    completions: list[list[Tensor]]
+    teacher_prompts: list[Tensor] | list[list[Tensor]] | None
+
+
+def random_ids(
+    seed: int,
+    *,
+    teacher: str = "one",
+    prompts: Sequence[int] = PROMPTS,
+    sizes: Sequence[Sequence[int]] = SIZES,
+    context: int = 6,
+    vocab: int = VOCAB,
+    device: str = "cpu",
+) -> Ids:
+    """Groups of different P, C, R and G; `teacher` is "one" prompt per group, "each" completion its own, or "none".
+
+    A teacher's prompt is the student's with about `context` tokens put in: in group 0 before the last two tokens, in
+    group 1 before the first (nothing is shared), in group 2 after the last (with "each" before the first: the trunk is
+    empty), and group 3 has none (the prompts are equal); then it starts again. With "each" the last of several prompts
+    of a group has no context, so it is the student's.
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def ids(length: int) -> Tensor:
+        return torch.randint(vocab, (length,), generator=draw).to(device)
+
+    def with_context(g: int, prompt: Tensor, length: int) -> Tensor:
+        place = (max(0, len(prompt) - 2), 0, 0 if teacher == "each" else len(prompt), 0)[g % 4]
+        inserted = ids(0 if g % 4 == 3 else length)
+        if place == 0 and len(inserted):
+            inserted[0] = (prompt[0] + 1) % vocab  # not by chance alike
+        return torch.cat([prompt[:place], inserted, prompt[place:]])
+
+    student = [ids(length) for length in prompts]
+    completions = [[ids(length) for length in group] for group in sizes]
+    if teacher == "none":
+        return Ids(student, completions, None)
+    if teacher == "one":
+        return Ids(student, completions, [with_context(g, p, context + g) for g, p in enumerate(student)])
+    assert teacher == "each", teacher
+    each = []
+    for g, prompt in enumerate(student):
+        count = len(sizes[g])
+        contexts = [context + i if i < count - 1 or count == 1 else 0 for i in range(count)]
+        each.append([with_context(g, prompt, length) for length in contexts])
+    return Ids(student, completions, each)
+
+
+def random_plan(
+    seed: int,
+    *,
+    teacher: str = "one",
+    prompts: Sequence[int] = PROMPTS,
+    sizes: Sequence[Sequence[int]] = SIZES,
+    context: int = 6,
+    vocab: int = VOCAB,
+    device: str = "cpu",
+) -> Plan:
+    """The plan of `random_ids`."""
+    return plan(
+        *random_ids(seed, teacher=teacher, prompts=prompts, sizes=sizes, context=context, vocab=vocab, device=device)
+    )
