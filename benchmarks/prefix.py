@@ -18,7 +18,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,25 @@ from rich.console import Console
 
 from benchmarks.measure import MemoryRow, SpeedRow, _summary, _take_turns, watch_memory
 from benchmarks.oracle import _relative_error
-from benchmarks.prefix_cases import MODELS, STEP, STUDENT, WORKS, Case, Contender, Outcome, Setup, cases, make_setup
-from benchmarks.prefix_cases import contenders as contenders_of
+from benchmarks.prefix_cases import (
+    MODELS,
+    STEP,
+    STUDENT,
+    WORKS,
+    Case,
+    Contender,
+    Outcome,
+    Setup,
+    cases,
+    contenders,
+    make_setup,
+)
 from benchmarks.report import RESULTS, Report, _rounded, describe_machine
 from benchmarks.tables import MIB, Table, describe, format_error
 
 # What counts as equal to naive, relative to the norm of the states and of all gradients.
 EQUAL = {"fp32": 1e-4, "bf16": 0.05}
 MOST_OF_FREE = 0.7
-# On a CPU the naive loop, which computes what the naive batch does, is left out beyond so many tokens.
-LONG_LOOP = 8192
 MOST_PANELS = 10
 REFERENCES = ("naive batch", "naive loop")
 
@@ -71,12 +80,12 @@ class PrefixReport:
         return found
 
 
-def measure_case(setup: Setup, contenders: Sequence[Contender], *, seconds_per_row: float) -> list[PrefixRow]:
+def measure_case(setup: Setup, chosen: Sequence[Contender], *, seconds_per_row: float) -> list[PrefixRow]:
     """Check against the first that runs, then time all; repetitions come to `seconds_per_row`, or the least number."""
     rows = []
     steps: list[tuple[Any, Any]] = []
     exact: Outcome | None = None
-    for contender in contenders:
+    for contender in chosen:
         row = PrefixRow(
             group=setup.case,
             contender=contender.name,
@@ -111,9 +120,9 @@ def measure_case(setup: Setup, contenders: Sequence[Contender], *, seconds_per_r
 
 
 def _left_out(setup: Setup, contender: Contender) -> str | None:
-    """Why a contender is not run, such as that what it keeps for backward would not fit."""
-    if contender.left_out or setup.case.work not in (STUDENT, STEP):
-        return contender.left_out
+    """Why a contender is not run: what it keeps for backward would not fit."""
+    if setup.case.work not in (STUDENT, STEP):
+        return None
     kept, free = setup.cost(contender).student.kept_bytes, _free_bytes(setup.device)
     if kept > MOST_OF_FREE * free:
         return f"it would keep {kept / 2**30:.1f} GiB for backward, and {free / 2**30:.1f} GiB are free"
@@ -320,11 +329,7 @@ def run(device: str, *, quick: bool, everything: bool, seconds: float, console: 
     planned = cases(device, quick=quick, everything=everything)
     for number, case in enumerate(planned, start=1):
         began = time.perf_counter()
-        chosen = contenders_of(case)
-        if device == "cpu" and not everything and case.prompt * case.completions > LONG_LOOP:
-            reason = "the same tokens as the naive batch: timed where the prompt is shorter"
-            chosen = [replace(one, left_out=reason) if one.name == "naive loop" else one for one in chosen]
-        rows = measure_case(make_setup(case, device), chosen, seconds_per_row=0.0 if quick else seconds)
+        rows = measure_case(make_setup(case, device), contenders(case), seconds_per_row=0.0 if quick else seconds)
         report.rows += rows
         timed = sum(not row.reason for row in rows)
         console.print(

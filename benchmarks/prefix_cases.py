@@ -208,7 +208,6 @@ class Contender:
     micro_batch: int | None = None
     shares: bool = True  # the prompt is computed once
     live: bool = True  # the teacher reads the student's prompt states
-    left_out: str | None = None  # why it is not run at all
 
 
 def contenders(case: Case) -> list[Contender]:

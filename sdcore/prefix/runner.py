@@ -12,11 +12,11 @@ here. Dropout is off in both passes, but modules that need training mode for gra
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -272,16 +272,22 @@ def _shortage(body: Body, plan: Plan, shares: bool) -> str:
     counted = _cost(plan, body, "packed", shares) if torch.is_grad_enabled() else None
     if counted is None:
         return ""
-    if body.device.type == "cuda":
-        free = torch.cuda.mem_get_info(body.device)[0]
-    elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        return ""
-    kept = counted.student.kept_bytes
-    if kept <= MOST_OF_FREE * free:
+    free, kept = _free_bytes(body.device), counted.student.kept_bytes
+    if free is None or kept <= MOST_OF_FREE * free:
         return ""
     return f"all completions at once would keep {kept / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """What can still be allocated there; None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    # Not the memory that is free: most of what files take up is given back when it is asked for.
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
 
 def _dropout_in_backward(body: Body) -> str | None:

@@ -60,6 +60,13 @@ def fsdp(model: Any) -> nn.Module:
     return fully_shard(model)
 
 
+def fsdp_throughout(model: Any) -> nn.Module:
+    """The root's own weights, the head among them, are not kept from forward to backward either."""
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model, reshard_after_forward=True)
+
+
 def checkpointed(model: PreTrainedModel) -> PreTrainedModel:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -150,8 +157,10 @@ def cases() -> dict[str, Callable[[], None]]:
     for label, wrap in (("ddp", ddp), ("fsdp", fsdp)):
         for strategy in ("cached", "two_phase"):
             add(f"{label} {strategy} hybrid", wrap, "unequal", name="qwen3_5", strategy=strategy)
-        add(f"{label} auto chooses alike", wrap, "nothing to share")
+        add(f"{label} auto chooses alike", wrap, "nothing to share", teacher="frozen")
         add(f"{label} two steps", wrap, "unequal", micro_batch=1, steps=2)
+    add("fsdp packed sharded head", fsdp_throughout, "unequal", strategy="packed")
+    add("fsdp two_phase sharded head", fsdp_throughout, "unequal", micro_batch=2)
     add("ddp two_phase sharded teacher", ddp, "unequal", teacher="sharded", micro_batch=1)
     return found
 

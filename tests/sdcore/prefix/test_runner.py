@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -93,7 +92,7 @@ def test_a_micro_batch_asks_for_two_phase() -> None:
 
 
 def test_too_little_memory_asks_for_two_phase(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sysconf", lambda name: 1)
+    monkeypatch.setattr(runner, "_free_bytes", lambda device: 1)
     report = distill_step(tiny("llama"), short_plan()).report
     assert report.student.strategy == "two_phase"
     assert "GiB are free" in report.student.reason
@@ -222,9 +221,12 @@ def test_a_step_leaves_no_trace(strategy: Any, checkpointing: bool, fails: bool)
     def step() -> None:
         distill_step(student, short_plan(), teacher=TrustRegion(Frozen(other)), strategy=strategy, backward=backward)
 
+    kept: list[Any] = []
     if fails:
-        with pytest.raises(RuntimeError, match="out of memory"):
+        # Who keeps the error keeps all that its traceback refers to.
+        with pytest.raises(RuntimeError, match="out of memory") as error:
             step()
+        kept.append(error)
     else:
         step()
         assert student.model.layers[0].mlp.up_proj.weight.grad is None
@@ -270,6 +272,15 @@ def test_dropout_is_off_in_both_passes_and_in_what_backward_runs_again(strategy:
     model.gradient_checkpointing_disable()
     distill_step(model, short_plan(), strategy=strategy, verify="off")
     assert (times > len(runs)) == checkpointing  # it did run layers again
+
+
+def test_dropout_of_another_teacher_is_off_too() -> None:
+    teacher = with_dropout()
+    calm = copy.deepcopy(teacher).eval()
+    found, expected = (run(tiny("llama"), short_plan(), Frozen(one)).teacher_hidden for one in (teacher, calm))
+    assert found is not None
+    assert torch.equal(found, expected)
+    assert teacher.training
 
 
 def test_run_refuses_dropout_in_layers_that_backward_runs_again() -> None:
