@@ -327,7 +327,9 @@ def test_rotary_embeddings_that_depend_on_the_row_are_refused() -> None:
 def test_models_with_sinks_convolutions_or_attention_of_their_own_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes |= {"vocab_size": VOCAB, "intermediate_size": 16, "pad_token_id": None}
-    sinks = build(GptOssConfig(**sizes, num_local_experts=2, num_experts_per_tok=1, head_dim=8), attn_implementation="eager")
+    sinks = build(
+        GptOssConfig(**sizes, num_local_experts=2, num_experts_per_tok=1, head_dim=8), attn_implementation="eager"
+    )
     assert "sinks" in (packed.supports(find_body(sinks)) or "")
     convolutions = build(Lfm2Config(**sizes, full_attn_idxs=[1]))
     assert "layers of type conv" in (packed.supports(find_body(convolutions)) or "")
