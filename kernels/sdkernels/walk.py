@@ -209,6 +209,7 @@ class HeadWalk(RowWalk):
             self.backend.TAKES_GAP
             and operands.teacher_hidden is not None
             and sides[1][1] is sides[0][1]
+            and self.student_head.operand_dtype == self.dtype  # else the difference would be rounded to 16 bits
             and not self.mixing
             and objective.teacher == objective.student
             and objective.student[1] is None
