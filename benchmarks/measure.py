@@ -197,7 +197,9 @@ def _take_turns(
 
 
 def repetitions(seconds: float, fastest: float, seconds_per_row: float) -> int:
-    """How often to time a row that took `seconds`, where the fastest of its group took `fastest`."""
+    """How often to time a row that took `seconds`, where the fastest of its group took `fastest`. 0 a row: once."""
+    if not seconds_per_row:
+        return 1
     least = LEAST_REPETITIONS if seconds < SLOW * fastest else LEAST_REPETITIONS - 1
     return min(MOST_REPETITIONS, max(least, round(seconds_per_row / seconds)))
 

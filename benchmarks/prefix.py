@@ -1,13 +1,13 @@
 """Measure the shared-prefix scheme: the student's pass, the teacher's, the whole step, each naive and shared.
 
     python -m benchmarks.prefix                     # this machine; ten minutes on two cores
-    python -m benchmarks.prefix --everything        # the grid: hours on a CPU
+    python -m benchmarks.prefix --everything --seconds 0    # the grid, each row timed once: an hour on a CPU
     python -m benchmarks.prefix --quick --output /tmp/quick.json
 
-Writes `results/<device>/prefix/<date>.json`, `.md` and `.png`. A row is checked against naive in the step whose memory
-is counted, and only then timed; the rows of a case take turns. "Allowed" is the speed-up by the FLOPs that are left
-(`sdcore.prefix.cost`), "reached" the measured one's share of it. The times mean something on a machine that does
-nothing else.
+Writes `results/<device>/prefix/<date>.json`, `.md` and `.png`; the grid into a folder `grid` beside them. A row is
+checked against naive in the step whose memory is counted, and only then timed; the rows of a case take turns.
+"Allowed" is the speed-up by the FLOPs that are left (`sdcore.prefix.cost`), "reached" the measured one's share of it.
+The times mean something on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -324,7 +324,8 @@ def save_plot(report: PrefixReport, path: Path) -> None:
     plt.close(figure)
 
 
-def run(device: str, *, quick: bool, everything: bool, seconds: float, console: Console) -> PrefixReport:
+def run(device: str, *, quick: bool, everything: bool, seconds: float, console: Console, partial: Path) -> None:
+    """Saved to `partial` after every case: the grid takes an hour, and an interruption need not lose it."""
     report = PrefixReport(machine=describe_machine(device))
     planned = cases(device, quick=quick, everything=everything)
     for number, case in enumerate(planned, start=1):
@@ -336,8 +337,8 @@ def run(device: str, *, quick: bool, everything: bool, seconds: float, console: 
             f"[{number}/{len(planned)}] {case.work}, {case}: {timed} of {len(rows)} rows timed, "
             f"{time.perf_counter() - began:.0f} s"
         )
+        save(report, partial)
         gc.collect()
-    return report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -346,11 +347,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     console = Console(stderr=True)
     started = time.perf_counter()
-    report = run(
-        options.device, quick=options.quick, everything=options.everything, seconds=options.seconds, console=console
+    machine = Report(machine=describe_machine(options.device))
+    folder = RESULTS / machine.device / "prefix" / ("grid" if options.everything else "")
+    path = options.output or folder / f"{machine.machine['date']}.json"
+    run(
+        options.device,
+        quick=options.quick,
+        everything=options.everything,
+        seconds=options.seconds,
+        console=console,
+        partial=path,
     )
-    path = options.output or RESULTS / report.general.device / "prefix" / f"{report.machine['date']}.json"
-    save(report, path)
     report = load(path)  # every table shows the numbers that are on disk
     path.with_suffix(".md").write_text(markdown(report))
     save_plot(report, path.with_suffix(".png"))
@@ -368,7 +375,9 @@ def _parser() -> argparse.ArgumentParser:
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device)
     parser.add_argument("--quick", action="store_true", help="a tiny model: does it all work?")
-    parser.add_argument("--everything", action="store_true", help="every size and dtype: hours on a CPU")
+    parser.add_argument(
+        "--everything", action="store_true", help="the grid of sizes: an hour on a CPU, with --seconds 0"
+    )
     parser.add_argument("--seconds", type=float, default=3.0, help="time to spend on repeating each row (default 3)")
     parser.add_argument("--threads", type=int, help="threads of torch; default: torch's own choice")
     parser.add_argument("--output", type=Path, help="JSON to write; default: results/<device>/prefix/<date>.json")

@@ -187,7 +187,7 @@ def test_a_run_on_a_cpu_covers_what_was_promised_and_everything_the_grid() -> No
     assert {entry[0] for entry in grid} == {512, 2048, 8192}
     assert {entry[1] for entry in grid} == {64, 128, 512}
     assert {entry[2] for entry in grid} == {1, 4, 8}
-    assert len(grid) == 9 * (3 + 4 + 4)
+    assert len(grid) == 9 * (2 + 3 + 3)
     assert {case.dtype for case in cases("cuda")} == {"bf16"}
 
 
