@@ -6,13 +6,14 @@ VENV ?= .venv
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+REPRODUCE_ARGS ?=
 # Test processes: more than the cores only makes them wait for each other.
 PYTEST_WORKERS ?= 2
 
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint types compile-check bench clean
+.PHONY: help demo test test-gpu lint types compile-check bench reproduce clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +40,9 @@ compile-check: $(VENV)/installed-dev  ## compile the Triton kernels for sm_80, s
 
 bench: $(VENV)/installed-bench  ## compare with the public kernels: tables, JSON and plot (BENCH_ARGS="--help" for its options)
 	$(PY) -m benchmarks $(BENCH_ARGS)
+
+reproduce: $(VENV)/installed-plot  ## run the methods' claims again, with controls: half an hour (REPRODUCE_ARGS="--help" for its options)
+	$(PY) -m sdcore reproduce --output docs/reproduction $(REPRODUCE_ARGS)
 
 clean:  ## remove the environment
 	rm -rf $(VENV)

@@ -1,6 +1,7 @@
 """Self-distillation of language models: distil what a model does with extra context into the model without it.
 
-`distill_step` is a training step, `prefix` what it stands on; `losses` and `teachers` are its parts.
+`SelfDistillationTrainer` is the whole of it, `distill_step` one training step, `prefix` what that stands on; `presets`
+are the methods, `contexts`, `teachers`, `losses` and `targets` their parts.
 
 Importing this package imports neither torch nor transformers, so that `python -m sdcore --help` answers at once.
 The fused kernels are a package of their own, `sdkernels`.
@@ -8,19 +9,22 @@ The fused kernels are a package of their own, `sdkernels`.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .config import SelfDistillationConfig
     from .step import StepOutput, distill_step, imitate_step
+    from .trainer import SelfDistillationTrainer
 
-__all__ = ["StepOutput", "distill_step", "imitate_step"]
+__all__ = ["SelfDistillationConfig", "SelfDistillationTrainer", "StepOutput", "distill_step", "imitate_step"]
+
+_MODULES = {"SelfDistillationConfig": "config", "SelfDistillationTrainer": "trainer"}
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
     if name in __all__:
-        from . import step
-
-        return getattr(step, name)
+        return getattr(import_module(f".{_MODULES.get(name, 'step')}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,3 +24,11 @@ class ArgumentError(SdcoreError, ValueError):
 
 class UnsupportedModelError(SdcoreError, NotImplementedError):
     """A model that a function cannot treat exactly, and therefore refuses."""
+
+
+class DataError(SdcoreError, ValueError):
+    """A row of data that is not what the methods need; says where it stands: `train.jsonl:12`."""
+
+
+class ContextError(SdcoreError, ValueError):
+    """A prompt that cannot be rendered with its privileged context, or that is too long with it."""

@@ -9,6 +9,9 @@ the gradient reaches the student only:
         out = loss(part.student_hidden, lm_head.weight, part.teachers[0].hidden)
         part.attach(out.loss).backward()
 
+`step_core.run_parts` is this loop; `tilt_step` and `policy_gradient_step`, which learn from rewards, are in
+`step_rewards`.
+
 `linear_divergence` applies the output layer in small tiles, so the (N, V) logits never exist. The first completion
 token is supervised too: the state that predicts it is the last prompt token's.
 
@@ -17,34 +20,33 @@ Not covered: sampling (`sdcore.prefix.generate`), the optimizer, and what become
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import closing
-from typing import NamedTuple, cast
+from collections.abc import Sequence
+from typing import cast
 
-import torch
 from torch import Tensor, nn
 
-from sdkernels import DivergenceOutput, TeacherMix, linear_logprobs
+from sdkernels import linear_logprobs
 
 from .errors import ArgumentError
-from .losses import FusedLinearDivergence
-from .models import find_body, head_of
+from .losses import FusedLinearDivergence, PolicyTerm
+from .models import head_of
 from .prefix.checks import Verify
 from .prefix.planner import Plan, TokenIds
 from .prefix.planner import plan as plan_of
-from .prefix.report import Report
-from .prefix.runner import Part, Strategy, passes, run
+from .prefix.runner import Strategy, passes, run
+from .step_core import (
+    MEANS,
+    Backward,
+    Divergence,
+    StepOutput,
+    checked_rows,
+    checked_weights,
+    run_parts,
+    total_of,
+)
+from .step_rewards import POLICY_MEANS, checked_policy, policy_gradient_step, tilt_step, token_logprobs
+from .targets.tilt import LEAST_EXPONENT, TokenTilt
 from .teachers import Teacher, TrustRegion
-
-Backward = Callable[[Tensor], object]
-
-
-class StepOutput(NamedTuple):
-    """What a step reports; the gradients are already in the parameters' `.grad`."""
-
-    loss: Tensor  # () detached: mean over the weights of the completion tokens
-    metrics: dict[str, Tensor]  # () each, detached, not yet copied to the host
-    report: Report
 
 
 def distill_step(
@@ -59,6 +61,9 @@ def distill_step(
     strategy: Strategy = "auto",
     verify: Verify = "once",
     backward: Backward = Tensor.backward,
+    normalizer: float | None = None,
+    policy: PolicyTerm | None = None,
+    tilt: TokenTilt | None = None,
 ) -> StepOutput:
     """Teach the model, on these completions, what the teacher says with the privileged context in view.
 
@@ -72,46 +77,49 @@ def distill_step(
         micro_batch: completions in flight at a time (strategy "two_phase"): bounds the memory. None: all, if they fit.
         strategy, verify: as in `sdcore.prefix.run`.
         backward: called with a scalar for each part of the step, such as `accelerator.backward`.
+        normalizer: what the weighted sum is divided by; None: the sum of the weights, which makes it their mean. See
+            `losses.token_weights` for steps that are accumulated or spread over ranks.
+        policy: a policy gradient in the same pass; its `distillation_weight` is the divergence's share of the loss.
+            An anchor of it needs `reference_logprobs`.
+        tilt: makes the sampled tokens more or less likely under the teacher, by their advantages. For a `loss` of
+            `alpha` 0 or 1 over the full vocabulary, without clips.
 
-    Accumulates gradients of the mean over the weights. The model's own output layer is never called on completion
+    Accumulates gradients of the weighted mean. The model's own output layer is never called on completion
     tokens. Raises `ArgumentError` and `PlanError` for arguments that do not fit, and `UnsupportedModelError` for models
     that cannot be treated exactly, before any pass.
     """
-    weights = _checked_weights(plan, token_weights)
-    old_logprobs = _checked_rows("old_logprobs", plan, old_logprobs)
+    weights = checked_weights(plan, token_weights)
+    old_logprobs = checked_rows("old_logprobs", plan, old_logprobs)
     if not plan.teacher:
         raise ArgumentError("plan must have teacher prompts, got a plan of the student's pass alone")
     loss = FusedLinearDivergence() if loss is None else loss
     loss.check(old_logprobs)
-    share = teacher.share if isinstance(teacher, TrustRegion) else None
-    total = float(plan.num_rows if weights is None else weights.sum()) or 1.0
-    body = find_body(model)
-    seen = _Seen(plan)
-    parts, report = passes(model, plan, teacher=teacher, strategy=strategy, micro_batch=micro_batch, verify=verify)
-    with closing(parts):
-        for part in parts:
-            # Anew for each part: under FSDP2 each gathers the head, and its backward frees what it gathered.
-            head = head_of(body)
-            first, mix = part.teachers[0], None
-            if share is not None:
-                mix = TeacherMix(part.teachers[1].hidden, head.weight.detach(), share)
-            out = loss(
-                part.student_hidden,
-                head.weight,
-                first.hidden,
-                first.weight,
-                student_head=head.transform,
-                teacher_head=first.transform,
-                teacher=mix,
-                token_weights=None if weights is None else weights[part.rows],
-                target_ids=plan.target_ids[part.rows],
-                old_logprobs=None if old_logprobs is None else old_logprobs[part.rows],
-                reduction="sum",
-            )
-            seen.add(part, out)
-            with part.no_sync():
-                backward(part.attach(out.loss / total))
-    return StepOutput(seen.per_token.sum() / total, seen.metrics(weights), report)
+    tilt = None if tilt is None else _checked_tilt(plan, tilt, loss)
+    policy = None if policy is None else checked_policy(plan, policy)
+    if policy is not None and policy.kl_anchor and policy.reference_logprobs is None:
+        raise ArgumentError("policy must have reference_logprobs for its kl_anchor (see token_logprobs), got None")
+    share = 1.0 if policy is None else policy.distillation_weight
+    divergence = Divergence(
+        loss,
+        weights,
+        total_of(plan, weights, normalizer),
+        share,
+        old_logprobs,
+        trust_share=teacher.share if isinstance(teacher, TrustRegion) else None,
+        tilt=tilt,
+    )
+    passed = passes(model, plan, teacher=teacher, strategy=strategy, micro_batch=micro_batch, verify=verify)
+    total, seen = run_parts(
+        model, plan, passed, divergence=divergence, term=policy, term_share=1 - share, backward=backward
+    )
+    metrics = seen.metrics(weights, MEANS)
+    if policy is not None:
+        metrics |= seen.metrics(policy.token_weights, POLICY_MEANS) | {
+            "loss/active_tokens": metrics["loss/active_tokens"],
+            "loss/distillation": seen.values["per_token"].sum() / divergence.total,
+            "loss/policy": seen.values["policy"].sum() / policy.total,
+        }
+    return StepOutput(total, metrics, passed.report, seen.values)
 
 
 def imitate_step(
@@ -131,58 +139,27 @@ def imitate_step(
     logprobs, entropy = linear_logprobs(student_hidden, head.weight, plan.target_ids, head=head.transform)
     loss = -cast(Tensor, logprobs).mean()  # None only without targets
     backward(loss)
-    return StepOutput(loss.detach(), {"student/entropy": entropy.detach().mean()}, report)
+    rows = {"student_logprobs": cast(Tensor, logprobs).detach(), "student_entropy": entropy.detach()}
+    return StepOutput(loss.detach(), {"student/entropy": entropy.detach().mean()}, report, rows)
 
 
-class _Seen:
-    """Row values (N,) of the parts, put back in the plan's order."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.device, self.count = plan.device, plan.num_rows
-        self.values: dict[str, Tensor] = {}
-
-    def add(self, part: Part, out: DivergenceOutput) -> None:
-        for name in ("per_token", "student_entropy", "teacher_entropy", "student_logprobs", "teacher_logprobs"):
-            rows = getattr(out, name)
-            if rows is not None:
-                whole = self.values.setdefault(name, rows.new_zeros(self.count))
-                whole[part.rows] = rows.detach()
-
-    @property
-    def per_token(self) -> Tensor:
-        return self.values["per_token"]
-
-    def metrics(self, weights: Tensor | None) -> dict[str, Tensor]:
-        active = (
-            torch.tensor(float(self.count), device=self.device) if weights is None else (weights != 0).sum().float()
-        )
-        # Rows without weight are 0 in every value.
-        means = {name: rows.sum() / active.clamp(min=1) for name, rows in self.values.items() if name != "per_token"}
-        return {
-            "student/entropy": means["student_entropy"],
-            "teacher/entropy": means["teacher_entropy"],
-            "student/logprob": means["student_logprobs"],
-            "teacher/logprob": means["teacher_logprobs"],
-            "loss/active_tokens": active,
-        }
-
-
-def _checked_weights(plan: Plan, token_weights: Tensor | None) -> Tensor | None:
-    weights = _checked_rows("token_weights", plan, token_weights)
-    if weights is not None and not bool(weights.isfinite().all() & ((weights.sum() > 0) | (weights == 0).all())):
+def _checked_tilt(plan: Plan, tilt: TokenTilt, loss: FusedLinearDivergence) -> TokenTilt:
+    if len(tilt.exponents) != plan.num_rows:
+        raise ArgumentError(f"tilt must have exponents of shape (N={plan.num_rows},), got {len(tilt.exponents)}")
+    options = loss.options
+    if options["alpha"] not in (0.0, 1.0) or any(options[name] is not None for name in ("support", "entry_clip")):
         raise ArgumentError(
-            f"token_weights must be finite, and all 0 or of a positive sum, got {float(weights.sum()):g}"
+            "loss must have alpha 0 or 1, the full vocabulary and no entry_clip where there is a tilt, got "
+            f"{loss.extra_repr()}"
         )
-    return weights
+    if loss.importance_clip is not None:
+        raise ArgumentError(f"loss must have no importance_clip where there is a tilt, got {loss.importance_clip}")
+    if options["alpha"] == 0.0 and bool((tilt.exponents < LEAST_EXPONENT).any()):
+        raise ArgumentError(
+            f"tilt must have exponents of at least {LEAST_EXPONENT:g} for a loss of alpha 0, which would multiply its "
+            f"rounding errors, got {float(tilt.exponents.min()):g}"
+        )
+    return TokenTilt(exponents=tilt.exponents.to(plan.device))
 
 
-def _checked_rows(name: str, plan: Plan, rows: Tensor | None) -> Tensor | None:
-    if rows is None:
-        return None
-    if not isinstance(rows, Tensor) or rows.shape != (plan.num_rows,) or not rows.is_floating_point():
-        came = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
-        raise ArgumentError(f"{name} must be a float tensor of shape (N={plan.num_rows},), got {came}")
-    return rows.to(plan.device)
-
-
-__all__ = ["StepOutput", "distill_step", "imitate_step"]
+__all__ = ["StepOutput", "distill_step", "imitate_step", "policy_gradient_step", "tilt_step", "token_logprobs"]

@@ -1,5 +1,18 @@
-"""Losses between hidden states of student and teacher, as modules."""
+"""Losses between hidden states of student and teacher, and of rewards; how those of tokens become one number."""
 
+from .aggregate import Aggregation, over_ranks, per_completion, spread, token_weights
 from .divergence import FusedLinearDivergence
+from .policy_gradient import Estimator, PolicyTerm, group_advantages, policy_loss
 
-__all__ = ["FusedLinearDivergence"]
+__all__ = [
+    "Aggregation",
+    "Estimator",
+    "FusedLinearDivergence",
+    "PolicyTerm",
+    "group_advantages",
+    "over_ranks",
+    "per_completion",
+    "policy_loss",
+    "spread",
+    "token_weights",
+]

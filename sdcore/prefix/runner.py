@@ -26,7 +26,7 @@ from sdkernels import LogitTransform
 
 from ..errors import ArgumentError, UnsupportedModelError
 from ..models import Body, find_body, head_of, without_dropout
-from ..teachers import Live, Teacher, TrustRegion
+from ..teachers import Live, Snapshot, Teacher, TrustRegion
 from . import cached, naive, packed, ranks, two_phase
 from .caches import require_readable
 from .checks import Verify, agrees
@@ -164,7 +164,7 @@ def _in_turn(teacher: Teacher | TrustRegion) -> tuple[Teacher, ...]:
 
 def _require_fits(body: Body, teacher: Teacher, plan: Plan) -> None:
     """Refuse a teacher with a model of its own that cannot read the plan, or has another vocabulary."""
-    if teacher.shares_weights:
+    if teacher.shares_weights or isinstance(teacher, Snapshot):
         return
     with teacher.weights(body.model) as module:
         own = find_body(module)
@@ -181,7 +181,8 @@ def _require_fits(body: Body, teacher: Teacher, plan: Plan) -> None:
 
 def _teacher_choice(body: Body, teacher: Teacher, plan: Plan, choice: Choice, verify: Verify) -> Choice:
     """The student's strategy, if it is right for the teacher's model too."""
-    if teacher.shares_weights or choice.strategy == "naive":
+    # A snapshot is the student's own module with other values, which may have to be moved in from elsewhere.
+    if teacher.shares_weights or isinstance(teacher, Snapshot) or choice.strategy == "naive":
         return choice
     with teacher.weights(body.model) as module:
         own = find_body(module)

@@ -1,5 +1,16 @@
 """Whose weights the teacher has."""
 
-from .weights import AdapterOff, Frozen, Live, Teacher, TrustRegion
+from .ema import EMA, PeriodicSync, Snapshot
+from .weights import AdapterOff, Frozen, Live, StatefulTeacher, Teacher, TrustRegion
 
-__all__ = ["AdapterOff", "Frozen", "Live", "Teacher", "TrustRegion"]
+__all__ = [
+    "EMA",
+    "AdapterOff",
+    "Frozen",
+    "Live",
+    "PeriodicSync",
+    "Snapshot",
+    "StatefulTeacher",
+    "Teacher",
+    "TrustRegion",
+]

@@ -3,16 +3,24 @@
 A teacher knows no tokens. It says which module to run, and, as `shares_weights`, the one thing that the passes must
 know: whether its states of a prompt are the student's, so that they need not be computed again. Where weights differ
 they never are, however little: with LoRA, mixing them is wrong by more than 1 in the logits.
+
+Every teacher here is also a `StatefulTeacher`, so that a trainer need not know which one it has. Those that change with
+the student are in `ema`.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..errors import ArgumentError, UnsupportedModelError
 
@@ -28,8 +36,34 @@ class Teacher(Protocol):
         """A context manager that gives the module to run; its head is read inside too."""
 
 
+class StatefulTeacher(Protocol):
+    """What a trainer calls on a teacher, also on one that does not change."""
+
+    def update(self, student: nn.Module, step: int) -> None:
+        """To be called after each optimizer step, of which there have been `step`."""
+
+    def save(self, directory: Path) -> None:
+        """Write into a checkpoint's folder what `load` needs. To be called on every rank."""
+
+    def load(self, directory: Path) -> None:
+        """Be as at `save`. Raises `ArgumentError` where the folder's teacher is another one."""
+
+
+class _Stateless:
+    """A teacher that the student and its checkpoint determine."""
+
+    def update(self, student: nn.Module, step: int) -> None:
+        pass
+
+    def save(self, directory: Path) -> None:
+        pass
+
+    def load(self, directory: Path) -> None:
+        pass
+
+
 @dataclass(frozen=True)
-class Live:
+class Live(_Stateless):
     """The student itself, as it is at this step (on-policy context distillation, SDFT without EMA)."""
 
     shares_weights = True
@@ -41,7 +75,11 @@ class Live:
 
 @dataclass(frozen=True)
 class Frozen:
-    """Another module: a copy from before training, an average of the student's weights, another model."""
+    """Another module: a copy from before training, or another model.
+
+    Of its weights only a fingerprint is saved, by which `load` refuses a run that goes on with another teacher. Of the
+    student itself as it was, `Snapshot` needs no second module.
+    """
 
     model: nn.Module
 
@@ -57,9 +95,25 @@ class Frozen:
             raise ArgumentError("model must be another module than the student: Live() is the student's own weights")
         yield self.model
 
+    def update(self, student: nn.Module, step: int) -> None:
+        pass
+
+    def save(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        found = {"teacher": "Frozen", "fingerprint": fingerprint(self.model)}
+        (directory / FINGERPRINT_FILE).write_text(json.dumps(found) + "\n", encoding="utf-8")
+
+    def load(self, directory: Path) -> None:
+        path = directory / FINGERPRINT_FILE
+        saved = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+        if (own := fingerprint(self.model)) != saved:
+            raise ArgumentError(
+                f"model must be the teacher that {path} was saved with, of fingerprint {saved[:12]}, got {own[:12]}"
+            )
+
 
 @dataclass(frozen=True)
-class AdapterOff:
+class AdapterOff(_Stateless):
     """The student without its PEFT adapter: the base model that LoRA training started from, at no memory."""
 
     shares_weights = False
@@ -85,17 +139,55 @@ class AdapterOff:
 class TrustRegion:
     """Between a reference and the student: logits `(1 - share)·reference + share·student`.
 
-    Both see the teacher's prompt. SDPO's trust-region teacher (arXiv:2601.20802). `share` is in [0, 1].
+    Both see the teacher's prompt. SDPO's trust-region teacher (arXiv:2601.20802). `reference` is any teacher but a live
+    one: `Frozen`, `AdapterOff`, `Snapshot`, `EMA`, `PeriodicSync`; its state is this one's. `share` is in [0, 1].
     """
 
-    reference: Frozen | AdapterOff
+    reference: Teacher
     share: float = 0.5
 
     def __post_init__(self) -> None:
-        if not isinstance(self.reference, Frozen | AdapterOff):
-            raise ArgumentError(f"reference must be Frozen(...) or AdapterOff(), got {type(self.reference).__name__}")
+        if not hasattr(self.reference, "weights") or getattr(self.reference, "shares_weights", True):
+            raise ArgumentError(
+                "reference must be a teacher with weights of its own, such as Frozen(...) or AdapterOff(), got "
+                f"{type(self.reference).__name__}"
+            )
         if not 0.0 <= self.share <= 1.0:
             raise ArgumentError(f"share must be in [0, 1], got {self.share}")
 
+    def update(self, student: nn.Module, step: int) -> None:
+        if (state := self._state) is not None:
+            state.update(student, step)
 
-__all__ = ["AdapterOff", "Frozen", "Live", "Teacher", "TrustRegion"]
+    def save(self, directory: Path) -> None:
+        if (state := self._state) is not None:
+            state.save(directory)
+
+    def load(self, directory: Path) -> None:
+        if (state := self._state) is not None:
+            state.load(directory)
+
+    @property
+    def _state(self) -> StatefulTeacher | None:
+        """The reference, unless it is a user's own without state."""
+        return self.reference if hasattr(self.reference, "update") else None  # type: ignore[return-value]
+
+
+FINGERPRINT_FILE = "teacher.json"
+# Elements of each tensor that a fingerprint is made of: it tells models apart, and changes with any training.
+SAMPLED = 64
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """A hash of every weight's name and shape and of some of its elements; this rank's part of sharded ones."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        own: Tensor = weight.to_local() if isinstance(weight, DTensor) else weight
+        flat = own.detach().reshape(-1)
+        some = flat[:: max(1, len(flat) // SAMPLED)].double().cpu()
+        digest.update(f"{name}{tuple(weight.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+__all__ = ["AdapterOff", "Frozen", "Live", "StatefulTeacher", "Teacher", "TrustRegion", "fingerprint"]

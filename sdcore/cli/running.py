@@ -1,0 +1,94 @@
+"""What the commands share: errors in one line, and models by name.
+
+Nothing heavy is imported until a function is called. Exit codes: 1, something went wrong with the data, the model or
+the machine; 2, the command was not used as it is meant, an option or an override without meaning. With
+SDCORE_TRACEBACK=1 in the environment the whole traceback is shown.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WORLD: Final = "world"  # the name of the bundled model
+MODEL_HELP: Final = "Path or Hub name of a causal model; `world` is the bundled small one."
+
+
+@contextmanager
+def readable_errors(command: str) -> Iterator[None]:
+    """An error becomes one line on stderr and an exit code; what cannot be one of use keeps its traceback."""
+    from sdcore.errors import ArgumentError, SdcoreError
+
+    try:
+        yield
+    except (SdcoreError, OSError, ImportError, ValueError) as error:
+        if os.environ.get("SDCORE_TRACEBACK"):
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, SdcoreError):
+            text = f"{type(error).__name__}: {text} (SDCORE_TRACEBACK=1 shows where)"
+        typer.echo(f"sdcore {command}: {text}", err=True)
+        raise typer.Exit(code=2 if isinstance(error, ArgumentError) else 1) from error
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Without transformers' bar for loading a model and its hints about generation."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(max(before, logging.ERROR))
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def resolved(model: str) -> str:
+    """The bundled model's path for its name."""
+    if model != WORLD:
+        return model
+    from sdcore import world
+
+    return str(Path(world.__file__).parent / "checkpoint")
+
+
+def load_model(model: str, *, dtype: str, device: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Model, in evaluation mode on its device (None: a GPU if there is one), and tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = resolved(model)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return loaded.to(place).eval(), tokenizer
+
+
+def lora_config(rank: int | None) -> object:
+    """PEFT's, of all linear layers but the head; None without a rank."""
+    if rank is None:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError("--lora-rank needs PEFT: pip install 'sdcore[peft]'") from error
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def console() -> Console:
+    """For what a command says; wide where nobody's terminal sets a width, so that files and pipes are not folded."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=160, soft_wrap=False)

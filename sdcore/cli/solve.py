@@ -1,0 +1,94 @@
+"""`sdcore solve`: test-time discovery on one question with a verifier command."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdcore.cli.running import MODEL_HELP, console, load_model, quiet_libraries, readable_errors
+
+
+def solve(
+    verifier: Annotated[str, typer.Option(help="Shell command that reads an answer and exits with 0 if it is right.")],
+    question: Annotated[str | None, typer.Option(help="The question, as text.")] = None,
+    question_file: Annotated[Path | None, typer.Option(help="Or a file: its text, or of .jsonl the first row.")] = None,
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "world",
+    method: Annotated[str, typer.Option(help="sdpo or sdpo_code.")] = "sdpo",
+    config: Annotated[
+        Path | None, typer.Option(help="YAML as for `train`; the two options below are read too.")
+    ] = None,
+    max_completion_length: Annotated[
+        int | None, typer.Option(help="Tokens of an answer, at most.", show_default="256")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW.", show_default="1e-5")] = None,
+    max_samples: Annotated[int, typer.Option(help="Give up after so many answers.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
+    update: Annotated[bool, typer.Option(help="Learn from failures; without it this is best-of-k.")] = True,
+    verifier_seconds: Annotated[float, typer.Option(help="Time limit of each check.")] = 30.0,
+    seed: Annotated[int, typer.Option(help="Of every sample.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the answer and every round.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto, the file's.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="Torch device; default: a GPU if there is one.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that the model brings along.")] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields of the method.")
+    ] = None,
+) -> None:
+    """Find an answer that a verifier accepts.
+
+    The model learns, for this question alone, from what the verifier says about its wrong answers.
+
+    \b
+    The verifier reads an answer from its input. Exit code 0: it is right. What it prints is shown to the teacher; a
+    first line that is a number is the reward. It runs with limits on time and memory, from an empty directory, which is
+    no security boundary. Exit code of this command: 0 solved, 1 not solved.
+      sdcore solve --model Qwen/Qwen3-0.6B --question-file question.txt --verifier "python $PWD/check.py"
+    The baseline at as many answers, best-of-k:
+      sdcore solve ... --no-update
+    """
+    with readable_errors("solve"), quiet_libraries():
+        from sdcore.config import SelfDistillationConfig
+        from sdcore.data import example_of, read_examples
+        from sdcore.errors import ArgumentError
+        from sdcore.presets import load_config, types_of
+        from sdcore.solve import Round, SolveConfig, command_verifier
+        from sdcore.solve import solve as search
+
+        if (question is None) == (question_file is None):
+            raise ArgumentError("one of --question and --question-file must be given")
+        if question_file is not None and question_file.suffix == ".jsonl":
+            (example,) = read_examples(question_file, limit=1)
+        else:
+            text = question if question_file is None else question_file.read_text(encoding="utf-8")
+            example = example_of({"messages": [{"role": "user", "content": text}]}, str(question_file or "--question"))
+        known = types_of(SelfDistillationConfig)
+        chosen, run = load_config(config, [f"method={method}", *(overrides or [])], trainer_fields=known)
+        settings = SolveConfig(
+            max_samples=max_samples,
+            max_completion_length=max_completion_length or run.get("max_completion_length", 256),
+            learning_rate=learning_rate or run.get("learning_rate", 1e-5),
+            temperature=temperature,
+            update=update,
+            seed=seed,
+        )
+        screen = console()
+
+        def show(one: Round) -> None:
+            learned = "" if one.loss is None else f", loss {one.loss:.4g} on {one.active}"
+            screen.print(f"round {one.number}: {one.samples} answers, best reward {one.best_reward:g}{learned}")
+
+        loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        verify = command_verifier(verifier, wall_seconds=verifier_seconds)
+        found = search(loaded, tokenizer, example, verify, chosen, settings, on_round=show)
+        if output is not None:
+            output.write_text(json.dumps(asdict(found), indent=1), encoding="utf-8")
+        tokens = f"{found.sampled_tokens} tokens sampled, {found.trained_tokens} trained on, {found.seconds:.0f} s"
+        if not found.solved:
+            typer.echo(f"sdcore solve: not solved after {found.samples} answers ({tokens})", err=True)
+            raise typer.Exit(code=1)
+        screen.print(f"solved after {found.samples} answers ({tokens}):", highlight=False)
+        typer.echo(found.answer)

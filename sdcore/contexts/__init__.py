@@ -1,0 +1,37 @@
+"""Contexts: from a group of completions to the token ids that their teacher reads.
+
+builder = SuccessOrFeedback(overflow="truncate_context", max_teacher_prompt_length=4096)
+conditioned = builder.condition(group, tokenizer)
+"""
+
+from .builders import (
+    ContextBuilder,
+    Custom,
+    Demonstration,
+    No,
+    Solution,
+    SuccessOrFeedback,
+    Template,
+    check_examples,
+)
+from .overflow import FEEDBACK_SEPARATOR, join_feedback, split_feedback
+from .prompts import prompt_ids, student_prompt_ids, with_context
+from .templates import without_thinking
+
+__all__ = [
+    "FEEDBACK_SEPARATOR",
+    "ContextBuilder",
+    "Custom",
+    "Demonstration",
+    "No",
+    "Solution",
+    "SuccessOrFeedback",
+    "Template",
+    "check_examples",
+    "join_feedback",
+    "prompt_ids",
+    "split_feedback",
+    "student_prompt_ids",
+    "with_context",
+    "without_thinking",
+]

@@ -1,0 +1,349 @@
+"""Context builders: what the teacher of each completion of a group reads beside the question.
+
+    conditioned = Demonstration().condition(group, tokenizer)          # → teacher's prompts, active, counts
+    plan(prompts, completions, [list(c.teacher_prompts) for c in conditioned_B])
+
+| builder | `c_ext` | one per |
+|---|---|---|
+| `No` | nothing: the teacher reads what the student reads | group |
+| `Demonstration`, `Solution`, `Template` | the row's privileged context, in a template | group |
+| `SuccessOrFeedback` | another completion's successful attempt, the environment's feedback on this one | completion |
+| `Custom` | what a function of the group says | completion |
+
+The context goes to the end of the last user turn, so that the two prompts begin alike: `counts` has how many of the
+student's tokens the teacher's prompt begins with. Completions whose teacher reads the same have the same tensor.
+
+What differs from the obvious: a completion for which there is nothing privileged to say is not an error. It is not
+`active`, its "teacher's prompt" is the student's, and it is counted: `context/missing`, or `context/dropped` where
+there was something and no room for it. `check_examples` finds, before any work, data that would leave nothing active.
+
+Not covered: contexts as several turns, and other completions' prompts (`Group` knows only its own).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError, ContextError, DataError
+from ..types import Conditioned, Example, Group
+from . import templates
+from .overflow import Fitted, Overflow, Shown, check_overflow, fit, split_feedback
+from .prompts import prompt_ids, with_context
+
+# What a group's counts always have, so that a chart has its zeros.
+COUNTS = (
+    "context/prompt_tokens",  # of the student's prompts of active completions
+    "context/shared_tokens",  # of these, those that the teacher's prompt begins with too
+    "context/teacher_tokens",  # of the teacher's prompts of active completions
+    "context/missing",  # completions without anything privileged
+    "context/with_solution",  # completions whose teacher sees privileged context of the row, or a successful attempt
+    "context/with_feedback",  # completions whose teacher sees feedback
+    "context/overflow",  # completions whose teacher's prompt was too long
+    "context/truncated_tokens",  # that these prompts lost
+    "context/dropped_feedback",  # entries of feedback that these prompts lost
+    "context/dropped",  # completions for whose context there was no room
+)
+
+
+class ContextBuilder(Protocol):
+    """Says what the teacher reads."""
+
+    def condition(self, group: Group, tokenizer: Any) -> Conditioned:
+        """The teacher's prompts of a group's completions. Raises `ContextError`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class No:
+    """No context: the teacher reads the student's prompt. For targets that need rewards alone, and other teachers."""
+
+    def condition(self, group: Group, tokenizer: Any) -> Conditioned:
+        """Every completion is active."""
+        del tokenizer
+        size = len(group.rollouts)
+        student = group.prompt_ids
+        counts = dict.fromkeys(COUNTS, 0) | {
+            "context/prompt_tokens": len(student) * size,
+            "context/shared_tokens": _shared(student, student) * size,
+            "context/teacher_tokens": len(student) * size,
+        }
+        return Conditioned(teacher_prompts=(student,) * size, active=(True,) * size, counts=counts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _InTemplate:
+    """What all builders with a template have."""
+
+    overflow: Overflow = "error"
+    max_teacher_prompt_length: int | None = None  # tokens; None: as many as there are
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # the student's, see `student_prompt_ids`
+
+    def _condition(self, group: Group, tokenizer: Any, text: str, shown_G: Sequence[Shown | None]) -> Conditioned:
+        """The prompts that show these; None for a completion without anything to show."""
+        example, student = group.example, group.prompt_ids
+        # Most completions of a group show the same, and looking for what fits asks for the same prompt twice.
+        rendered: dict[Shown, Tensor] = {}
+        fitted: dict[Shown, Fitted] = {}
+
+        def render(shown: Shown) -> Tensor:
+            if shown not in rendered:
+                variables = {
+                    "privileged_context": shown.privileged_context,
+                    "attempt": shown.attempt,
+                    "feedback": shown.feedback_text,
+                }
+
+                def place(question: str) -> str:
+                    given = variables | {"prompt": question}
+                    return templates.render(text, given, example.columns, source=example.source)
+
+                prompt = with_context(example.prompt, place)
+                kwargs = self.chat_template_kwargs
+                rendered[shown] = prompt_ids(prompt, tokenizer, chat_template_kwargs=kwargs, source=example.source)
+            return rendered[shown]
+
+        prompts_G, active, counts = [], [], Counter(dict.fromkeys(COUNTS, 0))
+        for shown in shown_G:
+            if shown is None:
+                counts["context/missing"] += 1
+                prompts_G.append(student)
+                active.append(False)
+                continue
+            if shown not in fitted:
+                fitted[shown] = fit(
+                    shown,
+                    render,
+                    tokenizer,
+                    overflow=self.overflow,
+                    limit=self.max_teacher_prompt_length,
+                    student_length=len(student),
+                    source=example.source,
+                )
+            found = fitted[shown]
+            counts["context/overflow"] += found.overflow
+            counts["context/truncated_tokens"] += found.truncated_tokens
+            counts["context/dropped_feedback"] += found.dropped_feedback
+            counts["context/dropped"] += found.ids is None
+            prompts_G.append(student if found.ids is None else found.ids)
+            active.append(found.ids is not None)
+            if found.ids is not None:
+                counts["context/prompt_tokens"] += len(student)
+                counts["context/shared_tokens"] += _shared(student, found.ids)
+                counts["context/teacher_tokens"] += len(found.ids)
+                counts["context/with_solution"] += bool(found.shown.privileged_context or found.shown.attempt)
+                counts["context/with_feedback"] += bool(found.shown.feedback)
+        return Conditioned(teacher_prompts=tuple(prompts_G), active=tuple(active), counts=dict(counts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfRow(_InTemplate):
+    """What all builders share that show the row's privileged context: one prompt for the group."""
+
+    remove_thinking: bool = False  # take thinking blocks out of the privileged context
+
+    @property
+    def _text(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def needs_privileged_context(self) -> bool:
+        return "privileged_context" in templates.variables_of(self._text)
+
+    def condition(self, group: Group, tokenizer: Any) -> Conditioned:
+        """One prompt for the group; no completion is active where the row lacks the context that the template reads."""
+        size = len(group.rollouts)
+        if not self.needs_privileged_context:
+            return self._condition(group, tokenizer, self._text, [Shown()] * size)
+        context = group.example.privileged_context or ""
+        if self.remove_thinking:
+            context = templates.without_thinking(context)
+        shown = Shown(privileged_context=context) if context.strip() else None
+        return self._condition(group, tokenizer, self._text, [shown] * size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template(_OfRow):
+    """The row's privileged context and its other columns, in a Jinja template of one's own.
+
+    A template that does not read `privileged_context`, such as a fixed instruction after the question, or one that
+    reads other columns, is active for every row; `overflow` then has nothing that it may cut. None: question and
+    context with a blank line between them. Raises `ArgumentError`.
+    """
+
+    text: str | None = field(default=None, kw_only=False)
+
+    def __post_init__(self) -> None:
+        check_overflow(self.overflow, self.max_teacher_prompt_length, shows_feedback=False)
+        templates.check_template("text", self._text)
+
+    @property
+    def _text(self) -> str:
+        return templates.PLAIN if self.text is None else self.text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstration(_OfRow):
+    """SDFT: an expert's answer to this question as an example (arXiv:2601.19897). Raises `ArgumentError`."""
+
+    template: str | None = None  # Jinja; None: `templates.DEMONSTRATION`
+
+    def __post_init__(self) -> None:
+        check_overflow(self.overflow, self.max_teacher_prompt_length, shows_feedback=False)
+        templates.check_template("template", self._text, must_show=("privileged_context",))
+
+    @property
+    def _text(self) -> str:
+        return templates.DEMONSTRATION if self.template is None else self.template
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution(_OfRow):
+    """OPSD: a reference solution to derive in one's own way (arXiv:2601.18734). Raises `ArgumentError`."""
+
+    template: str | None = None  # Jinja; None: `templates.SOLUTION`
+
+    def __post_init__(self) -> None:
+        check_overflow(self.overflow, self.max_teacher_prompt_length, shows_feedback=False)
+        templates.check_template("template", self._text, must_show=("privileged_context",))
+
+    @property
+    def _text(self) -> str:
+        return templates.SOLUTION if self.template is None else self.template
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuccessOrFeedback(_InTemplate):
+    """SDPO: an attempt that succeeded, the environment's feedback on this completion, or both (arXiv:2601.20802).
+
+    A completion is active when another one of its group reached the success threshold, or when it has feedback. The
+    attempt is the group's first that succeeded, as in the authors' code; the completion itself, failed or not, is not
+    in its teacher's prompt. Raises `ArgumentError`.
+    """
+
+    template: str | None = None  # Jinja, with `attempt` and `feedback`; None: `templates.SUCCESS_OR_FEEDBACK`
+    success_threshold: float = 0.5  # reward from which a completion is a successful attempt
+    use_solution: bool = True  # show successful attempts
+    use_feedback: bool = True  # show the feedback about the completion itself
+    dont_reprompt_on_self_success: bool = True  # False: a completion may be shown itself, if it succeeded
+    environment_feedback_only_without_solution: bool = True  # False: both, where there are both
+    remove_thinking: bool = True  # take thinking blocks out of attempts
+
+    def __post_init__(self) -> None:
+        if not (self.use_solution or self.use_feedback):
+            raise ArgumentError("use_solution or use_feedback must be true, got neither: there would be no context")
+        if math.isnan(self.success_threshold):
+            raise ArgumentError("success_threshold must be a number, got nan")
+        check_overflow(self.overflow, self.max_teacher_prompt_length, shows_feedback=self.use_feedback)
+        used = {"attempt": self.use_solution, "feedback": self.use_feedback}
+        templates.check_template("template", self._text, must_show=tuple(name for name, use in used.items() if use))
+
+    @property
+    def _text(self) -> str:
+        return templates.SUCCESS_OR_FEEDBACK if self.template is None else self.template
+
+    def condition(self, group: Group, tokenizer: Any) -> Conditioned:
+        """A prompt per completion, the same tensor where they show the same."""
+        attempts = self._attempts(group)
+        shown_G = [self._shown(group, i, attempts) for i in range(len(group.rollouts))]
+        return self._condition(group, tokenizer, self._text, shown_G)
+
+    def _attempts(self, group: Group) -> dict[int, str]:
+        """Index → text of the completions that may be shown, in the group's order."""
+        found = {}
+        for i, rollout in enumerate(group.rollouts):
+            if self.use_solution and rollout.reward is not None and rollout.reward >= self.success_threshold:
+                text = templates.without_thinking(rollout.text) if self.remove_thinking else rollout.text.strip()
+                if text:  # a success that says nothing teaches nothing
+                    found[i] = text
+        return found
+
+    def _shown(self, group: Group, index: int, attempts: Mapping[int, str]) -> Shown | None:
+        others = (text for i, text in attempts.items() if i != index or not self.dont_reprompt_on_self_success)
+        attempt = next(others, None)
+        feedback = split_feedback(group.rollouts[index].feedback) if self.use_feedback else ()
+        if attempt is not None and self.environment_feedback_only_without_solution:
+            feedback = ()
+        return Shown(attempt=attempt, feedback=feedback) or None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Custom(_InTemplate):
+    """What a function says: `function(group)` gives per completion the text that its teacher may see, or None.
+
+    Raises `ArgumentError`, and `ContextError` for a function that does not give one text or None per completion.
+    """
+
+    function: Callable[[Group], Sequence[str | None]] = field(kw_only=False)
+    template: str | None = None  # Jinja; None: question and text with a blank line between them
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise ArgumentError(f"function must be callable, got {type(self.function).__name__}")
+        check_overflow(self.overflow, self.max_teacher_prompt_length, shows_feedback=False)
+        templates.check_template("template", self._text, must_show=("privileged_context",))
+
+    @property
+    def _text(self) -> str:
+        return templates.PLAIN if self.template is None else self.template
+
+    def condition(self, group: Group, tokenizer: Any) -> Conditioned:
+        """A prompt per completion; those whose text is None or blank are not active."""
+        texts_G: object = self.function(group)
+        size = len(group.rollouts)
+        if isinstance(texts_G, str) or not isinstance(texts_G, Sequence) or len(texts_G) != size:
+            got = f"{len(texts_G)}" if isinstance(texts_G, list | tuple) else type(texts_G).__name__
+            raise ContextError(
+                f"{group.example.source}: the context function must give a list with one entry per completion, {size}, "
+                f"got {got}"
+            )
+        odd = next((entry for entry in texts_G if not (entry is None or isinstance(entry, str))), None)
+        if odd is not None:
+            raise ContextError(
+                f"{group.example.source}: the context function must give text or None, got {type(odd).__name__}"
+            )
+        shown_G = [Shown(privileged_context=text) if text and text.strip() else None for text in texts_G]
+        return self._condition(group, tokenizer, self._text, shown_G)
+
+
+def check_examples(builder: ContextBuilder, examples: Sequence[Example]) -> int:
+    """How many of the examples lack the privileged context that the builder reads; they will carry no loss.
+
+    Raises `DataError` where all of them do, which is a column of another name, not data with gaps.
+    """
+    if not examples or not getattr(builder, "needs_privileged_context", False):
+        return 0
+    missing = sum(example.privileged_context is None for example in examples)
+    if missing == len(examples):
+        first = examples[0]
+        columns = ", ".join(f"`{name}`" for name in first.columns) or "none"
+        raise DataError(
+            f"{first.source}: {type(builder).__name__} needs a column `privileged_context` (or `teacher_prompt`, or "
+            f"`solution`), got no row that has one; other columns: {columns}"
+        )
+    return missing
+
+
+def _shared(student: Tensor, teacher: Tensor) -> int:
+    """How many tokens two prompts begin with alike, short of the teacher's last, whose state is always its own."""
+    length = min(len(student), len(teacher) - 1)
+    different = torch.nonzero(student[:length] != teacher[:length])
+    return int(different[0]) if len(different) else length
+
+
+__all__ = [
+    "COUNTS",
+    "ContextBuilder",
+    "Custom",
+    "Demonstration",
+    "No",
+    "Solution",
+    "SuccessOrFeedback",
+    "Template",
+    "check_examples",
+]

@@ -1,0 +1,119 @@
+"""From a prompt's text to its token ids, and where in a conversation the privileged context goes.
+
+A conversation is rendered by the tokenizer's chat template, with the generation prompt; plain text is tokenized as it
+is, with the special tokens that the tokenizer puts around a text. Both for the student and for the teacher, so their
+sequences begin with the same tokens up to where the texts part.
+
+Only the last user turn is changed, and only by adding to it where the template begins with the question. System turns,
+earlier turns and parts of other types (images) are left as they are. transformers runs chat templates in Jinja's
+sandbox too.
+
+Not covered: control tokens that a question or a context spells out (`<|im_end|>` in a verifier's output ends the turn,
+as it does everywhere in transformers). Prompts with images: what runs the model takes token ids alone, so they are
+refused where ids are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jinja2
+import torch
+from torch import Tensor
+
+from ..errors import ContextError, UnsupportedModelError
+from ..types import Example, Message, Prompt
+
+
+def student_prompt_ids(
+    example: Example, tokenizer: Any, *, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> Tensor:
+    """(P,) int64, on the CPU: what the student reads, with the generation prompt.
+
+    `chat_template_kwargs` go to the chat template, such as `{"enable_thinking": False}`; give a builder the same ones.
+    Raises `ContextError`, which names the row, where the chat template refuses the conversation, and
+    `UnsupportedModelError` for prompts with images.
+    """
+    return prompt_ids(example.prompt, tokenizer, chat_template_kwargs=chat_template_kwargs, source=example.source)
+
+
+def prompt_ids(
+    prompt: Prompt, tokenizer: Any, *, chat_template_kwargs: Mapping[str, Any] | None = None, source: str
+) -> Tensor:
+    """(T,) int64, on the CPU: a prompt as the model reads it. Raises as `student_prompt_ids`."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
+    if not isinstance(prompt, str):
+        _check_parts(prompt, source)
+    try:
+        if isinstance(prompt, str):
+            ids = tokenizer(prompt)["input_ids"]
+        else:
+            ids = tokenizer.apply_chat_template(
+                [dict(message) for message in prompt],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                **(chat_template_kwargs or {}),
+            )["input_ids"]
+    except (jinja2.TemplateError, ValueError, TypeError) as error:  # half a surrogate pair is a TypeError
+        who = "tokenizer refused the text" if isinstance(prompt, str) else "chat template refused the conversation"
+        raise ContextError(f"{source}: the {who}: {error}") from error
+    if not len(ids):
+        raise ContextError(f"{source}: expected a prompt of at least one token, got none from {prompt!r}")
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def question_of(prompt: Prompt) -> str:
+    """The text of the last user turn; of a turn with several parts, those that are text."""
+    if isinstance(prompt, str):
+        return prompt
+    content = prompt[-1]["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def with_context(prompt: Prompt, place: Callable[[str], str]) -> Prompt:
+    """The prompt whose last user turn says `place(question)` in place of the question.
+
+    Where that adds to the question, the addition goes to the end of the turn: into its last part, or, where that is an
+    image, into a new one behind it. Where it does not, the text stands in place of the turn's first text.
+    """
+    question = question_of(prompt)
+    text = place(question)
+    if isinstance(prompt, str):
+        return text
+    last = prompt[-1]
+    content = last["content"]
+    if not isinstance(content, str):
+        content = (
+            _added(content, text.removeprefix(question)) if text.startswith(question) else _replaced(content, text)
+        )
+    else:
+        content = text
+    return (*prompt[:-1], {**last, "content": content})
+
+
+def _added(parts: list[Message], text: str) -> list[Message]:
+    if parts and parts[-1]["type"] == "text":
+        return [*parts[:-1], {**parts[-1], "text": parts[-1]["text"] + text}]
+    return [*parts, {"type": "text", "text": text.lstrip()}]
+
+
+def _replaced(parts: list[Message], text: str) -> list[Message]:
+    first = next(i for i, part in enumerate(parts) if part["type"] == "text")
+    others = [part for part in parts[first + 1 :] if part["type"] != "text"]
+    return [*parts[:first], {**parts[first], "text": text}, *others]
+
+
+def _check_parts(prompt: tuple[Message, ...], source: str) -> None:
+    for i, message in enumerate(prompt):
+        content = message.get("content", "")
+        for part in () if isinstance(content, str) else content:
+            if part["type"] != "text":
+                raise UnsupportedModelError(
+                    f"{source}: message {i} has a part of type {part['type']!r}, and the passes over shared prefixes "
+                    "take token ids alone: expected text"
+                )
+
+
+__all__ = ["prompt_ids", "question_of", "student_prompt_ids", "with_context"]

@@ -1,0 +1,352 @@
+"""Probes of a model that cost a pass over a few completions: top-k overlap, drift from a base model, leak probe.
+
+None of them makes logits (n, V): what they compare comes from hidden states by `linear_topk` and `linear_divergence`.
+
+The leak probe asks what the privileged context teaches. The teacher reads the same completions once with the context of
+their own prompt and once with that of another prompt:
+
+- the wrong context teaches little (`teacher/leak_ratio` near 0): what is learned is in the context;
+- it teaches as much and says the same (ratio near 1, `teacher/content_kl` near 0): the method teaches style, or that
+  there is a context;
+- it teaches as much and says something else (ratio near 1, content KL large): the teacher believes what it reads, so
+  the context had better be right.
+
+What differs from the obvious: a context is not shuffled as text. The builder conditions the other prompt's group, its
+example's columns and its completions included, on this prompt, so that whatever a method takes its context from is
+exchanged. Where that gives the very same prompt, as with one system prompt for all, there is nothing to compare.
+
+Each function runs the model the same number of times whatever it finds, so that ranks which call it together do not
+wait for each other. Not covered: the live half of a trust region, whose reference is probed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from sdkernels import linear_divergence, linear_topk
+
+from ..contexts import ContextBuilder
+from ..errors import ArgumentError, SdcoreError
+from ..models import Body, Head, find_body, head_of
+from ..prefix import Plan, passes, row_slices
+from ..prefix import plan as plan_of
+from ..prefix.runner import Strategy
+from ..teachers import Teacher, TrustRegion
+from ..types import Conditioned, Group
+
+# Elements of the head's rows that are gathered at once.
+GATHERED = 2**24
+
+
+class _Chosen(NamedTuple):
+    """A completion that a probe looks at."""
+
+    group: Group
+    ids: Tensor  # (R,)
+    prompts: tuple[Tensor, ...]  # the teacher's, one for each pass
+    counts: bool  # False: run, so that every rank runs something, but not averaged
+
+
+class _Rows(NamedTuple):
+    """Both sides' states of all rows, and their heads."""
+
+    plan: Plan
+    student: Tensor  # (N, H)
+    student_head: Head
+    teacher: Tensor  # (N, Ht)
+    teacher_head: Head
+
+
+@torch.no_grad()
+def topk_overlap(
+    student_hidden: Tensor,
+    student_head: Head,
+    teacher_hidden: Tensor,
+    teacher_head: Head,
+    *,
+    k: int = 20,
+    of: Literal["student", "teacher"] = "student",
+    temperature: float = 1.0,
+) -> dict[str, Tensor]:
+    """How much of both distributions a top-k support holds, and how far the two top-k sets agree, each row.
+
+    Equal to this, with `log_p`, `log_q` (n, V) and `of="student"`::
+
+        support = log_p.topk(k).indices
+        log_p.gather(1, support).exp().sum(-1), log_q.gather(1, support).exp().sum(-1)      # student_mass, teacher_mass
+        torch.isin(support[i], log_q[i].topk(k).indices).mean()                             # overlap_ratio of row i
+
+    Hidden states (n, H) and (n, Ht), without gradient; k is at most V. The names are verl's, after "Rethinking
+    On-Policy Distillation" (arXiv:2604.13016). Raises as `sdkernels.linear_topk` does.
+    """
+    k = min(k, student_head.weight.shape[0])
+    sides = ((student_hidden, student_head), (teacher_hidden, teacher_head))
+    tops = [linear_topk(hidden, head.weight, k, head=head.transform, temperature=temperature) for hidden, head in sides]
+    own = 0 if of == "student" else 1
+    support, other = tops[own], tops[1 - own]
+    hidden, head = sides[1 - own]
+    # The normaliser of the other side is known from its likeliest token: its logit minus its log-probability.
+    logits = _logits_at(hidden, head, torch.cat([other.ids[:, :1], support.ids], 1), temperature)
+    log_z = logits[:, :1] - other.logprobs[:, :1]
+    masses = [support.logprobs.exp().sum(-1), (logits[:, 1:] - log_z).exp().sum(-1).clamp(max=1.0)]
+    shared = (support.ids[:, :, None] == other.ids[:, None, :]).any(-1).float().mean(-1)
+    return {
+        "distillation/student_mass": masses[own],
+        "distillation/teacher_mass": masses[1 - own],
+        "distillation/overlap_ratio": shared,
+    }
+
+
+@torch.no_grad()
+def overlap(
+    model: nn.Module,
+    groups: Sequence[Group],
+    conditioned: Sequence[Conditioned],
+    *,
+    teacher: Teacher | TrustRegion | None = None,
+    k: int = 20,
+    of: Literal["student", "teacher"] = "student",
+    temperature: float = 1.0,
+    max_completions: int = 4,
+    max_rows: int = 256,
+    strategy: Strategy = "auto",
+) -> dict[str, float]:
+    """`topk_overlap` of student and teacher, mean over at most `max_rows` tokens of a few active completions.
+
+    {} where no completion is active. Raises `ArgumentError` and what `sdcore.prefix.passes` raises.
+    """
+    _positive(k=k, max_completions=max_completions, max_rows=max_rows)
+    _same_length(groups, conditioned)
+    chosen = []
+    for g, i in _few(groups, [one.active for one in conditioned], max_completions):
+        rollout, prompt = groups[g].rollouts[i], conditioned[g].teacher_prompts[i]
+        chosen.append(_Chosen(groups[g], rollout.completion_ids, (prompt,), conditioned[g].active[i]))
+    rows = _run(model, chosen, teacher, strategy)
+    picked = _counted(rows.plan, chosen)
+    if not len(picked):
+        return {}
+    picked = picked[torch.linspace(0, len(picked) - 1, min(max_rows, len(picked))).round().long()].to(rows.plan.device)
+    values = topk_overlap(
+        rows.student[picked], rows.student_head, rows.teacher[picked], rows.teacher_head, k=k, of=of,
+        temperature=temperature,
+    )  # fmt: skip
+    return {name: float(value.double().mean()) for name, value in values.items()}
+
+
+@torch.no_grad()
+def drift(
+    model: nn.Module,
+    groups: Sequence[Group],
+    reference: Teacher,
+    *,
+    temperature: float = 1.0,
+    max_completions: int = 8,
+    strategy: Strategy = "auto",
+) -> dict[str, float]:
+    """How far the student has moved from `reference`, on its own completions of its own prompts.
+
+    `reference` is `Frozen(base model)` or `AdapterOff()`. The KL is over the full vocabulary, student to reference,
+    mean over the tokens of a few completions. {} where all are empty. Raises `ArgumentError` for a reference that is
+    the student itself, and what `sdcore.prefix.passes` raises.
+    """
+    _positive(max_completions=max_completions)
+    if isinstance(reference, TrustRegion) or reference.shares_weights:
+        raise ArgumentError(
+            f"reference must have other weights than the student, such as Frozen(base), got {type(reference).__name__}"
+        )
+    everyone = [[True] * len(group.rollouts) for group in groups]
+    chosen = [
+        _Chosen(groups[g], groups[g].rollouts[i].completion_ids, (groups[g].prompt_ids,), True)
+        for g, i in _few(groups, everyone, max_completions)
+    ]
+    rows = _run(model, chosen, reference, strategy)
+    if not rows.plan.num_rows:
+        return {}
+    out = linear_divergence(
+        rows.student,
+        rows.student_head.weight,
+        rows.teacher,
+        rows.teacher_head.weight,
+        temperature=temperature,
+        student_head=rows.student_head.transform,
+        teacher_head=rows.teacher_head.transform,
+        target_ids=rows.plan.target_ids,
+    )
+    gap = cast(Tensor, out.student_logprobs) - cast(Tensor, out.teacher_logprobs)
+    return {"student/drift_kl": float(out.loss), "student/drift_logprob_gap": float(gap.double().mean())}
+
+
+@torch.no_grad()
+def leak(
+    model: nn.Module,
+    groups: Sequence[Group],
+    builder: ContextBuilder,
+    tokenizer: Any,
+    *,
+    teacher: Teacher | TrustRegion | None = None,
+    alpha: float = 1.0,
+    temperature: float = 1.0,
+    max_completions: int = 8,
+    strategy: Strategy = "auto",
+) -> dict[str, float]:
+    """What another prompt's context teaches, against what the right one does: see above.
+
+    `alpha` is the divergence's, as in `linear_divergence`; the KL between the two teachers is always right to wrong.
+    {} where there is nothing to compare: one group, one context for all, no active completion. Raises what the builder
+    raises for the right context, and what `sdcore.prefix.passes` raises.
+    """
+    _positive(max_completions=max_completions)
+    right = [builder.condition(group, tokenizer) for group in groups]
+    wrong = [_of_another(groups, g, builder, tokenizer) for g in range(len(groups))]
+    comparable = [
+        [
+            is_active and others is not None and _differ(prompt, others[i % len(others)])
+            for i, (is_active, prompt) in enumerate(zip(one.active, one.teacher_prompts, strict=True))
+        ]
+        for one, others in zip(right, wrong, strict=True)
+    ]
+    chosen = []
+    for g, i in _few(groups, comparable, max_completions):
+        others, own = wrong[g], right[g].teacher_prompts[i]
+        prompts = (own, own if others is None else others[i % len(others)])
+        chosen.append(_Chosen(groups[g], groups[g].rollouts[i].completion_ids, prompts, comparable[g][i]))
+    rows = _run(model, chosen, teacher, strategy)
+    picked = _counted(rows.plan, chosen).to(rows.plan.device)
+    if not len(picked):
+        return {}
+    # The passes see every completion twice: first all with the right context, then all with another's.
+    half = rows.plan.num_rows // 2
+    student, taught, misled = rows.student[picked], rows.teacher[picked], rows.teacher[picked + half]
+
+    def divergence(first: Tensor, first_head: Head, second: Tensor, alpha: float) -> float:
+        head = rows.teacher_head
+        return float(
+            linear_divergence(
+                first,
+                first_head.weight,
+                second,
+                head.weight,
+                alpha=alpha,
+                temperature=temperature,
+                student_head=first_head.transform,
+                teacher_head=head.transform,
+            ).loss
+        )
+
+    context = divergence(student, rows.student_head, taught, alpha)
+    leaked = divergence(student, rows.student_head, misled, alpha)
+    found = {
+        "teacher/context_kl": context,
+        "teacher/leak_kl": leaked,
+        "teacher/content_kl": divergence(taught, rows.teacher_head, misled, 1.0),
+    }
+    # Of two contexts that teach nothing there is no ratio.
+    return found | ({"teacher/leak_ratio": leaked / context} if context > 1e-9 else {})
+
+
+def _of_another(groups: Sequence[Group], g: int, builder: ContextBuilder, tokenizer: Any) -> list[Tensor] | None:
+    """The teacher's prompts of a group with the next other prompt's context; None where none is to be had."""
+    own = groups[g]
+    for step in range(1, len(groups)):
+        other = groups[(g + step) % len(groups)]
+        if other.example.prompt == own.example.prompt:
+            continue
+        example = replace(other.example, prompt=own.example.prompt)
+        try:
+            seen = builder.condition(replace(other, example=example, prompt_ids=own.prompt_ids), tokenizer)
+        except SdcoreError:  # such as a context too long for this prompt: another one may fit
+            continue
+        prompts = [prompt for prompt, is_active in zip(seen.teacher_prompts, seen.active, strict=True) if is_active]
+        if prompts:
+            return prompts
+    return None
+
+
+def _few(groups: Sequence[Group], wanted: Sequence[Sequence[bool]], most: int) -> list[tuple[int, int]]:
+    """At most so many (group, completion): the wanted ones with tokens, one of each group first; never none."""
+    by_turn = sorted(
+        ((turn, g, i) for g, _ in enumerate(groups) for turn, i in enumerate(_wanted(groups[g], wanted[g]))),
+    )
+    return [(g, i) for _, g, i in by_turn[:most]] or [(0, 0)]
+
+
+def _wanted(group: Group, wanted: Sequence[bool]) -> list[int]:
+    return [i for i, rollout in enumerate(group.rollouts) if wanted[i] and len(rollout.completion_ids)]
+
+
+def _counted(plan: Plan, chosen: Sequence[_Chosen]) -> Tensor:
+    """(n,) int64: the rows of the first pass over the completions that count."""
+    slices = row_slices(plan.student)[: len(chosen)]
+    ranges = [torch.arange(rows.start, rows.stop) for (rows,), one in zip(slices, chosen, strict=True) if one.counts]
+    return torch.cat(ranges) if ranges else torch.zeros(0, dtype=torch.int64)
+
+
+def _run(
+    model: nn.Module, chosen: Sequence[_Chosen], teacher: Teacher | TrustRegion | None, strategy: Strategy
+) -> _Rows:
+    """Both sides' states; with several teacher's prompts each completion comes once for each of them."""
+    if isinstance(teacher, TrustRegion):
+        teacher = teacher.reference
+    body: Body = find_body(model)
+    turns = [
+        (one, prompt) for turn in range(len(chosen[0].prompts)) for one in chosen for prompt in [one.prompts[turn]]
+    ]
+    plan = plan_of(
+        [one.group.prompt_ids.to(body.device) for one, _ in turns],
+        [[one.ids.to(body.device)] for one, _ in turns],
+        [prompt.to(body.device) for _, prompt in turns],
+    )
+    student = teacher_states = None
+    weight, transform = None, None
+    for part in passes(model, plan, teacher=teacher, strategy=strategy).parts:
+        found = part.teachers[0]
+        if student is None or teacher_states is None:
+            student = part.student_hidden.new_empty(plan.num_rows, part.student_hidden.shape[1])
+            teacher_states = found.hidden.new_empty(plan.num_rows, found.hidden.shape[1])
+        student[part.rows], teacher_states[part.rows] = part.student_hidden, found.hidden
+        weight, transform = found.weight, found.transform
+    head = head_of(body)
+    head = Head(head.weight.detach(), head.transform)
+    taught = Head(head.weight if weight is None else weight, head.transform if transform is None else transform)
+    return _Rows(plan, cast(Tensor, student), head, cast(Tensor, teacher_states), taught)
+
+
+def _logits_at(hidden: Tensor, head: Head, ids: Tensor, temperature: float) -> Tensor:
+    """(n, k) logits of these ids, as `LogitTransform` defines them, in float32 or better."""
+    rows = max(1, GATHERED // max(1, ids.shape[1] * hidden.shape[1]))
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    parts = [
+        torch.einsum("nh,nkh->nk", hidden[at : at + rows].to(wide), head.weight[ids[at : at + rows]].to(wide))
+        for at in range(0, len(ids), rows)
+    ]
+    logits = torch.cat(parts) if parts else hidden.new_zeros(ids.shape, dtype=wide)
+    transform = head.transform
+    if transform.bias is not None:
+        logits = logits + transform.bias[ids]
+    logits = logits * transform.scale
+    if transform.softcap is not None:
+        logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    return logits / (temperature if transform.temperature is None else transform.temperature)
+
+
+def _differ(first: Tensor, second: Tensor) -> bool:
+    return len(first) != len(second) or bool((first != second).any())
+
+
+def _positive(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ArgumentError(f"{name} must be at least 1, got {count}")
+
+
+def _same_length(groups: Sequence[Group], conditioned: Sequence[Conditioned]) -> None:
+    if len(groups) != len(conditioned) or not groups:
+        raise ArgumentError(f"conditioned must have one entry per group, got {len(groups)} and {len(conditioned)}")
+
+
+__all__ = ["drift", "leak", "overlap", "topk_overlap"]

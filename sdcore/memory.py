@@ -1,0 +1,290 @@
+"""What a training step will need in memory, part by part, from a model's configuration alone: no weights, no GPU.
+
+    config = AutoConfig.from_pretrained("Qwen/Qwen3-8B")
+    memory = compare(config, Load(prompt_tokens=1000, context_tokens=500, completion_tokens=500, completions=8))
+    memory["fused, shared"].total, memory["plain, naive"].total
+
+Parameters are counted on the meta device; activations and prompt caches are `sdcore.prefix.cost`'s. Four variants stand
+side by side: the loss fused or from whole logits, prefixes shared or every completion as a sequence of its own.
+
+What differs from a measurement. It is an upper estimate of the update: gradients and activations are added up, though
+the ones grow while the others shrink, and padding is none. Of the allocator's fragmentation, the CUDA context and
+temporaries of the optimizer it knows nothing: leave a few GB. What the layers keep is right within a fifth for Llama,
+and up to a half too low for families that norm every head.
+
+Not covered: several devices (FSDP, DeepSpeed: divide weights, gradients and optimizer by their number), quantised
+weights, optimizers with other states than AdamW's, and whether it fits a given device (`sdcore profile-memory` shows
+numbers, you compare).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
+
+import torch
+from torch import nn
+
+from .errors import ArgumentError
+from .prefix.costs import STRATEGIES, cost_of_sizes
+from .prefix.sizes import ModelSizes, model_sizes
+from .presets.methods import TeacherKind
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from .config import SelfDistillationConfig
+    from .presets.methods import Method
+
+MIB: Final = 1 << 20
+# Teachers that hold a copy of the weights; the others are the student's own.
+COPIES: Final = ("frozen", "ema", "periodic", "trust_region")
+# Plain PyTorch's divergence at its peak, in arrays of (N, V): logits of both sides in the model's dtype, and float32
+# log-probabilities of both, the product, its gradient, and the gradient of the log-probabilities and of the logits.
+PLAIN_LOGITS: Final = 2
+PLAIN_FLOAT32: Final = 6
+# Sampling: logits of a row in float32, the warped copy, its softmax and its log-softmax.
+SAMPLING_FLOAT32: Final = 4
+# The fused loss on few rows needs less than its budget: two float32 logits and their scratch.
+FUSED_BYTES_PER_ENTRY: Final = 12
+DEFAULT_WORKSPACE_MB: Final = 256.0
+PARTS: Final = (
+    "weights",
+    "teacher weights",
+    "gradients",
+    "optimizer",
+    "activations",
+    "prompt cache",
+    "workspace",
+    "logits",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What one device holds at a time. Raises `ArgumentError`, which names the field."""
+
+    prompt_tokens: int  # P, of the student's prompt
+    context_tokens: int  # C, what the teacher's prompt has beyond it
+    completion_tokens: int  # R
+    completions: int = 1  # G, of each prompt
+    prompts: int = 1  # B, groups in one forward and backward
+    context_per_completion: bool = False  # each completion has a context of its own, as feedback is
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "completion_tokens", "completions", "prompts"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.context_tokens < 0:
+            raise ArgumentError(f"context_tokens must be at least 0, got {self.context_tokens}")
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.prompts * self.completions * self.completion_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How the step is run. Raises `ArgumentError`, which names the field."""
+
+    teacher: TeacherKind = "live"
+    fused: bool = True  # the loss by `linear_divergence`; False: from whole logits
+    strategy: Literal["packed", "cached", "two_phase", "naive"] = "packed"
+    micro_batch: int | None = None  # completions in flight at a time, "two_phase"; None: all
+    checkpointing: bool = False  # gradient checkpointing
+    lora_rank: int | None = None  # of adapters on every linear layer but the head; None: all weights are trained
+    dtype: str | None = None  # "float32", "bfloat16", ...; None: what the configuration says, else float32
+    workspace_mb: float = DEFAULT_WORKSPACE_MB  # of the fused loss
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ArgumentError(f"strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ArgumentError(f"lora_rank must be at least 1, or None, got {self.lora_rank}")
+        if self.dtype is not None and not _is_float(getattr(torch, self.dtype, None)):
+            raise ArgumentError(f"dtype must be the name of one of torch's float dtypes, got {self.dtype!r}")
+        if self.workspace_mb <= 0:
+            raise ArgumentError(f"workspace_mb must be positive, got {self.workspace_mb}")
+        if self.teacher not in get_args(TeacherKind):
+            raise ArgumentError(f"teacher must be one of {', '.join(get_args(TeacherKind))}, got {self.teacher!r}")
+
+    @classmethod
+    def of_run(cls, args: SelfDistillationConfig, method: Method, *, lora_rank: int | None = None) -> Setting:
+        """As `SelfDistillationTrainer` would run this method; where it chooses a strategy itself, "packed"."""
+        automatic = "packed" if args.micro_batch is None else "two_phase"
+        return cls(
+            teacher=method.teacher if method.has_teacher or method.needs_reference else "live",
+            strategy=automatic if args.strategy == "auto" else args.strategy,  # type: ignore[arg-type]
+            micro_batch=args.micro_batch,
+            checkpointing=args.gradient_checkpointing,
+            lora_rank=lora_rank,
+            dtype=None if args.model_dtype == "auto" else args.model_dtype,
+        )
+
+
+class Parameters(NamedTuple):
+    """How many a model has."""
+
+    all: int
+    head: int  # of the output layer, also where it is tied to the embedding
+    linear_sides: int  # Σ (inputs + outputs) of the linear layers but the head: LoRA's parameters per rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Bytes of each part of a step, in the order of `PARTS`."""
+
+    parts: Mapping[str, int]
+    sampling: int  # what sampling holds beside weights and optimizer, before the update
+
+    @property
+    def resident(self) -> int:
+        """What is there all the time."""
+        return sum(self.parts[name] for name in ("weights", "teacher weights", "optimizer"))
+
+    @property
+    def update(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def total(self) -> int:
+        """The larger of update and sampling."""
+        return max(self.update, self.resident + self.sampling)
+
+
+def count_parameters(config: Any) -> Parameters:
+    """Parameters of the causal language model of a Hugging Face configuration, made on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    sides = [m.in_features + m.out_features for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    return Parameters(sum(p.numel() for p in model.parameters()), head.weight.numel(), sum(sides))
+
+
+def predict(
+    config: Any, load: Load, setting: Setting | None = None, *, parameters: Parameters | None = None
+) -> Prediction:
+    """The memory of one step. `parameters` None: counted on the meta device.
+
+    `config` is a Hugging Face configuration. Raises `UnsupportedModelError` for one that does not say what a layer
+    costs.
+    """
+    setting = setting or Setting()
+    sizes = model_sizes(config)
+    parameters = parameters or count_parameters(config)
+    itemsize = _dtype(config, setting).itemsize
+    counted = cost_of_sizes(
+        sizes,
+        prompt_tokens=load.prompt_tokens,
+        context_tokens=load.context_tokens,
+        completion_tokens=load.completion_tokens,
+        completions=load.completions,
+        context_per_completion=load.context_per_completion,
+        strategy=setting.strategy,
+        teacher_shares=setting.teacher == "live",
+        checkpointing=setting.checkpointing,
+        micro_batch=setting.micro_batch,
+        dtype_bytes=itemsize,
+    )
+    prompt_bytes = counted.student.prompt_bytes + (counted.teacher.prompt_bytes if counted.teacher else 0)
+    trained = parameters.all if setting.lora_rank is None else setting.lora_rank * parameters.linear_sides
+    copies = 1 if setting.teacher in COPIES else 0
+    if setting.lora_rank is not None and setting.teacher in ("frozen", "trust_region"):
+        copies = 0  # the base model with the adapter off
+    teacher = copies * (parameters.all if setting.lora_rank is None else trained)
+    workspace, logits = _loss_bytes(load, sizes, setting, itemsize, parameters)
+    parts = (
+        (parameters.all + (0 if setting.lora_rank is None else trained)) * itemsize,
+        teacher * itemsize,
+        trained * itemsize,
+        2 * trained * itemsize,  # AdamW's two moments, in the parameters' dtype
+        load.prompts * counted.student.kept_bytes,
+        load.prompts * prompt_bytes,
+        workspace,
+        logits,
+    )
+    return Prediction(
+        parts=dict(zip(PARTS, parts, strict=True)), sampling=_sampling_bytes(load, sizes, itemsize, setting)
+    )
+
+
+def compare(
+    config: Any, load: Load, setting: Setting | None = None, *, parameters: Parameters | None = None
+) -> dict[str, Prediction]:
+    """`predict` with the fused loss and with whole logits, with shared prefixes and without."""
+    setting = setting or Setting()
+    model_sizes(config)  # refuses a configuration that says too little, before a model is made of it
+    parameters = parameters or count_parameters(config)
+    naive = replace(setting, strategy="naive", micro_batch=None)
+    variants = {
+        "fused, shared": replace(setting, fused=True),
+        "fused, naive": replace(naive, fused=True),
+        "plain, shared": replace(setting, fused=False),
+        "plain, naive": replace(naive, fused=False),
+    }
+    return {name: predict(config, load, one, parameters=parameters) for name, one in variants.items()}
+
+
+def memory_table(variants: Mapping[str, Prediction], title: str = "Predicted peak memory") -> Table:
+    """For a terminal: a line per part, a column per variant."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("part")
+    for name in variants:
+        table.add_column(name, justify="right")
+    for part in PARTS:
+        table.add_row(part, *(_shown(one.parts[part]) for one in variants.values()))
+    table.add_section()
+    table.add_row("update, all of these", *(_shown(one.update) for one in variants.values()))
+    table.add_row("sampling, before it", *(_shown(one.resident + one.sampling) for one in variants.values()))
+    table.add_row("peak", *(_shown(one.total) for one in variants.values()), style="bold")
+    return table
+
+
+def _loss_bytes(
+    load: Load, sizes: ModelSizes, setting: Setting, itemsize: int, parameters: Parameters
+) -> tuple[int, int]:
+    """Workspace of the loss and bytes of whole logits."""
+    entries = load.rows * sizes.vocab
+    # The rows' states of both sides and the student's gradient, whichever way the loss is computed.
+    states = 3 * load.rows * sizes.hidden * itemsize
+    if not setting.fused:
+        return states, entries * (PLAIN_LOGITS * itemsize + PLAIN_FLOAT32 * 4)
+    # Gradients of the head are summed up in float32.
+    wide = parameters.head * 4 if setting.lora_rank is None and itemsize < 4 else 0
+    return states + wide + min(int(setting.workspace_mb * MIB), FUSED_BYTES_PER_ENTRY * entries), 0
+
+
+def _sampling_bytes(load: Load, sizes: ModelSizes, itemsize: int, setting: Setting) -> int:
+    """Keys, values and states of all completions at once, and the logits of one position."""
+    rows, length = load.prompts * load.completions, load.prompt_tokens + load.completion_tokens
+    kept = sum(min(length, layer.window or length) * layer.kv_entries + layer.state_entries for layer in sizes.layers)
+    return rows * (kept * itemsize + sizes.vocab * (itemsize + SAMPLING_FLOAT32 * 4))
+
+
+def _dtype(config: Any, setting: Setting) -> torch.dtype:
+    named = setting.dtype or getattr(config, "dtype", None) or torch.float32
+    dtype = getattr(torch, named) if isinstance(named, str) else named
+    return dtype if _is_float(dtype) else torch.float32
+
+
+def _is_float(dtype: object) -> bool:
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
+
+
+def _shown(count: int) -> str:
+    if count == 0:
+        return "–"
+    for unit, size in (("GiB", 1 << 30), ("MiB", MIB), ("KiB", 1 << 10)):
+        if count >= size:
+            value = count / size
+            return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+    return f"{count} B"
+
+
+__all__ = ["Load", "Parameters", "Prediction", "Setting", "compare", "count_parameters", "memory_table", "predict"]

@@ -1,0 +1,41 @@
+"""The methods as data, and their translation from YAML and from other projects' configurations; none imports torch."""
+
+from .configure import dump_config, load_config, types_of
+from .lasgroup import from_lasgroup
+from .methods import (
+    GRPO,
+    OPSD,
+    PRESETS,
+    SDPO,
+    SFT,
+    ContextDistillation,
+    Method,
+    RLTilt,
+    SDFTAsRun,
+    SDFTPaper,
+    SDPOCode,
+    field_types,
+    preset,
+)
+from .trl import from_trl
+
+__all__ = [
+    "GRPO",
+    "OPSD",
+    "PRESETS",
+    "SDPO",
+    "SFT",
+    "ContextDistillation",
+    "Method",
+    "RLTilt",
+    "SDFTAsRun",
+    "SDFTPaper",
+    "SDPOCode",
+    "dump_config",
+    "field_types",
+    "from_lasgroup",
+    "from_trl",
+    "load_config",
+    "preset",
+    "types_of",
+]

@@ -1,0 +1,289 @@
+"""Configurations of TRL's SDPO and SDFT trainers, as a method and arguments of a run.
+
+    method, arguments = from_trl(SDPOConfig(output_dir="out", distillation_mode="topk_logits", distillation_topk=20))
+    trainer = SelfDistillationTrainer(model, SelfDistillationConfig(**arguments), method=method, ...)
+
+Every argument is translated; or refused by name, because it is not known or asks for what is not done here; or is one
+of `WITHOUT_EFFECT`, about servers and diagnostics. None is read with a default of ours: where a mapping does not give
+one, the default is that of the installed TRL.
+
+What differs from the obvious: TRL counts completions where our `per_device_train_batch_size` counts prompts, and it
+divides the logits of the loss by the sampling temperature. It averages over all completions of a batch, we over those
+that carry a loss, and it cuts prompts that are too long where we refuse them; `docs/methods.md` has the others too.
+
+Not covered: TRL's other trainers, and its vLLM arguments, which a sampler here has of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ..errors import ArgumentError
+from .fields import closest
+from .foreign import Keys, attempt_template, jinja_of, training_arguments
+from .methods import GRPO, SDPO, Aggregation, Method
+
+# Of the configurations: their names on the left, ours on the right.
+RUN = {
+    "max_prompt_length": "max_prompt_length",
+    "max_completion_length": "max_completion_length",
+    "temperature": "sampling_temperature",
+    "top_p": "top_p",
+    "num_iterations": "num_iterations",
+    "chat_template_kwargs": "chat_template_kwargs",
+    "trust_remote_code": "trust_remote_code",
+}
+# Where our defaults are not transformers': always given, so that ours do not take the place of theirs.
+ALWAYS = ("learning_rate", "num_train_epochs", "logging_steps")
+# transformers 5.23 has a new name for these.
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+# Where TRL's values have no counterpart: the value that is no loss, and what to do otherwise.
+REFUSED: dict[str, tuple[Any, str]] = {
+    "model_init_kwargs": (None, "load the model and give it to the trainer"),
+    "disable_dropout": (True, "dropout is always off in the passes"),
+    "remove_unused_columns": (False, "columns are for the reward functions"),
+    "min_p": (None, "give the trainer a sampler of your own"),
+    "generation_kwargs": (None, "give the trainer a sampler of your own"),
+    "repetition_penalty": (1.0, "give the trainer a sampler of your own"),
+    "cache_implementation": (None, "sampling has its own cache"),
+    "use_vllm": (False, "give the trainer a sampler, sdcore.rollouts.vllm"),
+    "use_teacher_server": (False, "the teacher is computed here, with the prefix that it shares"),
+    "beta": (0.0, "TRL 1.16 stores it and never uses it; an anchor here is kl_anchor"),
+    "importance_sampling_level": ("token", "ratios of whole sequences are not covered"),
+    "generate_from_teacher": (False, "completions are the student's, or the data's with samples='dataset'"),
+}
+# TRL's own, about its server, its diagnostics and DeepSpeed: no part of what is learned.
+WITHOUT_EFFECT = (
+    "ds3_gather_for_generation",
+    "diagnostics_warning_interval",
+    "diagnostics_flat_tolerance",
+    "vllm_mode",
+    "vllm_model_impl",
+    "vllm_enable_sleep_mode",
+    "vllm_server_base_url",
+    "vllm_server_host",
+    "vllm_server_port",
+    "vllm_group_port",
+    "vllm_server_timeout",
+    "vllm_tensor_parallel_size",
+    "vllm_gpu_memory_utilization",
+    "vllm_max_model_length",
+)
+
+
+def from_trl(config: Any, *, kind: Literal["sdpo", "sdft"] | None = None) -> tuple[Method, dict[str, Any]]:
+    """The method, and arguments of `SelfDistillationConfig`, that do what a configuration of TRL does.
+
+    `config` is an `SDPOConfig` or `SDFTConfig` of `trl.experimental`, or a mapping of their arguments, which needs
+    `kind`; TRL's own defaults fill in the rest. Raises `ArgumentError`.
+    """
+    values, defaults, is_sdft = _read(config, kind)
+    keys = Keys(values, defaults)
+    arguments: dict[str, Any] = {ours: keys.take(theirs) for theirs, ours in RUN.items()}
+    temperature = arguments["sampling_temperature"]
+    arguments["top_k"] = keys.take("top_k") or None
+    method = _sdft(keys, temperature) if is_sdft else _sdpo(keys, arguments, temperature)
+    arguments |= _batches(keys, method.num_generations)
+    if not keys.take("shuffle_dataset"):
+        arguments["train_sampling_strategy"] = "sequential"
+    for name, (harmless, reason) in REFUSED.items():
+        if name in defaults and (value := keys.take(name)) != harmless:
+            raise ArgumentError(f"{name}={value!r} has no counterpart here: {reason}")
+    for name in WITHOUT_EFFECT:
+        if name in defaults:
+            keys.take(name)
+    for old, new in RENAMED.items():
+        found = [keys.take(name) for name in (new, old) if name in defaults]
+        arguments[new if new in defaults else old] = next((value for value in found if value is not None), None)
+    # TRL's None is on, ours is on where the machine has it.
+    half, mixed = keys.take("fp16"), keys.take("bf16")
+    arguments |= {"fp16": half, "bf16": not half if mixed is None else mixed}
+    arguments |= {name: keys.take(name) for name in ALWAYS}
+    arguments |= keys.rest()
+    return method, {name: value for name, value in arguments.items() if value is not None}
+
+
+def _sdft(keys: Keys, temperature: float) -> Method:
+    """TRL's SDFT: any context in its template, the divergence averaged per completion."""
+    return Method(
+        context="template",
+        template=jinja_of("teacher_prompt_template", keys.take("teacher_prompt_template"), _SDFT_FIELDS),
+        temperature=temperature,
+        aggregation="seq-mean-token-mean",
+        skip_first_tokens=keys.take("num_loss_tokens_to_skip"),
+        num_generations=keys.take("num_generations"),
+        **_divergence(keys),
+    )
+
+
+def _sdpo(keys: Keys, arguments: dict[str, Any], temperature: float) -> Method:
+    weight, loss_type, scale = (keys.take(name) for name in ("distillation_weight", "loss_type", "scale_rewards"))
+    low, high = keys.take("epsilon"), keys.take("epsilon_high")
+    clips = {"clip_low": low, "clip_high": low if high is None else high}
+    policy: dict[str, Any] = {}
+    aggregation: Aggregation = "seq-mean-token-mean"
+    if weight < 1:
+        # What the policy loss alone reads; with pure distillation nobody does.
+        scales = {True: "grpo", "group": "grpo", False: "dr_grpo", "none": "dr_grpo"}
+        if scale not in scales:
+            raise ArgumentError(f"scale_rewards={scale!r} has no counterpart here: rewards are scaled within a group")
+        policy = {"advantages": scales[scale], **clips}
+    if weight == 0:
+        aggregations: dict[str, Aggregation] = {
+            "grpo": "seq-mean-token-mean",
+            "dapo": "token-mean",
+            "dr_grpo": "sum-norm",
+        }
+        if loss_type not in aggregations:
+            raise ArgumentError(
+                f"loss_type={loss_type!r} has no counterpart here: its divisor is that of a micro-batch"
+            )
+        aggregation = aggregations[loss_type]
+    elif weight < 1 and loss_type != "grpo":
+        raise ArgumentError(
+            f"loss_type={loss_type!r} has no counterpart in a mixture, where TRL aggregates the two losses in "
+            "different ways: with 'grpo' both are means over completions"
+        )
+    shown = {
+        "max_teacher_prompt_length": keys.take("max_reprompt_len"),
+        "success_threshold": keys.take("success_reward_threshold"),
+        "use_solution": keys.take("use_successful_as_teacher"),
+        "use_feedback": keys.take("include_environment_feedback"),
+        "dont_reprompt_on_self_success": keys.take("dont_reprompt_on_self_success"),
+        "environment_feedback_only_without_solution": keys.take("environment_feedback_only_without_solution"),
+        "remove_thinking": keys.take("remove_thinking_from_demonstration"),
+        "template": attempt_template(*(keys.take(f"{part}_template") for part in ("reprompt", "solution", "feedback"))),
+    }
+    arguments["mask_truncated_completions"] = keys.take("mask_truncated_completions")
+    arguments["reward_weights"] = keys.take("reward_weights")
+    count = keys.take("num_generations")
+    divergence = _divergence(keys)
+    if weight == 0:
+        return GRPO(num_generations=count, aggregation=aggregation, **policy)
+    return SDPO(
+        temperature=temperature,
+        aggregation=aggregation,
+        distillation_weight=weight,
+        num_generations=count,
+        **shown,
+        **policy,
+        **divergence,
+    )
+
+
+def _divergence(keys: Keys) -> dict[str, Any]:
+    """Teacher and divergence, which both trainers have."""
+    mode, topk, tail = (keys.take(f"distillation_{name}") for name in ("mode", "topk", "add_tail"))
+    if mode == "topk_logits" and topk is None:
+        raise ArgumentError("distillation_topk must be given with distillation_mode='topk_logits', got None")
+    if mode not in ("topk_logits", "full_logits", "sampled_token"):
+        raise ArgumentError(f"distillation_mode={mode!r} is not known")
+    found: dict[str, Any] = {
+        "alpha": keys.take("distillation_alpha"),
+        "importance_clip": keys.take("distillation_is_clip"),
+        "topk": topk if mode == "topk_logits" else None,
+        "tail": tail if mode == "topk_logits" else True,
+        "sampled_token": mode == "sampled_token",
+    }
+    kind, rate, every = (keys.take(f"teacher_{name}") for name in ("model_kind", "update_rate", "sync_steps"))
+    teachers = {"base": "frozen", "live": "live", "ema": "ema"}
+    if kind not in teachers:
+        raise ArgumentError(f"teacher_model_kind={kind!r} is not known")
+    found["teacher"] = teachers[kind]
+    if kind != "ema":
+        return found
+    if rate == 1.0:
+        return found | {"teacher": "periodic", "sync_every": every}
+    if every != 1:
+        raise ArgumentError(
+            f"teacher_sync_steps={every} has no counterpart here: an average moves after every step; a rate of "
+            f"{1 - (1 - rate) ** (1 / every):.3g} forgets as fast as {rate} every {every} steps"
+        )
+    return found | {"teacher": "ema" if rate else "frozen", "update_rate": rate}
+
+
+def _batches(keys: Keys, count: int) -> dict[str, Any]:
+    """The same completions per optimizer step and device, counted in prompts."""
+    size, steps = keys.take("per_device_train_batch_size"), keys.take("gradient_accumulation_steps")
+    generation_size, per_generation = keys.take("generation_batch_size"), keys.take("steps_per_generation")
+    if generation_size is not None and per_generation is None:
+        raise ArgumentError("generation_batch_size has no counterpart without its processes: give steps_per_generation")
+    if per_generation not in (None, steps):
+        raise ArgumentError(
+            f"steps_per_generation={per_generation} has no counterpart here, where completions are sampled for each "
+            f"optimizer step: it must be gradient_accumulation_steps={steps}"
+        )
+    if size * steps % count:
+        raise ArgumentError(
+            f"per_device_train_batch_size·gradient_accumulation_steps = {size * steps} completions must be whole "
+            f"groups of num_generations={count}: a group is not divided among devices here"
+        )
+    evaluated = keys.take("num_generations_eval") or count
+    found = {
+        "eval_generations": evaluated,
+        "per_device_eval_batch_size": max(1, keys.take("per_device_eval_batch_size") // evaluated),
+    }
+    if size % count == 0:
+        return found | {"per_device_train_batch_size": size // count, "gradient_accumulation_steps": steps}
+    # TRL has so many completions in flight.
+    alone = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": size * steps // count}
+    return found | alone | ({"micro_batch": size} if count % size == 0 else {})
+
+
+def _read(config: Any, kind: str | None) -> tuple[dict[str, Any], dict[str, Any], bool]:
+    """(what is given, all defaults, whether it is SDFT's)."""
+    if kind not in (None, "sdpo", "sdft"):
+        raise ArgumentError(f"kind must be 'sdpo' or 'sdft', got {kind!r}")
+    if isinstance(config, Mapping):
+        if kind is None:
+            raise ArgumentError("kind must be 'sdpo' or 'sdft' for a mapping, which does not say whose it is, got None")
+        defaults = _defaults(_class(kind))
+        for name in config:
+            if name not in defaults:
+                raise ArgumentError(f"{name} is no argument of TRL's {kind.upper()}Config{closest(name, defaults)}")
+        return dict(config), defaults, kind == "sdft"
+    names = [base.__name__ for base in type(config).__mro__]
+    if "SDPOConfig" not in names and "SDFTConfig" not in names:
+        raise ArgumentError(f"config must be TRL's SDPOConfig or SDFTConfig, or a mapping, got {type(config).__name__}")
+    is_sdft = "SDFTConfig" in names
+    if kind not in (None, "sdft" if is_sdft else "sdpo"):
+        raise ArgumentError(f"kind must be left out or be the config's own, got {kind!r} for a {type(config).__name__}")
+    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
+    # What transformers makes of its own defaults (lists, enumerations, paths) is not what somebody asked for.
+    made = training_arguments()(output_dir=given["output_dir"], use_cpu=given["use_cpu"])
+    asked = ("output_dir", "use_cpu")
+    plain = {f.name: getattr(made, f.name) for f in dataclasses.fields(made) if f.init and f.name not in asked}
+    return given, _defaults(type(config)) | plain, is_sdft
+
+
+def _class(kind: str) -> Any:
+    try:
+        if kind == "sdpo":
+            from trl.experimental.sdpo import SDPOConfig
+
+            return SDPOConfig
+        from trl.experimental.sdft import SDFTConfig
+    except ImportError as error:
+        raise ImportError("the defaults of TRL's arguments are TRL's to say: pip install 'sdcore[trl]'") from error
+    return SDFTConfig
+
+
+def _defaults(configuration: Any) -> dict[str, Any]:
+    found = {}
+    for f in dataclasses.fields(configuration):
+        if f.init:
+            made = f.default_factory() if f.default_factory is not dataclasses.MISSING else None
+            found[f.name] = made if f.default is dataclasses.MISSING else f.default
+    return found
+
+
+# Fields of their templates → variables of ours.
+_SDFT_FIELDS = {"prompt": "{{ prompt }}", "privileged_context": "{{ privileged_context }}"}
+
+
+__all__ = ["REFUSED", "WITHOUT_EFFECT", "from_trl"]

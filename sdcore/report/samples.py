@@ -1,0 +1,158 @@
+"""Sampled completions for a report: which ones, and each token with the shade of its divergence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+from .charts import is_number
+
+# Steps that are shown, evenly over the run with the first and the last, and completions of each.
+MOST_STEPS: Final = 6
+MOST_OF_A_STEP: Final = 4
+MOST_TOKENS: Final = 1500
+MOST_CHARACTERS: Final = 12_000  # of a prompt or a context
+SHADES: Final = 10
+# The divergence that gets the darkest shade is the one that this share of all shown tokens stays below.
+DARKEST_SHARE: Final = 0.97
+
+
+class Token(NamedTuple):
+    text: str
+    divergence: float | None  # None: not known, or not finite
+    shade: int  # 0: none ... SHADES; -1: not finite
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A completion as it is shown; texts are raw, and whoever writes them somewhere escapes them."""
+
+    run: str
+    step: int
+    prompt: str
+    privileged_context: str
+    feedback: str
+    completion: str
+    tokens: tuple[Token, ...]  # () where there is nothing per token
+    omitted: int  # tokens that are not shown
+    reward: float | None
+    active: bool | None
+
+    @property
+    def highest(self) -> list[Token]:
+        """The tokens that the teacher would change most, at most 5 of them."""
+        known = [token for token in self.tokens if token.divergence]
+        return sorted(known, key=lambda token: -(token.divergence or 0.0))[:5]
+
+
+class Shown(NamedTuple):
+    samples: list[Sample]
+    darkest: float  # nats of the darkest shade; 0 where no token has a divergence
+    total: int  # in the log
+
+
+def samples_of(runs: Sequence[tuple[str, Any]]) -> Shown:
+    """A selection from every run's samples, with one scale of shades for all."""
+    chosen: list[tuple[str, dict[str, Any]]] = []
+    for label, run in runs:
+        by_step: dict[int, list[dict[str, Any]]] = {}
+        for row in run.samples:
+            by_step.setdefault(row["step"], []).append(row)
+        for step in _spread(sorted(by_step), MOST_STEPS if len(runs) == 1 else 1):
+            chosen += [(label, row) for row in by_step[step][:MOST_OF_A_STEP]]
+    values = sorted(value for _, row in chosen for value in _divergences(row) if value is not None and value > 0)
+    darkest = values[min(len(values) - 1, int(len(values) * DARKEST_SHARE))] if values else 0.0
+    total = sum(len(run.samples) for _, run in runs)
+    return Shown([_sample(label, row, darkest) for label, row in chosen], darkest, total)
+
+
+def spaced(tokens: Sequence[str], completion: str) -> list[str]:
+    """The tokens' texts with the white space that the completion has before them.
+
+    A token that is decoded alone often loses it. Tokens that the completion does not have at their place, such as the
+    end of the sequence, stay as they are; where more than half do not fit, all stay, a space between them.
+    """
+    if "".join(tokens) == completion:
+        return list(tokens)
+    found, at, misses = [], 0, 0
+    for token in tokens:
+        start = at
+        while start < len(completion) and completion[start].isspace():
+            start += 1
+        bare = token.strip()
+        if bare and completion.startswith(bare, start):
+            found.append(completion[at : start + len(bare)])
+            at = start + len(bare)
+        elif not bare and at < start:
+            found.append(completion[at:start])
+            at = start
+        else:
+            misses += 1
+            found.append(token)
+    if misses > max(1, len(tokens) // 2):
+        return [token if i == 0 else f" {token.strip() or token}" for i, token in enumerate(tokens)]
+    return found
+
+
+def _sample(label: str, row: dict[str, Any], darkest: float) -> Sample:
+    completion = _text(row.get("completion"))
+    texts = [_text(token) for token in row["tokens"]] if isinstance(row.get("tokens"), list) else []
+    divergences = _divergences(row)
+    pairs = list(zip(spaced(texts, completion), divergences, strict=True)) if len(texts) == len(divergences) else []
+    reward, active = row.get("reward"), row.get("active")
+    return Sample(
+        run=label,
+        step=row["step"],
+        prompt=_text(row.get("prompt")),
+        privileged_context=_text(row.get("privileged_context")),
+        feedback=_text(row.get("feedback")),
+        completion=_cut(completion),
+        tokens=tuple(Token(text, value, _shade(value, darkest)) for text, value in pairs[:MOST_TOKENS]),
+        omitted=max(0, len(pairs) - MOST_TOKENS),
+        reward=float(reward) if is_number(reward) else None,  # type: ignore[arg-type]
+        active=active if isinstance(active, bool) else None,
+    )
+
+
+def _divergences(row: dict[str, Any]) -> list[float | None]:
+    values = row.get("per_token")
+    if not isinstance(values, list):
+        return []
+    return [float(value) if is_number(value) else None for value in values]
+
+
+def _shade(value: float | None, darkest: float) -> int:
+    if value is None:
+        return -1
+    if value <= 0 or darkest <= 0:
+        return 0
+    # A square root: most divergences are small, and a faint one should still be seen.
+    return min(SHADES, math.ceil(SHADES * math.sqrt(value / darkest) - 0.5))
+
+
+def _spread(steps: Sequence[int], most: int) -> list[int]:
+    if len(steps) <= most:
+        return list(steps)
+    if most == 1:
+        return [steps[-1]]
+    return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
+
+
+def _text(value: Any) -> str:
+    """A prompt may be a conversation."""
+    if value is None:
+        return ""
+    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
+        return _cut("\n\n".join(f"{turn.get('role', '')}: {turn.get('content', '')}" for turn in value))
+    return _cut(value if isinstance(value, str) else str(value))
+
+
+def _cut(text: str) -> str:
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    return text[:MOST_CHARACTERS] + f" … {len(text) - MOST_CHARACTERS:,} more characters"
+
+
+__all__ = ["SHADES", "Sample", "Shown", "Token", "samples_of", "spaced"]

@@ -1,0 +1,85 @@
+"""Functions that are given by name: "module:function", or "path/to/file.py:function".
+
+    exact = load("my_rewards:exact")          # of a module, installed or in the working directory
+    exact = load("rewards.py:exact")          # of a file
+
+Loading runs the module, which is code of whoever wrote it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..errors import ArgumentError
+
+
+def load(name: str) -> Callable[..., Any]:
+    """The function of "module:function" or "path/to/file.py:function"; the working directory is searched too.
+
+    Runs the module, which is code. Raises `ArgumentError`, which says what was not found.
+    """
+    place, _, attribute = name.rpartition(":")
+    if not place or not attribute:
+        raise ArgumentError(f"a function must be given as module:function or file.py:function, got {name!r}")
+    module = _from_file(place, name) if place.endswith(".py") else _from_module(place, name)
+    found: Any = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            defined = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+            raise ArgumentError(f"{place} has no function {attribute!r}; it has {', '.join(defined) or 'none at all'}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ArgumentError(f"{name} must be a function, got {type(found).__name__}")
+    return found
+
+
+def _from_module(place: str, name: str) -> ModuleType:
+    with _working_directory_first():
+        try:
+            return importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (place == error.name or place.startswith(error.name + ".")):
+                raise ArgumentError(
+                    f"{name} could not be loaded: {place} imports {error.name}, which is missing"
+                ) from error
+            raise ArgumentError(
+                f"{name} could not be loaded: there is no module {error.name!r}, neither installed nor in {Path.cwd()}"
+            ) from error
+        except Exception as error:
+            raise ArgumentError(
+                f"{name} could not be loaded: {place} raised {type(error).__name__}: {error}"
+            ) from error
+
+
+def _from_file(place: str, name: str) -> ModuleType:
+    path = Path(place)
+    spec = importlib.util.spec_from_file_location(path.stem, path) if path.is_file() else None
+    if spec is None or spec.loader is None:
+        raise ArgumentError(f"{name} could not be loaded: there is no file {path.resolve()}")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ArgumentError(f"{name} could not be loaded, {type(error).__name__}: {error}") from error
+    return module
+
+
+@contextmanager
+def _working_directory_first() -> Iterator[None]:
+    """A console script, unlike `python -m`, does not search the directory that it is started in."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+__all__ = ["load"]

@@ -1,0 +1,181 @@
+"""Where completions come from: a protocol, the model itself as its sampler, and what samplers share.
+
+    sampler.sample(model, prompts, num_completions=8, max_new_tokens=256, seed=seed_of(args.seed, step, batch), ...)
+
+What differs from the obvious: a sampler gets a seed with every call and never looks at a global generator, so what is
+sampled at a step depends on the weights and on the step, not on what was drawn before; a run that is resumed there
+samples the same. `seed_of` makes such a seed of any integers. Under FSDP2 ranks would wait for each other at every
+token, and for ever once one of them is done: enter `whole_weights` first, on all ranks, and they need not.
+
+Not covered: servers (`rollouts.vllm`), tools and several turns, and beam search.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from ..errors import ArgumentError
+from ..prefix.sampling import generate
+
+
+class SampledCompletion(NamedTuple):
+    """One completion as it was drawn; on the CPU."""
+
+    ids: Tensor  # (R,) int64; ends with an end-of-sequence id if it is finished
+    logprobs: Tensor  # (R,) float32, of the distribution drawn from
+    finished: bool  # False: cut at the length limit
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Draws completions. Equal arguments and weights give equal completions, as far as the engine can."""
+
+    def sample(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Tensor],
+        *,
+        num_completions: int,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float | None,
+        top_k: int | None,
+        eos_token_id: Sequence[int],
+        pad_token_id: int | None,
+        seed: int,
+    ) -> list[list[SampledCompletion]]:
+        """`num_completions` of each of B prompts, (P,) int64 each: `[b][g]`. An engine of its own ignores `model`."""
+
+
+@runtime_checkable
+class FollowsWeights(Protocol):
+    """A sampler with weights of its own, which the trainer tells when the student's have changed."""
+
+    def follow(self, model: nn.Module, step: int) -> None:
+        """Take the student's weights after `step` optimizer steps. Called by all ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSampler:
+    """The model samples from itself, each prompt read once (`sdcore.prefix.generate`)."""
+
+    prompts_at_a_time: int | None = None  # bounds the memory; None: all. Another number draws other completions
+
+    def __post_init__(self) -> None:
+        if self.prompts_at_a_time is not None and self.prompts_at_a_time < 1:
+            raise ArgumentError(f"prompts_at_a_time must be at least 1, got {self.prompts_at_a_time}")
+
+    def sample(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Tensor],
+        *,
+        num_completions: int,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        eos_token_id: Sequence[int] = (),
+        pad_token_id: int | None = None,
+        seed: int,
+    ) -> list[list[SampledCompletion]]:
+        """As the protocol says. Raises what `sdcore.prefix.generate` raises."""
+        size = self.prompts_at_a_time or len(prompts)
+        ends = frozenset(eos_token_id)
+        found: list[list[SampledCompletion]] = []
+        for start in range(0, len(prompts), size):
+            sampled = generate(
+                model,
+                prompts[start : start + size],
+                num_completions=num_completions,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=list(eos_token_id) or None,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                pad_token_id=pad_token_id,
+                seed=seed if start == 0 else seed_of(seed, start),
+            )
+            lengths = [len(ids) for group in sampled.completions for ids in group]
+            logprobs = iter(sampled.logprobs.cpu().split(lengths))
+            for group in sampled.completions:
+                host = [ids.cpu() for ids in group]
+                found.append([SampledCompletion(ids, next(logprobs), _ended(ids, ends)) for ids in host])
+        return found
+
+
+def seed_of(*parts: int) -> int:
+    """A seed for a generator, in [0, 2^63), from integers: equal for equal ones, and else as if drawn anew.
+
+    Sums and products of seeds and steps would meet: `seed + step` of one run is another run's a step later.
+    """
+    text = "/".join(str(int(part)) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, a model that FSDP2 has sharded has all its weights on every rank, and its forward waits for nobody.
+
+    To be entered and left by all ranks together; does nothing for other models. Needs memory for the whole model:
+    where it has none, sample elsewhere (`rollouts.vllm`).
+    """
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if sharded:
+        _state(sharded[0])._lazy_init()  # only then is it settled what the root does after a forward
+    groups = [group for module in sharded for group in _parameter_groups(module)]
+    before = [group.post_forward_mesh_info for group in groups]
+    try:
+        for module in sharded:
+            module.unshard()
+        for group in groups:
+            group.post_forward_mesh_info = None  # nothing is resharded after a forward
+        yield
+    finally:
+        for group, info in zip(groups, before, strict=True):
+            group.post_forward_mesh_info = info
+        for module in sharded:
+            module.reshard()
+
+
+def _state(module: FSDPModule) -> Any:
+    return module._get_fsdp_state()
+
+
+def _parameter_groups(module: FSDPModule) -> list[Any]:
+    """FSDP2's own: `set_reshard_after_forward` sets the same attribute of them, but nothing tells what it was."""
+    state = _state(module)
+    # torch up to 2.12 has at most one.
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
+
+
+def _ended(ids: Tensor, ends: frozenset[int]) -> bool:
+    return len(ids) > 0 and int(ids[-1]) in ends
+
+
+def completion_of(ids: Sequence[int], logprobs: Sequence[float], ends: frozenset[int]) -> SampledCompletion:
+    """What an engine answered in lists. Raises `ArgumentError` where there is not a log-probability per token."""
+    if len(ids) != len(logprobs):
+        raise ArgumentError(f"logprobs must have one entry per token, {len(ids)}, got {len(logprobs)}")
+    tensor = torch.tensor(list(ids), dtype=torch.int64)
+    return SampledCompletion(tensor, torch.tensor(list(logprobs), dtype=torch.float32), _ended(tensor, ends))
+
+
+__all__ = [
+    "FollowsWeights",
+    "ModelSampler",
+    "SampledCompletion",
+    "Sampler",
+    "completion_of",
+    "seed_of",
+    "whole_weights",
+]

@@ -1,0 +1,280 @@
+"""vLLM as the sampler: in this process, or a server that speaks the OpenAI completions protocol.
+
+    sampler = VLLMServer("http://localhost:8000", model="policy", weights_folder="/shared/policy")
+    sampler = VLLMColocated("Qwen/Qwen3-8B", gpu_memory_utilization=0.4)        # needs pip install 'sdcore[vllm]'
+
+    VLLM_SERVER_DEV_MODE=1 vllm serve /shared/policy --served-model-name policy --logprobs-mode processed_logprobs
+
+Prompts are sent as token ids, and completions come back as token ids with the log-probabilities that they were drawn
+with (which the server's `--logprobs-mode` says), so nothing is tokenized twice. An engine rounds otherwise than the
+trainer does: use a method with an `importance_clip`.
+
+What differs from the obvious: an engine has weights of its own. `VLLMColocated` is handed the student's after every
+optimizer step. `VLLMServer` writes them as safetensors into `weights_folder`, the folder that the server was started
+from, and asks it to read them again, which a server in development mode does. Without a folder the server goes on with
+the weights that it has, and the importance clip does what it can. Seeds are sent along, but a server that batches
+requests as they come need not repeat itself: that a resumed run gives the same numbers is a promise of `ModelSampler`.
+
+Tested against a small fake of the HTTP protocol and of the engine's interface, written with the standard library, and
+not against vLLM itself.
+
+Not covered: several servers, and handing over an adapter by itself (it is merged into the weights).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..errors import ArgumentError, SdcoreError
+from ..models import find_body
+from .samplers import SampledCompletion, completion_of, seed_of
+
+WEIGHTS = "model.safetensors"
+
+
+class EngineError(SdcoreError, RuntimeError):
+    """An engine that cannot be reached, or answers what was not asked."""
+
+
+@dataclass(kw_only=True)
+class VLLMServer:
+    """Completions over HTTP. Raises `EngineError` where the server fails, with its address and words."""
+
+    url: str = field(kw_only=False)
+    model: str  # the name that the server knows it by
+    weights_folder: str | Path | None = None  # that the server reads its weights from; None: they stay as they are
+    api_key: str | None = None
+    timeout: float = 600.0  # seconds, of a request
+    concurrent: int = 16  # requests at a time
+    _step: int = field(default=0, init=False)
+
+    def sample(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Tensor],
+        *,
+        num_completions: int,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        eos_token_id: Sequence[int] = (),
+        pad_token_id: int | None = None,
+        seed: int,
+    ) -> list[list[SampledCompletion]]:
+        """One request per prompt."""
+        del model, pad_token_id
+        common = {
+            "model": self.model,
+            "n": num_completions,
+            "max_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": 1.0 if top_p is None else top_p,
+            "top_k": -1 if top_k is None else top_k,
+            "stop_token_ids": list(eos_token_id),
+            "logprobs": 0,  # of the sampled token alone
+            "return_token_ids": True,
+            "skip_special_tokens": False,
+        }
+        requests = [
+            common | {"prompt": prompt.tolist(), "seed": seed_of(seed, i) % 2**31} for i, prompt in enumerate(prompts)
+        ]
+        ends = frozenset(eos_token_id)
+        with ThreadPoolExecutor(max(1, min(self.concurrent, len(requests)))) as pool:
+            answers = list(pool.map(lambda request: self._post("/v1/completions", request), requests))
+        return [self._completions(answer, num_completions, ends) for answer in answers]
+
+    def follow(self, model: nn.Module, step: int) -> None:
+        """Write the weights where the server reads them, and have it read them; nothing before the first step."""
+        if self.weights_folder is None or step == self._step:
+            return
+        self._step = step
+        weights = whole_state(model)
+        distributed = dist.is_available() and dist.is_initialized()
+        if not distributed or dist.get_rank() == 0:
+            folder = Path(self.weights_folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = folder / f".{WEIGHTS}.partial"
+            save_file(weights, partial, metadata={"format": "pt"})
+            partial.replace(folder / WEIGHTS)
+            self._post("/collective_rpc", {"method": "reload_weights"})
+            self._post("/reset_prefix_cache", {})
+        if distributed:
+            dist.barrier()
+
+    def _completions(self, answer: Mapping[str, Any], count: int, ends: frozenset[int]) -> list[SampledCompletion]:
+        try:
+            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+            found = [
+                completion_of(choice["token_ids"], choice["logprobs"]["token_logprobs"], ends) for choice in choices
+            ]
+        except (KeyError, TypeError, ArgumentError) as error:
+            raise EngineError(
+                f"{self.url} must answer with choices that have token_ids and logprobs.token_logprobs, one per token "
+                f"(vLLM 0.10.2 or later, with return_token_ids); {type(error).__name__}: {error}"
+            ) from error
+        if len(found) != count:
+            raise EngineError(f"{self.url} was asked for {count} completions, got {len(found)}")
+        return found
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if self.api_key is not None:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        request = urllib.request.Request(self.url.rstrip("/") + path, json.dumps(body).encode(), headers)
+        if not request.full_url.startswith(("http://", "https://")):
+            raise ArgumentError(f"url must start with http:// or https://, got {self.url!r}")
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                text = response.read()
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")[:500]
+            raise EngineError(f"{request.full_url} answered {error.code}: {said}") from error
+        except (OSError, TimeoutError) as error:
+            raise EngineError(f"{request.full_url} could not be reached within {self.timeout:g} s: {error}") from error
+        try:
+            return json.loads(text) if text.strip() else None
+        except ValueError as error:
+            raise EngineError(f"{request.full_url} must answer JSON, got {text[:200]!r}") from error
+
+
+class VLLMColocated:
+    """An engine in this process, beside the student. `options` go to `vllm.LLM`.
+
+    Raises `ImportError`, which names what to install, where vllm is missing.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        # Only in this process can its weights be exchanged.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        self._vllm = _require_vllm()
+        defaults = {"gpu_memory_utilization": 0.4, "logprobs_mode": "processed_logprobs"}
+        self.engine = self._vllm.LLM(model=model, **(defaults | options))
+        self._step = 0
+
+    def sample(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Tensor],
+        *,
+        num_completions: int,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        eos_token_id: Sequence[int] = (),
+        pad_token_id: int | None = None,
+        seed: int,
+    ) -> list[list[SampledCompletion]]:
+        """All prompts at once; the engine batches them."""
+        del model, pad_token_id
+        asked = [
+            self._vllm.SamplingParams(
+                n=num_completions,
+                max_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=1.0 if top_p is None else top_p,
+                top_k=-1 if top_k is None else top_k,
+                stop_token_ids=list(eos_token_id),
+                logprobs=0,
+                seed=seed_of(seed, i) % 2**31,
+            )
+            for i in range(len(prompts))
+        ]
+        given = [{"prompt_token_ids": prompt.tolist()} for prompt in prompts]
+        ends = frozenset(eos_token_id)
+        return [
+            [
+                completion_of(
+                    list(one.token_ids),
+                    [entry[token].logprob for token, entry in zip(one.token_ids, one.logprobs, strict=True)],
+                    ends,
+                )
+                for one in answer.outputs
+            ]
+            for answer in self.engine.generate(given, asked, use_tqdm=False)
+        ]
+
+    def follow(self, model: nn.Module, step: int) -> None:
+        """Hand the student's weights over; the cache of prefixes under the old ones is emptied."""
+        if step == self._step:
+            return
+        self._step = step
+        try:
+            engine = self.engine.llm_engine.model_executor.driver_worker.model_runner.model
+        except AttributeError as error:
+            raise EngineError(
+                "this version of vLLM does not run its model in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0 must be "
+                f"set before vllm is imported), so that it cannot be handed weights: {error}"
+            ) from error
+        engine.load_weights(whole_state(model).items())
+        self.engine.reset_prefix_cache()
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a causal language model by their names in its checkpoint: gathered, adapters merged, on the CPU.
+
+    To be called by all ranks. Tied weights come once.
+    """
+    body = find_body(model)
+    with _merged(model):
+        found: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for name, weight in body.causal_lm.state_dict(keep_vars=True).items():
+            name = name.replace("base_layer.", "")
+            if "lora_" in name or id(weight) in seen:
+                continue
+            seen.add(id(weight))
+            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            found[name] = whole.detach().to("cpu", copy=True).contiguous()
+    return found
+
+
+@contextmanager
+def _merged(model: nn.Module) -> Iterator[None]:
+    """Inside, a PEFT adapter is part of the weights that it is on."""
+    inner: Any = model
+    while inner is not None and not hasattr(inner, "merge_adapter"):
+        inner = getattr(inner, "module", getattr(inner, "_orig_mod", None))
+    if inner is None:
+        yield
+        return
+    # Merging and unmerging rounds; so the weights are put back as they were.
+    before = {name: weight.detach().clone() for name, weight in inner.named_parameters()}
+    with torch.no_grad():
+        inner.merge_adapter()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            inner.unmerge_adapter()
+            for name, weight in inner.named_parameters():
+                weight.copy_(before[name])
+
+
+def _require_vllm() -> Any:
+    try:
+        return importlib.import_module("vllm")
+    except ImportError as error:
+        raise ImportError(
+            "VLLMColocated needs vLLM: pip install 'sdcore[vllm]' (a server, VLLMServer, needs it on its side alone)"
+        ) from error
+
+
+__all__ = ["EngineError", "VLLMColocated", "VLLMServer", "whole_state"]

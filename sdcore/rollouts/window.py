@@ -1,0 +1,158 @@
+"""A window: the examples of one optimizer step, with the completions that may serve several steps.
+
+    order = WindowOrder(len(examples), window=32, repeats=2, seed=0)        # which examples, in which order
+    save_rollouts(path, batches); batches = load_rollouts(path)             # what a checkpoint keeps of a window
+
+What differs from the obvious: with `repeats` the data loader gives each window as often as it is used, so that
+transformers' count of steps, its epochs and its skipping of batches on resuming stay right. The order of an epoch is a
+pure function of seed and epoch, whatever was drawn before. A last window that would not be full is filled up from the
+beginning where it is repeated, because else it could not be told where its repetition starts.
+
+Not covered: data without a length.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler as TorchSampler
+
+from ..errors import ArgumentError, DataError
+from ..types import Example, Group, Message, Rollout
+from .samplers import seed_of
+
+COMPLETION = "completion"
+
+
+class WindowOrder(TorchSampler[int]):
+    """Indices of examples, a window of them after another, each window `repeats` times."""
+
+    def __init__(
+        self, count: int, *, window: int, repeats: int = 1, seed: int = 0, shuffle: bool = True, drop_last: bool = False
+    ) -> None:
+        if count < 1 or window < 1 or repeats < 1:
+            raise ArgumentError(f"count, window and repeats must be at least 1, got {count}, {window} and {repeats}")
+        self.count, self.window, self.repeats = count, window, repeats
+        self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        if self.repeats == 1:
+            return self.count // self.window * self.window if self.drop_last else self.count
+        windows = self.count // self.window if self.drop_last else -(-self.count // self.window)
+        return windows * self.window * self.repeats
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(self.count))
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
+            order = torch.randperm(self.count, generator=generator).tolist()
+        if self.repeats > 1 and not self.drop_last:
+            missing = -self.count % self.window
+            order += [order[i % self.count] for i in range(missing)]
+        for start in range(0, len(order), self.window):
+            part = order[start : start + self.window]
+            if len(part) == self.window or not self.drop_last:
+                yield from part * self.repeats
+
+
+def given_completion(
+    example: Example,
+    tokenizer: Any,
+    prompt_ids: Tensor,
+    *,
+    stop_ids: Collection[int],
+    max_length: int,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Rollout:
+    """The example's column `completion` as if it had been sampled, up to what ends it.
+
+    In a conversation it is rendered as the assistant's turn, where that begins with the prompt; else its own tokens and
+    the end of the sequence follow the prompt. Raises `DataError` where there is no such text.
+    """
+    text = example.columns.get(COMPLETION)
+    if not isinstance(text, str):
+        raise DataError(f"{example.source}: expected a text in column `{COMPLETION}`, got {type(text).__name__}")
+    ids = None if isinstance(example.prompt, str) else _rendered(example.prompt, text, tokenizer, chat_template_kwargs)
+    start = prompt_ids.tolist()
+    if ids is not None and ids[: len(start)] == start:
+        ids = ids[len(start) :]
+        end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
+        ids = ids if end is None else ids[: end + 1]
+    else:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if tokenizer.eos_token_id is not None:
+            ids = [*ids, tokenizer.eos_token_id]
+    finished = len(ids) <= max_length
+    return Rollout(
+        completion_ids=torch.tensor(ids[:max_length], dtype=torch.int64), logprobs=None, text=text, finished=finished
+    )
+
+
+def _rendered(
+    conversation: Sequence[Message], text: str, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None
+) -> list[int] | None:
+    messages = [*(dict(message) for message in conversation), {"role": "assistant", "content": text}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **(chat_template_kwargs or {}))
+    return list(rendered["input_ids"])
+
+
+def save_rollouts(path: Path, batches: Sequence[Sequence[Group]]) -> None:
+    """Write the rollouts of a window, whole or not at all. JSON keeps every digit of a float."""
+    found = [
+        [
+            [
+                {
+                    "ids": rollout.completion_ids.tolist(),
+                    "logprobs": None if rollout.logprobs is None else rollout.logprobs.tolist(),
+                    "text": rollout.text,
+                    "finished": rollout.finished,
+                    "reward": rollout.reward,
+                    "feedback": rollout.feedback,
+                }
+                for rollout in group.rollouts
+            ]
+            for group in batch
+        ]
+        for batch in batches
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(found), encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_rollouts(path: Path) -> list[list[tuple[Rollout, ...]]]:
+    """What `save_rollouts` wrote: batches of groups of rollouts, without their examples."""
+    return [
+        [
+            tuple(
+                Rollout(
+                    completion_ids=torch.tensor(one["ids"], dtype=torch.int64),
+                    logprobs=None if one["logprobs"] is None else torch.tensor(one["logprobs"], dtype=torch.float32),
+                    text=one["text"],
+                    finished=one["finished"],
+                    reward=one["reward"],
+                    feedback=one["feedback"],
+                )
+                for one in group
+            )
+            for group in batch
+        ]
+        for batch in json.loads(path.read_text(encoding="utf-8"))
+    ]
+
+
+__all__ = ["COMPLETION", "WindowOrder", "given_completion", "load_rollouts", "save_rollouts"]

@@ -1,0 +1,217 @@
+"""Where completions come from: the model itself with seeds of its own, the data, and in which order examples come."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from sdcore.contexts import student_prompt_ids
+from sdcore.demo import CHECKPOINT
+from sdcore.errors import ArgumentError, DataError
+from sdcore.prefix import generate
+from sdcore.rollouts.samplers import FollowsWeights, ModelSampler, Sampler, completion_of, seed_of, whole_weights
+from sdcore.rollouts.window import WindowOrder, given_completion, load_rollouts, save_rollouts
+from sdcore.types import Example, Group, Rollout
+
+PROMPTS = [torch.tensor([1, 5, 9, 2]), torch.tensor([1, 7, 2]), torch.tensor([1, 8, 8, 8, 2])]
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(CHECKPOINT)
+
+
+def sample(model: PreTrainedModel, tokenizer: Any, sampler: Sampler | None = None, **changes: Any) -> Any:
+    options = {
+        "num_completions": 3,
+        "max_new_tokens": 6,
+        "temperature": 1.0,
+        "top_p": None,
+        "top_k": None,
+        "eos_token_id": [tokenizer.eos_token_id],
+        "pad_token_id": tokenizer.pad_token_id,
+        "seed": 11,
+    }
+    return (sampler or ModelSampler()).sample(model, PROMPTS, **(options | changes))
+
+
+def ids_of(found: Any) -> list[list[list[int]]]:
+    return [[one.ids.tolist() for one in group] for group in found]
+
+
+def test_the_model_samples_what_generate_samples(model: PreTrainedModel, tokenizer: Any) -> None:
+    found = sample(model, tokenizer)
+    plain = generate(model, PROMPTS, num_completions=3, max_new_tokens=6, eos_token_id=tokenizer.eos_token_id, seed=11)
+    assert ids_of(found) == [[ids.tolist() for ids in group] for group in plain.completions]
+    logprobs = torch.cat([one.logprobs for group in found for one in group])
+    assert torch.equal(logprobs, plain.logprobs)
+    for one in (one for group in found for one in group):
+        assert one.finished is (int(one.ids[-1]) == tokenizer.eos_token_id)
+        assert one.finished or len(one.ids) == 6
+        assert len(one.ids) == len(one.logprobs)
+
+
+def test_equal_seeds_draw_equal_completions_and_the_global_state_is_left_alone(
+    model: PreTrainedModel, tokenizer: Any
+) -> None:
+    before = torch.get_rng_state()
+    first = sample(model, tokenizer)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.rand(3)
+    assert ids_of(sample(model, tokenizer)) == ids_of(first)
+    assert ids_of(sample(model, tokenizer, seed=12)) != ids_of(first)
+
+
+def test_prompts_at_a_time_bounds_the_batch_and_gives_every_prompt_its_completions(
+    model: PreTrainedModel, tokenizer: Any
+) -> None:
+    found = sample(model, tokenizer, ModelSampler(prompts_at_a_time=2), num_completions=2)
+    assert [len(group) for group in found] == [2, 2, 2]
+    # The first part is what it would be alone; the second has a seed of its own.
+    alone = ModelSampler().sample(
+        model, PROMPTS[:2], num_completions=2, max_new_tokens=6, eos_token_id=[tokenizer.eos_token_id], seed=11
+    )
+    assert ids_of(found)[:2] == ids_of(alone)
+    with pytest.raises(ArgumentError, match="prompts_at_a_time must be at least 1, got 0"):
+        ModelSampler(prompts_at_a_time=0)
+
+
+def test_seeds_are_a_function_of_their_parts_and_do_not_meet() -> None:
+    seeds = {seed_of(seed, step, batch) for seed in range(20) for step in range(20) for batch in range(20)}
+    assert len(seeds) == 8000
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert seed_of(1, 23) != seed_of(12, 3)
+    # Pinned, since a change of it changes every run.
+    assert seed_of(0, 1, 2) == 603432347784401458
+
+
+def test_the_protocols_are_recognised(model: PreTrainedModel) -> None:
+    assert isinstance(ModelSampler(), Sampler)
+    assert not isinstance(ModelSampler(), FollowsWeights)
+    with whole_weights(model):  # nothing to gather
+        pass
+
+
+def test_an_engines_answer_needs_a_log_probability_per_token() -> None:
+    one = completion_of([4, 5, 3], [-1.0, -2.0, -0.5], frozenset({3}))
+    assert one.ids.tolist() == [4, 5, 3]
+    assert one.finished
+    assert not completion_of([4], [-1.0], frozenset({3})).finished
+    assert not completion_of([], [], frozenset({3})).finished
+    with pytest.raises(ArgumentError, match="logprobs must have one entry per token, 2, got 1"):
+        completion_of([1, 2], [0.0], frozenset())
+
+
+# Completions from data.
+
+
+def given(tokenizer: Any, prompt: Any, completion: Any, **changes: Any) -> Rollout:
+    example = Example(prompt=prompt, columns={"completion": completion}, source="train.jsonl:3")
+    prompt_ids = student_prompt_ids(example, tokenizer)
+    options: dict[str, Any] = {"stop_ids": [tokenizer.eos_token_id], "max_length": 20}
+    return given_completion(example, tokenizer, prompt_ids, **(options | changes))
+
+
+@pytest.mark.parametrize("prompt", ["luma a b", ({"role": "user", "content": "luma a b"},)])
+def test_a_completion_of_the_data_is_its_tokens_and_the_end(prompt: Any, tokenizer: Any) -> None:
+    found = given(tokenizer, prompt, "a1 b2")
+    want = [*tokenizer("a1 b2", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    assert found.completion_ids.tolist() == want
+    assert found.finished
+    assert found.logprobs is None
+    cut = given(tokenizer, prompt, "a1 b2", max_length=2)
+    assert cut.completion_ids.tolist() == want[:2]
+    assert not cut.finished
+
+
+def test_a_conversations_completion_ends_with_the_templates_end_of_turn(tokenizer: Any) -> None:
+    """A chat template may end a turn with another token than the tokenizer's end of sequence."""
+    other = AutoTokenizer.from_pretrained(CHECKPOINT)
+    turn_end = tokenizer.convert_ids_to_tokens(20)
+    other.chat_template = (
+        "{% for m in messages %}{{ m['content'] }} " + turn_end + " {% endfor %}"
+        "{% if add_generation_prompt %}{% endif %}"
+    )
+    prompt = ({"role": "user", "content": "luma a b"},)
+    found = given(other, prompt, "a1 b2", stop_ids=[20])
+    assert found.completion_ids.tolist() == other(f"a1 b2 {turn_end}", add_special_tokens=False)["input_ids"]
+
+
+def test_a_row_without_a_completion_is_an_error_that_names_it(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"train.jsonl:3: expected a text in column `completion`, got NoneType"):
+        given(tokenizer, "luma a", None)
+
+
+# The order of examples.
+
+
+def test_an_epoch_has_every_example_once_and_its_order_is_a_function_of_seed_and_epoch() -> None:
+    order = WindowOrder(10, window=4, seed=5)
+    first = list(order)
+    assert sorted(first) == list(range(10))
+    assert list(order) == first
+    order.set_epoch(1)
+    assert list(order) != first
+    again = WindowOrder(10, window=2, seed=5)
+    again.set_epoch(1)
+    assert list(again) == list(order)
+    assert list(WindowOrder(10, window=4, shuffle=False)) == list(range(10))
+
+
+@pytest.mark.parametrize(("count", "window", "repeats"), [(8, 4, 2), (10, 4, 3), (3, 8, 2), (5, 1, 4)])
+def test_each_window_is_repeated_and_the_last_is_filled_up(count: int, window: int, repeats: int) -> None:
+    order = WindowOrder(count, window=window, repeats=repeats, seed=1)
+    found = list(order)
+    assert len(found) == len(order)
+    assert len(found) % (window * repeats) == 0
+    for start in range(0, len(found), window * repeats):
+        parts = [found[at : at + window] for at in range(start, start + window * repeats, window)]
+        assert all(part == parts[0] for part in parts)
+    # Nothing is lost, and little is used twice.
+    uses = Counter(found)
+    assert set(uses) == set(range(count))
+    assert sum(uses.values()) - count * repeats < window * repeats
+
+
+def test_a_last_window_can_be_dropped_where_it_is_repeated() -> None:
+    order = WindowOrder(10, window=4, repeats=2, drop_last=True)
+    assert len(list(order)) == len(order) == 16
+    with pytest.raises(ArgumentError, match="count, window and repeats must be at least 1, got 0, 1 and 1"):
+        WindowOrder(0, window=1)
+
+
+def test_rollouts_are_saved_and_loaded_to_the_last_digit(tmp_path: Path) -> None:
+    logprobs = torch.randn(5).log_softmax(-1)
+    rollouts = (
+        Rollout(
+            completion_ids=torch.tensor([3, 1, 4, 1, 5]),
+            logprobs=logprobs,
+            text="π ≈ 3\n",
+            finished=True,
+            reward=0.1 + 0.2,
+            feedback="nearly",
+        ),
+        Rollout(completion_ids=torch.zeros(0, dtype=torch.int64), logprobs=None, text="", finished=False),
+    )
+    group = Group(example=Example(prompt="π?"), prompt_ids=torch.tensor([1]), rollouts=rollouts)
+    save_rollouts(tmp_path / "deep" / "rollouts-0.json", [[group], []])
+    (((first, second),), none) = load_rollouts(tmp_path / "deep" / "rollouts-0.json")
+    assert none == []
+    assert first.logprobs is not None
+    assert torch.equal(first.logprobs, logprobs)
+    assert first.completion_ids.tolist() == [3, 1, 4, 1, 5]
+    assert (first.text, first.finished, first.reward, first.feedback) == ("π ≈ 3\n", True, 0.1 + 0.2, "nearly")
+    assert len(second.completion_ids) == 0
+    assert second.completion_ids.dtype == torch.int64
+    assert (second.logprobs, second.reward, second.feedback) == (None, None, None)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["rollouts-0.json"]

@@ -1,0 +1,260 @@
+"""The vLLM samplers, against a small fake of the HTTP protocol and of the engine: no vLLM runs here."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from sdcore.demo import CHECKPOINT
+from sdcore.errors import ArgumentError
+from sdcore.prefix import generate
+from sdcore.presets.methods import SDPO
+from sdcore.rollouts.samplers import FollowsWeights, ModelSampler, Sampler
+from sdcore.rollouts.vllm import EngineError, VLLMColocated, VLLMServer, whole_state
+from sdcore.world.data import with_feedback
+from tests.sdcore.trainer_runs import SHOW_ATTEMPT, lines, one_thread, tokenizer, trainer, world_model
+
+__all__ = ["one_thread"]  # a fixture, for every test here
+
+EOS = 2
+PROMPTS = [torch.tensor([1, 5, 9]), torch.tensor([1, 7])]
+
+
+class FakeServer:
+    """Answers completions with the small world's model; reads its weights again from a folder when asked."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.model = world_model()
+        self.folder = folder
+        self.requests: list[tuple[str, dict[str, Any], dict[str, str]]] = []
+        self.override: dict[str, Any] | None = None  # what a choice says instead
+        self.status = 200
+        self._lock = threading.Lock()
+
+    def answer(self, path: str, body: dict[str, Any]) -> Any:
+        if path == "/collective_rpc":
+            assert self.folder is not None
+            state = load_file(self.folder / "model.safetensors")
+            self.model.load_state_dict(state, strict=False)
+            return {"results": [None]}
+        if path == "/reset_prefix_cache":
+            return None
+        with self._lock:
+            sampled = generate(
+                self.model,
+                [body["prompt"]],
+                num_completions=body["n"],
+                max_new_tokens=body["max_tokens"],
+                eos_token_id=body["stop_token_ids"],
+                temperature=body["temperature"],
+                top_p=body["top_p"],
+                top_k=None if body["top_k"] == -1 else body["top_k"],
+                seed=body["seed"],
+            )
+        ids = [completion.tolist() for completion in sampled.completions[0]]
+        logprobs = [part.tolist() for part in sampled.logprobs.split([len(one) for one in ids])]
+        choices = [
+            {"index": i, "token_ids": one, "logprobs": {"token_logprobs": values}} | (self.override or {})
+            for i, (one, values) in enumerate(zip(ids, logprobs, strict=True))
+        ]
+        return {"choices": choices[::-1]}  # in no particular order
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Any]:
+    fake = FakeServer(tmp_path / "policy")
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            fake.requests.append((self.path, body, dict(self.headers)))
+            text = b"no such model" if fake.status != 200 else json.dumps(fake.answer(self.path, body)).encode()
+            self.send_response(fake.status)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread.start()
+    yield SimpleNamespace(fake=fake, url=f"http://127.0.0.1:{http.server_address[1]}")
+    http.shutdown()
+    http.server_close()
+    thread.join()
+
+
+def ask(sampler: Any, **changes: Any) -> Any:
+    options: dict[str, Any] = {"num_completions": 3, "max_new_tokens": 6, "eos_token_id": [EOS], "seed": 4}
+    return sampler.sample(world_model(), PROMPTS, **(options | changes))
+
+
+def test_prompts_and_completions_are_token_ids_with_log_probabilities(server: Any) -> None:
+    sampler = VLLMServer(server.url, model="policy", api_key="secret")
+    assert isinstance(sampler, Sampler)
+    assert isinstance(sampler, FollowsWeights)
+    found = ask(sampler, top_p=0.9, top_k=20, temperature=0.8)
+    assert [len(group) for group in found] == [3, 3]
+    sent = {tuple(body["prompt"]): body for _, body, _ in server.fake.requests}
+    for prompt, group in zip(PROMPTS, found, strict=True):
+        body = sent[tuple(prompt.tolist())]
+        assert (body["n"], body["max_tokens"], body["temperature"], body["top_p"], body["top_k"]) == (
+            3,
+            6,
+            0.8,
+            0.9,
+            20,
+        )
+        assert body["stop_token_ids"] == [EOS]
+        again = generate(
+            server.fake.model, [prompt], num_completions=3, max_new_tokens=6, eos_token_id=EOS, seed=body["seed"],
+            temperature=0.8, top_p=0.9, top_k=20,
+        )  # fmt: skip
+        assert [one.ids.tolist() for one in group] == [ids.tolist() for ids in again.completions[0]]
+        assert torch.equal(torch.cat([one.logprobs for one in group]), again.logprobs)
+        assert all(one.finished == (int(one.ids[-1]) == EOS) for one in group)
+    assert all(headers["Authorization"] == "Bearer secret" for _, _, headers in server.fake.requests)
+    assert len({body["seed"] for _, body, _ in server.fake.requests}) == 2
+
+
+def test_the_same_seed_asks_for_the_same(server: Any) -> None:
+    sampler = VLLMServer(server.url, model="policy")
+    first, second, third = ask(sampler), ask(sampler), ask(sampler, seed=5)
+    texts = [[[one.ids.tolist() for one in group] for group in found] for found in (first, second, third)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"token_ids": None}, "must answer with choices that have token_ids"),
+        ({"logprobs": None}, "must answer with choices that have token_ids"),
+        ({"logprobs": {"token_logprobs": [0.0] * 99}}, "one per token .* got 99"),
+    ],
+)
+def test_an_answer_without_ids_or_log_probabilities_is_a_clear_error(
+    override: dict[str, Any], message: str, server: Any
+) -> None:
+    server.fake.override = override
+    with pytest.raises(EngineError, match=message):
+        ask(VLLMServer(server.url, model="policy"))
+
+
+def test_a_server_that_fails_is_named_with_its_words(server: Any) -> None:
+    server.fake.status = 404
+    with pytest.raises(EngineError, match=r"127.0.0.1:\d+/v1/completions answered 404: no such model"):
+        ask(VLLMServer(server.url, model="policy"))
+    with pytest.raises(EngineError, match="could not be reached"):
+        ask(VLLMServer("http://127.0.0.1:9", model="policy", timeout=2))
+    with pytest.raises(ArgumentError, match="url must start with http"):
+        ask(VLLMServer("localhost:8000", model="policy"))
+
+
+def test_a_trainer_samples_from_a_server_that_follows_its_weights(server: Any, tmp_path: Path) -> None:
+    method = SDPO(template=SHOW_ATTEMPT, num_generations=4)
+    sampler = VLLMServer(server.url, model="policy", weights_folder=tmp_path / "policy")
+    options: dict[str, Any] = {"method": method, "kind": "sdpo", "reward_funcs": [with_feedback], "max_steps": 3}
+    made = trainer(tmp_path / "run", sampler=sampler, **options)
+    made.train()
+    calls = [path for path, _, _ in server.fake.requests if path != "/v1/completions"]
+    # After the first and the second step; what the third learned nobody has sampled from.
+    assert calls == ["/collective_rpc", "/reset_prefix_cache"] * 2
+    # The server's weights are those before the last step, the student's after it.
+    assert not torch.equal(server.fake.model.lm_head.weight, made.model.lm_head.weight)
+    sampler.follow(made.model, 3)
+    assert torch.equal(server.fake.model.lm_head.weight, made.model.lm_head.weight)
+    sampler.follow(made.model, 3)  # nothing new
+    assert len([path for path, _, _ in server.fake.requests if path == "/collective_rpc"]) == 3
+    assert [line["completions/count"] for line in lines(tmp_path / "run")] == [16, 16, 16]
+
+
+def test_an_adapter_is_merged_into_the_weights_that_are_handed_over_and_stays_as_it_was() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(world_model(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight.data)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    plain = AutoModelForCausalLM.from_pretrained(CHECKPOINT)
+    missing = plain.load_state_dict(whole_state(model), strict=True)
+    assert not missing.missing_keys
+    ids = torch.tensor([[1, 5, 9, 4]])
+    with torch.no_grad():
+        assert torch.allclose(plain(ids).logits, model(ids).logits, atol=1e-4)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+
+
+def test_a_colocated_engine_without_vllm_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ImportError, match=r"pip install 'sdcore\[vllm\]'"):
+        VLLMColocated("any")
+
+
+class FakeEngine:
+    """The part of `vllm.LLM` that is used."""
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self.options = options
+        self.loaded: dict[str, Any] = {}
+        self.resets = 0
+        worker = SimpleNamespace(model_runner=SimpleNamespace(model=SimpleNamespace(load_weights=self._load)))
+        self.llm_engine: Any = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
+
+    def _load(self, weights: Any) -> None:
+        self.loaded = dict(weights)
+
+    def reset_prefix_cache(self) -> None:
+        self.resets += 1
+
+    def generate(self, prompts: list[dict[str, list[int]]], asked: list[Any], *, use_tqdm: bool) -> list[Any]:
+        sampled = ModelSampler()
+        answers = []
+        for prompt, how in zip(prompts, asked, strict=True):
+            (group,) = sampled.sample(
+                world_model(),
+                [torch.tensor(prompt["prompt_token_ids"])],
+                num_completions=how.n,
+                max_new_tokens=how.max_tokens,
+                eos_token_id=how.stop_token_ids,
+                seed=how.seed,
+            )
+            outputs = []
+            for one in group:
+                ids, values = one.ids.tolist(), one.logprobs.tolist()
+                entries = [{i: SimpleNamespace(logprob=value)} for i, value in zip(ids, values, strict=True)]
+                outputs.append(SimpleNamespace(token_ids=ids, logprobs=entries))
+            answers.append(SimpleNamespace(outputs=outputs))
+        return answers
+
+
+def test_a_colocated_engine_samples_and_is_handed_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = SimpleNamespace(LLM=FakeEngine, SamplingParams=lambda **options: SimpleNamespace(**options))
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    sampler = VLLMColocated("any", gpu_memory_utilization=0.2)
+    assert sampler.engine.options["gpu_memory_utilization"] == 0.2
+    found = ask(sampler)
+    assert [len(group) for group in found] == [3, 3]
+    assert all(len(one.ids) == len(one.logprobs) for group in found for one in group)
+    model = world_model()
+    sampler.follow(model, 0)
+    assert sampler.engine.loaded == {}
+    sampler.follow(model, 1)
+    assert torch.equal(sampler.engine.loaded["lm_head.weight"], model.lm_head.weight)
+    assert sampler.engine.resets == 1
+    sampler.engine.llm_engine = SimpleNamespace()
+    with pytest.raises(EngineError, match="VLLM_ENABLE_V1_MULTIPROCESSING"):
+        sampler.follow(model, 2)
+    assert tokenizer().eos_token_id == EOS

@@ -1,0 +1,318 @@
+"""The command line as it is typed: every method trains, a run can be looked at before, and errors fit on a line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import Result
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from sdcore import world
+from sdcore.cli.main import app
+from sdcore.presets import dump_config
+from sdcore.world.data import Kind, rows, settings
+
+CHECKPOINT = Path(world.__file__).parent / "checkpoint"
+COMMANDS = ["train", "eval", "solve", "report", "profile-memory", "reproduce", "demo"]
+REWARD = {"sdpo": "with_feedback", "rl": "fraction", "grpo": "fraction"}
+PATHS = ["sdft", "sdpo", "opsd", "context_distillation", "rl", "sft"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Faster than two for matrices this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+def sdcore(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def done(*words: object) -> str:
+    """What a command that succeeds says."""
+    result = sdcore(*words)
+    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+    return result.output
+
+
+def write(kind: Kind, *, count: int = 64, split: Any = "train", name: str = "train.jsonl") -> Path:
+    found = rows(kind, task="luma", count=count, seed=0, split=split)
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in found))
+    return Path(name)
+
+
+def prepared(kind: Kind) -> list[str]:
+    """A data file, a configuration in this world's words, and the options that name them."""
+    write(kind)
+    dump_config(*settings(kind), "world.yaml")
+    reward = ["--reward", f"sdcore.world.data:{REWARD[kind]}"] if kind in REWARD else []
+    return ["--data", "train.jsonl", "--config", "world.yaml", *reward]
+
+
+def metrics(run: str = "run") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", PATHS)
+def test_every_method_trains_from_a_file(kind: Kind) -> None:
+    output = done("train", *prepared(kind), "--output", "run", "max_steps=2", "per_device_train_batch_size=2")
+    assert "step 2/2" in output
+    assert [line["step"] for line in metrics() if "loss" in line] == [1, 2]
+    trained, before = (load_file(folder / "model.safetensors") for folder in (Path("run"), CHECKPOINT))
+    assert any(not torch.equal(trained[name], weight) for name, weight in before.items())
+    assert json.loads(Path("run/run.json").read_text())["method"]["name"] == type(settings(kind)[0]).__name__
+
+
+def test_a_baseline_and_a_method_of_ones_own_train_by_overrides_alone() -> None:
+    write("sdft")
+    own = ["context=template", "template={{ prompt }} {{ privileged_context }}", "teacher=frozen", "alpha=0.5"]
+    run = ["max_completion_length=11", "max_steps=1", "per_device_train_batch_size=2"]
+    done("train", "--method", "grpo", "--data", "train.jsonl", "--reward", "sdcore.world.data:exact", *run)
+    done("train", "--method", "context_distillation", "--data", "train.jsonl", "--output", "own", *own, *run)
+    assert json.loads(Path("own/run.json").read_text())["method"]["alpha"] == 0.5
+    assert Path("sdcore-run/model.safetensors").exists()
+
+
+def test_overrides_win_over_the_file_and_what_was_run_is_written_down() -> None:
+    options = prepared("sdft")
+    done("train", *options, "--output", "run", "max_steps=1", "per_device_train_batch_size=2", "alpha=0.25")
+    written = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert written["method"] == "sdft_paper"
+    assert (written["alpha"], written["max_steps"], written["per_device_train_batch_size"]) == (0.25, 1, 2)
+    assert written["learning_rate"] == settings("sdft")[1]["learning_rate"]
+    # It is a configuration itself: the same run again.
+    done("train", "--data", "train.jsonl", "--config", "run/config.yaml", "--output", "again")
+    again, first = (load_file(Path(run) / "model.safetensors") for run in ("again", "run"))
+    assert all(torch.equal(again[name], weight) for name, weight in first.items())
+
+
+def test_a_run_goes_on_from_its_last_checkpoint() -> None:
+    options = [*prepared("sdft"), "per_device_train_batch_size=2", "save_steps=1"]
+    done("train", *options, "--output", "whole", "max_steps=3", "lr_scheduler_type=constant")
+    done("train", *options, "--output", "run", "max_steps=2", "lr_scheduler_type=constant")
+    done("train", *options, "--output", "run", "max_steps=3", "lr_scheduler_type=constant", "--resume")
+    assert [line["step"] for line in metrics() if "loss" in line] == [1, 2, 3]
+    whole, resumed = (load_file(Path(run) / "model.safetensors") for run in ("whole", "run"))
+    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+
+
+def test_adapters_are_trained_in_place_of_the_model() -> None:
+    pytest.importorskip("peft")
+    options = [*prepared("opsd"), "per_device_train_batch_size=2", "max_steps=1", "teacher=adapter_off"]
+    done("train", *options, "--output", "run", "--lora-rank", 2)
+    assert Path("run/adapter_model.safetensors").exists()
+    assert not Path("run/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", ["sdft", "sdpo"])
+def test_a_dry_run_shows_the_shared_prefix_and_trains_nothing(kind: Kind) -> None:
+    output = done("train", *prepared(kind), "--output", "run", "--dry-run")
+    assert not Path("run").exists()
+    for words in (
+        "train.jsonl:1",
+        "shared prefix 7 (88 % of the student's)",
+        "c_ext",
+        "completion, loss",
+        "64 rows",
+        "on average 88 %",
+        "fused, shared",
+        "plain, naive",
+    ):
+        assert words in output, words
+
+
+def test_the_path_of_a_new_user() -> None:
+    """As the README has it: rows of one's own, a look, training, and both models measured on the same draws."""
+    options = prepared("sdft")
+    write("rl", split="eval", count=100, name="eval.jsonl")
+    done("train", *options, "--dry-run")
+    shown = done(
+        *("train", *options, "--output", "run", "max_steps=20", "learning_rate=1e-3"),
+        *("--eval-data", "eval.jsonl", "--reward", "sdcore.world.data:exact"),
+    )
+    assert "eval: reward" in shown
+    judged = ["--data", "eval.jsonl", "--reward", "sdcore.world.data:exact", "--max-completion-length", 11]
+    reached = {}
+    for model in ("world", "run"):
+        table = done("eval", "--model", model, *judged, "--output", f"{model}.json")
+        assert "reward_stderr" in table
+        found = json.loads(Path(f"{model}.json").read_text())
+        assert len(found["samples"]) == 100
+        assert found["samples"][0]["source"] == "eval.jsonl:1"
+        reached[model] = found["metrics"]["reward_mean"]
+    assert reached["world"] <= 0.02
+    assert reached["run"] >= 0.3  # 0.9 in a trial
+
+
+def test_the_same_seed_measures_the_same() -> None:
+    write("rl", count=8)
+    words = ["eval", "--data", "train.jsonl", "--reward", "sdcore.world.data:fraction", "--max-completion-length", 11]
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        done(*words, "--output", name, "--seed", seed, "--generations", 3)
+    a, b, c = (Path(name).read_text() for name in "abc")
+    assert a == b != c
+
+
+def verifier(answer: str) -> str:
+    """A check in a file, and the command that runs it from elsewhere."""
+    Path("check.py").write_text(
+        "import sys\n"
+        f"right, got = {answer.split()!r}, sys.stdin.read().split()\n"
+        "if got == right: sys.exit(0)\n"
+        "wrong = [pair for i, pair in enumerate(right) if got[i : i + 1] != [pair]]\n"
+        "print(*(f'H {pair}' for pair in wrong or right))\n"
+        "sys.exit(1)\n"
+    )
+    return f"{sys.executable} -S {Path('check.py').resolve()}"
+
+
+def test_one_question_is_solved_with_a_verifier_command() -> None:
+    write("sdpo", count=1)
+    answer = rows("sdpo", task="luma", count=1, seed=0)[0]["answer"]
+    dump_config(*settings("sdpo"), "world.yaml")
+    words = ["solve", "--question-file", "train.jsonl", "--verifier", verifier(answer), "--config", "world.yaml"]
+    output = done(*words, "--learning-rate", 1e-3, "--max-samples", 80, "--output", "found.json")
+    assert output.strip().endswith(answer)
+    found = json.loads(Path("found.json").read_text())
+    assert (found["solved"], found["answer"]) == (True, answer)
+    assert f"solved after {found['samples']} answers" in output
+    # Best-of-k from the same start: a guess is right once in 10^5.
+    guessed = sdcore(*words, "--no-update", "--max-samples", 8)
+    assert guessed.exit_code == 1
+    assert "not solved after 8 answers" in guessed.output
+
+
+def test_memory_is_predicted_from_a_configuration() -> None:
+    output = done("profile-memory", "--model", "world", "--teacher", "ema", "--completions", 4)
+    for words in ("weights", "teacher weights", "prompt cache", "logits", "fused, shared", "peak"):
+        assert words in output
+
+
+def test_reproduction_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sdcore.reproduce import table
+
+    got: dict[str, Any] = {}
+    monkeypatch.setattr(table, "run", lambda output, **options: got.update(options, output=output))
+    done("reproduce", "--quick", "--claim", "sdft", "--claim", "tilt", "--seeds", 2, "--no-resume", "--output", "here")
+    assert (got["output"], got["claims"], got["seeds"]) == (Path("here"), ["sdft", "tilt"], 2)
+    assert (got["quick"], got["resume"]) == (True, False)
+
+
+def test_a_run_becomes_a_page() -> None:
+    done("train", *prepared("sdft"), "--output", "run", "max_steps=2", "per_device_train_batch_size=2")
+    assert "run/report.html" in done("report", "run")
+    assert "<html" in Path("run/report.html").read_text()[:2000].lower()
+    assert "both.html" in done("report", "run", "run", "--output", "both.html")
+    assert sdcore("report", "run", "--format", "pdf").exit_code == 2
+    missing = sdcore("report", "nowhere")
+    assert missing.exit_code == 1
+    assert missing.output.startswith("sdcore report: nowhere")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{not json", "train.jsonl:3: expected JSON"),
+        ('{"question": "luma a"}', "train.jsonl:3: expected a column `prompt` or `messages`"),
+        ('{"prompt": 7}', "train.jsonl:3, column `prompt`"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named_by_file_and_line(line: str, message: str) -> None:
+    options = prepared("sdft")
+    lines = Path("train.jsonl").read_text().splitlines()
+    Path("train.jsonl").write_text("\n".join([*lines[:2], line, *lines[2:]]))
+    for more in ([], ["--dry-run"]):
+        result = sdcore("train", *options, *more)
+        assert result.exit_code == 1
+        assert result.output.startswith(f"sdcore train: {message}")
+        assert result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ("train --data train.jsonl", 2, "a method must be named, by --method or in the file of --config, got none"),
+        ("train --data train.jsonl --method sdftpaper", 2, "did you mean 'sdft_paper'?"),
+        ("train --data train.jsonl --method sdpo", 2, "needs rewards, got none"),
+        ("train --data train.jsonl --method sdft_paper alhpa=1", 2, "did you mean 'alpha'?"),
+        ("train --data train.jsonl --method sdft_paper alpha=2", 2, "alpha must be in [0, 1], got 2"),
+        ("train --data train.jsonl --method sdft_paper alpha", 2, "of the form key=value, got 'alpha'"),
+        ("train --data train.jsonl --method rl_tilt --reward no.such:function", 2, "there is no module 'no'"),
+        ("train --data none.jsonl --method sdft_paper", 1, "none.jsonl is not there"),
+        ("train --data train.jsonl --method sdft_paper --config none.yaml", 1, "none.yaml"),
+        ("train --data train.jsonl --method sdft_paper --resume", 1, "must find a checkpoint in sdcore-run"),
+        ("train --method sdft_paper", 2, "Missing option '--data'"),
+        ("eval --data train.jsonl --reward sdcore.world.data:nothing", 2, "has no function 'nothing'"),
+        ("solve --verifier true", 2, "one of --question and --question-file must be given"),
+        ("solve --verifier true --question luma --method grpo", 2, "method must have context 'feedback'"),
+        ("solve --verifier no-such-check --question luma --max-completion-length 2", 2, "could not be run"),
+        ("profile-memory --model world --completions 0", 2, "completions must be at least 1, got 0"),
+        ("profile-memory --model world --teacher emma", 2, "teacher must be one of live, "),
+        ("profile-memory --model ./nowhere", 1, "nowhere"),
+        ("reproduce --claim alchemy", 2, "alchemy"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line_with_an_exit_code(words: str, code: int, message: str) -> None:
+    write("sdft", count=4)
+    result = sdcore(*words.split())
+    assert message in result.output
+    assert result.exit_code == code
+    assert isinstance(result.exception, SystemExit)
+    if "Missing option" not in message:
+        assert result.output.startswith(f"sdcore {words.split()[0]}: ")
+        assert result.output.count("\n") == 1
+
+
+def test_a_reward_that_raises_stops_the_run_with_its_row_and_the_whole_story_on_demand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = prepared("sdft")
+    Path("rewards.py").write_text("def broken(*, completion, **columns):\n    return 1 / 0\n")
+    words = ["train", *options, "--reward", "rewards.py:broken", "max_steps=1", "per_device_train_batch_size=2"]
+    result = sdcore(*words)
+    assert result.exit_code == 1
+    assert "reward function broken, train.jsonl:" in result.output
+    assert "raised ZeroDivisionError: division by zero" in result.output
+    monkeypatch.setenv("SDCORE_TRACEBACK", "1")
+    assert "RewardError" in repr(sdcore(*words).exception)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_and_imports_no_torch(command: str, run_python: Callable[..., str]) -> None:
+    code = """
+import json, runpy, sys
+try:
+    runpy.run_module("sdcore", run_name="__main__", alter_sys=True)
+except SystemExit as stop:
+    status = stop.code
+heavy = sorted({"torch", "transformers", "numpy", "matplotlib", "datasets", "sdkernels"} & set(sys.modules))
+print(json.dumps({"status": status, "heavy": heavy}))
+"""
+    shown, _, verdict = run_python(code, command, "--help").strip().rpartition("\n")
+    assert json.loads(verdict) == {"status": 0, "heavy": []}
+    # An example to copy; `demo` needs none.
+    assert command == "demo" or f"\n    sdcore {command} " in shown
+
+
+def test_the_first_help_lists_every_command() -> None:
+    output = done("--help")
+    for command in COMMANDS:
+        assert f"\n  {command} " in output
+    assert "sdcore train ... --dry-run" in output

@@ -1,0 +1,173 @@
+"""What a dry run says of rows: who reads which tokens, what carries a loss, what training would stumble over."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from transformers import AutoConfig, AutoTokenizer
+
+from sdcore import world
+from sdcore.data import read_examples
+from sdcore.dry_run import COLOURS, DryRun, Preview, dry_run, show
+from sdcore.errors import ArgumentError, ContextError, DataError
+from sdcore.presets.methods import Method, preset
+from sdcore.rollouts.rewards import RewardError
+from sdcore.types import Example
+from sdcore.world.data import TEMPLATES, Kind, exact, rows, with_feedback
+
+CHECKPOINT = Path(world.__file__).parent / "checkpoint"
+TOKENIZER = AutoTokenizer.from_pretrained(CHECKPOINT)
+CONFIG = AutoConfig.from_pretrained(CHECKPOINT)
+METHODS: dict[str, tuple[Kind, Method]] = {
+    "sdft": ("sdft", preset("sdft_paper", template=TEMPLATES["sdft"])),
+    "sdpo": ("sdpo", preset("sdpo", template=TEMPLATES["sdpo"])),
+    "opsd": ("opsd", preset("opsd", template=TEMPLATES["opsd"])),
+    "context": ("context_distillation", preset("context_distillation", template=TEMPLATES["context_distillation"])),
+    "rl": ("rl", preset("rl_tilt")),
+    "sft": ("sft", preset("sft")),
+}
+
+
+def examples(kind: Kind, count: int = 12) -> list[Example]:
+    return read_examples(rows(kind, task="luma", count=count, seed=0))
+
+
+def run(name: str, **options: Any) -> DryRun:
+    kind, method = METHODS[name]
+    given: dict[str, Any] = {"reward_functions": [with_feedback] if method.needs_rewards else []}
+    return dry_run(examples(kind), TOKENIZER, method, CONFIG, **given | {"max_completion_length": 11} | options)
+
+
+def parts(preview: Preview) -> dict[str, tuple[str, int, str]]:
+    return {one.name: (one.read_by, one.tokens, one.text) for one in preview.segments}
+
+
+def printed(found: DryRun, *, colours: bool = False) -> str:
+    console = Console(record=True, width=160, file=io.StringIO())
+    show(found, console)
+    return console.export_text(styles=colours)
+
+
+def test_a_demonstration_is_c_ext_between_the_question_and_the_answer() -> None:
+    preview = run("sdft").previews[0]
+    example = examples("sdft")[0]
+    found = parts(preview)
+    question, answer = example.prompt[0]["content"], example.columns["answer"].split()  # type: ignore[index]
+    assert found["shared prefix"] == ("both", 7, f"<bos> {question}")
+    assert found["c_ext"] == ("teacher", 10, example.privileged_context)
+    assert found["after c_ext"] == ("both", 1, "=")
+    # SDFT leaves out the first three tokens of a completion.
+    assert found["completion, no loss"] == ("both", 3, " ".join(answer[:3]))
+    assert found["completion, loss"] == ("both", 3, " ".join([*answer[3:], "<eos>"]))
+    assert (preview.prompt_tokens, preview.teacher_tokens, preview.shared_tokens) == (8, 18, 7)
+    assert preview.shared_fraction == pytest.approx(7 / 8)
+
+
+def test_sdpo_is_shown_with_a_successful_attempt_and_with_feedback_that_was_really_given() -> None:
+    with_attempt, with_words = run("sdpo").previews
+    assert "another attempt had succeeded" in with_attempt.supposed
+    assert "no attempt had succeeded" in with_words.supposed
+    for preview, example in zip((with_attempt, with_words), examples("sdpo"), strict=False):
+        decorated = " ".join(f"H {pair}" for pair in example.columns["answer"].split())
+        assert parts(preview)["c_ext"] == ("teacher", 10, decorated)
+        assert (preview.reward, preview.feedback) == (0.0, decorated)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_shows_its_tokens(name: str) -> None:
+    found = run(name)
+    taught = METHODS[name][1].has_teacher
+    preview = found.previews[0]
+    assert ("c_ext" in parts(preview)) == taught
+    assert (preview.teacher_tokens is not None) == taught
+    assert (found.shared_fraction is not None) == taught
+    assert parts(preview)["completion, loss"][0] == ("both" if taught else "student")
+    read = sum(one.tokens for one in preview.segments if one.read_by != "teacher")
+    # Five pairs and an end; SFT imitates them in the decorated style.
+    assert read == preview.prompt_tokens + (11 if name == "sft" else 6)
+    shown = printed(found)
+    assert "shared prefix" in shown
+    assert "12 rows" in shown
+    assert "peak" in shown
+
+
+def test_parts_have_their_colours() -> None:
+    shown = printed(run("sdft"), colours=True)
+    for code in ("\x1b[32m", "\x1b[33m", "\x1b[35m"):  # green, yellow, magenta: prefix, c_ext, loss
+        assert code in shown
+    plain = printed(run("sdft"))
+    for name in COLOURS:
+        assert name in plain
+
+
+def test_memory_is_predicted_for_the_longest_rows_and_the_whole_group() -> None:
+    found = run("sdpo", prompts=4)
+    assert found.load is not None
+    assert found.memory is not None
+    load = found.load
+    assert (load.prompts, load.completions, load.prompt_tokens, load.context_tokens) == (4, 8, 8, 10)
+    assert set(found.memory) == {"fused, shared", "fused, naive", "plain, shared", "plain, naive"}
+
+
+def test_rows_without_privileged_context_are_counted_and_none_at_all_is_an_error() -> None:
+    some = rows("sdft", task="luma", count=4, seed=0)
+    del some[1]["privileged_context"]
+    method = METHODS["sdft"][1]
+    found = dry_run(read_examples(some), TOKENIZER, method, CONFIG)
+    assert found.without_context == 1
+    assert [preview.active for preview in found.previews] == [True, False]
+    assert "completion, loss" not in parts(found.previews[1])
+    shown = printed(found)
+    assert "1 rows have no privileged context" in shown
+    assert "nothing privileged to show" in shown
+    with pytest.raises(DataError, match="needs a column `privileged_context`"):
+        dry_run(examples("sdpo"), TOKENIZER, method, CONFIG)
+
+
+def test_a_reward_function_that_gives_no_feedback_is_not_made_to_say_something() -> None:
+    with_attempt, with_words = run("sdpo", reward_functions=[exact]).previews
+    assert (with_attempt.active, with_words.active) == (True, False)
+    assert with_words.feedback is None
+
+
+def test_what_is_too_long_is_said() -> None:
+    assert "12 of 12 prompts are longer than max_prompt_length=7" in printed(run("sdft", max_prompt_length=7))
+    assert "the model has 128 positions" in printed(run("sdft", max_completion_length=120))
+    kind, method = METHODS["sdft"]
+    short = preset("sdft_paper", template=TEMPLATES["sdft"], max_teacher_prompt_length=10)
+    with pytest.raises(ContextError, match="max_teacher_prompt_length=10"):
+        dry_run(examples(kind), TOKENIZER, short, CONFIG)
+    assert method.max_teacher_prompt_length is None
+
+
+def test_reward_functions_are_needed_loaded_and_called() -> None:
+    with pytest.raises(ArgumentError, match="reward functions must be given"):
+        run("rl", reward_functions=[])
+    with pytest.raises(ArgumentError, match="has no function 'exakt'"):
+        run("rl", reward_functions=["sdcore.world.data:exakt"])
+    with pytest.raises(RewardError, match="raised KeyError"):
+        run("rl", reward_functions=[lambda *, completion, **columns: columns["no such column"]])
+    assert run("rl", reward_functions=[exact]).previews[0].reward == 0.0
+
+
+def test_a_model_that_does_not_say_its_sizes_has_no_prediction() -> None:
+    kind, method = METHODS["sdft"]
+    config = AutoConfig.from_pretrained(CHECKPOINT)
+    config.kv_lora_rank = 8  # multi-head latent attention
+    found = dry_run(examples(kind), TOKENIZER, method, config)
+    assert found.memory is None
+    assert "no prediction of memory" in printed(found)
+
+
+def test_long_texts_are_shown_in_part(tmp_path: Path) -> None:
+    row = {"prompt": "luma a b c d e", "privileged_context": " ".join(["H a3"] * 800), "answer": "a3"}
+    (tmp_path / "long.jsonl").write_text(json.dumps(row))
+    found = dry_run(read_examples(tmp_path / "long.jsonl"), TOKENIZER, METHODS["sdft"][1], CONFIG)
+    assert len(parts(found.previews[0])["c_ext"][2]) > 3900
+    assert "[…]" in printed(found)
+    assert "long.jsonl:1" in printed(found)

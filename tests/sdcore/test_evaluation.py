@@ -1,0 +1,134 @@
+"""Evaluation by sampling: the same draws each time, whoever does the work, and means that say what they mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from sdcore.data import read_examples
+from sdcore.errors import ArgumentError
+from sdcore.evaluation import evaluate, stop_ids
+from sdcore.rollouts.samplers import SampledCompletion
+from sdcore.world.data import exact, rows
+from tests.sdcore.trainer_runs import one_thread, tokenizer, world_model
+
+__all__ = ["one_thread"]  # a fixture, for every test here
+
+QUESTIONS = read_examples(rows("rl", task="pi", count=11, seed=0))
+
+
+class Scripted:
+    """Answers 1, 0, 1, 0, ... as text, and says what it was asked."""
+
+    def __init__(self) -> None:
+        self.seeds: list[int] = []
+
+    def sample(self, model: Any, prompts: Sequence[Any], *, num_completions: int, seed: int, **options: Any) -> Any:
+        self.seeds.append(seed)
+        ids = torch.tensor([7, 3])
+        one = SampledCompletion(ids, torch.zeros(2), True)
+        cut = SampledCompletion(ids[:1], torch.zeros(1), False)
+        return [[one if i % 2 == 0 else cut for i in range(num_completions)] for _ in prompts]
+
+
+def by_turn() -> Any:
+    turn = -1
+
+    def reward(**columns: Any) -> float:
+        nonlocal turn
+        turn += 1
+        return (1.0, 0.0, 0.0, 0.0, 1.0, 1.0)[turn % 6]
+
+    return reward
+
+
+def test_the_means_are_over_questions_and_the_error_is_theirs() -> None:
+    found = evaluate(
+        world_model(), tokenizer(), QUESTIONS[:3], [by_turn()], num_generations=2, sampler=Scripted(), batch_size=2
+    ).metrics
+    means = [0.5, 0.0, 1.0]
+    assert found["reward_mean"] == pytest.approx(0.5)
+    assert found["reward_stderr"] == pytest.approx(torch.tensor(means).std().item() / math.sqrt(3))
+    assert found["success_rate"] == pytest.approx(0.5)
+    assert found["pass_any"] == pytest.approx(2 / 3)
+    assert found["mean_length"] == 1.5
+    assert found["clipped_ratio"] == 0.5
+    assert found["questions"] == 3
+
+
+def test_the_same_questions_get_the_same_answers_and_random_states_stay() -> None:
+    model, before = world_model().train(), torch.get_rng_state()
+    first = evaluate(model, tokenizer(), QUESTIONS, [exact], num_generations=2, max_completion_length=8)
+    torch.rand(5)
+    second = evaluate(model, tokenizer(), QUESTIONS, [exact], num_generations=2, max_completion_length=8)
+    assert [[r.text for r in g.rollouts] for g in first.groups] == [[r.text for r in g.rollouts] for g in second.groups]
+    assert first.metrics == second.metrics
+    assert model.training
+    torch.set_rng_state(before)
+    # A task that the model knows.
+    assert first.metrics["reward_mean"] > 0.8
+
+
+def test_another_seed_draws_other_answers() -> None:
+    unknown = read_examples(rows("rl", task="luma", count=5, seed=0))
+    found = [
+        evaluate(world_model(), tokenizer(), unknown, max_completion_length=8, seed=seed).groups for seed in (0, 0, 1)
+    ]
+    texts = [[group.rollouts[0].text for group in groups] for groups in found]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_how_many_processes_share_the_work_does_not_matter() -> None:
+    options: dict[str, Any] = {"num_generations": 2, "max_completion_length": 8, "batch_size": 4}
+    model, tok = world_model(), tokenizer()
+    alone = evaluate(model, tok, QUESTIONS, [exact], **options)
+    parts: list[Any] = []
+
+    def keep(found: list[Any]) -> list[Any]:
+        parts.extend(found)
+        return list(parts)
+
+    for rank in (1, 0):  # whichever is done first
+        shared = evaluate(model, tok, QUESTIONS, [exact], rank=rank, world_size=2, gather=keep, **options)
+    assert shared.metrics == alone.metrics
+    assert [g.example.source for g in shared.groups] == [g.example.source for g in alone.groups]
+    assert [g.rollouts[1].text for g in shared.groups] == [g.rollouts[1].text for g in alone.groups]
+
+
+def test_each_batch_has_a_seed_of_its_own() -> None:
+    sampler = Scripted()
+    evaluate(world_model(), tokenizer(), QUESTIONS, [exact], sampler=sampler, batch_size=3)
+    assert len(sampler.seeds) == len(set(sampler.seeds)) == 4
+
+
+def test_completions_that_cannot_be_judged_are_left_out_and_counted() -> None:
+    def odd(*, prompt: Any, completion: str, answer: str, **columns: Any) -> float:
+        return math.nan if answer == QUESTIONS[0].columns["answer"] else 1.0
+
+    found = evaluate(world_model(), tokenizer(), QUESTIONS[:4], [odd], sampler=Scripted(), on_error="drop").metrics
+    assert found["dropped"] == 1
+    assert found["reward_mean"] == 1.0
+
+
+def test_without_reward_functions_there_are_samples_and_no_reward() -> None:
+    result = evaluate(world_model(), tokenizer(), QUESTIONS[:2], sampler=Scripted())
+    assert "reward_mean" not in result.metrics
+    assert len(result.groups) == 2
+
+
+def test_a_completion_ends_with_the_models_ends_too() -> None:
+    model, tok = world_model(), tokenizer()
+    assert stop_ids(model, tok) == [tok.eos_token_id]
+    model.generation_config.eos_token_id = [50, tok.eos_token_id]
+    assert stop_ids(model, tok) == sorted({50, tok.eos_token_id})
+
+
+def test_options_are_refused_by_name() -> None:
+    with pytest.raises(ArgumentError, match="examples must have at least one"):
+        evaluate(world_model(), tokenizer(), [])
+    with pytest.raises(ArgumentError, match="batch_size and num_generations must be at least 1, got 0 and 1"):
+        evaluate(world_model(), tokenizer(), QUESTIONS, batch_size=0)

@@ -1,0 +1,184 @@
+"""The predicted memory against what a step really keeps alive, and what it says of sizes nobody can allocate here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from sdcore.config import SelfDistillationConfig
+from sdcore.errors import ArgumentError
+from sdcore.memory import PARTS, Load, Parameters, Setting, compare, count_parameters, memory_table, predict
+from sdcore.prefix import plan
+from sdcore.presets import preset
+from sdcore.step import distill_step
+from sdkernels.live_bytes import LiveBytes
+
+SMALL = LlamaConfig(
+    vocab_size=3000,
+    hidden_size=96,
+    intermediate_size=256,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    tie_word_embeddings=False,
+)
+LOAD = Load(prompt_tokens=96, context_tokens=48, completion_tokens=32, completions=4, prompts=2)
+# An 8B model, by its sizes: nothing of this size is ever allocated.
+LARGE = Qwen3Config(
+    vocab_size=151_936,
+    hidden_size=4096,
+    intermediate_size=12_288,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    tie_word_embeddings=False,
+    dtype="bfloat16",
+)
+LARGE_LOAD = Load(prompt_tokens=1024, context_tokens=512, completion_tokens=512, completions=8)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Faster than two for matrices this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def measured_step(strategy: Any) -> int:
+    """Live bytes at the peak of a step beyond the weights, with gradients."""
+    model = AutoModelForCausalLM.from_config(SMALL).float()
+    model.train()
+    prompts = [torch.randint(3000, (LOAD.prompt_tokens,)) for _ in range(LOAD.prompts)]
+    teachers = [torch.cat([prompt, torch.randint(3000, (LOAD.context_tokens,))]) for prompt in prompts]
+    completions = [[torch.randint(3000, (LOAD.completion_tokens,)) for _ in range(LOAD.completions)] for _ in prompts]
+    made = plan(prompts, completions, teachers)
+    distill_step(model, made, strategy=strategy, verify="off")  # first use: what is made once
+    model.zero_grad()
+    with LiveBytes() as probe:
+        distill_step(model, made, strategy=strategy, verify="off")
+    return probe.peak_bytes
+
+
+@pytest.mark.parametrize("strategy", ["packed", "naive"])
+def test_the_prediction_is_near_what_a_step_keeps_alive(strategy: Any) -> None:
+    predicted = predict(SMALL, LOAD, Setting(strategy=strategy))
+    beyond_weights = predicted.update - predicted.resident
+    assert 0.9 <= beyond_weights / measured_step(strategy) <= 1.4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whole_logits_are_what_plain_pytorch_holds(dtype: torch.dtype) -> None:
+    rows, vocab, hidden = 128, 2000, 8
+    student, teacher = torch.randn(rows, hidden, dtype=dtype, requires_grad=True), torch.randn(rows, hidden).to(dtype)
+    weight = torch.randn(vocab, hidden, dtype=dtype)
+    with LiveBytes() as probe:
+        ours, theirs = (torch.nn.functional.linear(side, weight) for side in (student, teacher))
+        logp, logq = (logits.float().log_softmax(-1) for logits in (ours, theirs))
+        loss = torch.nn.functional.kl_div(logq, logp, reduction="none", log_target=True).sum(-1).mean()
+        loss.backward()
+    config = LlamaConfig(vocab_size=vocab, hidden_size=hidden, num_attention_heads=2, dtype=dtype)
+    load = Load(prompt_tokens=1, context_tokens=0, completion_tokens=rows)
+    predicted = predict(config, load, Setting(fused=False), parameters=Parameters(0, 0, 0))
+    assert predicted.parts["logits"] == pytest.approx(probe.peak_bytes, rel=0.02)
+    assert predict(config, load, Setting(), parameters=Parameters(0, 0, 0)).parts["logits"] == 0
+
+
+def test_parameters_are_those_of_the_model_whatever_is_tied() -> None:
+    for tied in (False, True):
+        config = LlamaConfig(**SMALL.to_dict() | {"tie_word_embeddings": tied})
+        model = AutoModelForCausalLM.from_config(config)
+        counted = count_parameters(config)
+        assert counted.all == sum(p.numel() for p in model.parameters())
+        assert counted.head == 3000 * 96
+
+
+def test_an_8b_model_is_predicted_without_its_weights() -> None:
+    table = compare(LARGE, LARGE_LOAD, Setting(teacher="ema"))
+    best = table["fused, shared"]
+    gib = {name: size / 2**30 for name, size in best.parts.items()}
+    assert gib["weights"] == pytest.approx(8.19e9 * 2 / 2**30, rel=0.01)
+    assert gib["teacher weights"] == gib["gradients"] == gib["weights"]
+    assert gib["optimizer"] == 2 * gib["weights"]
+    assert gib["logits"] == 0
+    # 4,096 rows of 151,936 logits: two in bfloat16 and six in float32.
+    assert table["plain, shared"].parts["logits"] == 4096 * 151_936 * 28
+    assert best.parts["workspace"] < 3 << 30
+    # 8 prompts of 1,024 tokens become one: of 12,280 tokens 5,112 are left.
+    shared, naive = (table[f"fused, {kind}"].parts["activations"] for kind in ("shared", "naive"))
+    assert shared / naive == pytest.approx(5112 / 12_280, rel=0.02)
+    assert table["plain, naive"].total > table["plain, shared"].total > best.total
+
+
+def test_what_is_not_there_costs_nothing() -> None:
+    live, ema = (predict(LARGE, LARGE_LOAD, Setting(teacher=teacher)) for teacher in ("live", "ema"))
+    assert live.parts["teacher weights"] == 0
+    assert ema.update - live.update >= live.parts["weights"]
+    lora = predict(LARGE, LARGE_LOAD, Setting(teacher="frozen", lora_rank=16))
+    assert lora.parts["teacher weights"] == 0  # the adapter is switched off
+    assert lora.parts["gradients"] < live.parts["gradients"] / 100
+    assert lora.parts["optimizer"] == 2 * lora.parts["gradients"]
+    checkpointed = predict(LARGE, LARGE_LOAD, Setting(checkpointing=True))
+    assert checkpointed.parts["activations"] < live.parts["activations"] / 5
+    micro = predict(LARGE, LARGE_LOAD, Setting(strategy="two_phase", micro_batch=1))
+    assert micro.parts["activations"] < live.parts["activations"]
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_a_run_s_arguments_are_its_setting() -> None:
+    args = SelfDistillationConfig(output_dir="unused", micro_batch=2, gradient_checkpointing=True, use_cpu=True)
+    found = Setting.of_run(args, preset("sdpo"), lora_rank=4)
+    assert found == Setting(
+        teacher="ema", strategy="two_phase", micro_batch=2, checkpointing=True, lora_rank=4, dtype="float32"
+    )
+    plain = SelfDistillationConfig(output_dir="unused", strategy="naive", model_dtype="auto", use_cpu=True)
+    assert Setting.of_run(plain, preset("grpo")) == Setting(strategy="naive")
+
+
+def test_memory_grows_with_prompts_and_not_with_the_dtype_of_another_model() -> None:
+    one, two = (predict(LARGE, replace(LARGE_LOAD, prompts=prompts)) for prompts in (1, 2))
+    assert two.parts["activations"] == 2 * one.parts["activations"]
+    assert two.parts["weights"] == one.parts["weights"]
+    wide = predict(LARGE, LARGE_LOAD, Setting(dtype="float32"))
+    assert wide.parts["weights"] == 2 * one.parts["weights"]
+
+
+def test_sampling_counts_where_it_needs_more_than_the_update() -> None:
+    many = Load(prompt_tokens=30_000, context_tokens=0, completion_tokens=1, completions=64)
+    predicted = predict(LARGE, many, Setting(lora_rank=1, checkpointing=True))
+    assert predicted.total == predicted.resident + predicted.sampling > predicted.update
+
+
+def test_the_table_names_every_part_and_its_sum() -> None:
+    console = Console(record=True, width=120, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(memory_table(compare(LARGE, LARGE_LOAD)))
+    shown = console.export_text()
+    for word in (*PARTS, "peak", "fused, shared", "plain, naive"):
+        assert word in shown
+    assert "GiB" in shown
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: replace(LOAD, completions=0), "completions must be at least 1, got 0"),
+        (lambda: replace(LOAD, context_tokens=-1), "context_tokens must be at least 0, got -1"),
+        (lambda: Setting(strategy="fast"), "strategy must be one of packed, .*got 'fast'"),  # type: ignore[arg-type]
+        (lambda: Setting(dtype="int8"), "dtype must be the name of one of torch's float dtypes, got 'int8'"),
+        (lambda: Setting(teacher="emma"), "teacher must be one of live, .*got 'emma'"),  # type: ignore[arg-type]
+        (lambda: Setting(lora_rank=0), "lora_rank must be at least 1, or None, got 0"),
+        (lambda: Setting(workspace_mb=0), "workspace_mb must be positive, got 0"),
+    ],
+)
+def test_sizes_without_meaning_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        make()

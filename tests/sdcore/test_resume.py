@@ -1,0 +1,190 @@
+"""A run that was killed and resumed gives the same numbers, to the last digit, as one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from sdcore.checkpoints import CheckpointError, to_resume, whole
+from sdcore.presets.methods import GRPO, Method
+from sdcore.world.data import fraction, with_feedback
+from tests.sdcore.trainer_runs import SDFT_METHOD, SDPO_METHOD, lines, losses, one_thread, trainer
+
+__all__ = ["one_thread"]  # a fixture, for every test here
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 6
+# Name → method, kind of data, reward functions, and other arguments.
+CASES: dict[str, tuple[Method, str, list[Any], dict[str, Any]]] = {
+    # Three epochs of two steps, so the order of the data is resumed within a later one.
+    "sdft": (SDFT_METHOD, "sdft", [], {"count": 8}),
+    "sdpo accumulated": (SDPO_METHOD, "sdpo", [with_feedback], {"count": 20, "gradient_accumulation_steps": 2}),
+    # Checkpoints are written after 4 and 8 steps, between two uses of the same completions.
+    "grpo reused": (GRPO(num_generations=4), "rl", [fraction], {"count": 8, "num_iterations": 3}),
+}
+
+
+class Killed(RuntimeError):
+    pass
+
+
+class Kill(TrainerCallback):
+    """In the middle of a step, or outright."""
+
+    def __init__(self, step: int, *, outright: bool = False) -> None:
+        self.step, self.outright = step, outright
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            if self.outright:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise Killed
+
+
+def run(case: str, output: Path, *, resume: bool = False, callbacks: Any = None, **changes: Any) -> Any:
+    method, kind, rewards, options = CASES[case]
+    made = trainer(
+        output,
+        method=method,
+        kind=kind,  # type: ignore[arg-type]
+        reward_funcs=rewards,
+        callbacks=callbacks,
+        **({"max_steps": STEPS, "save_strategy": "steps", "save_steps": 4} | options | changes),
+    )
+    # What the process did before must not matter.
+    torch.manual_seed(torch.seed())
+    made.train(resume_from_checkpoint=resume)
+    return made
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_that_was_killed_and_resumed_gives_the_same_losses_to_the_last_digit(case: str, tmp_path: Path) -> None:
+    whole_run = run(case, tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(case, tmp_path / "killed", callbacks=[Kill(5)])
+    assert losses(tmp_path / "killed")[-1][0] == 5
+    resumed = run(case, tmp_path / "killed", resume=True)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert len({loss for _, loss in losses(tmp_path / "whole")}) == STEPS
+    for name, weight in whole_run.model.state_dict().items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+    assert lines(tmp_path / "killed", "samples.jsonl") == lines(tmp_path / "whole", "samples.jsonl")
+    last = [lines(tmp_path / name)[-1] for name in ("whole", "killed")]
+    assert last[0]["samples"] == last[1]["samples"] > 0
+    assert last[0]["tokens"] == last[1]["tokens"] > 0
+
+
+def test_a_run_killed_by_sigkill_resumes_in_another_process(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from tests.sdcore.test_resume import Kill, run; import torch\n"
+        "torch.set_num_threads(1); torch.use_deterministic_algorithms(True)\n"
+        "run('sdpo accumulated', Path(sys.argv[1]), callbacks=[Kill(5, outright=True)])"
+    )
+    search = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "killed")],
+        env=os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    run("sdpo accumulated", tmp_path / "whole")
+    run("sdpo accumulated", tmp_path / "killed", resume=True)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_the_teachers_state_is_saved_as_safetensors_and_restored(tmp_path: Path) -> None:
+    made = run("sdft", tmp_path, max_steps=4)
+    saved = load_file(tmp_path / "checkpoint-4" / "teacher" / "teacher.safetensors")
+    student = made.model.state_dict()
+    assert any(not torch.equal(saved[name], student[name]) for name in saved if name in student)
+    again = run("sdft", tmp_path, resume=True, max_steps=4)  # nothing left to do
+    assert again.state.global_step == 4
+    for name, kept in again.teacher._kept.items():
+        assert torch.equal(kept.value, saved[name]), name
+
+
+def test_a_torn_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    run("sdft", tmp_path, save_steps=2)
+    torn = tmp_path / "checkpoint-6"
+    (torn / "trainer_state.json").write_text('{"global_step": 6, "ep')  # killed while it was written
+    assert not whole(torn)
+    assert to_resume(tmp_path, True) == tmp_path / "checkpoint-4"
+    before = losses(tmp_path)
+    run("sdft", tmp_path, resume=True, save_steps=2)
+    assert losses(tmp_path) == before
+    assert whole(torn)
+
+
+def test_resuming_without_a_whole_checkpoint_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="none there"):
+        run("sdft", tmp_path, resume=True)
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(CheckpointError, match="only torn ones"):
+        run("sdft", tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="lacks trainer_state"):
+        to_resume(tmp_path, tmp_path / "checkpoint-3")
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """No file can grow beyond so many bytes: what writing to a full disk is like, for every library."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class FullDisk(TrainerCallback):
+    def __init__(self, step: int, size: int) -> None:
+        self.step, self.size = step, size
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, hard))
+
+
+# Where it is the model's file that cannot be written, where the optimizer's, and where our own.
+@pytest.mark.parametrize("size", [100_000, 900_000])
+def test_a_full_disk_at_a_checkpoint_is_a_clear_error_and_the_previous_one_is_usable(size: int, tmp_path: Path) -> None:
+    run("sdft", tmp_path / "whole", save_steps=2)
+    with files_of_at_most(-1), pytest.raises(CheckpointError, match=r"could not write .*checkpoint-4.*checkpoint-2"):
+        run("sdft", tmp_path / "full", save_steps=2, save_total_limit=1, callbacks=[FullDisk(4, size)])
+    assert not (tmp_path / "full" / "checkpoint-4").exists()
+    run("sdft", tmp_path / "full", resume=True, save_steps=2)
+    assert losses(tmp_path / "full") == losses(tmp_path / "whole")
+
+
+def test_other_errors_while_saving_keep_their_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bad(*args: object) -> None:
+        raise RuntimeError("a bug")
+
+    made = trainer(tmp_path, save_strategy="steps", save_steps=1)
+    monkeypatch.setattr(made.teacher, "save", bad)
+    with pytest.raises(RuntimeError, match="a bug") as caught:
+        made.train()
+    assert not isinstance(caught.value, CheckpointError)
+
+
+def test_rollouts_in_use_can_only_be_resumed_with_the_same_batches(tmp_path: Path) -> None:
+    run("grpo reused", tmp_path, max_steps=4)
+    state = json.loads((tmp_path / "checkpoint-4" / "sdcore.json").read_text())
+    assert state["num_iterations"] == 3
+    with pytest.raises(CheckpointError, match="num_iterations=3"):
+        run("grpo reused", tmp_path, resume=True, num_iterations=5)
