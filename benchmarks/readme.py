@@ -1,11 +1,11 @@
-"""The two blocks of results in the project's README, made from the newest committed JSON of every device."""
+"""The three blocks of results in the project's README, made from the newest committed JSON of every device."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from benchmarks import prefix
+from benchmarks import prefix, step
 from benchmarks.report import RESULTS, load, newest_results
 from benchmarks.shapes import FULL_VOCABULARY
 from benchmarks.tables import accuracy_table, describe, memory_selection, memory_table, ratio_table
@@ -13,8 +13,11 @@ from benchmarks.tables import accuracy_table, describe, memory_selection, memory
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 PREFIX_BEGIN, PREFIX_END = "<!-- prefix results -->", "<!-- /prefix results -->"
+STEP_BEGIN, STEP_END = "<!-- step results -->", "<!-- /step results -->"
 NOTHING = "No results are committed yet; `make bench` measures this machine."
 NO_PREFIX = "No results are committed yet; `python -m benchmarks.prefix` measures this machine."
+
+NO_STEP = "No results are committed yet; `python -m benchmarks.step` measures this machine."
 
 
 def block(results: Path = RESULTS, root: Path = README.parent) -> str:
@@ -52,6 +55,17 @@ def prefix_block(results: Path = RESULTS, root: Path = README.parent) -> str:
     return "\n\n".join(parts) or NO_PREFIX
 
 
+def step_block(results: Path = RESULTS, root: Path = README.parent) -> str:
+    """What belongs between the markers of the step's update phase."""
+    parts = []
+    for path in list({path.parent: path for path in sorted(results.glob("*/step/*.json"))}.values()):
+        report = step.load(path)
+        place = Path(os.path.relpath(path, root)).as_posix().removesuffix(".json")
+        parts.append(f"Measured on {describe(report.general)}. [All numbers]({place}.json), [tables]({place}.md).")
+        parts += [step.describe_models(report), step.overview(report).markdown()]
+    return "\n\n".join(parts) or NO_STEP
+
+
 def with_block(text: str, results: Path = RESULTS, root: Path = README.parent) -> str:
     """`text` with the block between its markers made anew; raises ValueError where a marker is missing."""
     return _between(text, BEGIN, END, block(results, root))
@@ -60,6 +74,11 @@ def with_block(text: str, results: Path = RESULTS, root: Path = README.parent) -
 def with_prefix_block(text: str, results: Path = RESULTS, root: Path = README.parent) -> str:
     """`with_block` for the other pair of markers."""
     return _between(text, PREFIX_BEGIN, PREFIX_END, prefix_block(results, root))
+
+
+def with_step_block(text: str, results: Path = RESULTS, root: Path = README.parent) -> str:
+    """`with_block` for the third pair of markers."""
+    return _between(text, STEP_BEGIN, STEP_END, step_block(results, root))
 
 
 def _between(text: str, begin: str, end: str, content: str) -> str:
@@ -71,7 +90,7 @@ def _between(text: str, begin: str, end: str, content: str) -> str:
 
 
 def update(readme: Path = README) -> None:
-    readme.write_text(with_prefix_block(with_block(readme.read_text())))
+    readme.write_text(with_step_block(with_prefix_block(with_block(readme.read_text()))))
 
 
 __all__ = [
@@ -79,12 +98,17 @@ __all__ = [
     "END",
     "NOTHING",
     "NO_PREFIX",
+    "NO_STEP",
     "PREFIX_BEGIN",
     "PREFIX_END",
     "README",
+    "STEP_BEGIN",
+    "STEP_END",
     "block",
     "prefix_block",
+    "step_block",
     "update",
     "with_block",
     "with_prefix_block",
+    "with_step_block",
 ]

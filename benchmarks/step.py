@@ -136,7 +136,7 @@ def case_table(case: StepCase, rows: Sequence[StepRow]) -> Table:
         table.add(
             row.contender,
             f"{row.median * 1e3:.0f} ms" if row.median >= 0.1 else f"{row.median * 1e3:.1f} ms",
-            "" if math.isnan(row.spread) else f"{row.spread:.0%}",
+            "–" if math.isnan(row.spread) else f"{row.spread:.0%}",
             str(len(row.seconds)),
             _ratio(base.median / row.median if base else math.nan, "×"),
             "–" if row.live_bytes is None else f"{row.live_bytes / MIB:.0f}",
@@ -146,7 +146,22 @@ def case_table(case: StepCase, rows: Sequence[StepRow]) -> Table:
         )
     gradients = max((row.gradient_bytes for row in rows), default=0)
     table.notes.append(f"The parameters' gradients are {gradients / MIB:.0f} MiB of every peak.")
+    table.notes += _best(rows)
     return table
+
+
+def _best(rows: Sequence[StepRow]) -> list[str]:
+    """TRL's batch is neither its fastest setting nor its smallest: what is left against the best of each."""
+    theirs, ours = ([row for row in rows if row.ours == mine and not row.reason] for mine in (False, True))
+    if not theirs or not ours:
+        return []
+    fast, fastest = (min(some, key=lambda row: row.median) for some in (theirs, ours))
+    small, smallest = (min(some, key=lambda row: row.live_bytes or math.inf) for some in (theirs, ours))
+    notes = [f"The fastest of ours, {fastest.contender}: {fast.median / fastest.median:.2f}× {fast.contender}'s speed."]
+    share = _memory_share(smallest, small)
+    if not math.isnan(share):
+        notes.append(f"The smallest of ours, {smallest.contender}: {share:.2f} of {small.contender}'s peak.")
+    return notes
 
 
 def _ratio(value: float, unit: str = "") -> str:

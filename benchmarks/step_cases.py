@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -167,10 +168,14 @@ def contenders(case: StepCase) -> list[StepContender]:
         StepContender("two_phase 2, EMA", _ours("two_phase", 2, live=False)),
         StepContender("two_phase 1, live", _ours("two_phase", 1, live=True)),
         StepContender("two_phase 1, EMA", _ours("two_phase", 1, live=False)),
+        StepContender("packed, live, checkpointing", _ours("packed", None, live=True, checkpointing=True)),
+        StepContender("two_phase 1, EMA, checkpointing", _ours("two_phase", 1, live=False, checkpointing=True)),
     ]
 
 
-def _ours(strategy: Any, micro_batch: int | None, *, live: bool) -> Callable[[StepSetup], Step]:
+def _ours(
+    strategy: Any, micro_batch: int | None, *, live: bool, checkpointing: bool = False
+) -> Callable[[StepSetup], Step]:
     def build(setup: StepSetup) -> Step:
         method = SDPO(alpha=ALPHA, topk=setup.case.topk, importance_clip=None)
         loss, planned = method.build_loss(), setup.plan()
@@ -178,9 +183,10 @@ def _ours(strategy: Any, micro_batch: int | None, *, live: bool) -> Callable[[St
 
         def step() -> Outcome:
             setup.model.zero_grad()
-            out = distill_step(
-                setup.model, planned, loss=loss, teacher=teacher, strategy=strategy, micro_batch=micro_batch
-            )
+            with training(setup.model, checkpointing=checkpointing):
+                out = distill_step(
+                    setup.model, planned, loss=loss, teacher=teacher, strategy=strategy, micro_batch=micro_batch
+                )
             return Outcome(out.loss, _gradients(setup.model))
 
         return step
@@ -201,23 +207,31 @@ def _trl(micro_batch: int, *, checkpointing: bool = False) -> Callable[[StepSetu
 
         def step() -> Outcome:
             setup.model.zero_grad()
-            setup.model.train()
-            if checkpointing:
-                setup.model.activation_checkpointing_enable({"use_reentrant": False})
-            try:
-                total = torch.zeros((), device=setup.device)
+            total = torch.zeros((), device=setup.device)
+            with training(setup.model, checkpointing=checkpointing):
                 for part in parts:
                     loss = trainer.compute_loss(setup.model, part)
                     loss.backward()
                     total += loss.detach()
-            finally:
-                setup.model.activation_checkpointing_disable()
-                setup.model.eval()
             return Outcome(total, _gradients(setup.model))
 
         return step
 
     return build
+
+
+@contextmanager
+def training(model: Any, *, checkpointing: bool) -> Iterator[None]:
+    """The model as a trainer has it, for the time of the block."""
+    model.train()
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        if checkpointing:
+            model.activation_checkpointing_disable()
+        model.eval()
 
 
 def make_trainer(setup: StepSetup) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import report
+from benchmarks import readme, report
 from benchmarks.prefix_cases import Outcome, Step
 from benchmarks.step import (
     StepReport,
@@ -179,6 +179,20 @@ def test_time_and_memory_are_relative_to_trls_batch() -> None:
     assert shown.rows[-1] == ["TRL, seconds and MiB", "6.00", "0"]
 
 
+def test_what_is_left_against_trls_best_settings_is_said() -> None:
+    rows = [
+        _row("TRL", 6.0, ours=False, live_bytes=1000),
+        _row("TRL, small", 8.0, ours=False, live_bytes=100),
+        _row("TRL, fast", 4.0, ours=False, live_bytes=900),
+        _row("packed", 2.0, ours=True, live_bytes=400),
+        _row("two_phase", 3.0, ours=True, live_bytes=50),
+    ]
+    assert case_table(TINY, rows).notes[-2:] == [
+        "The fastest of ours, packed: 2.00× TRL, fast's speed.",
+        "The smallest of ours, two_phase: 0.50 of TRL, small's peak.",
+    ]
+
+
 def test_a_run_on_a_cpu_covers_what_was_promised() -> None:
     found = cases("cpu")
     assert {(case.prompt, case.completion, case.completions) for case in found} == {(1024, 128, 8)}
@@ -201,3 +215,9 @@ def test_the_other_suites_do_not_take_these_files_for_theirs(quick_json: Path, t
     folder.mkdir(parents=True)
     (folder / "2026-01-02.json").write_text(quick_json.read_text())
     assert report.newest_results(tmp_path) == []
+
+
+def test_the_readme_shows_the_newest_committed_results_of_the_step() -> None:
+    text = readme.README.read_text()
+    assert text == readme.with_step_block(text), "run `python -m benchmarks --readme`"
+    assert readme.NO_STEP not in text

@@ -25,8 +25,8 @@ from ..prefix import plan
 from ..step import distill_step, imitate_step
 from ..world.episodes import Episode
 from ..world.language import LETTERS
-from .experiment import BATCH, GAP, Cost, Exam, TeacherKind, Teaching, base, teaching, total_length, train
-from .records import Arm, Column, Panel, Point, Results, Study, Verdict, compare, final, matched, needed, sparing
+from .experiment import BATCH, Cost, Exam, TeacherKind, Teaching, base, teaching, total_length, train
+from .records import Arm, Column, Panel, Point, Results, Study, Verdict, compare, final, matched, sparing
 
 LEVEL = 0.9  # of the new task, without the instruction
 
@@ -122,12 +122,6 @@ def judge(results: Results) -> list[Verdict]:
         say(
             "The teacher's distributions keep more than its answers alone, at matched accuracy",
             *("forward-teacher", "imitation", kept),
-        ),
-        say(
-            "Distributions need fewer samples than answers alone",
-            *("imitation", "forward-teacher", needed("new", LEVEL)),
-            digits=0,
-            resolution=GAP,
         ),
         say("Reverse KL keeps more than forward KL at matched accuracy", "reverse", "forward", kept),
         say("A frozen teacher keeps more than a live one after equal steps", "reverse", "live", final("kept")),

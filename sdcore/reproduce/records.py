@@ -238,7 +238,10 @@ def compare(
     sign = f"difference {effect.mean:+.{digits}f} ± {effect.error:.{digits}f}, {abs(effect.mean) / effect.error:.1f} SE"
     seeds = "" if effect.found == effect.of else f", in the {effect.found} of {effect.of} seeds that have both"
     beyond = f", more than {margin:g} claimed" if margin else ""
-    return Verdict(outcome, f"{statement}: {shown} ({sign}{beyond}{seeds}).")
+    rates = [next(iter(results.records[name].values())).job.learning_rate for name in (first, second)]
+    # Speed at unequal rates is the choice's doing as much as the method's, so it is said.
+    unequal = f", at rates {rates[0]:g} and {rates[1]:g}" if rates[0] != rates[1] else ""
+    return Verdict(outcome, f"{statement}: {shown} ({sign}{beyond}{seeds}{unequal}).")
 
 
 def first_at(points: Sequence[Point], name: str, level: float) -> Point | None:

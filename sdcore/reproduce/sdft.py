@@ -153,7 +153,14 @@ def judge(results: Results) -> list[Verdict]:
         verdicts += [
             say(f"SDFT ({name}) keeps more in-context ability than SFT at matched accuracy", arm, "sft", in_context),
             say(f"SDFT ({name}) keeps more of the prior tasks than SFT at matched accuracy", arm, "sft", prior),
-            say(f"SDFT ({name}) needs fewer samples than SFT", "sft", arm, known, digits=0, resolution=GAP),
+            say(
+                f"SDFT ({name}) needs fewer samples than SFT, each at the rate that keeps most",
+                "sft",
+                arm,
+                known,
+                digits=0,
+                resolution=GAP,
+            ),
             say(f"SDFT ({name}) keeps more than the native-style oracle at matched accuracy", arm, "oracle", kept),
         ]
     return [

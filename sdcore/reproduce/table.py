@@ -236,7 +236,8 @@ def plot(finding: Finding, path: Path) -> None:
         if panel.log_y:
             axes.set_yscale("log")
         if panel.log_x:
-            axes.set_xscale("log")
+            # Linear up to the first checkpoint, so that the start is in the picture.
+            axes.set_xscale("symlog", linthresh=next((place for place in xs if place > 0), 1.0))
         if panel.x == "tasks":
             axes.set_xticks(xs)
         axes.grid(alpha=0.3)

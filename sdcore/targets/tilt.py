@@ -17,8 +17,9 @@ from the student's own samples and from others' (off-policy):
 | `mean_reward`   | β · mean of r, the own one included       | tilted by β(1 - 1/G), not p*   | not p*           |
 
 The gradient of the first two is the policy gradient with the mean of the others as its baseline. Without samples of the
-reference, `reference_lme` weights the group's own with p_ref/π. So does self-normalised importance weighting
-(`self_normalized_weights`, an estimate of the forward KL): with a group of 8 its fixed point is not p*.
+reference, `reference_lme` weights the group's own with p_ref/π. Self-normalised weights (`self_normalized_weights`, an
+estimate of the forward KL) have p* as their fixed point on the student's own samples, corrected by p_ref/π, since there
+all weights are equal; on a group of 8 of p_ref's samples they do not.
 
 What differs from the obvious: rewards are never standardised here, since β then would mean nothing.
 
@@ -209,8 +210,8 @@ def self_normalized_weights(
 ) -> Tensor:
     """(S,) weights of the forward KL to p*, softmax over each group of `β r` plus `log_ratios`.
 
-    Samples are those of p_ref, or `log_ratios` (S,) is log p_ref - log π of theirs. Minimising Σ weight · -log π(y) is
-    biased at any group size: with 8, in an enumerable example, the result is 0.1 nats off p*.
+    Samples are those of p_ref, or `log_ratios` (S,) is log p_ref - log π of theirs. On samples of p_ref, minimising
+    Σ weight · -log π(y) is biased at any group size: with 8, in an enumerable example, the result is 0.1 nats off p*.
     """
     tilted = inv_temperature * rewards + (0.0 if log_ratios is None else log_ratios.detach())
     return torch.cat([one.softmax(0) for one in tilted.split(list(sizes))])
