@@ -240,6 +240,10 @@ def run(arm: SdpoArm, settings: Settings, learning_rate: float, seed: int) -> li
     )
 
 
+# Of the arm that needs most: with `GAP`, how well a number of tokens can be known.
+TOKENS_PER_SAMPLE = 52
+
+
 def judge(results: Results) -> list[Verdict]:
     say = partial(compare, results)
     kept, samples = matched("kept", "new", LEVEL), needed("new", LEVEL)
@@ -248,7 +252,14 @@ def judge(results: Results) -> list[Verdict]:
     return [
         sooner("SDPO needs fewer samples than GRPO on the share of right pairs", "grpo", "ema", samples),
         sooner("SDPO needs fewer samples than GRPO on right answers only", "grpo-exact", "ema", samples),
-        sooner("SDPO needs fewer tokens than GRPO on the share of right pairs", "grpo", "ema", _tokens),
+        say(
+            "SDPO needs fewer thousand tokens than GRPO on the share of right pairs",
+            "grpo",
+            "ema",
+            _tokens,
+            digits=0,
+            resolution=GAP * TOKENS_PER_SAMPLE / 1000,
+        ),
         sooner("SDPO needs fewer samples than a policy gradient on each pair", "each-pair", "ema", samples),
         sooner("SDPO needs fewer samples than cross-entropy on corrected attempts", "correction", "ema", samples),
         sooner("SDPO needs fewer samples than GRPO with one correction in the feedback", "grpo", "one", samples),
