@@ -112,4 +112,5 @@ def train(
         if eval_data is not None:
             measured = trainer.evaluate()
             screen.print(f"eval: reward {measured.get('eval_reward_mean', float('nan')):.4f}")
+        trainer.accelerator.end_training()  # of several processes, none ends under the others' feet
         screen.print(f"model: {args.output_dir}   next: sdcore eval, sdcore report {args.output_dir}")

@@ -94,6 +94,12 @@ def main(kind: str, output: Path) -> None:
         run(case, output / case, **changes)
     run("sdft", output / "evaluated", eval_strategy="steps", eval_steps=3, reward_funcs=[fraction], **changes)
     resumed(output, **changes)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    # All is written. Now and then the interpreter's shutdown beside torch's threads aborts a process ("terminate called
+    # without an active exception"), which is no matter of these tests.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 @pytest.fixture(scope="module")

@@ -237,7 +237,7 @@ def test_without_completions_there_are_no_rows_but_a_graph() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("name", sorted(CONFIGS.keys() - HYBRIDS))
 def test_low_precision_is_as_near_to_float64_as_one_by_one(name: str, dtype: torch.dtype) -> None:
     trees = random_plan(6, vocab=VOCAB).student
     body = body_of(name)
