@@ -16,7 +16,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.prefix import EQUAL, compare
+from benchmarks.passes import compare
+from benchmarks.prefix import EQUAL
 from benchmarks.prefix_cases import Case, Contender, Outcome, Setup, cases, contenders, make_setup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,7 +14,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.prefix import compare
+from benchmarks.passes import compare
 from benchmarks.prefix_cases import Outcome
 from benchmarks.step import tolerance
 from benchmarks.step_cases import StepCase, StepContender, StepSetup, cases, contenders, make_setup

@@ -13,20 +13,29 @@ The times mean something on a machine that does nothing else.
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from rich.console import Console
 
-from benchmarks.measure import MemoryRow, SpeedRow, _summary, _take_turns, watch_memory
-from benchmarks.oracle import _relative_error
+from benchmarks.command import parser
+from benchmarks.passes import (
+    PassReport,
+    PassRow,
+    check_and_time,
+    compare,
+    memory_share,
+    milliseconds,
+    publish,
+    run_cases,
+)
+from benchmarks.passes import load as load_rows
 from benchmarks.prefix_cases import (
     MODELS,
     STEP,
@@ -36,11 +45,12 @@ from benchmarks.prefix_cases import (
     Contender,
     Outcome,
     Setup,
+    Step,
     cases,
     contenders,
     make_setup,
 )
-from benchmarks.report import RESULTS, Report, _rounded, describe_machine
+from benchmarks.report import RESULTS, Report, describe_machine
 from benchmarks.tables import MIB, Table, describe, format_error
 
 # What counts as equal to naive, relative to the norm of the states and of all gradients.
@@ -51,71 +61,32 @@ REFERENCES = ("naive batch", "naive loop")
 
 
 @dataclass(kw_only=True)
-class PrefixRow(SpeedRow):
-    """A contender in a case; `errors` stays empty, the two errors of a pass are fields of their own."""
+class PrefixRow(PassRow):
+    """`group` is a Case."""
 
-    group: Any  # a Case
     allowed: float = math.nan  # the speed-up over naive that the FLOPs allow
     values_error: float = math.nan  # of the states, or of the loss
-    gradient_error: float = math.nan
-    live_bytes: int | None = None  # the peak of one pass beyond its inputs, gradients included
-    resident_bytes: int | None = None
-    gradient_bytes: int = 0
 
 
-@dataclass(kw_only=True)
-class PrefixReport:
-    machine: dict[str, Any]
-    rows: list[PrefixRow] = field(default_factory=list)
-
-    @property
-    def general(self) -> Report:
-        """What names a machine, in the other suite's words."""
-        return Report(machine=self.machine)
-
-    def by_case(self) -> dict[Case, list[PrefixRow]]:
-        found: dict[Case, list[PrefixRow]] = {}
-        for row in self.rows:
-            found.setdefault(row.group, []).append(row)
-        return found
+PrefixReport: TypeAlias = PassReport[PrefixRow]
 
 
 def measure_case(setup: Setup, chosen: Sequence[Contender], *, seconds_per_row: float) -> list[PrefixRow]:
     """Check against the first that runs, then time all; repetitions come to `seconds_per_row`, or the least number."""
-    rows = []
-    steps: list[tuple[Any, Any]] = []
-    exact: Outcome | None = None
-    for contender in chosen:
-        row = PrefixRow(
-            group=setup.case,
-            contender=contender.name,
-            allowed=setup.allowed_speedup(contender),
-            reason=_left_out(setup, contender),
-        )
-        rows.append(row)
-        if row.reason is not None:
-            continue
-        usage = MemoryRow(group=row.group, contender=row.contender)
-        try:
-            step = contender.build(setup)
-            with watch_memory(usage, setup.device, compiled=False):
-                outcome = step()
-        except Exception as error:
-            row.reason = _summary(error)
-            continue
-        row.live_bytes, row.resident_bytes = usage.live_bytes, usage.resident_bytes
-        row.gradient_bytes = sum(gradient.nbytes for gradient in outcome.gradients.values())
-        if exact is None:
-            exact = outcome
-        else:
-            row.values_error, row.gradient_error = compare(outcome, exact)
-            row.reason = _difference(row)
-        del outcome
-        if row.reason is None:
-            steps.append((row, step))
-    exact = None
-    if steps:
-        _take_turns(steps, setup.device, seconds_per_row)
+    rows: list[PrefixRow] = []
+
+    def candidates() -> Iterator[tuple[PrefixRow, Callable[[], Step]]]:
+        for contender in chosen:
+            row = PrefixRow(
+                group=setup.case,
+                contender=contender.name,
+                allowed=setup.allowed_speedup(contender),
+                reason=_left_out(setup, contender),
+            )
+            rows.append(row)
+            yield row, partial(contender.build, setup)
+
+    check_and_time(candidates(), _judge, setup.device, seconds_per_row=seconds_per_row)
     return rows
 
 
@@ -140,22 +111,9 @@ def _free_bytes(device: torch.device) -> float:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), math.inf)
 
 
-def compare(outcome: Outcome, exact: Outcome) -> tuple[float, float]:
-    """Relative errors of the states (or the loss), and of all gradients together; NaN for a pass without any."""
-    values = _relative_error(outcome.values, exact.values)
-    if not exact.gradients:
-        return values, math.nan
-    if outcome.gradients.keys() != exact.gradients.keys():
-        return values, math.inf
-    norms = [
-        (
-            torch.linalg.vector_norm(outcome.gradients[name] - gradient, dtype=torch.float64).item(),
-            torch.linalg.vector_norm(gradient, dtype=torch.float64).item(),
-        )
-        for name, gradient in exact.gradients.items()
-    ]
-    error = math.hypot(*(wrong for wrong, _ in norms)) / math.hypot(*(size for _, size in norms))
-    return values, math.inf if math.isnan(error) else error
+def _judge(row: PrefixRow, outcome: Outcome, exact: Outcome) -> str | None:
+    row.values_error, row.gradient_error = compare(outcome, exact)
+    return _difference(row)
 
 
 def _difference(row: PrefixRow) -> str | None:
@@ -179,10 +137,7 @@ def speedup(row: PrefixRow, rows: Sequence[PrefixRow]) -> float:
 
 
 def _memory_share(row: PrefixRow, rows: Sequence[PrefixRow]) -> float:
-    base = reference(rows)
-    if base is None or not base.live_bytes or row.live_bytes is None:
-        return math.nan
-    return row.live_bytes / base.live_bytes
+    return memory_share(row, reference(rows))
 
 
 def case_table(case: Case, rows: Sequence[PrefixRow]) -> Table:
@@ -199,7 +154,7 @@ def case_table(case: Case, rows: Sequence[PrefixRow]) -> Table:
         errors = [format_error(e) for e in (row.values_error, row.gradient_error) if not math.isnan(e)]
         cells = (
             row.contender,
-            f"{row.median * 1e3:.0f} ms" if row.median >= 0.1 else f"{row.median * 1e3:.1f} ms",
+            milliseconds(row),
             "" if math.isnan(row.spread) else f"{row.spread:.0%}",
             str(len(row.seconds)),
             f"{gained:.2f}×",
@@ -268,24 +223,8 @@ def markdown(report: PrefixReport) -> str:
     return "\n\n".join([*head, *(table.markdown() for table in tables)]) + "\n"
 
 
-def save(report: PrefixReport, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(_rounded(asdict(row))) for row in report.rows)
-    path.write_text(f'{{\n"machine": {json.dumps(report.machine)},\n"rows": [\n{lines}\n]\n}}\n')
-
-
 def load(path: Path) -> PrefixReport:
-    stored = json.loads(path.read_text())
-    report = PrefixReport(machine=stored["machine"])
-    for entry in stored["rows"]:
-        entry |= {name: math.nan for name in ("allowed", "values_error", "gradient_error") if entry[name] is None}
-        report.rows.append(PrefixRow(**entry | {"group": Case(**entry["group"])}))
-    return report
-
-
-def newest_results(results: Path = RESULTS) -> list[Path]:
-    """The newest file of every device."""
-    return list({path.parent: path for path in sorted(results.glob("*/prefix/*.json"))}.values())
+    return load_rows(path, PrefixRow, Case)
 
 
 def save_plot(report: PrefixReport, path: Path) -> None:
@@ -324,23 +263,6 @@ def save_plot(report: PrefixReport, path: Path) -> None:
     plt.close(figure)
 
 
-def run(device: str, *, quick: bool, everything: bool, seconds: float, console: Console, partial: Path) -> None:
-    """Saved to `partial` after every case: the grid takes an hour, and an interruption need not lose it."""
-    report = PrefixReport(machine=describe_machine(device))
-    planned = cases(device, quick=quick, everything=everything)
-    for number, case in enumerate(planned, start=1):
-        began = time.perf_counter()
-        rows = measure_case(make_setup(case, device), contenders(case), seconds_per_row=0.0 if quick else seconds)
-        report.rows += rows
-        timed = sum(not row.reason for row in rows)
-        console.print(
-            f"[{number}/{len(planned)}] {case.work}, {case}: {timed} of {len(rows)} rows timed, "
-            f"{time.perf_counter() - began:.0f} s"
-        )
-        save(report, partial)
-        gc.collect()
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     if options.threads:
@@ -350,38 +272,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     machine = Report(machine=describe_machine(options.device))
     folder = RESULTS / machine.device / "prefix" / ("grid" if options.everything else "")
     path = options.output or folder / f"{machine.machine['date']}.json"
-    run(
-        options.device,
-        quick=options.quick,
-        everything=options.everything,
-        seconds=options.seconds,
+    seconds = 0.0 if options.quick else options.seconds
+    run_cases(
+        cases(options.device, quick=options.quick, everything=options.everything),
+        lambda case: measure_case(make_setup(case, options.device), contenders(case), seconds_per_row=seconds),
+        machine=machine.machine,
+        title=lambda case: f"{case.work}, {case}",
         console=console,
-        partial=path,
+        path=path,
     )
     report = load(path)  # every table shows the numbers that are on disk
-    path.with_suffix(".md").write_text(markdown(report))
-    save_plot(report, path.with_suffix(".png"))
-    terminal = Console()
-    if not terminal.is_terminal:
-        terminal = Console(width=160)
-    for table in [*(case_table(case, rows) for case, rows in report.by_case().items()), *reversed(overviews(report))]:
-        table.print(terminal)
-    written = (str(path.with_suffix(suffix)) for suffix in (".json", ".md", ".png"))
-    console.print(f"{time.perf_counter() - started:.0f} s; wrote {', '.join(written)}")
+    publish(
+        path,
+        markdown=markdown(report),
+        save_plot=partial(save_plot, report),
+        tables=[*(case_table(case, rows) for case, rows in report.by_case().items()), *reversed(overviews(report))],
+        started=started,
+        console=console,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.prefix", description=__doc__.partition("\n")[0])
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device)
-    parser.add_argument("--quick", action="store_true", help="a tiny model: does it all work?")
-    parser.add_argument(
-        "--everything", action="store_true", help="the grid of sizes: an hour on a CPU, with --seconds 0"
+    made = parser(
+        prog="python -m benchmarks.prefix",
+        description=__doc__.partition("\n")[0],
+        quick="a tiny model",
+        seconds=3.0,
+        output="results/<device>/prefix/<date>.json",
     )
-    parser.add_argument("--seconds", type=float, default=3.0, help="time to spend on repeating each row (default 3)")
-    parser.add_argument("--threads", type=int, help="threads of torch; default: torch's own choice")
-    parser.add_argument("--output", type=Path, help="JSON to write; default: results/<device>/prefix/<date>.json")
-    return parser
+    made.add_argument("--everything", action="store_true", help="the grid of sizes: an hour on a CPU, with --seconds 0")
+    return made
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def block(results: Path = RESULTS, root: Path = README.parent) -> str:
 def prefix_block(results: Path = RESULTS, root: Path = README.parent) -> str:
     """What belongs between the markers of the shared-prefix scheme."""
     parts = []
-    for path in prefix.newest_results(results):
+    for path in newest_results(results, "prefix"):
         report = prefix.load(path)
         place = Path(os.path.relpath(path, root)).as_posix().removesuffix(".json")
         parts.append(f"Measured on {describe(report.general)}. [All numbers]({place}.json), [tables]({place}.md).")
@@ -58,7 +58,7 @@ def prefix_block(results: Path = RESULTS, root: Path = README.parent) -> str:
 def step_block(results: Path = RESULTS, root: Path = README.parent) -> str:
     """What belongs between the markers of the step's update phase."""
     parts = []
-    for path in list({path.parent: path for path in sorted(results.glob("*/step/*.json"))}.values()):
+    for path in newest_results(results, "step"):
         report = step.load(path)
         place = Path(os.path.relpath(path, root)).as_posix().removesuffix(".json")
         parts.append(f"Measured on {describe(report.general)}. [All numbers]({place}.json), [tables]({place}.md).")

@@ -126,9 +126,12 @@ def _with_errors(entry: dict[str, Any]) -> dict[str, Any]:
     return entry | {"errors": errors}
 
 
-def newest_results(results: Path = RESULTS) -> list[Path]:
-    """The newest file of every device; file names are dates. Empty where nothing is committed yet."""
-    newest = {path.parent: path for path in sorted(results.glob("*/*.json"))}
+def newest_results(results: Path = RESULTS, suite: str = "") -> list[Path]:
+    """The newest file of every device; file names are dates. Empty where nothing is committed yet.
+
+    `suite` is the folder of a suite that is not the divergences'.
+    """
+    newest = {path.parent: path for path in sorted(results.glob(f"*/{suite}/*.json" if suite else "*/*.json"))}
     return list(newest.values())
 
 

@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import readme
+from benchmarks.command import parser, print_tables
 from benchmarks.measure import attempt, measure_accuracy, measure_group, measure_memory
 from benchmarks.oracle import solve
 from benchmarks.peers import (
@@ -80,25 +81,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = load(path)  # every table shows the numbers that are on disk
     path.with_suffix(".md").write_text(markdown(report))
     written = [path, path.with_suffix(".md"), *_plots(report, path)]
-    terminal = Console()
-    if not terminal.is_terminal:
-        terminal = Console(width=160)
-    for table in reversed(report_tables(report)):  # what matters most ends next to the prompt
-        table.print(terminal)
+    print_tables(reversed(report_tables(report)))  # what matters most ends next to the prompt
     console.print(f"{time.perf_counter() - started:.0f} s; wrote {', '.join(map(str, written))}")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device)
-    parser.add_argument("--quick", action="store_true", help="one tiny shape, nothing compiled: does it all work?")
-    parser.add_argument("--everything", action="store_true", help="every divergence and dtype at every shape")
-    parser.add_argument("--seconds", type=float, default=3.0, help="time to spend on repeating each row (default 3)")
-    parser.add_argument("--threads", type=int, help="threads of torch; default: torch's own choice")
-    parser.add_argument("--output", type=Path, help="JSON to write; default: benchmarks/results/<device>/<date>.json")
-    parser.add_argument("--readme", action="store_true", help="only renew the results in README.md, measure nothing")
-    return parser
+    made = parser(
+        prog="python -m benchmarks",
+        description=__doc__.partition("\n")[0],
+        quick="one tiny shape, nothing compiled",
+        seconds=3.0,
+        output="benchmarks/results/<device>/<date>.json",
+    )
+    made.add_argument("--everything", action="store_true", help="every divergence and dtype at every shape")
+    made.add_argument("--readme", action="store_true", help="only renew the results in README.md, measure nothing")
+    return made
 
 
 def run(device: str, *, quick: bool, everything: bool, seconds: float, console: Console) -> Report:

@@ -10,23 +10,31 @@ on a machine that does nothing else.
 
 from __future__ import annotations
 
-import argparse
-import gc
-import json
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from rich.console import Console
 
-from benchmarks.measure import MemoryRow, SpeedRow, _summary, _take_turns, watch_memory
-from benchmarks.prefix import compare
-from benchmarks.prefix_cases import MODELS, Outcome
-from benchmarks.report import RESULTS, Report, _rounded, describe_machine
+from benchmarks.command import parser
+from benchmarks.passes import (
+    PassReport,
+    PassRow,
+    check_and_time,
+    compare,
+    memory_share,
+    milliseconds,
+    publish,
+    run_cases,
+)
+from benchmarks.passes import load as load_rows
+from benchmarks.prefix_cases import MODELS, Outcome, Step
+from benchmarks.report import RESULTS, Report, describe_machine
 from benchmarks.step_cases import StepCase, StepContender, StepSetup, cases, contenders, make_setup
 from benchmarks.tables import MIB, Table, describe, format_error
 
@@ -38,66 +46,38 @@ EQUAL_TOPK = {"fp32": (1e-3, 0.02), "bf16": (0.1, 0.1)}
 
 
 @dataclass(kw_only=True)
-class StepRow(SpeedRow):
-    """A contender in a case; `errors` stays empty, the two errors of a step are fields of their own."""
+class StepRow(PassRow):
+    """`group` is a StepCase."""
 
-    group: Any  # a StepCase
     ours: bool
     loss_error: float = math.nan
-    gradient_error: float = math.nan
-    live_bytes: int | None = None  # the peak of one step beyond weights and inputs, gradients included
-    resident_bytes: int | None = None
-    gradient_bytes: int = 0
 
 
-@dataclass(kw_only=True)
-class StepReport:
-    machine: dict[str, Any]
-    rows: list[StepRow] = field(default_factory=list)
-
-    @property
-    def general(self) -> Report:
-        """What names a machine, in the other suites' words."""
-        return Report(machine=self.machine)
-
-    def by_case(self) -> dict[StepCase, list[StepRow]]:
-        found: dict[StepCase, list[StepRow]] = {}
-        for row in self.rows:
-            found.setdefault(row.group, []).append(row)
-        return found
+StepReport: TypeAlias = PassReport[StepRow]
 
 
 def measure_case(setup: StepSetup, chosen: Sequence[StepContender], *, seconds_per_row: float) -> list[StepRow]:
     """Check against the first that runs, then time all; repetitions come to `seconds_per_row`, or the least number."""
-    rows = []
-    steps: list[tuple[Any, Any]] = []
-    exact: Outcome | None = None
-    for contender in chosen:
-        row = StepRow(group=setup.case, contender=contender.name, ours=contender.ours)
-        rows.append(row)
-        usage = MemoryRow(group=row.group, contender=row.contender)
-        try:
-            step = contender.build(setup)
-            setup.model.zero_grad()
-            with watch_memory(usage, setup.device, compiled=False):
-                outcome = step()
-        except Exception as error:
-            row.reason = _summary(error)
-            continue
-        row.live_bytes, row.resident_bytes = usage.live_bytes, usage.resident_bytes
-        row.gradient_bytes = sum(gradient.nbytes for gradient in outcome.gradients.values())
-        if exact is None:
-            exact = outcome
-        else:
-            row.loss_error, row.gradient_error = compare(outcome, exact)
-            row.reason = _difference(row)
-        del outcome
-        if row.reason is None:
-            steps.append((row, step))
-    exact = None
-    if steps:
-        _take_turns(steps, setup.device, seconds_per_row)
+    rows: list[StepRow] = []
+
+    def candidates() -> Iterator[tuple[StepRow, Callable[[], Step]]]:
+        for contender in chosen:
+            rows.append(StepRow(group=setup.case, contender=contender.name, ours=contender.ours))
+            yield rows[-1], partial(_built, contender, setup)
+
+    check_and_time(candidates(), _judge, setup.device, seconds_per_row=seconds_per_row)
     return rows
+
+
+def _built(contender: StepContender, setup: StepSetup) -> Step:
+    step = contender.build(setup)
+    setup.model.zero_grad()
+    return step
+
+
+def _judge(row: StepRow, outcome: Outcome, exact: Outcome) -> str | None:
+    row.loss_error, row.gradient_error = compare(outcome, exact)
+    return _difference(row)
 
 
 def tolerance(case: StepCase) -> tuple[float, float]:
@@ -135,12 +115,12 @@ def case_table(case: StepCase, rows: Sequence[StepRow]) -> Table:
         errors = [format_error(e) for e in (row.loss_error, row.gradient_error) if not math.isnan(e)]
         table.add(
             row.contender,
-            f"{row.median * 1e3:.0f} ms" if row.median >= 0.1 else f"{row.median * 1e3:.1f} ms",
+            milliseconds(row),
             "–" if math.isnan(row.spread) else f"{row.spread:.0%}",
             str(len(row.seconds)),
             _ratio(base.median / row.median if base else math.nan, "×"),
             "–" if row.live_bytes is None else f"{row.live_bytes / MIB:.0f}",
-            _ratio(_memory_share(row, base)),
+            _ratio(memory_share(row, base)),
             "–" if row.resident_bytes is None else f"{row.resident_bytes / MIB:.0f}",
             " / ".join(errors),
         )
@@ -158,7 +138,7 @@ def _best(rows: Sequence[StepRow]) -> list[str]:
     fast, fastest = (min(some, key=lambda row: row.median) for some in (theirs, ours))
     small, smallest = (min(some, key=lambda row: row.live_bytes or math.inf) for some in (theirs, ours))
     notes = [f"The fastest of ours, {fastest.contender}: {fast.median / fastest.median:.2f}× {fast.contender}'s speed."]
-    share = _memory_share(smallest, small)
+    share = memory_share(smallest, small)
     if not math.isnan(share):
         notes.append(f"The smallest of ours, {smallest.contender}: {share:.2f} of {small.contender}'s peak.")
     return notes
@@ -166,12 +146,6 @@ def _best(rows: Sequence[StepRow]) -> list[str]:
 
 def _ratio(value: float, unit: str = "") -> str:
     return "–" if math.isnan(value) else f"{value:.2f}{unit}"
-
-
-def _memory_share(row: StepRow, base: StepRow | None) -> float:
-    if base is None or not base.live_bytes or row.live_bytes is None:
-        return math.nan
-    return row.live_bytes / base.live_bytes
 
 
 def overview(report: StepReport) -> Table:
@@ -186,7 +160,7 @@ def overview(report: StepReport) -> Table:
             row = next((row for row in rows if row.contender == contender and not row.reason), None)
             base = reference(rows)
             cells.append(_ratio(base.median / row.median) if row and base else "–")
-            cells.append(_ratio(_memory_share(row, base)) if row else "–")
+            cells.append(_ratio(memory_share(row, base)) if row else "–")
         if any(row.ours for row in report.rows if row.contender == contender):
             table.ours.add(len(table.rows))
         table.add(contender, *cells)
@@ -215,19 +189,8 @@ def markdown(report: StepReport) -> str:
     return "\n\n".join([*head, *(table.markdown() for table in tables)]) + "\n"
 
 
-def save(report: StepReport, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(_rounded(asdict(row))) for row in report.rows)
-    path.write_text(f'{{\n"machine": {json.dumps(report.machine)},\n"rows": [\n{lines}\n]\n}}\n')
-
-
 def load(path: Path) -> StepReport:
-    stored = json.loads(path.read_text())
-    report = StepReport(machine=stored["machine"])
-    for entry in stored["rows"]:
-        entry |= {name: math.nan for name in ("loss_error", "gradient_error") if entry[name] is None}
-        report.rows.append(StepRow(**entry | {"group": StepCase(**entry["group"])}))
-    return report
+    return load_rows(path, StepRow, StepCase)
 
 
 def save_plot(report: StepReport, path: Path) -> None:
@@ -258,52 +221,38 @@ def save_plot(report: StepReport, path: Path) -> None:
     plt.close(figure)
 
 
-def run(device: str, *, quick: bool, seconds: float, console: Console, partial: Path) -> None:
-    """Saved to `partial` after every case, so that an interruption does not lose it."""
-    report = StepReport(machine=describe_machine(device))
-    planned = cases(device, quick=quick)
-    for number, case in enumerate(planned, start=1):
-        began = time.perf_counter()
-        rows = measure_case(make_setup(case, device), contenders(case), seconds_per_row=0.0 if quick else seconds)
-        report.rows += rows
-        timed = sum(not row.reason for row in rows)
-        console.print(
-            f"[{number}/{len(planned)}] {case}: {timed} of {len(rows)} rows timed, {time.perf_counter() - began:.0f} s"
-        )
-        save(report, partial)
-        gc.collect()
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = _parser().parse_args(arguments)
+    options = parser(
+        prog="python -m benchmarks.step",
+        description=__doc__.partition("\n")[0],
+        quick="a tiny model",
+        seconds=20.0,
+        output="results/<device>/step/<date>.json",
+    ).parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     console = Console(stderr=True)
     started = time.perf_counter()
     machine = Report(machine=describe_machine(options.device))
     path = options.output or RESULTS / machine.device / "step" / f"{machine.machine['date']}.json"
-    run(options.device, quick=options.quick, seconds=options.seconds, console=console, partial=path)
+    seconds = 0.0 if options.quick else options.seconds
+    run_cases(
+        cases(options.device, quick=options.quick),
+        lambda case: measure_case(make_setup(case, options.device), contenders(case), seconds_per_row=seconds),
+        machine=machine.machine,
+        title=str,
+        console=console,
+        path=path,
+    )
     report = load(path)  # every table shows the numbers that are on disk
-    path.with_suffix(".md").write_text(markdown(report))
-    save_plot(report, path.with_suffix(".png"))
-    terminal = Console()
-    if not terminal.is_terminal:
-        terminal = Console(width=160)
-    for table in [*(case_table(case, rows) for case, rows in report.by_case().items()), overview(report)]:
-        table.print(terminal)
-    written = (str(path.with_suffix(suffix)) for suffix in (".json", ".md", ".png"))
-    console.print(f"{time.perf_counter() - started:.0f} s; wrote {', '.join(written)}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.partition("\n")[0])
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device)
-    parser.add_argument("--quick", action="store_true", help="a tiny model: does it all work?")
-    parser.add_argument("--seconds", type=float, default=20.0, help="time for each row, two or three runs at least")
-    parser.add_argument("--threads", type=int, help="torch's threads; by default one per core")
-    parser.add_argument("--output", type=Path, help="the JSON file; .md and .png are put beside it")
-    return parser
+    publish(
+        path,
+        markdown=markdown(report),
+        save_plot=partial(save_plot, report),
+        tables=[*(case_table(case, rows) for case, rows in report.by_case().items()), overview(report)],
+        started=started,
+        console=console,
+    )
 
 
 if __name__ == "__main__":

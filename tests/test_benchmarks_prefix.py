@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from benchmarks import prefix, readme, report
-from benchmarks.prefix import PrefixRow, case_table, load, main, markdown, measure_case, overview, save
+from benchmarks.passes import save
+from benchmarks.prefix import PrefixRow, case_table, load, main, markdown, measure_case, overview
 from benchmarks.prefix_cases import (
     MODELS,
     STEP,

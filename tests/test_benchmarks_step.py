@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import readme, report
+from benchmarks.passes import save
 from benchmarks.prefix_cases import Outcome, Step
 from benchmarks.step import (
     StepReport,
@@ -21,7 +22,6 @@ from benchmarks.step import (
     markdown,
     measure_case,
     overview,
-    save,
     tolerance,
 )
 from benchmarks.step_cases import (

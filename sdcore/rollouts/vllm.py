@@ -82,19 +82,11 @@ class VLLMServer:
         del model, pad_token_id
         common = {
             "model": self.model,
-            "n": num_completions,
-            "max_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_p": 1.0 if top_p is None else top_p,
-            "top_k": -1 if top_k is None else top_k,
-            "stop_token_ids": list(eos_token_id),
-            "logprobs": 0,  # of the sampled token alone
             "return_token_ids": True,
             "skip_special_tokens": False,
+            **_asked(num_completions, max_new_tokens, temperature, top_p, top_k, eos_token_id),
         }
-        requests = [
-            common | {"prompt": prompt.tolist(), "seed": seed_of(seed, i) % 2**31} for i, prompt in enumerate(prompts)
-        ]
+        requests = [common | {"prompt": prompt.tolist(), "seed": _seed(seed, i)} for i, prompt in enumerate(prompts)]
         ends = frozenset(eos_token_id)
         with ThreadPoolExecutor(max(1, min(self.concurrent, len(requests)))) as pool:
             answers = list(pool.map(lambda request: self._post("/v1/completions", request), requests))
@@ -184,19 +176,8 @@ class VLLMColocated:
     ) -> list[list[SampledCompletion]]:
         """All prompts at once; the engine batches them."""
         del model, pad_token_id
-        asked = [
-            self._vllm.SamplingParams(
-                n=num_completions,
-                max_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=1.0 if top_p is None else top_p,
-                top_k=-1 if top_k is None else top_k,
-                stop_token_ids=list(eos_token_id),
-                logprobs=0,
-                seed=seed_of(seed, i) % 2**31,
-            )
-            for i in range(len(prompts))
-        ]
+        common = _asked(num_completions, max_new_tokens, temperature, top_p, top_k, eos_token_id)
+        asked = [self._vllm.SamplingParams(**common, seed=_seed(seed, i)) for i in range(len(prompts))]
         given = [{"prompt_token_ids": prompt.tolist()} for prompt in prompts]
         ends = frozenset(eos_token_id)
         return [
@@ -225,6 +206,31 @@ class VLLMColocated:
             ) from error
         engine.load_weights(whole_state(model).items())
         self.engine.reset_prefix_cache()
+
+
+def _asked(
+    num_completions: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float | None,
+    top_k: int | None,
+    eos_token_id: Sequence[int],
+) -> dict[str, Any]:
+    """In vLLM's words, the same for a request and for its `SamplingParams`."""
+    return {
+        "n": num_completions,
+        "max_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": 1.0 if top_p is None else top_p,
+        "top_k": -1 if top_k is None else top_k,
+        "stop_token_ids": list(eos_token_id),
+        "logprobs": 0,  # of the sampled token alone
+    }
+
+
+def _seed(seed: int, prompt: int) -> int:
+    """Of a prompt's request; vLLM takes 31 bits."""
+    return seed_of(seed, prompt) % 2**31
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
