@@ -60,7 +60,7 @@ def distill_step(
     micro_batch: int | None = None,
     strategy: Strategy = "auto",
     verify: Verify = "once",
-    backward: Backward = Tensor.backward,
+    backward: Backward | None = Tensor.backward,
     normalizer: float | None = None,
     policy: PolicyTerm | None = None,
     tilt: TokenTilt | None = None,
@@ -76,7 +76,8 @@ def distill_step(
         old_logprobs: (N,) the sampler's log-probabilities, for a loss with an `importance_clip`.
         micro_batch: completions in flight at a time (strategy "two_phase"): bounds the memory. None: all, if they fit.
         strategy, verify: as in `sdcore.prefix.run`.
-        backward: called with a scalar for each part of the step, such as `accelerator.backward`.
+        backward: called with a scalar for each part of the step, such as `accelerator.backward`. None: the loss comes
+            back in the graph, for a trainer that goes backward itself; then all completions are in flight at a time.
         normalizer: what the weighted sum is divided by; None: the sum of the weights, which makes it their mean. See
             `losses.token_weights` for steps that are accumulated or spread over ranks.
         policy: a policy gradient in the same pass; its `distillation_weight` is the divergence's share of the loss.
@@ -84,9 +85,9 @@ def distill_step(
         tilt: makes the sampled tokens more or less likely under the teacher, by their advantages. For a `loss` of
             `alpha` 0 or 1 over the full vocabulary, without clips.
 
-    Accumulates gradients of the weighted mean. The model's own output layer is never called on completion
-    tokens. Raises `ArgumentError` and `PlanError` for arguments that do not fit, and `UnsupportedModelError` for models
-    that cannot be treated exactly, before any pass.
+    Accumulates gradients of the weighted mean. The model's own output layer is never called on completion tokens.
+    Raises `ArgumentError` and `PlanError` for arguments that do not fit, and `UnsupportedModelError` for models that
+    cannot be treated exactly, before any pass.
     """
     weights = checked_weights(plan, token_weights)
     old_logprobs = checked_rows("old_logprobs", plan, old_logprobs)
@@ -108,7 +109,15 @@ def distill_step(
         trust_share=teacher.share if isinstance(teacher, TrustRegion) else None,
         tilt=tilt,
     )
-    passed = passes(model, plan, teacher=teacher, strategy=strategy, micro_batch=micro_batch, verify=verify)
+    passed = passes(
+        model,
+        plan,
+        teacher=teacher,
+        strategy=strategy,
+        micro_batch=micro_batch,
+        verify=verify,
+        whole=backward is None,
+    )
     total, seen = run_parts(
         model, plan, passed, divergence=divergence, term=policy, term_share=1 - share, backward=backward
     )

@@ -38,9 +38,9 @@ MEANS = {
 
 
 class StepOutput(NamedTuple):
-    """What a step reports; the gradients are already in the parameters' `.grad`."""
+    """What a step reports; with a `backward`, the gradients are already in the parameters' `.grad`."""
 
-    loss: Tensor  # () detached: what was minimised
+    loss: Tensor  # () what was minimised: detached, or in the graph where the step was given no `backward`
     metrics: dict[str, Tensor]  # () each, detached, not yet copied to the host
     report: Report
     rows: dict[str, Tensor]  # (N,) each, detached, 0 where a row has no weight: per_token, student_entropy, ...
@@ -90,9 +90,9 @@ def run_parts(
     divergence: Divergence | None = None,
     term: Term | None = None,
     term_share: float = 1.0,
-    backward: Backward,
+    backward: Backward | None,
 ) -> tuple[Tensor, Seen]:
-    """Loss and gradients of all parts: the loss () detached, and the row values."""
+    """Loss and gradients of all parts: the loss () detached, or in the graph without `backward`, and the row values."""
     body, seen, total = find_body(model), Seen(plan), torch.zeros((), device=plan.device)
     with closing(passed.parts):
         for part in passed.parts:
@@ -109,6 +109,9 @@ def run_parts(
                     values |= {"student_logprobs": sampled.logprobs, "student_entropy": sampled.entropy}
                 seen.add(sampled.rows, values)
             whole = sum(losses[1:], start=losses[0])
+            if backward is None:  # `passes(whole=True)` has one part
+                total = whole
+                continue
             total = total + whole.detach()
             with part.no_sync():
                 backward(part.attach(whole))

@@ -81,7 +81,7 @@ def policy_gradient_step(
     micro_batch: int | None = None,
     strategy: Strategy = "auto",
     verify: Verify = "once",
-    backward: Backward = Tensor.backward,
+    backward: Backward | None = Tensor.backward,
 ) -> StepOutput:
     """Make more likely what was better than its group: the clipped policy gradient, with an anchor if it has one.
 
@@ -123,6 +123,7 @@ def policy_gradient_step(
         strategy=strategy,
         micro_batch=micro_batch,
         verify=verify,
+        whole=backward is None,
     )
     loss, seen = run_parts(model, plan, passed, divergence=divergence, term=policy, backward=backward)
     if divergence is None:

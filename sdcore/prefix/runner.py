@@ -97,16 +97,9 @@ def run(
     is for `passes`. `verify`: "once" compares a strategy with naive when a kind of model first uses it, "always" on
     every plan, "off" never; see `checks`. Raises `PlanError` for ids, lengths or devices that do not fit the model.
     """
-    if strategy == "two_phase":
-        raise ArgumentError(
-            "strategy must not be 'two_phase', which goes backward as it goes forward: use distill_step"
-        )
     if isinstance(teacher, TrustRegion):
         raise ArgumentError("teacher must be one set of weights, got TrustRegion: run both, or use distill_step")
-    body = find_body(model)
-    if torch.is_grad_enabled() and (reason := _dropout_in_backward(body)):
-        raise UnsupportedModelError(reason)
-    parts, report = _passes(body, plan, teacher, strategy, None, verify, whole=True)
+    parts, report = passes(model, plan, teacher=teacher, strategy=strategy, verify=verify, whole=True)
     (part,) = parts
     return PrefixOutput(part.student_hidden, part.teachers[0].hidden if part.teachers else None, report)
 
@@ -119,21 +112,20 @@ def passes(
     strategy: Strategy = "auto",
     micro_batch: int | None = None,
     verify: Verify = "once",
+    whole: bool = False,
 ) -> Passes:
-    """Both passes in parts; `micro_batch` completions at a time asks for `two_phase`. Raises what `run` raises."""
-    return _passes(find_body(model), plan, teacher, strategy, micro_batch, verify, whole=False)
+    """Both passes in parts; `micro_batch` completions at a time asks for `two_phase`. Raises what `run` raises.
 
-
-def _passes(
-    body: Body,
-    plan: Plan,
-    teacher: Teacher | TrustRegion | None,
-    strategy: Strategy,
-    micro_batch: int | None,
-    verify: Verify,
-    *,
-    whole: bool,  # all rows in one part
-) -> Passes:
+    `whole`: all rows in one part, whose graph may go backward at any later time.
+    """
+    body = find_body(model)
+    if whole and (strategy == "two_phase" or micro_batch is not None):
+        raise ArgumentError(
+            "strategy must not be 'two_phase', nor micro_batch be set, where the states outlive the call: it goes "
+            "backward as it goes forward. Use distill_step with a backward"
+        )
+    if whole and torch.is_grad_enabled() and (reason := _dropout_in_backward(body)):
+        raise UnsupportedModelError(reason)
     if strategy not in get_args(Strategy):
         raise ArgumentError(f"strategy must be one of {', '.join(map(repr, get_args(Strategy)))}, got {strategy!r}")
     if verify not in get_args(Verify):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 
 from sdcore.errors import ArgumentError, PlanError
-from sdcore.losses import FusedLinearDivergence
+from sdcore.losses import FusedLinearDivergence, PolicyTerm
 from sdcore.prefix import Plan, plan
-from sdcore.step import StepOutput, distill_step, imitate_step
+from sdcore.step import StepOutput, distill_step, imitate_step, policy_gradient_step
 from sdcore.teachers import Frozen, Live, Teacher, TrustRegion
 from sdkernels import TopK
 from tests.sdcore.prefix.models import COMMON, build, double_precision, tiny
@@ -32,6 +32,11 @@ HOW: list[Any] = [
     pytest.param("two_phase", 2, id="two_phase-2"),
 ]
 Step = Callable[[PreTrainedModel], StepOutput]
+
+
+def policy_gradient(model: nn.Module, planned: Plan, **options: Any) -> StepOutput:
+    advantages = torch.linspace(-1.0, 1.0, planned.num_rows, dtype=torch.float64)
+    return policy_gradient_step(model, planned, PolicyTerm(advantages=advantages), **options)
 
 
 @pytest.fixture(autouse=True)
@@ -271,6 +276,20 @@ def test_a_backward_that_scales_scales_the_gradients_exactly(strategy: Any, micr
     assert len(seen) == {("two_phase", None): 7, ("two_phase", 2): 5}.get((strategy, micro_batch), 1)
 
 
+@pytest.mark.parametrize("strategy", ["auto", "naive", "cached", "packed"])
+@pytest.mark.parametrize("step", [distill_step, policy_gradient], ids=["distill", "policy_gradient"])
+def test_without_a_backward_the_loss_comes_back_in_the_graph(step: Callable[..., StepOutput], strategy: Any) -> None:
+    eager, later = tiny("llama"), tiny("llama")
+    planned = plan(*random_ids(SEED))
+    whole = step(eager, planned, strategy=strategy)
+    out = step(later, planned, strategy=strategy, backward=None)
+    assert all(weight.grad is None for weight in later.parameters())
+    assert not whole.loss.requires_grad
+    assert torch.equal(out.loss.detach(), whole.loss)
+    (3.0 * out.loss).backward()
+    assert_same_gradients(gradients(later), {name: 3.0 * grad for name, grad in gradients(eager).items()})
+
+
 @pytest.mark.parametrize("strategy", ["packed", "two_phase"])
 def test_gradients_accumulate_over_steps(strategy: Any) -> None:
     model, planned = tiny("llama"), plan(*random_ids(SEED))
@@ -390,6 +409,8 @@ def good() -> Plan:
             "micro_batch must be positive, for 'two_phase'",
         ),
         (good, {"micro_batch": 0}, ArgumentError, "micro_batch must be positive, .* got 0"),
+        (good, {"micro_batch": 1, "backward": None}, ArgumentError, "micro_batch .* where the states outlive the call"),
+        (good, {"strategy": "two_phase", "backward": None}, ArgumentError, "strategy must not be 'two_phase'"),
         (good, {"strategy": "fastest"}, ArgumentError, "strategy must be one of .*'fastest'"),
         (good, {"verify": "never"}, ArgumentError, "verify must be one of .*'never'"),
         (lambda: plan([[1, 61]], [[[3]]], [[1]]), {}, PlanError, r"student_prompts\[0\] .* V=61.* got id 61"),
