@@ -13,7 +13,7 @@ PYTEST_WORKERS ?= 2
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint types compile-check bench reproduce clean
+.PHONY: help demo test test-gpu lint types compile-check hub-kernel bench reproduce methods clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,11 +38,17 @@ types: $(VENV)/installed-dev  ## mypy
 compile-check: $(VENV)/installed-dev  ## compile the Triton kernels for sm_80, sm_90 and sm_100; needs no GPU
 	$(PY) -m sdkernels.compile_check
 
+hub-kernel:  ## lay sdkernels out as a kernel of the Hugging Face Hub, in build/hub
+	$(PYTHON) kernels/hub_kernel.py build/hub
+
 bench: $(VENV)/installed-bench  ## compare with the public kernels: tables, JSON and plot (BENCH_ARGS="--help" for its options)
-	$(PY) -m benchmarks $(BENCH_ARGS)
+	$(PY) -m sdcore bench $(BENCH_ARGS)
 
 reproduce: $(VENV)/installed-plot  ## run the methods' claims again, with controls: half an hour (REPRODUCE_ARGS="--help" for its options)
 	$(PY) -m sdcore reproduce --output docs/reproduction $(REPRODUCE_ARGS)
+
+methods: $(VENV)/installed-dev  ## every method from the command line, against a goal: minutes
+	$(PY) -m sdcore.reproduce.commands --output docs/reproduction/commands.md
 
 clean:  ## remove the environment
 	rm -rf $(VENV)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import custom_ops
+from .machine import choose_backend, machine_of, normalizer_of, shards_of, without_bias, workspace_bytes_for
 from .objective import objective_of, teacher_transform, transform_scalars
-from .tiling import DEFAULT_WORKSPACE_MB, MIB
 from .types import (
     Backend,
     DivergenceOutput,
@@ -27,8 +25,8 @@ from .types import (
 )
 from .validation import check_call, check_head, check_linear, check_logits, check_row_operands, check_targets
 
-# A top-k support of this size or more does not fit the registers of a Triton program.
-TRITON_BUCKETS = 2048
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # not in every build of torch
 
 
 class LogprobOutput(NamedTuple):
@@ -68,6 +66,8 @@ def linear_divergence(
     gradient: Gradient = "auto",
     workspace_mb: float | None = None,
     on_nonfinite: Nonfinite = "propagate",
+    process_group: ProcessGroup | None = None,
+    normalizer_group: ProcessGroup | None = None,
 ) -> DivergenceOutput:
     """Divergence between two softmax heads without their logits ever existing as a whole.
 
@@ -105,6 +105,12 @@ def linear_divergence(
         workspace_mb: bound on everything beside inputs, outputs and gradients. None: 256, and with a trainable head
             on a GPU up to half the size of its float32 gradient.
         on_nonfinite: "propagate" lets NaN and inf through as plain PyTorch would; "raise" raises FloatingPointError.
+        process_group: the ranks over whose vocabulary the heads are sharded (tensor parallel). Every rank gives the
+            same rows and ids, ids of the whole vocabulary, and its own consecutive slice (V_r, ·) of each weight and
+            bias, in the order of the ranks. Every rank gets the loss, the row values and the gradient of the hidden
+            states whole, and the gradients of its slice. Not under torch.compile.
+        normalizer_group: the ranks over which the rows of a mean are spread (data, sequence or context parallel). The
+            loss is this rank's part of the mean over all of them: the parts add up to it. Not under torch.compile.
 
     Returns:
         `DivergenceOutput`; loss and row values are float32 (float64 if an input is). All rows without weight: loss 0,
@@ -113,8 +119,33 @@ def linear_divergence(
     Raises:
         TypeError, ValueError: before any work, naming the argument, what came and what was expected.
     """
-    check_linear(student_hidden, student_weight, teacher_hidden, teacher_weight, teacher, vocab_size)
-    rows, vocab = student_hidden.shape[0], _vocab(student_weight, vocab_size)
+    shards = shards_of(
+        process_group,
+        backend,
+        {
+            "student_weight": student_weight,
+            "teacher_weight": teacher_weight,
+            "teacher.weight": getattr(teacher, "weight", None),
+            "student_head.bias": getattr(student_head, "bias", None),
+            "teacher_head.bias": getattr(teacher_head, "bias", None),
+        },
+        {
+            "student_hidden": student_hidden,
+            "teacher_hidden": teacher_hidden,
+            "teacher.hidden": getattr(teacher, "hidden", None),
+            "token_weights": token_weights,
+            "target_ids": target_ids,
+            "importance.old_logprobs": getattr(importance, "old_logprobs", None),
+            "teacher.ids": getattr(teacher, "ids", None),
+            "teacher.logprobs": getattr(teacher, "logprobs", None),
+        },
+        *(alpha, normalize, temperature, support, entry_clip, vocab_size, reduction, gradient, workspace_mb),
+        *(getattr(teacher, "share", None), getattr(importance, "clip", None), on_nonfinite, normalizer_group is None),
+        *(without_bias(student_head), without_bias(teacher_head)),
+    )
+    whole_vocab = sum(shards) or None
+    check_linear(student_hidden, student_weight, teacher_hidden, teacher_weight, teacher, vocab_size, whole_vocab)
+    rows, vocab = student_hidden.shape[0], vocab_size or whole_vocab or student_weight.shape[0]
     check_call(alpha, normalize, temperature, reduction, backend, gradient, workspace_mb, on_nonfinite)
     check_row_operands(
         rows,
@@ -145,7 +176,14 @@ def linear_divergence(
         alpha, normalize, temperature, student_head, teacher_head, support, teacher, importance, entry_clip
     )
     gradients = _formed_in_forward(hidden, weight, bias, reduction, gradient)
-    chosen = _choose_backend(backend, hidden, weight, teacher_hidden, teacher_weight, buckets=objective.topk)
+    machine = machine_of(
+        process_group,
+        shards,
+        choose_backend(backend, hidden, weight, teacher_hidden, teacher_weight, buckets=objective.topk),
+        workspace_mb,
+        weight,
+    )
+    normalizer = normalizer_of(normalizer_group, reduction, hidden, token_weights)
     loss, *values = custom_ops.divergence(
         hidden,
         weight,
@@ -163,11 +201,11 @@ def linear_divergence(
         *objective.for_vocabulary(vocab_size).encode(),
         reduction,
         gradients,
-        chosen,
-        _workspace_bytes(workspace_mb, weight),
+        normalizer,
+        *machine,
         on_nonfinite == "raise",
     )
-    return _output(loss, values, chosen, target_ids is not None, cached is not None)
+    return _output(loss, values, machine.backend, target_ids is not None, cached is not None)
 
 
 def logit_divergence(
@@ -215,7 +253,7 @@ def logit_divergence(
     objective = objective_of(
         alpha, normalize, temperature, LogitTransform(), teacher_head, support, teacher, importance, entry_clip
     )
-    chosen = _choose_backend(backend, student_logits, teacher_logits, buckets=objective.topk)
+    chosen = choose_backend(backend, student_logits, teacher_logits, buckets=objective.topk)
     loss, *values = custom_ops.logit_divergence(
         student_logits,
         None,
@@ -230,7 +268,7 @@ def logit_divergence(
         *objective.for_vocabulary(vocab_size).encode(),
         reduction,
         chosen,
-        _workspace_bytes(workspace_mb, None),
+        workspace_bytes_for(workspace_mb, None),
         on_nonfinite == "raise",
     )
     return _output(loss, values, chosen, target_ids is not None, teacher is not None)
@@ -246,6 +284,7 @@ def linear_logprobs(
     vocab_size: int | None = None,
     backend: Backend = "auto",
     workspace_mb: float | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> LogprobOutput:
     """Log-probabilities of given tokens and the entropy, with gradients and without the logits.
 
@@ -255,10 +294,18 @@ def linear_logprobs(
         logprobs, entropy = log_p.gather(1, target_ids[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
     `hidden` (N, H), `weight` (V, H), `target_ids` (N,) int64 or None. Backward projects once more (4 matrix products
-    in all). Raises as `linear_divergence` does.
+    in all). `process_group`, and what is raised, as in `linear_divergence`.
     """
+    shards = shards_of(
+        process_group,
+        backend,
+        {"weight": weight, "head.bias": getattr(head, "bias", None)},
+        {"hidden": hidden, "target_ids": target_ids},
+        *(temperature, vocab_size, workspace_mb, without_bias(head)),
+    )
     head = LogitTransform() if head is None else head
-    check_targets(hidden, weight, target_ids, head, temperature, vocab_size, backend, workspace_mb)
+    whole = sum(shards) or None
+    check_targets(hidden, weight, target_ids, head, temperature, vocab_size, backend, workspace_mb, whole_vocab=whole)
     hidden, weight = _autocast(hidden), _autocast(weight)
     logprobs, entropy = custom_ops.logprobs(
         hidden,
@@ -268,8 +315,7 @@ def linear_logprobs(
         _int64(target_ids),
         *[None] * 3,
         *Objective(student=transform_scalars(head, temperature)).for_vocabulary(vocab_size).encode(),
-        _choose_backend(backend, hidden, weight),
-        _workspace_bytes(workspace_mb, weight),
+        *machine_of(process_group, shards, choose_backend(backend, hidden, weight), workspace_mb, weight),
     )
     return LogprobOutput(None if target_ids is None else logprobs, entropy)
 
@@ -285,14 +331,23 @@ def linear_topk(
     vocab_size: int | None = None,
     backend: Backend = "auto",
     workspace_mb: float | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> TopKOutput:
     """The k most likely ids of each row and their log-probabilities, without gradient and without the logits.
 
     Equal to `torch.log_softmax((hidden @ weight.T).float() / temperature, -1).topk(k)`; what a teacher has to send in
-    order to be a `TopKLogprobs` elsewhere. Raises as `linear_divergence` does.
+    order to be a `TopKLogprobs` elsewhere. `process_group`, and what is raised, as in `linear_divergence`.
     """
+    shards = shards_of(
+        process_group,
+        backend,
+        {"weight": weight, "head.bias": getattr(head, "bias", None)},
+        {"hidden": hidden},
+        *(k, temperature, vocab_size, workspace_mb, without_bias(head)),
+    )
     head = LogitTransform() if head is None else head
-    check_targets(hidden, weight, None, head, temperature, vocab_size, backend, workspace_mb, k=k)
+    whole = sum(shards) or None
+    check_targets(hidden, weight, None, head, temperature, vocab_size, backend, workspace_mb, k=k, whole_vocab=whole)
     hidden, weight = _autocast(hidden), _autocast(weight)
     ids, logprobs = custom_ops.topk(
         hidden,
@@ -300,8 +355,7 @@ def linear_topk(
         head.bias,
         *[None] * 10,
         *Objective(student=transform_scalars(head, temperature), topk=k).for_vocabulary(vocab_size).encode(),
-        _choose_backend(backend, hidden, weight, buckets=k),
-        _workspace_bytes(workspace_mb, weight),
+        *machine_of(process_group, shards, choose_backend(backend, hidden, weight, buckets=k), workspace_mb, weight),
     )
     return TopKOutput(ids, logprobs)
 
@@ -336,39 +390,6 @@ def _formed_in_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, redu
         return ""
     trained = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
     return "".join(letter for letter, is_trained in zip("hwb", trained, strict=True) if is_trained)
-
-
-def _choose_backend(backend: str, *tensors: Tensor | None, buckets: int = 0) -> str:
-    present = [tensor for tensor in tensors if tensor is not None]
-    on_gpu = present[0].device.type == "cuda"
-    wide = any(tensor.dtype == torch.float64 for tensor in present)
-    if backend == "auto":
-        fits = on_gpu and not wide and buckets < TRITON_BUCKETS
-        return "triton" if fits and importlib.util.find_spec("triton") else "torch"
-    if backend == "triton":
-        if wide:
-            raise TypeError("backend='triton' needs inputs of at most 32 bits, got torch.float64; use backend='torch'")
-        if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(
-                f"backend='triton' needs tensors on a GPU (or TRITON_INTERPRET=1), got {present[0].device}"
-            )
-        if not importlib.util.find_spec("triton"):
-            raise ModuleNotFoundError("backend='triton' needs the triton package: pip install triton")
-    return backend
-
-
-def _workspace_bytes(workspace_mb: float | None, weight: Tensor | None) -> int:
-    if workspace_mb is not None:
-        return int(workspace_mb * MIB)
-    default = DEFAULT_WORKSPACE_MB * MIB
-    if weight is None or weight.device.type == "cpu" or not weight.requires_grad:
-        return default
-    # On a GPU each chunk of rows passes once over the float32 gradient of the head: larger chunks, fewer passes.
-    return max(default, weight.numel() * 2)
-
-
-def _vocab(weight: Tensor, vocab_size: int | None) -> int:
-    return weight.shape[0] if vocab_size is None else vocab_size
 
 
 def _autocast(tensor: Tensor) -> Tensor:

@@ -3,10 +3,15 @@
 An operator takes tensors and plain scalars and returns tensors, so `Objective` travels as words, floats and ints, a
 tensor that is not there comes back empty, and `gradients` lists what the forward pass forms ("h", "w", "b": hidden
 states, weight, bias). Autograd scales what the forward pass left, or, where `gradients` is empty, runs the pass again.
+
+The operators' namespace is the package's name: a copy of this package under another name, such as one loaded from a
+Hub, has operators of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -24,12 +29,19 @@ OPERANDS_SCHEMA = "Tensor " + ", Tensor? ".join(OPERANDS)
 
 LEADING_SCHEMA = OPERANDS_SCHEMA + ", str objective, float[] numbers, int[] counts"
 LEADING = len(OPERANDS) + 3
+# How a pass over a head is run. The group is that over which the head is sharded, "" and no shards where it is not.
+MACHINE_SCHEMA = "str backend, int workspace_bytes, str process_group, int[] shards"
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[Operands, Objective, tuple[Any, ...]]:
     """What every operator begins with, and its own arguments after that."""
     operands = Operands(**dict(zip(OPERANDS, arguments, strict=False)))
     return operands, Objective.decode(*arguments[len(OPERANDS) : LEADING]), arguments[LEADING:]
+
+
+def _vocab(objective: Objective, machine: Sequence[Any]) -> int:
+    """The size of the whole vocabulary where it is said, 0 where it is the head's own."""
+    return objective.vocab_size or sum(machine[-1])
 
 
 def _wanted(letters: str) -> Wanted:
@@ -91,17 +103,20 @@ def _fake_gradient_tensors(operands: Operands, letters: str) -> GradientTensors:
 
 
 @custom_op(
-    "sdkernels::divergence",
+    f"{__package__}::divergence",
     mutates_args=(),
-    schema=f"({LEADING_SCHEMA}, str reduction, str gradients, str backend, int workspace_bytes, "
+    schema=f"({LEADING_SCHEMA}, str reduction, str gradients, float normalizer, {MACHINE_SCHEMA}, "
     "bool raise_on_nonfinite) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def divergence(*arguments: Any) -> tuple[Tensor, ...]:
     """The seven value tensors and the three gradient tensors of `linear_divergence_pass`."""
     operands, objective, options = _split(arguments)
-    reduction, gradients, backend, workspace_bytes, raise_on_nonfinite = options
-    check_values(operands, objective.vocab_size, reduction)
-    setting = Setting(backend, workspace_bytes, reduction, raise_on_nonfinite)
+    reduction, gradients, normalizer, *machine, raise_on_nonfinite = options
+    # A normalizer that is given has been found positive, and the weights' own sum says nothing.
+    check_values(operands, _vocab(objective, machine), "sum" if normalizer else reduction)
+    setting = replace(
+        Setting(*machine), reduction=reduction, normalizer=normalizer, raise_on_nonfinite=raise_on_nonfinite
+    )
     values, formed = linear_divergence_pass(operands, objective, setting, _wanted(gradients))
     return *_value_tensors(values, reduction), *_gradient_tensors(formed, operands)
 
@@ -113,16 +128,16 @@ def _(*arguments: Any) -> Any:
 
 
 @custom_op(
-    "sdkernels::divergence_backward",
+    f"{__package__}::divergence_backward",
     mutates_args=(),
-    schema=f"({LEADING_SCHEMA}, Tensor upstream, str reduction, str gradients, str backend, "
-    "int workspace_bytes) -> (Tensor, Tensor, Tensor)",
+    schema=f"({LEADING_SCHEMA}, Tensor upstream, str reduction, str gradients, float normalizer, {MACHINE_SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 def divergence_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """The gradients for an upstream gradient (N,) or (), found by a second pass."""
-    operands, objective, (upstream, reduction, gradients, backend, workspace_bytes) = _split(arguments)
+    operands, objective, (upstream, reduction, gradients, normalizer, *machine) = _split(arguments)
     per_row = upstream.to(operands.dtype).expand(operands.student_hidden.shape[0])
-    setting = Setting(backend, workspace_bytes, reduction)
+    setting = replace(Setting(*machine), reduction=reduction, normalizer=normalizer)
     _, formed = linear_divergence_pass(operands, objective, setting, _wanted(gradients), per_row)
     return _gradient_tensors(formed, operands)
 
@@ -133,7 +148,7 @@ def _(*arguments: Any) -> Any:
     return _fake_gradient_tensors(operands, gradients)
 
 
-@custom_op("sdkernels::scale_gradient", mutates_args=())
+@custom_op(f"{__package__}::scale_gradient", mutates_args=())
 def scale_gradient(gradient: Tensor, upstream: Tensor, source: Tensor) -> Tensor:
     """`gradient` times `upstream`, () or one factor a row. `source` ties the result to the graph, see the end."""
     factor = upstream if upstream.dim() == 0 else upstream[:, None]
@@ -170,7 +185,7 @@ def _divergence_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def _divergence_gradients(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    reduction, in_forward, backend, workspace_bytes = ctx.options
+    reduction, in_forward, normalizer, *machine = ctx.options
     needed = ctx.needs_input_grad[:3]
     formed: list[Tensor | None] = [None, None, None]
     if upstream is not None and in_forward:
@@ -180,7 +195,7 @@ def _divergence_gradients(ctx: Any, upstream: Tensor | None, *_: Tensor | None) 
             if needed[place]:
                 formed[place] = scale(gradient, upstream, source)
     elif upstream is not None:
-        options = (reduction, _letters(needed), backend, workspace_bytes)
+        options = (reduction, _letters(needed), normalizer, *machine)
         results = divergence_backward(*ctx.saved_tensors, *ctx.objective, upstream, *options)
         formed = _where_needed(results, needed)
     return *formed, *[None] * (len(ctx.needs_input_grad) - 3)
@@ -190,7 +205,7 @@ register_autograd(divergence, _divergence_gradients, setup_context=_divergence_c
 
 
 @custom_op(
-    "sdkernels::logit_divergence",
+    f"{__package__}::logit_divergence",
     mutates_args=(),
     schema=f"({LEADING_SCHEMA}, str reduction, str backend, int workspace_bytes, "
     "bool raise_on_nonfinite) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -199,7 +214,7 @@ def logit_divergence(*arguments: Any) -> tuple[Tensor, ...]:
     """The seven value tensors of `logit_divergence_pass`; both sides' logits stand where hidden states would."""
     operands, objective, (reduction, backend, workspace_bytes, raise_on_nonfinite) = _split(arguments)
     check_values(operands, objective.vocab_size, reduction)
-    setting = Setting(backend, workspace_bytes, reduction, raise_on_nonfinite)
+    setting = Setting(backend, workspace_bytes, reduction=reduction, raise_on_nonfinite=raise_on_nonfinite)
     values, _ = logit_divergence_pass(operands, objective, setting)
     return _value_tensors(values, reduction)
 
@@ -211,7 +226,7 @@ def _(*arguments: Any) -> Any:
 
 
 @custom_op(
-    "sdkernels::logit_divergence_backward",
+    f"{__package__}::logit_divergence_backward",
     mutates_args=(),
     schema=f"({LEADING_SCHEMA}, Tensor upstream, str reduction, str backend, int workspace_bytes) -> Tensor",
 )
@@ -219,7 +234,7 @@ def logit_divergence_backward(*arguments: Any) -> Tensor:
     """The gradient of the student's logits (N, V)."""
     operands, objective, (upstream, reduction, backend, workspace_bytes) = _split(arguments)
     per_row = upstream.to(operands.dtype).expand(operands.student_hidden.shape[0])
-    setting = Setting(backend, workspace_bytes, reduction)
+    setting = Setting(backend, workspace_bytes, reduction=reduction)
     _, gradient = logit_divergence_pass(operands, objective, setting, per_row)
     return _or_empty(gradient, operands.student_hidden)
 
@@ -248,15 +263,15 @@ register_autograd(logit_divergence, _logit_gradients, setup_context=_logit_conte
 
 
 @custom_op(
-    "sdkernels::logprobs",
+    f"{__package__}::logprobs",
     mutates_args=(),
-    schema=f"({LEADING_SCHEMA}, str backend, int workspace_bytes) -> (Tensor, Tensor)",
+    schema=f"({LEADING_SCHEMA}, {MACHINE_SCHEMA}) -> (Tensor, Tensor)",
 )
 def logprobs(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Log-probabilities (N,), empty without targets, and entropies (N,)."""
-    operands, objective, (backend, workspace_bytes) = _split(arguments)
-    check_values(operands, objective.vocab_size, "none")
-    found, entropy, _ = logprob_pass(operands, objective, Setting(backend, workspace_bytes), Wanted())
+    operands, objective, machine = _split(arguments)
+    check_values(operands, _vocab(objective, machine), "none")
+    found, entropy, _ = logprob_pass(operands, objective, Setting(*machine), Wanted())
     return _or_empty(found, entropy), entropy
 
 
@@ -268,17 +283,16 @@ def _(*arguments: Any) -> Any:
 
 
 @custom_op(
-    "sdkernels::logprobs_backward",
+    f"{__package__}::logprobs_backward",
     mutates_args=(),
-    schema=f"({LEADING_SCHEMA}, Tensor? grad_logprobs, Tensor? grad_entropy, str gradients, "
-    "str backend, int workspace_bytes) -> (Tensor, Tensor, Tensor)",
+    schema=f"({LEADING_SCHEMA}, Tensor? grad_logprobs, Tensor? grad_entropy, str gradients, {MACHINE_SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 def logprobs_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """The gradients for upstream ones (N,) of either output."""
     operands, objective, options = _split(arguments)
-    grad_logprobs, grad_entropy, gradients, backend, workspace_bytes = options
-    setting = Setting(backend, workspace_bytes)
-    *_, formed = logprob_pass(operands, objective, setting, _wanted(gradients), grad_logprobs, grad_entropy)
+    grad_logprobs, grad_entropy, gradients, *machine = options
+    *_, formed = logprob_pass(operands, objective, Setting(*machine), _wanted(gradients), grad_logprobs, grad_entropy)
     return _gradient_tensors(formed, operands)
 
 
@@ -312,14 +326,14 @@ register_autograd(logprobs, _logprobs_gradients, setup_context=_logprobs_context
 
 
 @custom_op(
-    "sdkernels::topk",
+    f"{__package__}::topk",
     mutates_args=(),
-    schema=f"({LEADING_SCHEMA}, str backend, int workspace_bytes) -> (Tensor, Tensor)",
+    schema=f"({LEADING_SCHEMA}, {MACHINE_SCHEMA}) -> (Tensor, Tensor)",
 )
 def topk(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Ids (N, k) and log-probabilities (N, k) of the most likely tokens."""
-    operands, objective, (backend, workspace_bytes) = _split(arguments)
-    return topk_pass(operands, objective, Setting(backend, workspace_bytes))
+    operands, objective, machine = _split(arguments)
+    return topk_pass(operands, objective, Setting(*machine))
 
 
 @topk.register_fake

@@ -7,12 +7,14 @@ first, a second time from backward with that gradient per row.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .shards import Shards
 from .types import Objective
 from .walk import Gradients, HeadGradients, HeadWalk, LogitGradient, LogitWalk, Operands, RowWalk, Wanted
 
@@ -23,8 +25,18 @@ class Setting:
 
     backend: str
     workspace_bytes: int
+    process_group: str = ""  # name of the group over which the head is sharded; "" where it is not
+    shards: Sequence[int] = ()  # rows of the head that each of its ranks holds
     reduction: str = "mean"
+    normalizer: float = 0.0  # what a mean divides by; 0: the sum of the weights
     raise_on_nonfinite: bool = False
+
+    def head_walk(self, operands: Operands, objective: Objective) -> HeadWalk:
+        """The walk over rows that this setting asks for."""
+        shards = None
+        if self.process_group:
+            shards = Shards(self.process_group, self.shards, objective.vocab_size or sum(self.shards))
+        return HeadWalk(operands, objective, self.backend, self.workspace_bytes, shards)
 
 
 class Values(NamedTuple):
@@ -43,7 +55,7 @@ def linear_divergence_pass(
     operands: Operands, objective: Objective, setting: Setting, wanted: Wanted, upstream: Tensor | None = None
 ) -> tuple[Values, Gradients]:
     """Values, and gradients of `Σ_i upstream_i · per_token_i / denominator` (upstream None: ones)."""
-    walk = HeadWalk(operands, objective, setting.backend, setting.workspace_bytes)
+    walk = setting.head_walk(operands, objective)
     gradients = HeadGradients(walk, wanted)
     values = _divergence_pass(walk, gradients if wanted else None, setting, upstream)
     return values, gradients.result()
@@ -68,7 +80,7 @@ def logprob_pass(
     grad_entropy: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Gradients]:
     """Log-probabilities of `target_ids` and entropies, (N,) each, and gradients for upstream ones of either."""
-    walk = HeadWalk(operands, objective, setting.backend, setting.workspace_bytes)
+    walk = setting.head_walk(operands, objective)
     gradients = HeadGradients(walk, wanted)
     logprobs = None if operands.target_ids is None else walk.per_row()
     entropy = walk.per_row()
@@ -91,7 +103,7 @@ def logprob_pass(
 
 def topk_pass(operands: Operands, objective: Objective, setting: Setting) -> tuple[Tensor, Tensor]:
     """The `objective.topk` most likely ids of each row and their log-probabilities, (N, k) each."""
-    walk = HeadWalk(operands, objective, setting.backend, setting.workspace_bytes)
+    walk = setting.head_walk(operands, objective)
     hidden, k = operands.student_hidden, objective.topk
     ids = hidden.new_empty((hidden.shape[0], k), dtype=torch.int64)
     logprobs = hidden.new_empty((hidden.shape[0], k), dtype=walk.dtype)
@@ -105,7 +117,7 @@ def _divergence_pass(
     walk: RowWalk, gradients: HeadGradients | LogitGradient | None, setting: Setting, upstream: Tensor | None
 ) -> Values:
     operands, objective = walk.operands, walk.objective
-    denominator = _denominator(operands, walk.count, setting.reduction)
+    denominator = setting.normalizer or _denominator(operands, walk.count, setting.reduction)
     targets, cached = operands.target_ids is not None, operands.teacher_ids is not None
     per_token, student_entropy = walk.per_row(), walk.per_row()
     teacher_entropy = None if cached else walk.per_row()

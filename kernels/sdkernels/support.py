@@ -20,21 +20,37 @@ LEAST_MASS = 1e-37
 def bucket_divergence(student: Tensor, teacher: Tensor, alpha: float, normalize: bool) -> tuple[Tensor, Tensor]:
     """Loss (rows,) and its gradient with respect to the student's bucket logits (rows, buckets).
 
-    `student` and `teacher` are log-probabilities (rows, buckets) in float64. Each summand carries the difference of
-    the masses beside the textbook term, so that an error in the normalisers enters only to second order. The loss is
-    clamped at 0, below which only rounding (1e-16) takes it.
+    `student` and `teacher` are log-probabilities (rows, buckets) in float64. The loss is clamped at 0, below which only
+    rounding (1e-16) takes it.
+    """
+    p, loss, numerators, centre = bucket_terms(student, teacher, alpha, normalize)
+    loss = loss.clamp(min=0.0)
+    if centre is None:
+        return loss, numerators
+    return loss, numerators - p * (loss if alpha == 1.0 else centre)[:, None]
+
+
+def bucket_terms(
+    student: Tensor, teacher: Tensor, alpha: float, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """p (rows, buckets), loss (rows,), numerators (rows, buckets) and centre (rows,).
+
+    The gradient is `numerators - p · centre`. All may be of some of the buckets: losses and centres of others are added
+    to them. Each summand carries the difference of the masses beside the textbook term, so that an error in the
+    normalisers enters only to second order.
     """
     p, q = student.exp(), teacher.exp()
     u = teacher - student
     if alpha == 0.0:
-        return (q * u + p - q).sum(-1).clamp(min=0.0), p - q
+        return p, (q * u + p - q).sum(-1), p - q, None
     if alpha == 1.0:
-        loss = (q - p - p * u).sum(-1).clamp(min=0.0)
-        return loss, -p * (u + loss[:, None])
+        loss = (q - p - p * u).sum(-1)
+        return p, loss, -p * u, loss
     scale = 1 / (alpha * (1 - alpha)) if normalize else 1.0
     r = torch.logaddexp(u + math.log(alpha), u.new_tensor(math.log1p(-alpha)))  # log(m/p)
-    loss = scale * (alpha * q * (u - r) - (1 - alpha) * p * r).sum(-1)  # the masses' differences add up to 0
-    return loss.clamp(min=0.0), -scale * (1 - alpha) * p * (r - (p * r).sum(-1, keepdim=True))
+    numerators = -scale * (1 - alpha) * p * r
+    # The masses' differences of all buckets add up to 0.
+    return p, (scale * alpha * q * (u - r) + numerators).sum(-1), numerators, numerators.sum(-1)
 
 
 def with_tail(logprobs: Tensor, tail_mass: Tensor | None, tail: bool) -> Tensor:
@@ -49,27 +65,41 @@ def with_tail(logprobs: Tensor, tail_mass: Tensor | None, tail: bool) -> Tensor:
     return torch.cat([logprobs, tail_mass.clamp(min=LEAST_MASS).log()[:, None]], dim=-1)
 
 
+def tail_share(gradient: Tensor, tail_mass: Tensor) -> Tensor:
+    """What -p of a token in the tail is multiplied by, (rows,), given the tail bucket's gradient and its mass."""
+    return -gradient / tail_mass.clamp(min=LEAST_MASS).to(gradient.dtype)
+
+
 def clipped_divergence(
     student: Tensor, teacher: Tensor, alpha: float, normalize: bool, entry_clip: float
 ) -> tuple[Tensor, Tensor]:
-    """Loss (rows,) = Σ min(entry, entry_clip) and its gradient with respect to the student's logits (rows, V).
+    """Loss (rows,) = Σ min(entry, entry_clip) and its gradient with respect to the student's logits (rows, V)."""
+    loss, numerators = clipped_terms(student, teacher, alpha, normalize, entry_clip)
+    return loss, numerators - student.exp() * numerators.sum(-1, keepdim=True)
+
+
+def clipped_terms(
+    student: Tensor, teacher: Tensor, alpha: float, normalize: bool, entry_clip: float
+) -> tuple[Tensor, Tensor]:
+    """Loss (rows,) and numerators (rows, V), as in `bucket_terms`; the centre is the numerators' sum.
 
     The entries are the textbook summands, which may be negative (OPSD, arXiv:2601.18734); `student` and `teacher` are
     log-probabilities (rows, V) in float64.
     """
     p, q = student.exp(), teacher.exp()
+    level = 0.0
     if alpha == 0.0:
-        entries, slopes = q * (teacher - student), -q
+        entries, slopes, level = q * (teacher - student), -q, -1.0
     elif alpha == 1.0:
         entries = p * (student - teacher)
-        slopes = entries + p
+        slopes, level = entries + p, 1.0
     else:
         mixture = torch.logaddexp(student + math.log1p(-alpha), teacher + math.log(alpha))
         scale = 1 / (alpha * (1 - alpha)) if normalize else 1.0
         slopes = scale * (1 - alpha) * p * (student - mixture)
         entries = scale * alpha * q * (teacher - mixture) + slopes
-    slopes = torch.where(entries < entry_clip, slopes, 0.0)  # d entry / d log p
-    return entries.clamp(max=entry_clip).sum(-1), slopes - p * slopes.sum(-1, keepdim=True)
+    # The slopes are d entry / d log p. Without caps they are near to a multiple of p, which the centre would take off.
+    return entries.clamp(max=entry_clip).sum(-1), torch.where(entries < entry_clip, slopes, 0.0) - level * p
 
 
 def transform_(z: Tensor, head: tuple[float, float | None, float], bias: Tensor | None) -> None:

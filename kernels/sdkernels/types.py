@@ -163,6 +163,21 @@ class TileRows:
     # hidden states, teacher minus student: rounded like itself, not like the logits.
     teacher_is_gap: bool = False
 
+    def part(self, block: slice) -> TileRows:
+        """Those of a block of the tile's rows."""
+
+        def part(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor[block]
+
+        return TileRows(
+            student_bias=self.student_bias,
+            teacher_bias=self.teacher_bias,
+            target_ids=part(self.target_ids),
+            teacher_ids=part(self.teacher_ids),
+            teacher_logprobs=part(self.teacher_logprobs),
+            teacher_is_gap=self.teacher_is_gap,
+        )
+
 
 class RowValues(NamedTuple):
     """What a backend returns for a tile, each (C,) in the compute dtype; None where it does not apply."""

@@ -56,11 +56,13 @@ def check_number(name: str, value: object, low: float, high: float = math.inf, *
         raise ValueError(f"{name} must be a finite number in {bound}, got {value!r}")
 
 
-def check_count(name: str, value: object, low: int, high: int, meaning: str) -> None:
+def check_count(name: str, value: object, low: int, high: int | None, meaning: str) -> None:
+    """An int in [low, high]; `high` None where it is not known yet."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be in [{low}, {meaning}={high}], got {value}")
+    if value < low or (high is not None and value > high):
+        bound = meaning if high is None else f"{meaning}={high}"
+        raise ValueError(f"{name} must be in [{low}, {bound}], got {value}")
 
 
 def check_head(name: str, head: object, rows: int, like: Tensor) -> None:
@@ -96,6 +98,32 @@ def check_call(
     _check_machine(backend, workspace_mb)
 
 
+def check_support(
+    alpha: float, normalize: bool, support: TopK | str | None, entry_clip: float | None, vocab: int | None
+) -> None:
+    """What is compared of a row, as far as no tensor has a say; `vocab` None where it is not known yet."""
+    if isinstance(support, TopK):
+        check_choice("support.of", support.of, ("student", "teacher"))
+        check_count("support.k (topk)", support.k, 1, vocab, "V")
+    elif support == "sampled":
+        if alpha != 1.0 or normalize:
+            raise ValueError(
+                "support='sampled' is the score-function form of the reverse KL: alpha must be 1 and normalize False, "
+                f"got alpha={alpha!r}, normalize={normalize!r}"
+            )
+    elif support is not None:
+        raise ValueError(f"support must be None, TopK(...) or 'sampled', got {support!r}")
+    if entry_clip is not None:
+        check_number("entry_clip", entry_clip, 0.0, open_low=True)
+        if support is not None:
+            raise ValueError(f"entry_clip is for the full vocabulary, got support={support!r}")
+
+
+def check_vocab_size(vocab_size: int | None, columns: int | None) -> None:
+    if vocab_size is not None:
+        check_count("vocab_size", vocab_size, 1, columns, "V")
+
+
 def check_linear(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -103,15 +131,16 @@ def check_linear(
     teacher_weight: Tensor | None,
     teacher: TeacherMix | TopKLogprobs | None,
     vocab_size: int | None,
+    whole_vocab: int | None = None,
 ) -> None:
-    """Hidden states and heads of both sides."""
+    """Hidden states and heads of both sides; `whole_vocab` where the heads are slices of a larger one."""
     check_tensor("student_hidden", student_hidden, (None, None))
     rows, width = student_hidden.shape
     check_tensor("student_weight", student_weight, (None, width), student_hidden)
     vocab = student_weight.shape[0]
     if vocab == 0:
         raise ValueError("student_weight must have at least one row, got shape " + str(tuple(student_weight.shape)))
-    _check_vocab_size(vocab_size, vocab)
+    check_vocab_size(vocab_size, vocab if whole_vocab is None else whole_vocab)
     if isinstance(teacher, TopKLogprobs):
         for name, given in (("teacher_hidden", teacher_hidden), ("teacher_weight", teacher_weight)):
             if given is not None:
@@ -141,7 +170,7 @@ def check_logits(
     check_tensor("student_logits", student_logits, (None, None))
     if student_logits.shape[1] == 0:
         raise ValueError(f"student_logits must have at least one column, got shape {tuple(student_logits.shape)}")
-    _check_vocab_size(vocab_size, student_logits.shape[1])
+    check_vocab_size(vocab_size, student_logits.shape[1])
     if teacher is not None and not isinstance(teacher, TopKLogprobs):
         raise TypeError(f"teacher must be a TopKLogprobs or None (mix logits yourself), got {type(teacher).__name__}")
     if (teacher is None) == (teacher_logits is None):
@@ -162,19 +191,21 @@ def check_targets(
     workspace_mb: float | None,
     *,
     k: int | None = None,
+    whole_vocab: int | None = None,
 ) -> None:
-    """The arguments of `linear_logprobs` and `linear_topk`."""
+    """The arguments of `linear_logprobs` and `linear_topk`; `whole_vocab` where the head is a slice of a larger one."""
     check_tensor("hidden", hidden, (None, None))
     check_tensor("weight", weight, (None, hidden.shape[1]), hidden)
     if weight.shape[0] == 0:
         raise ValueError(f"weight must have at least one row, got shape {tuple(weight.shape)}")
-    _check_vocab_size(vocab_size, weight.shape[0])
+    vocab = weight.shape[0] if whole_vocab is None else whole_vocab
+    check_vocab_size(vocab_size, vocab)
     if target_ids is not None:
         check_ids("target_ids", target_ids, (hidden.shape[0],), hidden)
     check_head("head", head, weight.shape[0], hidden)
     check_number("temperature", temperature, 0.0, open_low=True)
     if k is not None:
-        check_count("k (topk)", k, 1, weight.shape[0] if vocab_size is None else vocab_size, "V")
+        check_count("k (topk)", k, 1, vocab if vocab_size is None else vocab_size, "V")
     _check_machine(backend, workspace_mb)
 
 
@@ -208,32 +239,20 @@ def check_row_operands(
         check_ids("teacher.ids", teacher.ids, (rows, None), like)
         check_tensor("teacher.logprobs", teacher.logprobs, tuple(teacher.ids.shape), like)
         check_count("the number of columns of teacher.ids", teacher.ids.shape[1], 1, vocab, "V")
-    if isinstance(support, TopK):
-        check_choice("support.of", support.of, ("student", "teacher"))
-        check_count("support.k (topk)", support.k, 1, vocab, "V")
-        if isinstance(teacher, TopKLogprobs) and (support.of != "teacher" or support.k != teacher.ids.shape[1]):
-            raise ValueError(
-                f"support must be None or TopK({teacher.ids.shape[1]}, of='teacher') where the teacher is TopKLogprobs "
-                f"with {teacher.ids.shape[1]} ids a row, got {support}"
-            )
-    elif support == "sampled":
-        if target_ids is None:
-            raise ValueError("support='sampled' needs target_ids, got None")
-        if alpha != 1.0 or normalize:
-            raise ValueError(
-                "support='sampled' is the score-function form of the reverse KL: alpha must be 1 and normalize False, "
-                f"got alpha={alpha!r}, normalize={normalize!r}"
-            )
-        if isinstance(teacher, TopKLogprobs):
-            raise ValueError("support='sampled' needs the teacher's full distribution, got TopKLogprobs")
-    elif support is not None:
-        raise ValueError(f"support must be None, TopK(...) or 'sampled', got {support!r}")
+    check_support(alpha, normalize, support, entry_clip, vocab)
+    if support == "sampled" and target_ids is None:
+        raise ValueError("support='sampled' needs target_ids, got None")
+    if not isinstance(teacher, TopKLogprobs):
+        return
+    if isinstance(support, TopK) and (support.of != "teacher" or support.k != teacher.ids.shape[1]):
+        raise ValueError(
+            f"support must be None or TopK({teacher.ids.shape[1]}, of='teacher') where the teacher is TopKLogprobs "
+            f"with {teacher.ids.shape[1]} ids a row, got {support}"
+        )
+    if support == "sampled":
+        raise ValueError("support='sampled' needs the teacher's full distribution, got TopKLogprobs")
     if entry_clip is not None:
-        check_number("entry_clip", entry_clip, 0.0, open_low=True)
-        if support is not None or isinstance(teacher, TopKLogprobs):
-            raise ValueError(
-                f"entry_clip is for the full vocabulary, got support={support!r} and teacher={type(teacher).__name__}"
-            )
+        raise ValueError(f"entry_clip is for the full vocabulary, got teacher={type(teacher).__name__}")
 
 
 def check_values(operands: Operands, vocab_size: int, reduction: str) -> None:
@@ -274,11 +293,6 @@ def _check_machine(backend: str, workspace_mb: float | None) -> None:
     check_choice("backend", backend, ("auto", "torch", "triton"))
     if workspace_mb is not None:
         check_number("workspace_mb", workspace_mb, 0.0, open_low=True)
-
-
-def _check_vocab_size(vocab_size: int | None, columns: int) -> None:
-    if vocab_size is not None:
-        check_count("vocab_size", vocab_size, 1, columns, "V")
 
 
 def _describe(value: object) -> str:

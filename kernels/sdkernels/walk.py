@@ -12,15 +12,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .matmul import Head, compute_dtype_of, fast_products
+from .shards import Shards
 from .support import gradient_view, transform_
 from .tiling import block_rows, plan_tiling
 from .types import Objective, TileRows
+from .vocab_parallel import VocabularyParallel
 
 Rows = slice | Tensor  # a chunk's rows: a slice where every row is active, else their indices
 
@@ -102,10 +104,10 @@ class RowWalk:
     chunk_rows: int
     gradient_dtype: torch.dtype | None = None  # that in which a tile enters the gradient products; None: its own
 
-    def __init__(self, operands: Operands, objective: Objective, backend: str) -> None:
+    def __init__(self, operands: Operands, objective: Objective, backend: str, shards: Shards | None = None) -> None:
         self.operands, self.objective, self.dtype = operands, objective, operands.dtype
-        self.vocab = objective.vocab_size or operands.vocab
-        self.backend = load_backend(backend)
+        self.vocab = (objective.vocab_size or operands.vocab) if shards is None else shards.width
+        self.backend: Any = load_backend(backend) if shards is None else VocabularyParallel(shards)
         self.active = _active_rows(operands.token_weights)
         self.count = operands.student_hidden.shape[0] if self.active is None else self.active.numel()
 
@@ -172,11 +174,21 @@ class LogitWalk(RowWalk):
 
 
 class HeadWalk(RowWalk):
-    """Rows of hidden states that are projected by their heads."""
+    """Rows of hidden states that are projected by their heads, or, with `shards`, by this rank's rows of them."""
 
-    def __init__(self, operands: Operands, objective: Objective, backend: str, workspace_bytes: int) -> None:
+    def __init__(
+        self,
+        operands: Operands,
+        objective: Objective,
+        backend: str,
+        workspace_bytes: int,
+        shards: Shards | None = None,
+    ) -> None:
         sides = operands.sides()
-        super().__init__(operands, objective, backend)
+        super().__init__(operands, objective, backend, shards)
+        self.shards = shards
+        # The chunks of all ranks have as many rows, or their collectives would not match.
+        widest = self.vocab if shards is None else shards.widest
         # Neighbours with one weight are projected together: a tile of the head is cast once for all of them.
         runs = [list(run) for _, run in groupby(sides, key=lambda side: id(side[1]))]
         self.groups = [(Head(run[0][1][: self.vocab], self.dtype), [side[0] for side in run]) for run in runs]
@@ -185,12 +197,12 @@ class HeadWalk(RowWalk):
         hidden = operands.student_hidden
         tiling = plan_tiling(
             self.count,
-            self.vocab,
+            widest,
             sides=len(sides),
             hidden_entries=3 * sum(side.shape[1] for side, _ in sides) + 2 * hidden.shape[1],
             cast_width=max((head.weight.shape[1] for head, _ in self.groups if head.cast), default=0),
             itemsize=self.dtype.itemsize,
-            scratch=self.backend.scratch_bytes(self.count, self.vocab, hidden.device.type, objective.topk),
+            scratch=self.backend.scratch_bytes(self.count, widest, hidden.device.type, objective.topk),
             workspace_bytes=workspace_bytes,
         )
         self.chunk_rows = tiling.chunk_rows
@@ -229,8 +241,9 @@ class HeadWalk(RowWalk):
                 hidden[1] = hidden[1] - hidden[0]
             buffers = self.logits[len(projected) : len(projected) + len(members)]
             outs = [buffer[: part.shape[0]] for buffer, part in zip(buffers, hidden, strict=True)]
-            with fast_products(hidden[0].device):
-                head.project(hidden, outs)
+            if self.vocab:
+                with fast_products(hidden[0].device):
+                    head.project(hidden, outs)
             projected += outs
         if self.mixing:
             student, teacher, other = projected
@@ -279,11 +292,16 @@ class HeadGradients:
             gradient, factors = _narrowed(gradient, factors, head.weight.dtype), None
         if self.hidden is not None:
             chunk = self.chunk[: gradient.shape[0]]
-            with fast_products(chunk.device):
-                head.hidden_gradient(gradient, chunk)
+            if vocab:
+                with fast_products(chunk.device):
+                    head.hidden_gradient(gradient, chunk)
+            else:
+                chunk.zero_()
+            if self.walk.shards is not None:
+                self.walk.shards.add_up_(chunk)
             chunk.mul_(scale if factors is None else (factors * scale)[:, None])
             self.hidden[rows] = chunk.to(self.hidden.dtype)
-        if self.weight is not None:
+        if self.weight is not None and vocab:
             hidden = self.walk.student_rows(rows)
             if factors is not None:
                 hidden = hidden * factors[:, None].to(hidden.dtype)

@@ -6,6 +6,8 @@ that a sampler's log-probabilities are given as `old_logprobs`.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from sdkernels import (
@@ -18,8 +20,12 @@ from sdkernels import (
     linear_divergence,
 )
 from sdkernels.types import Backend, Gradient, Nonfinite, Reduction
+from sdkernels.validation import check_call, check_number, check_support, check_vocab_size
 
 from ..errors import ArgumentError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class FusedLinearDivergence(nn.Module):
@@ -30,7 +36,8 @@ class FusedLinearDivergence(nn.Module):
         out.loss.backward()
 
     `importance_clip` needs `old_logprobs` in every call; None ignores none: giving them without it is an error. All
-    other options are those of `sdkernels.linear_divergence`, whose errors name them when it is called.
+    other options are those of `sdkernels.linear_divergence`, which says of the tensors what is wrong with them; of the
+    options it is said here, by the same rules: raises `TypeError` and `ValueError` when it is made.
     """
 
     def __init__(
@@ -49,6 +56,11 @@ class FusedLinearDivergence(nn.Module):
         on_nonfinite: Nonfinite = "propagate",
     ) -> None:
         super().__init__()
+        check_call(alpha, normalize, temperature, "mean", backend, gradient, workspace_mb, on_nonfinite)
+        check_vocab_size(vocab_size, None)
+        check_support(alpha, normalize, support, entry_clip, vocab_size)
+        if importance_clip is not None:
+            check_number("importance_clip", importance_clip, 0.0, open_low=True)
         self.importance_clip = importance_clip
         self.options = {
             "alpha": alpha,
@@ -77,8 +89,14 @@ class FusedLinearDivergence(nn.Module):
         target_ids: Tensor | None = None,
         old_logprobs: Tensor | None = None,
         reduction: Reduction = "mean",
+        process_group: ProcessGroup | None = None,
+        normalizer_group: ProcessGroup | None = None,
     ) -> DivergenceOutput:
-        """Hidden states (N, H) and heads (V, H) of both sides to a `DivergenceOutput`; `old_logprobs` is (N,)."""
+        """Hidden states (N, H) and heads (V, H) of both sides to a `DivergenceOutput`; `old_logprobs` is (N,).
+
+        `process_group`: the ranks over which the heads are sharded. `normalizer_group`: those over which the rows of a
+        mean are spread.
+        """
         self.check(old_logprobs)
         importance = None
         if old_logprobs is not None and self.importance_clip is not None:
@@ -95,6 +113,8 @@ class FusedLinearDivergence(nn.Module):
             target_ids=target_ids,
             importance=importance,
             reduction=reduction,
+            process_group=process_group,
+            normalizer_group=normalizer_group,
             **self.options,  # type: ignore[arg-type]  # each has the type of its argument above
         )
 

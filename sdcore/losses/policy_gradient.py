@@ -12,7 +12,10 @@ What differs from the obvious: without `old_logprobs` the ratio is 1 with a grad
 KL(π‖p_ref), but its gradient, on the student's own samples, is that of KL(p_ref‖π). "exact" is KL(π‖p_ref) of the full
 distributions, value and gradient, and costs a projection of the reference's states.
 
-Not covered: value functions, and ratios of whole sequences (GSPO).
+With `completion_of` the ratio is one of whole completions, `exp(mean(log π(y) - log π_old(y)))` over the tokens that
+have a weight (GSPO, arXiv:2507.18071, eq. 7), and each token's loss has it.
+
+Not covered: value functions.
 """
 
 from __future__ import annotations
@@ -55,6 +58,7 @@ class PolicyTerm:
     reference_logprobs: Tensor | None = None  # (N,) for the k3 anchor; None: no anchor, or the step computes them
     temperature: float = 1.0  # at which the completions were sampled; divides the logits
     distillation_weight: float = 0.0  # in `distill_step`: that share of the loss is the divergence, the rest this
+    completion_of: Tensor | None = None  # (N,) int64, which completion a token is of: ratios are of completions (GSPO)
 
     def __post_init__(self) -> None:
         for name in ("clip_low", "clip_high"):
@@ -79,9 +83,16 @@ class PolicyTerm:
         used = weights != 0
         if not bool((self.advantages.isfinite() | ~used).all() & weights.isfinite().all()):
             raise ArgumentError("advantages must be finite where a token has a weight, and so must token_weights")
+        owner = self.completion_of
+        if owner is not None and (owner.shape != count or owner.dtype != torch.int64 or bool((owner < 0).any())):
+            raise ArgumentError(
+                f"completion_of must be int64 of shape (N,) as advantages, {tuple(count)}, and at least 0, got "
+                f"{owner.dtype} {tuple(owner.shape)}"
+            )
 
     def to(self, device: torch.device) -> PolicyTerm:
-        moved = {name: getattr(self, name).to(device) for name in ROWS if getattr(self, name) is not None}
+        names = (*ROWS, "completion_of")
+        moved = {name: getattr(self, name).to(device) for name in names if getattr(self, name) is not None}
         return replace(self, **moved)
 
     @property
@@ -93,7 +104,10 @@ class PolicyTerm:
         return float(len(self.advantages) if weights is None else weights.sum()) or 1.0
 
     def scalar(self, rows: Tensor | slice, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Of some rows' (n,) log-probabilities their part () of the loss, in the graph, and row values for the log."""
+        """Of some rows' (n,) log-probabilities their part () of the loss, in the graph, and row values for the log.
+
+        With `completion_of` they must be all rows with a weight of each completion, as a step's parts are.
+        """
         reference = self.reference_logprobs if self.kl_anchor else None
         out = policy_loss(
             logprobs,
@@ -103,6 +117,7 @@ class PolicyTerm:
             clip_high=self.clip_high,
             reference_logprobs=None if reference is None else reference[rows],
             kl_anchor=self.kl_anchor,
+            completion_of=None if self.completion_of is None else self.completion_of[rows],
         )
         weighted = out.per_token if self.token_weights is None else self.token_weights[rows] * out.per_token
         values = {"policy": weighted, "ratio": out.ratio, "clipped": out.clipped.to(out.ratio.dtype)}
@@ -150,9 +165,16 @@ def policy_loss(
     clip_high: float | None = 0.2,
     reference_logprobs: Tensor | None = None,
     kl_anchor: float = 0.0,
+    completion_of: Tensor | None = None,
 ) -> PolicyLoss:
-    """The clipped policy gradient of n tokens, all arguments (n,); `logprobs` in the graph."""
-    ratio = (logprobs - (logprobs.detach() if old_logprobs is None else old_logprobs)).exp()
+    """The clipped policy gradient of n tokens, all arguments (n,); `logprobs` in the graph.
+
+    `completion_of` int64: the ratio is that of the completion that a token is of, of which these are all tokens.
+    """
+    log_ratio = logprobs - (logprobs.detach() if old_logprobs is None else old_logprobs)
+    if completion_of is not None:
+        log_ratio = _means(log_ratio, completion_of)
+    ratio = log_ratio.exp()
     bounded = ratio.clamp(
         min=None if clip_low is None else 1 - clip_low, max=float("inf") if clip_high is None else 1 + clip_high
     )
@@ -160,10 +182,18 @@ def policy_loss(
     clipped = (bounded != ratio) & (bounded * advantages < ratio * advantages)
     anchor = torch.zeros_like(logprobs)
     if reference_logprobs is not None:
-        log_ratio = reference_logprobs - logprobs
-        anchor = torch.expm1(log_ratio) - log_ratio
+        to_reference = reference_logprobs - logprobs
+        anchor = torch.expm1(to_reference) - to_reference
         per_token = per_token + kl_anchor * anchor
     return PolicyLoss(per_token, ratio.detach(), clipped.detach(), anchor.detach())
+
+
+def _means(rows: Tensor, owner: Tensor) -> Tensor:
+    """To each of the rows (n,) the mean of its completion's; in the graph."""
+    count = int(owner.max()) + 1 if len(owner) else 0
+    sums = rows.new_zeros(count).index_add(0, owner, rows)
+    counts = rows.new_zeros(count).index_add(0, owner, torch.ones_like(rows))
+    return (sums / counts.clamp(min=1))[owner]
 
 
 __all__ = ["Estimator", "PolicyLoss", "PolicyTerm", "group_advantages", "policy_loss"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdcore.losses import FusedLinearDivergence
-from sdkernels import TopK
+from sdkernels import TopK, linear_divergence
 
 trl = pytest.importorskip("trl.experimental.sdpo.loss_utils")
 
@@ -102,3 +102,50 @@ def test_alpha_1_is_the_kl_from_the_student_and_alpha_0_from_the_teacher() -> No
     reverse, forward = (float(FusedLinearDivergence(alpha=alpha)(narrow, head, teacher).loss) for alpha in (1.0, 0.0))
     assert reverse == pytest.approx(0.693, abs=0.01)  # log 2
     assert forward == pytest.approx(5.8, abs=0.1)
+
+
+BAD: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
+    ({"alpha": 7}, ValueError, ["alpha", "[0, 1]", "7"]),
+    ({"alpha": "0.5"}, TypeError, ["alpha", "number", "str"]),
+    ({"normalize": 1}, TypeError, ["normalize", "bool", "int"]),
+    ({"temperature": 0.0}, ValueError, ["temperature", "(0", "0.0"]),
+    ({"temperature": -1.0}, ValueError, ["temperature", "(0", "-1.0"]),
+    ({"support": "top"}, ValueError, ["support", "'sampled'", "'top'"]),
+    ({"support": 20}, ValueError, ["support", "TopK", "20"]),
+    ({"support": TopK(0)}, ValueError, ["support.k", "[1, V", "0"]),
+    ({"support": TopK(2.0)}, TypeError, ["support.k", "int", "float"]),  # type: ignore[arg-type]
+    ({"support": TopK(9), "vocab_size": 8}, ValueError, ["support.k", "[1, V=8]", "9"]),
+    ({"support": TopK(2, of="both")}, ValueError, ["support.of", "'student'", "'both'"]),  # type: ignore[arg-type]
+    ({"support": "sampled", "alpha": 0.5}, ValueError, ["support='sampled'", "alpha=0.5"]),
+    ({"support": "sampled", "normalize": True}, ValueError, ["support='sampled'", "normalize=True"]),
+    ({"entry_clip": 0.0}, ValueError, ["entry_clip", "(0", "0.0"]),
+    ({"entry_clip": 1.0, "support": TopK(2)}, ValueError, ["entry_clip", "full vocabulary", "TopK"]),
+    ({"vocab_size": 0}, ValueError, ["vocab_size", "[1, V", "0"]),
+    ({"vocab_size": 3.0}, TypeError, ["vocab_size", "int", "float"]),
+    ({"backend": "cuda"}, ValueError, ["backend", "'triton'", "'cuda'"]),
+    ({"gradient": "forward"}, ValueError, ["gradient", "'in_forward'", "'forward'"]),
+    ({"workspace_mb": -5}, ValueError, ["workspace_mb", "-5"]),
+    ({"on_nonfinite": "ignore"}, ValueError, ["on_nonfinite", "'propagate'", "'ignore'"]),
+    ({"importance_clip": 0.0}, ValueError, ["importance_clip", "(0", "0.0"]),
+    ({"importance_clip": "2"}, TypeError, ["importance_clip", "number", "str"]),
+]
+
+
+@pytest.mark.parametrize(("options", "kind", "words"), BAD)
+def test_bad_options_are_refused_when_it_is_made(options: Any, kind: type[Exception], words: list[str]) -> None:
+    with pytest.raises(kind) as caught:
+        FusedLinearDivergence(**options)
+    assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"), [(options, kind) for options, kind, _ in BAD if "importance_clip" not in options]
+)
+def test_what_is_said_then_is_what_the_operation_says(options: Any, kind: type[Exception]) -> None:
+    """Word for word, but for the vocabulary's size, which is not known before there is a head."""
+    inputs = Inputs()
+    with pytest.raises(kind) as made:
+        FusedLinearDivergence(**options)
+    with pytest.raises(kind) as called:
+        linear_divergence(inputs.student, inputs.weight, inputs.teacher, target_ids=inputs.targets, **options)
+    assert str(called.value).replace(f"V={V}]", "V]") == str(made.value)

@@ -144,3 +144,41 @@ def test_bad_arguments_are_refused_by_name(make: Callable[[], object], message: 
 
 def test_an_advantage_without_weight_may_be_anything() -> None:
     PolicyTerm(advantages=torch.tensor([1.0, torch.nan]), token_weights=torch.tensor([1.0, 0.0]))
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_ratio_of_whole_completions_is_of_their_mean_log_ratio(old: bool) -> None:
+    """GSPO, completion by completion; a token without a weight has no part in it."""
+    lengths, generator = (3, 1, 4), torch.Generator().manual_seed(0)
+    logprobs, old_logprobs, advantages = (torch.randn(8, generator=generator).double() for _ in range(3))
+    logprobs.requires_grad_()
+    owner = torch.repeat_interleave(torch.tensor(lengths))
+    weights = torch.tensor([1.0, 0, 2, 1, 1, 1, 0, 1]).double()
+    expected = torch.zeros((), dtype=torch.float64)
+    for completion in range(3):
+        rows = (owner == completion) & (weights != 0)
+        log_ratio = (logprobs - (old_logprobs if old else logprobs.detach()))[rows].mean()
+        ratio, bounded = log_ratio.exp(), log_ratio.exp().clamp(0.8, 1.3)
+        tokens = torch.minimum(ratio * advantages[rows], bounded * advantages[rows])
+        expected = expected - (weights[rows] * tokens).sum() / 7
+    term = PolicyTerm(
+        advantages=advantages,
+        old_logprobs=old_logprobs if old else None,
+        clip_high=0.3,
+        token_weights=weights,
+        normalizer=7.0,
+        completion_of=owner,
+    ).to(torch.device("cpu"))
+    rows = weights.nonzero()[:, 0]
+    found, values = term.scalar(rows, logprobs[rows])
+    assert torch.allclose(found, expected)
+    assert len(values["ratio"].unique()) == (3 if old else 1)
+    (own,) = torch.autograd.grad(found, logprobs)
+    (wanted,) = torch.autograd.grad(expected, logprobs)
+    assert torch.allclose(own, wanted)
+
+
+@pytest.mark.parametrize("owner", [torch.zeros(3), torch.zeros(2, dtype=torch.int64), torch.tensor([0, -1, 0])])
+def test_completions_that_tokens_are_of_are_refused_by_name(owner: Tensor) -> None:
+    with pytest.raises(ArgumentError, match=r"completion_of must be int64 of shape \(N,\)"):
+        PolicyTerm(advantages=torch.zeros(3), completion_of=owner)

@@ -1,0 +1,102 @@
+"""How a call is run, as opposed to what it computes: backend, workspace, and the groups of ranks that share it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .agreement import agree, check_group, normalizer_over
+from .tiling import DEFAULT_WORKSPACE_MB, MIB
+from .types import LogitTransform
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # not in every build of torch
+
+# A top-k support of this size or more does not fit the registers of a Triton program.
+TRITON_BUCKETS = 2048
+
+
+class Machine(NamedTuple):
+    """How an operator's pass over a head is run, in the order of its arguments; see `custom_ops.MACHINE_SCHEMA`."""
+
+    backend: str
+    workspace_bytes: int
+    process_group: str
+    shards: list[int]
+
+
+def choose_backend(backend: str, *tensors: Tensor | None, buckets: int = 0) -> str:
+    present = [tensor for tensor in tensors if tensor is not None]
+    on_gpu = present[0].device.type == "cuda"
+    wide = any(tensor.dtype == torch.float64 for tensor in present)
+    if backend == "auto":
+        fits = on_gpu and not wide and buckets < TRITON_BUCKETS
+        return "triton" if fits and importlib.util.find_spec("triton") else "torch"
+    if backend == "triton":
+        if wide:
+            raise TypeError("backend='triton' needs inputs of at most 32 bits, got torch.float64; use backend='torch'")
+        if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"backend='triton' needs tensors on a GPU (or TRITON_INTERPRET=1), got {present[0].device}"
+            )
+        if not importlib.util.find_spec("triton"):
+            raise ModuleNotFoundError("backend='triton' needs the triton package: pip install triton")
+    return backend
+
+
+def machine_of(
+    process_group: ProcessGroup | None, shards: list[int], backend: str, workspace_mb: float | None, weight: Tensor
+) -> Machine:
+    if process_group is None:
+        return Machine(backend, workspace_bytes_for(workspace_mb, weight), "", [])
+    # Of the largest slice, so that the chunks of all ranks have as many rows.
+    workspace_bytes = workspace_bytes_for(workspace_mb, weight, max(shards))
+    return Machine("torch", workspace_bytes, process_group.group_name, shards)
+
+
+def shards_of(
+    process_group: ProcessGroup | None,
+    backend: str,
+    sharded: dict[str, object],
+    common: dict[str, object],
+    *options: Any,
+) -> list[int]:
+    """How many rows of the first of the `sharded` tensors each rank has; [] without a group."""
+    if process_group is None:
+        return []
+    check_group("process_group", process_group)
+    if backend == "triton":
+        raise ValueError(
+            "backend must be 'auto' or 'torch' with a process_group: the Triton kernels need the whole vocabulary; "
+            "got 'triton'"
+        )
+    return agree(process_group, sharded | common, tuple(sharded), (*options, torch.is_grad_enabled()))
+
+
+def without_bias(head: LogitTransform | None) -> LogitTransform | None:
+    return replace(head, bias=None) if isinstance(head, LogitTransform) else head
+
+
+def normalizer_of(group: ProcessGroup | None, reduction: str, hidden: Tensor, token_weights: Tensor | None) -> float:
+    """What the mean of all ranks of the group divides by; 0 without a group, to be found in the pass."""
+    if group is None:
+        return 0.0
+    check_group("normalizer_group", group)
+    if reduction != "mean":
+        raise ValueError(f"normalizer_group is for reduction='mean', got reduction={reduction!r}")
+    return normalizer_over(group, hidden.shape[0], token_weights, hidden.device)
+
+
+def workspace_bytes_for(workspace_mb: float | None, weight: Tensor | None, vocab: int | None = None) -> int:
+    if workspace_mb is not None:
+        return int(workspace_mb * MIB)
+    default = DEFAULT_WORKSPACE_MB * MIB
+    if weight is None or weight.device.type == "cpu" or not weight.requires_grad:
+        return default
+    # On a GPU each chunk of rows passes once over the float32 gradient of the head: larger chunks, fewer passes.
+    return max(default, (weight.shape[0] if vocab is None else vocab) * weight.shape[1] * 2)
