@@ -3,17 +3,18 @@
 `find_body` finds the part of a model that turns ids into last hidden states, through the wrappers that training puts
 around it; `head_of` finds the rest, the output layer, as a weight and a `LogitTransform` for `sdkernels`:
 
-    find_body(model)(input_ids) == model(input_ids, output_hidden_states=True).hidden_states[-1]     # (B, L, H)
-    head = head_of(model);  linear_divergence(states, head.weight, ..., student_head=head.transform)
+    hidden = find_body(model)(input_ids)                 # (B, L, H): output_hidden_states=True's hidden_states[-1]
+    head = head_of(model)                                # what an output layer is made of: `heads`
+    linear_divergence(head.states(hidden), head.weight, ..., student_head=head.transform)
 
-What differs from the obvious: a plain model's base is called directly, but `DistributedDataParallel` and FSDP2 must see
-the call, because their hooks arm the gradient reduction; then the outer module is called with no position to compute
-logits for, and the states are picked up on the way. A head's scale and soft-cap are read from the configuration but
-not believed: the model's own forward is run around a stand-in for its body, and a model that does anything else to its
-logits is refused by name.
+What differs from the obvious: a plain model's base is called directly, but `DistributedDataParallel`, FSDP2 and
+DeepSpeed must see the call, because their hooks arm the gradient reduction; then the outer module is called with no
+position to compute logits for, and the states are picked up on the way. A head's scale and soft-cap are read from the
+configuration but not believed: the model's own forward is run around a stand-in for its body, and a model that does
+anything else to its logits is refused by name.
 
 Not covered, and refused by name: encoder-decoders, models with an image or audio side (pass their text model), tensor
-parallelism, FSDP1, DeepSpeed, soft prompts, and output layers that are not one plain matrix (LoRA on lm_head, 4 bit).
+parallelism, FSDP1, soft prompts, and output layers that `heads` does not know.
 """
 
 from __future__ import annotations
@@ -24,13 +25,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, Partial
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
@@ -40,17 +40,11 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from sdkernels import LogitTransform
 
 from .errors import ArgumentError, UnsupportedModelError
+from .heads import Head, count_rows, read_layer, shape_of
 
 # Layer types whose state has a fixed size; every other type keeps keys and values per token, or nothing.
 RECURRENT_TYPES = frozenset({"linear_attention", "conv", "mamba", "mamba2", "hybrid", "hybrid_sliding"})
 WINDOWED_TYPES = frozenset({"sliding_attention", "hybrid_sliding"})
-
-
-class Head(NamedTuple):
-    """The output layer: the logits are `transform` applied to `hidden @ weight.T`."""
-
-    weight: Tensor  # (V, H); a gradient that reaches it reaches the model's parameter
-    transform: LogitTransform
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +55,7 @@ class Body:
     causal_lm: PreTrainedModel
     base: PreTrainedModel  # returns last_hidden_state
     through: nn.Module | None = None  # the wrapper that has to see every call; None: `base` is called
-    sharded: nn.Module | None = None  # FSDP2's root, at `through` or inside it
+    sharded: nn.Module | None = None  # FSDP2's or ZeRO-3's root, at `through` or inside it
 
     def __call__(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
         """(B, L) ids → (B, L, H) last hidden states, after the final norm. `kwargs` go to the model as they are.
@@ -82,7 +76,7 @@ class Body:
             hook(self.base, lambda output: seen.append(output.last_hidden_state))
             if self.sharded is not None:
                 # FSDP2 reduces gradients only after one has arrived at its root's output, so that is what the states
-                # become: before FSDP2's own hook, and taken up again after it.
+                # become: before its own hook, or DeepSpeed's, and taken up again after it.
                 hook(self.sharded, lambda _: seen[-1], first=True)
                 hook(self.sharded, seen.append)
             # A number of positions of 0 means all of them; a list of no positions means none.
@@ -93,6 +87,11 @@ class Body:
     @property
     def name(self) -> str:
         return type(self.causal_lm).__name__
+
+    @property
+    def one_backward(self) -> bool:
+        """Whether a step must have one backward: a second one of DeepSpeed's may already follow an optimizer step."""
+        return is_deepspeed(self.through)
 
     @property
     def config(self) -> Any:
@@ -114,7 +113,12 @@ class Body:
     @property
     def vocab_size(self) -> int:
         """How many ids can be embedded. The output layer may have more or fewer rows."""
-        return int(self.base.get_input_embeddings().weight.shape[0])
+        return int(shape_of(self.base.get_input_embeddings().weight)[0])
+
+    @property
+    def num_logits(self) -> int:
+        """How many logits a token has."""
+        return count_rows(self.causal_lm.get_output_embeddings())
 
     @property
     def max_positions(self) -> int | None:
@@ -184,8 +188,9 @@ class Body:
 def find_body(model: nn.Module) -> Body:
     """Find the body of a Hugging Face causal language model, wrapped or not.
 
-    Looks through `DistributedDataParallel`, `fully_shard`, PEFT and `torch.compile`. Raises `ArgumentError` for what is
-    no module, and `UnsupportedModelError`, naming class and reason, for models listed in the module's docstring.
+    Looks through `DistributedDataParallel`, `fully_shard`, DeepSpeed's engine, PEFT and `torch.compile`. Raises
+    `ArgumentError` for what is no module, and `UnsupportedModelError`, naming class and reason, for models listed in
+    the module's docstring.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be a transformers causal language model, got {type(model).__name__}")
@@ -204,7 +209,10 @@ def find_body(model: nn.Module) -> Body:
         (config.get_text_config(decoder=True) is not config, "reads more than text: pass its text model"),
         (not getattr(config, "is_causal", True), "is configured to see tokens ahead (is_causal=False)"),
         ((getattr(causal_lm, "_tp_size", None) or 1) > 1, "is tensor-parallel"),
-        (any(hasattr(weight, "ds_id") for weight in base.parameters()), "has its weights partitioned by DeepSpeed"),
+        (
+            any(hasattr(weight, "ds_id") for weight in base.parameters()) and not any(map(is_deepspeed, chain)),
+            "has its weights partitioned by DeepSpeed: pass the engine that deepspeed.initialize gives",
+        ),
     ):
         if refused:
             raise UnsupportedModelError(f"{name} {reason}")
@@ -213,46 +221,58 @@ def find_body(model: nn.Module) -> Body:
         (
             module
             for module in chain
-            if isinstance(module, DistributedDataParallel | FSDPModule) or "forward" in vars(module)
+            if isinstance(module, DistributedDataParallel | FSDPModule)
+            or is_deepspeed(module)
+            or "forward" in vars(module)
         ),
         None,
     )
     if through is not None and "logits_to_keep" not in inspect.signature(type(causal_lm).forward).parameters:
         raise UnsupportedModelError(f"{name} cannot be called without computing logits, which {type(through)} needs")
-    sharded = next((module for module in chain if isinstance(module, FSDPModule)), None)
+    sharded: nn.Module | None = next((module for module in chain if isinstance(module, FSDPModule)), None)
+    if any(hasattr(weight, "ds_id") for weight in base.parameters()):
+        sharded = next(cast(nn.Module, module.module) for module in chain if is_deepspeed(module))
     return Body(model, causal_lm, base, through, sharded)
 
 
 def head_of(model: nn.Module | Body) -> Head:
-    """The output layer of a model: its (V, H) weight, and what it does to `hidden @ weight.T`.
+    """The output layer of a model: a weight (V, H), connected to its parameters, and what is done around the product.
 
-    Under FSDP2 call this after each forward with whose states it is used, since a backward leaves nothing to reuse: the
-    weight is then at hand or else gathered, and its gradient averaged over the ranks as FSDP2's own are.
+    The logits of `find_body(model)(ids)` are `head.transform` applied to `head.states(hidden) @ head.weight.T`.
 
-    Raises `UnsupportedModelError` where the logits are anything else.
+    Call it after each forward, once per backward, in the same teacher's context or state of adapters: under FSDP2 and
+    ZeRO-3 a backward leaves nothing to reuse. There the weight is gathered, in the dtype of the forward, unless it is
+    at hand, and its gradient is averaged over the ranks as that of every other weight is. All ranks must call it.
+
+    Raises `UnsupportedModelError` where the logits are anything else, naming the layer and what to do instead.
     """
     body = model if isinstance(model, Body) else find_body(model)
-    layer = _linear(body)
+    layer = body.causal_lm.get_output_embeddings()
+    found = read_layer(layer, model=body.model, name=body.name, dtype=body.dtype)
     scale, softcap = _scale_and_softcap(body)
     if _VERIFIED.get(body.causal_lm) != (scale, softcap):
         _verify_logits(body, scale, softcap)
         _VERIFIED[body.causal_lm] = scale, softcap
-    bias = None if layer.bias is None else _whole(layer.bias)
-    return Head(_whole(layer.weight), LogitTransform(bias=bias, scale=scale, softcap=softcap))
+    return Head(found.weight, LogitTransform(bias=found.bias, scale=scale, softcap=softcap), found.lift)
 
 
 # Models whose logits were found to be what their configuration says.
 _VERIFIED: WeakKeyDictionary[nn.Module, tuple[float, float | None]] = WeakKeyDictionary()
 
 
+def is_deepspeed(module: object) -> bool:
+    """Whether it is what `deepspeed.initialize` gives."""
+    return hasattr(module, "zero_optimization_stage")
+
+
 def _unwrap(module: nn.Module) -> nn.Module | None:
     """The module inside a wrapper; None where the module is no wrapper."""
-    if isinstance(module, DataParallel | FullyShardedDataParallel) or hasattr(module, "zero_optimization"):
+    if isinstance(module, DataParallel | FullyShardedDataParallel):
         raise UnsupportedModelError(
             f"{type(module).__name__} is not supported: use DistributedDataParallel, or FSDP2 (fully_shard)"
         )
-    if isinstance(module, DistributedDataParallel):
-        return module.module
+    if isinstance(module, DistributedDataParallel) or is_deepspeed(module):
+        return cast(nn.Module, module.module)
     if (compiled := getattr(module, "_orig_mod", None)) is not None:
         return compiled
     configs = getattr(module, "peft_config", None)
@@ -264,22 +284,6 @@ def _unwrap(module: nn.Module) -> nn.Module | None:
                 raise UnsupportedModelError("activated LoRA changes its weights within a sequence")
         return cast(nn.Module, module.get_base_model())  # type: ignore[operator]
     return None
-
-
-def _linear(body: Body) -> nn.Linear:
-    """The output layer as one plain matrix."""
-    layer = body.causal_lm.get_output_embeddings()
-    # PEFT's modules_to_save: a trained copy beside the original.
-    if hasattr(layer, "modules_to_save") and hasattr(layer, "original_module"):
-        active = [name for name in layer.active_adapters if name in layer.modules_to_save]
-        layer = layer.original_module if layer.disable_adapters or not active else layer.modules_to_save[active[0]]
-    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
-        kind = f"{type(layer).__module__}.{type(layer).__name__}"
-        raise UnsupportedModelError(
-            f"{body.name} has an output layer of type {kind}, which is not one plain matrix "
-            "(with PEFT, put lm_head into modules_to_save)"
-        )
-    return layer
 
 
 def _scale_and_softcap(body: Body) -> tuple[float, float | None]:
@@ -306,7 +310,7 @@ def _verify_logits(body: Body, scale: float, softcap: float | None) -> None:
     names = {child: name for name, child in causal_lm.named_children()}
     if body.base not in names or head not in names:
         raise UnsupportedModelError(f"{body.name} does not hold its base model and its output layer itself")
-    vocabulary = int(_linear(body).weight.shape[0])
+    vocabulary = body.num_logits
     states = torch.linspace(-2.0, 2.0, 2 * body.hidden_size).view(1, 2, -1)
     projected = torch.linspace(-40.0, 40.0, 2 * vocabulary).view(1, 2, -1)
     received: list[Tensor] = []
@@ -341,29 +345,6 @@ def _verify_logits(body: Body, scale: float, softcap: float | None) -> None:
             f"{body.name} changes its hidden states before the output layer, or its logits after it, in a way that is "
             f"not known: with scale {scale:g} and soft-cap {softcap} the logits differ by {error:.3g}"
         )
-
-
-def _whole(weight: Tensor) -> Tensor:
-    """The full tensor behind a sharded parameter, connected to it."""
-    if not isinstance(weight, DTensor):
-        return weight
-    mesh = weight.device_mesh
-    # Each rank has its own rows, so gradients add up over the ranks; FSDP2 takes the mean of its own.
-    full = weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)
-    return _Scaled.apply(full, 1 / mesh.size()) if full.requires_grad else full
-
-
-class _Scaled(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a constant."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.factor, None
 
 
 def _refuse_reentrant(name: str, function: Any) -> None:

@@ -20,26 +20,25 @@ Not covered: sampling (`sdcore.prefix.generate`), the optimizer, and what become
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from dataclasses import replace
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from sdkernels import linear_logprobs
+from sdkernels import TopKLogprobs
 
 from .errors import ArgumentError
 from .losses import FusedLinearDivergence, PolicyTerm
-from .models import head_of
 from .prefix.checks import Verify
-from .prefix.planner import Plan, TokenIds
-from .prefix.planner import plan as plan_of
-from .prefix.runner import Strategy, passes, run
+from .prefix.planner import Plan
+from .prefix.runner import Strategy, passes
 from .step_core import (
     MEANS,
     Backward,
     Divergence,
     StepOutput,
     checked_rows,
+    checked_scores,
     checked_weights,
     run_parts,
     total_of,
@@ -54,7 +53,7 @@ def distill_step(
     plan: Plan,
     *,
     loss: FusedLinearDivergence | None = None,
-    teacher: Teacher | TrustRegion | None = None,
+    teacher: Teacher | TrustRegion | TopKLogprobs | None = None,
     token_weights: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     micro_batch: int | None = None,
@@ -71,7 +70,9 @@ def distill_step(
         model: a transformers causal language model; may be wrapped by PEFT, DistributedDataParallel or FSDP2.
         plan: from `sdcore.prefix.plan`, with the teacher's prompts.
         loss: None for reverse KL over the full vocabulary.
-        teacher: whose weights; None for `Live()`, the model itself.
+        teacher: whose weights; None for `Live()`, the model itself. `TopKLogprobs` of (N, K), in the order of
+            `plan.target_ids`, for a teacher that has scored the completions already, such as a server
+            (`integrations.servers`): then there is no teacher's pass, and the plan needs no teacher's prompts.
         token_weights: (N,), in the order of `plan.target_ids`; tokens of weight 0 carry no loss. None: all 1.
         old_logprobs: (N,) the sampler's log-probabilities, for a loss with an `importance_clip`.
         micro_batch: completions in flight at a time (strategy "two_phase"): bounds the memory. None: all, if they fit.
@@ -91,10 +92,15 @@ def distill_step(
     """
     weights = checked_weights(plan, token_weights)
     old_logprobs = checked_rows("old_logprobs", plan, old_logprobs)
-    if not plan.teacher:
+    scored = checked_scores(plan, teacher) if isinstance(teacher, TopKLogprobs) else None
+    if scored is not None:
+        plan = replace(plan, teacher=())
+    elif not plan.teacher:
         raise ArgumentError("plan must have teacher prompts, got a plan of the student's pass alone")
     loss = FusedLinearDivergence() if loss is None else loss
     loss.check(old_logprobs)
+    if scored is not None and tilt is not None:
+        raise ArgumentError("tilt needs the teacher's full distribution, got TopKLogprobs as the teacher")
     tilt = None if tilt is None else _checked_tilt(plan, tilt, loss)
     policy = None if policy is None else checked_policy(plan, policy)
     if policy is not None and policy.kl_anchor and policy.reference_logprobs is None:
@@ -108,11 +114,12 @@ def distill_step(
         old_logprobs,
         trust_share=teacher.share if isinstance(teacher, TrustRegion) else None,
         tilt=tilt,
+        scored=scored,
     )
     passed = passes(
         model,
         plan,
-        teacher=teacher,
+        teacher=None if isinstance(teacher, TopKLogprobs) else teacher,
         strategy=strategy,
         micro_batch=micro_batch,
         verify=verify,
@@ -133,23 +140,38 @@ def distill_step(
 
 def imitate_step(
     model: nn.Module,
-    prompts_B: Sequence[TokenIds],
-    completions_B: Sequence[TokenIds],
+    plan: Plan,
     *,
-    backward: Backward = Tensor.backward,
+    token_weights: Tensor | None = None,
+    micro_batch: int | None = None,
+    strategy: Strategy = "auto",
+    verify: Verify = "once",
+    backward: Backward | None = Tensor.backward,
+    normalizer: float | None = None,
 ) -> StepOutput:
-    """Supervised fine-tuning, the baseline: cross-entropy of given completions, mean over their tokens.
+    """Supervised fine-tuning, the baseline: cross-entropy of given completions, `-Σ w·log p(y) / normalizer`.
 
-    Accumulates gradients into the model's parameters. Raises `PlanError` for ids or lists that do not fit.
+    Arguments are as in `distill_step`; a plan of the student's pass is enough, and teacher's prompts are not read.
+    Accumulates gradients. Raises `ArgumentError` and `PlanError` before any pass.
     """
-    plan = plan_of(prompts_B, [[completion] for completion in completions_B])
-    student_hidden, _, report = run(model, plan)
-    head = head_of(model)
-    logprobs, entropy = linear_logprobs(student_hidden, head.weight, plan.target_ids, head=head.transform)
-    loss = -cast(Tensor, logprobs).mean()  # None only without targets
-    backward(loss)
-    rows = {"student_logprobs": cast(Tensor, logprobs).detach(), "student_entropy": entropy.detach()}
-    return StepOutput(loss.detach(), {"student/entropy": entropy.detach().mean()}, report, rows)
+    weights = checked_weights(plan, token_weights)
+    term = CrossEntropy(weights, total_of(plan, weights, normalizer))
+    plan = replace(plan, teacher=())
+    passed = passes(model, plan, strategy=strategy, micro_batch=micro_batch, verify=verify, whole=backward is None)
+    loss, seen = run_parts(model, plan, passed, term=term, backward=backward)
+    return StepOutput(loss, seen.metrics(weights, MEANS), passed.report, seen.values)
+
+
+class CrossEntropy(NamedTuple):
+    """The term of imitation: how surprising each token is."""
+
+    token_weights: Tensor | None  # (N,)
+    total: float  # the weighted sum is divided by it
+    temperature: float = 1.0
+
+    def scalar(self, rows: Tensor | slice, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        surprise = -logprobs if self.token_weights is None else -logprobs * self.token_weights[rows]
+        return surprise.sum() / self.total, {"per_token": surprise}
 
 
 def _checked_tilt(plan: Plan, tilt: TokenTilt, loss: FusedLinearDivergence) -> TokenTilt:

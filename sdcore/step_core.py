@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from sdkernels import DivergenceOutput, TeacherMix, linear_logprobs
+from sdkernels import DivergenceOutput, TeacherMix, TopKLogprobs, linear_logprobs
 from sdkernels.types import Reduction
 
 from .errors import ArgumentError
@@ -71,6 +71,7 @@ class Divergence(NamedTuple):
     old_logprobs: Tensor | None = None  # (N,)
     trust_share: float | None = None  # the share of the second of two teachers
     tilt: TokenTilt | None = None
+    scored: TopKLogprobs | None = None  # (N, K): the teacher, where the pass has none
 
 
 class Sampled(NamedTuple):
@@ -146,17 +147,20 @@ def _divergence(part: Part, plan: Plan, head: Head, what: Divergence, seen: Seen
 def _divergence_output(
     part: Part, plan: Plan, head: Head, what: Divergence, weights: Tensor | None, reduction: Reduction
 ) -> DivergenceOutput:
-    first, mix = part.teachers[0], None
-    if what.trust_share is not None:
-        mix = TeacherMix(part.teachers[1].hidden, head.weight.detach(), what.trust_share)
+    first = None if what.scored is not None else part.teachers[0]
+    teacher: TeacherMix | TopKLogprobs | None = None
+    if what.scored is not None:
+        teacher = TopKLogprobs(what.scored.ids[part.rows], what.scored.logprobs[part.rows])
+    elif what.trust_share is not None:
+        teacher = TeacherMix(part.teachers[1].states(head), head.weight.detach(), what.trust_share)
     return what.loss(
-        part.student_hidden,
+        head.states(part.student_hidden),
         head.weight,
-        first.hidden,
-        first.weight,
+        None if first is None else first.states(head),
+        None if first is None else first.weight,
         student_head=head.transform,
-        teacher_head=first.transform,
-        teacher=mix,
+        teacher_head=None if first is None else first.transform,
+        teacher=teacher,
         token_weights=weights,
         target_ids=plan.target_ids[part.rows],
         old_logprobs=None if what.old_logprobs is None else what.old_logprobs[part.rows],
@@ -175,7 +179,7 @@ def sampled_logprobs(
         local = weights[part.rows].nonzero()[:, 0]
         rows = part.rows[local] if isinstance(part.rows, Tensor) else local
         hidden, targets = hidden[local], targets[local]
-    found = linear_logprobs(hidden, head.weight, targets, head=head.transform, temperature=temperature)
+    found = linear_logprobs(head.states(hidden), head.weight, targets, head=head.transform, temperature=temperature)
     return Sampled(local, rows, cast(Tensor, found.logprobs), found.entropy)
 
 
@@ -222,6 +226,16 @@ def checked_rows(name: str, plan: Plan, rows: Tensor | None) -> Tensor | None:
         came = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
         raise ArgumentError(f"{name} must be a float tensor of shape (N={plan.num_rows},), got {came}")
     return rows.to(plan.device)
+
+
+def checked_scores(plan: Plan, scored: TopKLogprobs) -> TopKLogprobs:
+    """A teacher's top-k log-probabilities, one row of them a row of the plan, on its device."""
+    shapes = tuple(scored.ids.shape), tuple(scored.logprobs.shape)
+    if len(shapes[0]) != 2 or shapes[0] != shapes[1] or shapes[0][0] != plan.num_rows:
+        raise ArgumentError(
+            f"teacher must have ids and logprobs of one shape (N={plan.num_rows}, K), got {shapes[0]} and {shapes[1]}"
+        )
+    return TopKLogprobs(scored.ids.to(plan.device), scored.logprobs.to(plan.device))
 
 
 def total_of(plan: Plan, weights: Tensor | None, normalizer: float | None) -> float:

@@ -67,6 +67,7 @@ def token_logprobs(
 def _logprobs(model: nn.Module, plan: Plan, temperature: float, strategy: Strategy, verify: Verify) -> Tensor:
     hidden = run(model, plan, strategy=strategy, verify=verify).student_hidden
     head = head_of(model)
+    hidden = head.states(hidden)
     found = linear_logprobs(hidden, head.weight, plan.target_ids, head=head.transform, temperature=temperature)
     return cast(Tensor, found.logprobs)  # None only without targets
 

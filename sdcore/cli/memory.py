@@ -1,12 +1,15 @@
-"""`sdcore profile-memory`: predicted memory of a training step, part by part, without loading a model."""
+"""`sdcore profile-memory`: what a training step takes, predicted, measured, or turned round: what fits a card."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sdcore.cli.running import MODEL_HELP, console, quiet_libraries, readable_errors, resolved
+
+if TYPE_CHECKING:
+    from sdcore.memory import Load, Setting
 
 
 def profile_memory(
@@ -25,21 +28,33 @@ def profile_memory(
     strategy: Annotated[str, typer.Option(help="packed, cached, two_phase or naive.")] = "packed",
     micro_batch: Annotated[int | None, typer.Option(help="Completions in flight at a time; two_phase.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the configuration's.")] = None,
-    workspace_mb: Annotated[float, typer.Option(help="Of the fused loss.")] = 256.0,
+    workspace_mb: Annotated[float | None, typer.Option(help="Of the fused loss; default: its own on a GPU.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that the model brings along.")] = False,
+    what_fits: Annotated[bool, typer.Option("--what-fits", help="The largest R, G, B, P and C on a card.")] = False,
+    device_memory: Annotated[str | None, typer.Option(help="A card (H100, RTX 4090, ...) or a size (80GB).")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Run a step of a scaled-down model here.")] = False,
+    contenders: Annotated[str, typer.Option(help="What is measured: of ours, naive, trl, liger.")] = "ours,naive,trl",
+    scale_layers: Annotated[int, typer.Option(help="Layers that are left to measure; 0: all.")] = 2,
+    scale_width: Annotated[int, typer.Option(help="Widths and vocabulary are divided by it.")] = 8,
+    scale_tokens: Annotated[int, typer.Option(help="P, C and R are divided by it.")] = 8,
+    device: Annotated[str, typer.Option(help="Where it is measured.")] = "cpu",
+    output: Annotated[str, typer.Option(help="Directory for what is measured: JSON, PNG, snapshots.")] = "memory",
 ) -> None:
-    """Predict the peak memory of a training step.
+    """Predict the peak memory of a training step, say what fits a card, or measure a step.
 
     Part by part, with and without the fused loss and shared prefixes.
 
     \b
     From the configuration alone, on any machine:
       sdcore profile-memory --model Qwen/Qwen3-8B --teacher ema --completions 8 --context-per-completion
-      sdcore profile-memory --model Qwen/Qwen3-8B --lora-rank 16 --teacher adapter_off --checkpointing
+      sdcore profile-memory --model Qwen/Qwen3-8B --lora-rank 16 --what-fits --device-memory H100
+    A step of random weights, scaled down, every live byte by category:
+      sdcore profile-memory --model Qwen/Qwen3-8B --measure --output memory
     """
     with readable_errors("profile-memory"), quiet_libraries():
         from transformers import AutoConfig
 
+        from sdcore.errors import ArgumentError
         from sdcore.memory import Load, Setting, compare, memory_table
 
         load = Load(
@@ -59,5 +74,72 @@ def profile_memory(
             dtype=dtype,
             workspace_mb=workspace_mb,
         )
+        if what_fits and device_memory is None:
+            raise ArgumentError("--device-memory must be given with --what-fits, a card or a size such as 80GB")
         config = AutoConfig.from_pretrained(resolved(model), trust_remote_code=trust_remote_code)
-        console().print(memory_table(compare(config, load, setting), f"Predicted peak memory of {model}"))
+        if what_fits:
+            _show_what_fits(config, load, setting, str(device_memory), model)
+        if measure:
+            scale = (scale_layers or None, scale_width, scale_tokens)
+            _measure(config, load, setting, model, contenders.split(","), scale, device, output)
+        if not what_fits and not measure:
+            console().print(memory_table(compare(config, load, setting), f"Predicted peak memory of {model}"))
+
+
+def _show_what_fits(config: Any, load: Load, setting: Setting, device_memory: str, model: str) -> None:
+    from sdcore.memory import device_bytes, fits_table, what_fits
+    from sdcore.memory.fits import HEADROOM
+
+    size = device_bytes(device_memory)
+    title = (
+        f"What fits {device_memory} with {model}: {size * (1 - HEADROOM) / 2**30:.1f} GiB, {HEADROOM:.0%} left alone"
+    )
+    console().print(fits_table(what_fits(config, load, setting, device_bytes=size), load, title))
+
+
+def _measure(
+    config: Any,
+    load: Load,
+    setting: Setting,
+    model: str,
+    contenders: list[str],
+    scale: tuple[int | None, int, int],
+    device: str,
+    output: str,
+) -> None:
+    import json
+    from pathlib import Path
+
+    from sdcore.memory import measure, measured_table, save_plot, shrunk
+    from sdcore.memory.measured import predictions
+    from sdcore.memory.plot import as_json
+
+    layers, width, tokens = scale
+    small = shrunk(config, load, layers=layers, width=width, tokens=tokens)
+    folder = Path(output)
+    found = measure(
+        small.config,
+        small.load,
+        setting,
+        contenders=contenders,
+        tiles=small.tiles,
+        device=device,
+        snapshots=str(folder),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    screen = console()
+    screen.print(f"Measured on {device}, random weights. Scaled down: " + ("; ".join(small.changes) or "nothing"))
+    screen.print(
+        measured_table(found, predictions(small.config, small.load, setting, small.tiles), f"A step of {model}")
+    )
+    for one in found.values():
+        if one.reason:
+            screen.print(f"{one.contender} did not run: {one.reason}")
+    about = {"model": model, "device": device, "scaled": list(small.changes), "load": vars(small.load)}
+    (folder / "memory.json").write_text(json.dumps(about | {"contenders": as_json(found)}) + "\n")
+    written = [str(folder / "memory.json")]
+    try:
+        written.append(str(save_plot(found, folder / "memory.png", title=f"{model}, scaled down, on {device}")))
+    except ImportError as error:
+        screen.print(str(error))
+    screen.print("Written: " + ", ".join(written))

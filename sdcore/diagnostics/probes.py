@@ -28,12 +28,12 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from sdkernels import linear_divergence, linear_topk
+from sdkernels import LogitTransform, linear_divergence, linear_topk
 
 from ..contexts import ContextBuilder
 from ..errors import ArgumentError, SdcoreError
 from ..models import Body, Head, find_body, head_of
-from ..prefix import Plan, passes, row_slices
+from ..prefix import Plan, TeacherRows, passes, row_slices
 from ..prefix import plan as plan_of
 from ..prefix.runner import Strategy
 from ..teachers import Teacher, TrustRegion
@@ -302,18 +302,18 @@ def _run(
         [prompt.to(body.device) for _, prompt in turns],
     )
     student = teacher_states = None
-    weight, transform = None, None
+    found: TeacherRows | None = None
     for part in passes(model, plan, teacher=teacher, strategy=strategy).parts:
         found = part.teachers[0]
         if student is None or teacher_states is None:
             student = part.student_hidden.new_empty(plan.num_rows, part.student_hidden.shape[1])
             teacher_states = found.hidden.new_empty(plan.num_rows, found.hidden.shape[1])
         student[part.rows], teacher_states[part.rows] = part.student_hidden, found.hidden
-        weight, transform = found.weight, found.transform
-    head = head_of(body)
-    head = Head(head.weight.detach(), head.transform)
-    taught = Head(head.weight if weight is None else weight, head.transform if transform is None else transform)
-    return _Rows(plan, cast(Tensor, student), head, cast(Tensor, teacher_states), taught)
+    student, teacher_states, found = cast(Tensor, student), cast(Tensor, teacher_states), cast(TeacherRows, found)
+    own = head_of(body)
+    head = Head(own.weight.detach(), own.transform)
+    taught = head if found.weight is None else Head(found.weight, cast(LogitTransform, found.transform))
+    return _Rows(plan, own.states(student), head, found._replace(hidden=teacher_states).states(own), taught)
 
 
 def _logits_at(hidden: Tensor, head: Head, ids: Tensor, temperature: float) -> Tensor:

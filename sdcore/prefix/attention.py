@@ -62,12 +62,15 @@ class RowContext:
         return layers[layer]
 
 
-@dataclass(frozen=True, eq=False)
 class RowMask:
-    """What the model takes for its attention mask: the row, and the window that it asked a mask for."""
+    """What the model takes for its attention mask: the row, and the window that it asked a mask for.
 
-    context: RowContext
-    window: int | None
+    No dataclass: of one among a layer's arguments FSDP2's mixed precision makes a copy, and records would be put there.
+    """
+
+    def __init__(self, context: RowContext, window: int | None) -> None:
+        self.context = context
+        self.window = window
 
 
 _ACTIVE: ContextVar[RowContext | None] = ContextVar("sdcore_packed_row", default=None)

@@ -21,8 +21,10 @@ from typing import Any, NamedTuple
 
 from ..errors import ArgumentError
 from .planner import Plan, Tree
-from .sizes import ModelSizes, model_sizes
+from .sizes import LINEAR_CHUNK, LayerSizes, ModelSizes, model_sizes
 
+# Branches at a time in a two-phase pass without gradient.
+BRANCHES = 4
 STRATEGIES = ("packed", "cached", "two_phase", "naive")
 
 
@@ -37,6 +39,7 @@ class PassCost:
     kept_bytes: int  # activations that backward needs at once; 0 for a pass without gradient
     naive_kept_bytes: int
     prompt_bytes: int  # keys, values and states of the trunks, for the completions or the teacher's pass; 0 for naive
+    working_bytes: int  # of a pass without gradient: what its largest layer holds while it runs; 0 for one with
 
     @property
     def speedup(self) -> float:
@@ -209,9 +212,10 @@ def _pass_cost(
         naive_tokens=_tokens(naive),
         flops=times * _flops(spans, sizes),
         naive_flops=times * _flops(naive, sizes),
-        kept_bytes=_kept_bytes(trees, prompts, sizes, options) if gradient else 0,
-        naive_kept_bytes=_bytes_of_layers(_tokens(naive), sizes, options) if gradient else 0,
+        kept_bytes=_kept_bytes(trees, naive, sizes, options) if gradient else 0,
+        naive_kept_bytes=_bytes_of_layers(naive, sizes, options, strategy="naive") if gradient else 0,
         prompt_bytes=sum(prompts),
+        working_bytes=0 if gradient else _working_bytes(trees, read_shared, sizes, options),
     )
 
 
@@ -246,31 +250,91 @@ def _prompt_bytes(tree: TreeSizes, sizes: ModelSizes, options: _Options) -> int:
     )
 
 
-def _kept_bytes(trees: Sequence[TreeSizes], prompts: Sequence[int], sizes: ModelSizes, options: _Options) -> int:
-    """What a strategy keeps for backward at its peak; `prompts` are the `_prompt_bytes` of the trees."""
+def _kept_bytes(
+    trees: Sequence[TreeSizes], naive: Sequence[tuple[int, int]], sizes: ModelSizes, options: _Options
+) -> int:
+    """What a strategy keeps for backward at its peak; `naive` are the spans of whole sequences."""
     if options.strategy == "naive":
-        tokens = sum(tree.trunk + branch for tree in trees for branch in tree.branches)
-        return _bytes_of_layers(tokens, sizes, options)
-    in_flight = [(branch, prompt) for tree, prompt in zip(trees, prompts, strict=True) for branch in tree.branches]
-    if options.strategy == "two_phase":
-        in_flight = sorted(in_flight, reverse=True)[: options.micro_batch]
-    tokens = sum(tree.trunk for tree in trees) + sum(branch for branch, _ in in_flight)
-    kept = _bytes_of_layers(tokens, sizes, options)
-    if options.strategy in ("cached", "two_phase") and not options.checkpointing:
-        # Each completion in flight has its prompt's keys and values beside its own, in one tensor.
-        kept += sum(prompt for _, prompt in in_flight)
-    if options.strategy == "two_phase":
-        kept += sum(prompts)  # the gradient of the prompts' keys and values, which the micro-batches add to
-    return kept
+        return _bytes_of_layers(naive, sizes, options, strategy="naive")
+    if options.strategy != "two_phase":
+        return sum(_bytes_of_tree(tree, tree.branches, sizes, options) for tree in trees)
+    # One group at a time, and few of its completions; beside them the gradient of the prompt's keys and values, which
+    # the micro-batches add to.
+    return max(
+        (
+            _bytes_of_tree(tree, sorted(tree.branches, reverse=True)[: options.micro_batch], sizes, options)
+            + _prompt_bytes(tree, sizes, options)
+            for tree in trees
+        ),
+        default=0,
+    )
 
 
-def _bytes_of_layers(tokens: int, sizes: ModelSizes, options: _Options) -> int:
-    wide = max(4, options.dtype_bytes)
-    of_layers = [tokens * (layer.kept * options.dtype_bytes + layer.kept_float32 * wide) for layer in sizes.layers]
+def _working_bytes(trees: Sequence[TreeSizes], read_shared: bool, sizes: ModelSizes, options: _Options) -> int:
+    """Without a gradient a layer's tensors are gone when the next one runs."""
+    first = [(tree.shared if read_shared else 0, tree.trunk) for tree in trees if tree.branches]
+    rest = [sorted(((tree.trunk, tree.trunk + n) for n in tree.branches), reverse=True) for tree in trees]
+    if options.strategy == "naive":
+        batches = [[(0, end) for spans in rest for _, end in spans]]
+    elif options.strategy == "packed":
+        batches = [[*first, *(span for spans in rest for span in spans)]]
+    else:  # a trunk, then its branches, of which two_phase runs few at a time
+        at_a_time = BRANCHES if options.strategy == "two_phase" else None
+        batches = [*([span] for span in first), *(spans[:at_a_time] for spans in rest)]
+    own, wide = options.dtype_bytes, max(4, options.dtype_bytes)
+
+    def held(layer: LayerSizes, batch: Sequence[tuple[int, int]]) -> int:
+        kept = layer.kept * own + (layer.kept_float32 + layer.kept_chunked) * wide
+        # Attention and feed-forward layer take turns: about two thirds of what backward would need is there at a time.
+        found = _tokens(batch) * kept * 2 // 3
+        if layer.score_heads and options.strategy != "packed":
+            # The scores, with the mask, their exponentials and the probabilities.
+            found += 3 * wide * layer.score_heads * sum((end - start) * end for start, end in batch)
+        return found
+
+    return max((held(layer, batch) for layer in set(sizes.layers) for batch in batches), default=0)
+
+
+def _bytes_of_tree(tree: TreeSizes, branches: Sequence[int], sizes: ModelSizes, options: _Options) -> int:
+    spans = [(0, tree.trunk), *((tree.trunk, tree.trunk + branch) for branch in branches)]
+    return _bytes_of_layers(spans, sizes, options, strategy=options.strategy)
+
+
+def _bytes_of_layers(spans: Sequence[tuple[int, int]], sizes: ModelSizes, options: _Options, *, strategy: str) -> int:
+    """Of the tokens at positions [start, end) of sequences whose earlier tokens are read."""
+    tokens, counted = _tokens(spans), Counter(spans)
+    kinds = {layer: _bytes_of_layer(layer, counted, options, strategy) for layer in set(sizes.layers)}
+    of_layers = [kinds[layer] for layer in sizes.layers]
+    # The last norm, and what it gives.
+    ends = tokens * sizes.hidden * (max(4, options.dtype_bytes) + 2 * options.dtype_bytes)
     if options.checkpointing:
         # Of each layer its input, and one layer that is being computed again.
-        return tokens * sizes.hidden * options.dtype_bytes * len(of_layers) + max(of_layers, default=0)
-    return sum(of_layers)
+        return ends + tokens * sizes.hidden * options.dtype_bytes * len(of_layers) + max(of_layers, default=0)
+    return ends + sum(of_layers)
+
+
+def _bytes_of_layer(layer: LayerSizes, spans: Counter[tuple[int, int]], options: _Options, strategy: str) -> int:
+    own, wide = options.dtype_bytes, max(4, options.dtype_bytes)
+    found = 0
+    for (start, end), count in spans.items():
+        tokens = end - start
+        chunks = -(-tokens // LINEAR_CHUNK) * LINEAR_CHUNK
+        found += count * (tokens * (layer.kept * own + layer.kept_float32 * wide) + chunks * layer.kept_chunked * wide)
+        if strategy == "packed" or not layer.score_width or not tokens:
+            continue
+        read = start if layer.window is None else min(start, layer.window - 1)
+        keys = read + tokens
+        if layer.score_heads:
+            # Probabilities in float32 and, where that is wider, in the model's dtype; tanh of the scores.
+            scores = wide + (own if own < wide else 0) + (own if layer.softcapped else 0)
+            found += count * layer.score_heads * tokens * keys * scores
+        elif read or (layer.window is not None and layer.window < tokens):
+            found += count * tokens * keys * own  # the mask, as numbers to add, of each sequence
+        else:
+            continue
+        # Keys and values, also those of the prefix, once for each head that reads them.
+        found += count * (keys * layer.groups - tokens) * layer.kv_entries * own
+    return found
 
 
 def _ratio(naive: int, shared: int) -> float:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from sdkernels import LogitTransform
 
 from ..errors import ArgumentError, UnsupportedModelError
+from ..heads import Head, lifted
 from ..models import Body, find_body, head_of, without_dropout
 from ..teachers import Live, Snapshot, Teacher, TrustRegion
 from . import cached, naive, packed, ranks, two_phase
@@ -48,6 +49,11 @@ class TeacherRows(NamedTuple):
     hidden: Tensor  # (n, H)
     weight: Tensor | None  # (V, H); None: the student's
     transform: LogitTransform | None  # None: the student's
+    lift: Tensor | None = None  # (R, H) where its head has adapters of its own
+
+    def states(self, student: Head) -> Tensor:
+        """What goes with the weight; `student` is the head that `weight` None stands for."""
+        return student.states(self.hidden).detach() if self.weight is None else lifted(self.hidden, self.lift)
 
 
 class PrefixOutput(NamedTuple):
@@ -166,9 +172,10 @@ def _require_fits(body: Body, teacher: Teacher, plan: Plan) -> None:
         check_against(plan, vocab_size=own.vocab_size, max_positions=None, device=own.device)
         read = replace(plan, student=())
         check_against(read, vocab_size=own.vocab_size, max_positions=own.max_positions, device=own.device)
-        rows, others = (one.causal_lm.get_output_embeddings().weight.shape[0] for one in (body, own))
-        if rows != others:
-            raise ArgumentError(f"teacher must have the student's vocabulary, {rows} logits a token, got {others}")
+        if body.num_logits != own.num_logits:
+            raise ArgumentError(
+                f"teacher must have the student's vocabulary, {body.num_logits} logits a token, got {own.num_logits}"
+            )
 
 
 def _teacher_choice(body: Body, teacher: Teacher, plan: Plan, choice: Choice, verify: Verify) -> Choice:
@@ -196,7 +203,7 @@ def _choose(
         if strategy != "naive" and verify != "off" and (problem := agrees(body, STRATEGIES[strategy], plan, verify)):
             raise UnsupportedModelError(f"strategy {strategy!r} disagrees with naive: {problem}")
         return _choice(body, plan, strategy, "asked for"), []
-    shortage = "" if whole or micro_batch is not None else _shortage(body, plan, shares)
+    shortage = "" if whole or micro_batch is not None or body.one_backward else _shortage(body, plan, shares)
     # All ranks choose alike: what is worth it on one of them, or does not fit, decides.
     saving, short = ranks.most(body, _saving(plan, shares), shortage != "")
     if saving < LEAST_SAVING and micro_batch is None:
@@ -234,6 +241,8 @@ def _obstacle(body: Body, trees: Sequence[Tree], strategy: str) -> str | None:
     """Why this strategy cannot run this model; None if it can."""
     if strategy == "packed":
         return packed.supports(body)
+    if strategy == "two_phase" and body.one_backward:
+        return "DeepSpeed takes one backward per step, and two_phase goes backward for each part of it"
     if strategy in ("cached", "two_phase"):
         try:
             with body.keeping_caches():
@@ -372,7 +381,7 @@ def teacher_rows(
         with without_dropout(own.model, training=False):
             hidden, _ = ranks.hidden_states(own, STRATEGIES[strategy], trees)
         head = head_of(own)
-        return TeacherRows(hidden, head.weight.detach(), head.transform)
+        return TeacherRows(hidden, head.weight.detach(), head.transform, head.lift)
 
 
 __all__ = ["Part", "Passes", "PrefixOutput", "Strategy", "TeacherRows", "passes", "run"]

@@ -80,7 +80,7 @@ def generate(
     if seed is not None and generator is not None:
         raise ArgumentError("seed and generator must not both be given, got both")
     prompts_B = _on_device(prompts, body)
-    _check_lengths(body, max(len(prompt) for prompt in prompts_B), max_new_tokens)
+    check_room(body, max(len(prompt) for prompt in prompts_B), max_new_tokens)
     if seed is not None:
         generator = torch.Generator(body.device).manual_seed(seed)
     pad = pad_token_id if pad_token_id is not None else (ends or [0])[0]
@@ -119,6 +119,11 @@ class _Decoder:
     """A model that has read the prompts, and goes on reading one token per row."""
 
     def __init__(self, body: Body, prompts_B: Sequence[Tensor], num_completions: int, pad: int) -> None:
+        if body.one_backward and body.sharded is not None:
+            raise UnsupportedModelError(
+                f"{body.name} has its weights partitioned by DeepSpeed, and ranks that sample until they have an end "
+                "would wait for each other: sample with a server (vLLM)"
+            )
         # A wrapper that gathers weights or casts has to see the call; one that reduces gradients has not.
         plain = body.through is None or isinstance(body.through, DistributedDataParallel)
         self._model: Any = body.causal_lm if plain else body.through
@@ -228,11 +233,12 @@ def _check_options(
             raise ArgumentError(f"eos_token_id must be in [0, V={vocab_size}), got {token}")
 
 
-def _check_lengths(body: Body, longest: int, max_new_tokens: int) -> None:
+def check_room(body: Body, longest: int, max_new_tokens: int, *, name: str = "max_new_tokens") -> None:
+    """Refuse completions that the model cannot read after a prompt of `longest` tokens; `name` is for the error."""
     read = longest + max_new_tokens - 1  # the last token is not read
     if body.max_positions is not None and read > body.max_positions:
         raise ArgumentError(
-            f"max_new_tokens must be at most {body.max_positions - longest + 1}, what the model's {body.max_positions} "
+            f"{name} must be at most {body.max_positions - longest + 1}, what the model's {body.max_positions} "
             f"positions leave after the longest prompt's {longest} tokens, got {max_new_tokens}"
         )
     if body.rotary_switch is not None and read > body.rotary_switch:

@@ -62,6 +62,8 @@ class Snapshot:
         if not isinstance(student, nn.Module):
             raise ArgumentError(f"student must be a module, got {type(student).__name__}")
         named = _named(student)
+        if any(hasattr(tensor, "ds_id") for tensor in named.values()):
+            raise UnsupportedModelError("student has its weights partitioned by DeepSpeed: a copy would be empty")
         if not any(tensor.requires_grad for tensor in named.values()):
             raise ArgumentError(
                 f"student must have weights that are trained, since nothing else is kept; got a "

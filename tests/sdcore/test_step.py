@@ -312,7 +312,7 @@ def test_the_models_own_output_layer_is_never_run(strategy: Any, micro_batch: in
     distill_step(
         model, planned, teacher=TrustRegion(Frozen(other)), strategy=strategy, micro_batch=micro_batch, verify="always"
     )
-    imitate_step(model, [[1, 2, 3]], [[4, 5]])
+    imitate_step(model, plan([[1, 2, 3]], [[[4, 5]]]))
 
 
 @pytest.mark.parametrize(("strategy", "micro_batch"), HOW)
@@ -357,17 +357,42 @@ def test_metrics_are_means_over_the_tokens_with_a_weight(
     assert out.report.student.strategy == strategy
 
 
-def test_imitating_is_the_cross_entropy_of_the_completions() -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("strategy", "micro_batch"), HOW)
+def test_imitating_is_the_cross_entropy_of_the_completions(
+    strategy: Any, micro_batch: int | None, weighted: bool
+) -> None:
     model, plain = tiny("gemma2"), tiny("gemma2")
     prompts, completions = [[1, 7, 8], [1, 9], [1, 5, 6, 7, 8]], [[10, 11, 2], [2], [12, 13]]
-    out = imitate_step(model, prompts, completions)
+    weights = torch.tensor([0.5, 0.0, 2.0, 1.0, 0.0, 0.25], dtype=torch.float64) if weighted else None
+    out = imitate_step(
+        model,
+        plan(prompts, [[one] for one in completions]),
+        token_weights=weights,
+        normalizer=7.0 if weighted else None,
+        strategy=strategy,
+        micro_batch=micro_batch,
+    )
     log_p = full_logits(plain, list(map(torch.tensor, prompts)), [[torch.tensor(c)] for c in completions])
     log_p = log_p.log_softmax(-1)
-    loss = -log_p.gather(1, torch.tensor([10, 11, 2, 2, 12, 13])[:, None]).mean()
+    surprise = -log_p.gather(1, torch.tensor([10, 11, 2, 2, 12, 13])[:, None])[:, 0]
+    loss = surprise.mean() if weights is None else (weights * surprise).sum() / 7
     loss.backward()
     assert close(out.loss, loss.detach())
-    assert close(out.metrics["student/entropy"], -(log_p.exp() * log_p).sum(-1).mean().detach())
+    assert close(out.rows["per_token"], (surprise if weights is None else weights * surprise).detach())
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    active = slice(None) if weights is None else weights != 0
+    assert close(out.metrics["student/entropy"], entropy[active].mean().detach())
+    assert close(out.metrics["student/logprob"], -surprise[active].mean().detach())
     assert_same_gradients(gradients(model), gradients(plain))
+
+
+def test_imitating_without_a_backward_gives_its_loss_in_the_graph() -> None:
+    model, other = tiny("llama"), tiny("llama")
+    planned = plan([[1, 7, 8]], [[[10, 11], [2]]])
+    imitate_step(model, planned, backward=None).loss.backward()
+    imitate_step(other, planned)
+    assert_same_gradients(gradients(model), gradients(other))
 
 
 def test_a_teacher_that_is_the_student_gives_the_students_gradient_only() -> None:

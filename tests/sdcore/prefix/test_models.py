@@ -189,12 +189,6 @@ def test_a_head_in_modules_to_save_is_the_trained_copy_until_adapters_are_off() 
         assert head_of(model).weight is wrapper.original_module.weight
 
 
-def test_an_adapter_on_the_head_is_refused() -> None:
-    model = peft.get_peft_model(tiny("llama"), peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
-    with pytest.raises(UnsupportedModelError, match=r"peft.tuners.lora.*modules_to_save"):
-        head_of(model)
-
-
 def test_soft_prompts_are_refused() -> None:
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(UnsupportedModelError, match="PROMPT_TUNING adds soft prompts"):

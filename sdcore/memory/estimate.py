@@ -7,14 +7,13 @@
 Parameters are counted on the meta device; activations and prompt caches are `sdcore.prefix.cost`'s. Four variants stand
 side by side: the loss fused or from whole logits, prefixes shared or every completion as a sequence of its own.
 
-What differs from a measurement. It is an upper estimate of the update: gradients and activations are added up, though
-the ones grow while the others shrink, and padding is none. Of the allocator's fragmentation, the CUDA context and
-temporaries of the optimizer it knows nothing: leave a few GB. What the layers keep is right within a fifth for Llama,
-and up to a half too low for families that norm every head.
+What differs from a measurement (`measured`; docs/memory.md has both side by side). It is an upper estimate of the
+update: gradients and activations are added up, though the ones grow while the others shrink, and padding is
+none. Of the allocator's fragmentation, the CUDA context and temporaries of the optimizer it knows nothing: leave a few
+GB. What the layers keep is within a tenth for the families of `prefix.sizes`, in transformers' own code.
 
 Not covered: several devices (FSDP, DeepSpeed: divide weights, gradients and optimizer by their number), quantised
-weights, optimizers with other states than AdamW's, and whether it fits a given device (`sdcore profile-memory` shows
-numbers, you compare).
+weights, and optimizers with other states than AdamW's. Whether it fits a given device is `fits`' question.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 import torch
 from torch import nn
 
-from .errors import ArgumentError
-from .prefix.costs import STRATEGIES, cost_of_sizes
-from .prefix.sizes import ModelSizes, model_sizes
-from .presets.methods import TeacherKind
+from ..errors import ArgumentError
+from ..prefix.costs import STRATEGIES, cost_of_sizes
+from ..prefix.sizes import ModelSizes, model_sizes
+from ..presets.methods import TeacherKind
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from .config import SelfDistillationConfig
-    from .presets.methods import Method
+    from ..config import SelfDistillationConfig
+    from ..presets.methods import Method
 
 MIB: Final = 1 << 20
 # Teachers that hold a copy of the weights; the others are the student's own.
@@ -46,8 +45,10 @@ PLAIN_LOGITS: Final = 2
 PLAIN_FLOAT32: Final = 6
 # Sampling: logits of a row in float32, the warped copy, its softmax and its log-softmax.
 SAMPLING_FLOAT32: Final = 4
-# The fused loss on few rows needs less than its budget: two float32 logits and their scratch.
-FUSED_BYTES_PER_ENTRY: Final = 12
+# The fused loss on few rows needs less than its budget: two float32 logits, and scratch for one block of them.
+FUSED_BYTES_PER_ENTRY: Final = 8
+SCRATCH_BYTES_PER_ENTRY: Final = 16
+BLOCK_ENTRIES: Final = 1 << 17
 DEFAULT_WORKSPACE_MB: Final = 256.0
 PARTS: Final = (
     "weights",
@@ -96,7 +97,7 @@ class Setting:
     checkpointing: bool = False  # gradient checkpointing
     lora_rank: int | None = None  # of adapters on every linear layer but the head; None: all weights are trained
     dtype: str | None = None  # "float32", "bfloat16", ...; None: what the configuration says, else float32
-    workspace_mb: float = DEFAULT_WORKSPACE_MB  # of the fused loss
+    workspace_mb: float | None = None  # of the fused loss; None: what it takes on a GPU
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -105,7 +106,7 @@ class Setting:
             raise ArgumentError(f"lora_rank must be at least 1, or None, got {self.lora_rank}")
         if self.dtype is not None and not _is_float(getattr(torch, self.dtype, None)):
             raise ArgumentError(f"dtype must be the name of one of torch's float dtypes, got {self.dtype!r}")
-        if self.workspace_mb <= 0:
+        if self.workspace_mb is not None and self.workspace_mb <= 0:
             raise ArgumentError(f"workspace_mb must be positive, got {self.workspace_mb}")
         if self.teacher not in get_args(TeacherKind):
             raise ArgumentError(f"teacher must be one of {', '.join(get_args(TeacherKind))}, got {self.teacher!r}")
@@ -176,7 +177,7 @@ def predict(
     setting = setting or Setting()
     sizes = model_sizes(config)
     parameters = parameters or count_parameters(config)
-    itemsize = _dtype(config, setting).itemsize
+    itemsize = dtype_of(config, setting).itemsize
     counted = cost_of_sizes(
         sizes,
         prompt_tokens=load.prompt_tokens,
@@ -190,20 +191,29 @@ def predict(
         micro_batch=setting.micro_batch,
         dtype_bytes=itemsize,
     )
-    prompt_bytes = counted.student.prompt_bytes + (counted.teacher.prompt_bytes if counted.teacher else 0)
+    # A packed row reads a prompt's keys and values where the student's layers keep them, unless they keep nothing.
+    prompt_bytes = counted.student.prompt_bytes if setting.strategy != "packed" or setting.checkpointing else 0
+    if counted.teacher is not None and setting.strategy != "packed":
+        prompt_bytes += counted.teacher.prompt_bytes
+    at_once = 1 if setting.strategy == "two_phase" else load.prompts  # groups
     trained = parameters.all if setting.lora_rank is None else setting.lora_rank * parameters.linear_sides
+    # Each micro-batch makes a gradient of the head of its own, which is then added.
+    again = parameters.head if setting.strategy == "two_phase" and setting.lora_rank is None else 0
     copies = 1 if setting.teacher in COPIES else 0
     if setting.lora_rank is not None and setting.teacher in ("frozen", "trust_region"):
         copies = 0  # the base model with the adapter off
     teacher = copies * (parameters.all if setting.lora_rank is None else trained)
     workspace, logits = _loss_bytes(load, sizes, setting, itemsize, parameters)
+    if counted.teacher is not None:
+        # The teacher's pass is over when the loss begins.
+        workspace = max(workspace, at_once * counted.teacher.working_bytes - logits)
     parts = (
         (parameters.all + (0 if setting.lora_rank is None else trained)) * itemsize,
         teacher * itemsize,
-        trained * itemsize,
+        (trained + again) * itemsize,
         2 * trained * itemsize,  # AdamW's two moments, in the parameters' dtype
-        load.prompts * counted.student.kept_bytes,
-        load.prompts * prompt_bytes,
+        at_once * counted.student.kept_bytes,
+        at_once * prompt_bytes,
         workspace,
         logits,
     )
@@ -219,14 +229,18 @@ def compare(
     setting = setting or Setting()
     model_sizes(config)  # refuses a configuration that says too little, before a model is made of it
     parameters = parameters or count_parameters(config)
+    return {name: predict(config, load, one, parameters=parameters) for name, one in variants_of(setting).items()}
+
+
+def variants_of(setting: Setting) -> dict[str, Setting]:
+    """The setting with the fused loss and with whole logits, with shared prefixes and without."""
     naive = replace(setting, strategy="naive", micro_batch=None)
-    variants = {
+    return {
         "fused, shared": replace(setting, fused=True),
         "fused, naive": replace(naive, fused=True),
         "plain, shared": replace(setting, fused=False),
         "plain, naive": replace(naive, fused=False),
     }
-    return {name: predict(config, load, one, parameters=parameters) for name, one in variants.items()}
 
 
 def memory_table(variants: Mapping[str, Prediction], title: str = "Predicted peak memory") -> Table:
@@ -238,11 +252,11 @@ def memory_table(variants: Mapping[str, Prediction], title: str = "Predicted pea
     for name in variants:
         table.add_column(name, justify="right")
     for part in PARTS:
-        table.add_row(part, *(_shown(one.parts[part]) for one in variants.values()))
+        table.add_row(part, *(shown_bytes(one.parts[part]) for one in variants.values()))
     table.add_section()
-    table.add_row("update, all of these", *(_shown(one.update) for one in variants.values()))
-    table.add_row("sampling, before it", *(_shown(one.resident + one.sampling) for one in variants.values()))
-    table.add_row("peak", *(_shown(one.total) for one in variants.values()), style="bold")
+    table.add_row("update, all of these", *(shown_bytes(one.update) for one in variants.values()))
+    table.add_row("sampling, before it", *(shown_bytes(one.resident + one.sampling) for one in variants.values()))
+    table.add_row("peak", *(shown_bytes(one.total) for one in variants.values()), style="bold")
     return table
 
 
@@ -250,14 +264,22 @@ def _loss_bytes(
     load: Load, sizes: ModelSizes, setting: Setting, itemsize: int, parameters: Parameters
 ) -> tuple[int, int]:
     """Workspace of the loss and bytes of whole logits."""
-    entries = load.rows * sizes.vocab
+    rows = load.rows
+    if setting.strategy == "two_phase":  # one group at a time, and of its completions those in flight
+        rows = min(setting.micro_batch or load.completions, load.completions) * load.completion_tokens
+    entries = rows * sizes.vocab
     # The rows' states of both sides and the student's gradient, whichever way the loss is computed.
-    states = 3 * load.rows * sizes.hidden * itemsize
+    states = 3 * rows * sizes.hidden * itemsize
     if not setting.fused:
         return states, entries * (PLAIN_LOGITS * itemsize + PLAIN_FLOAT32 * 4)
+    trains_head = setting.lora_rank is None
+    budget = setting.workspace_mb
+    if budget is None:
+        budget = max(DEFAULT_WORKSPACE_MB, parameters.head * 2 / MIB if trains_head else 0.0)
     # Gradients of the head are summed up in float32.
-    wide = parameters.head * 4 if setting.lora_rank is None and itemsize < 4 else 0
-    return states + wide + min(int(setting.workspace_mb * MIB), FUSED_BYTES_PER_ENTRY * entries), 0
+    wide = parameters.head * 4 if trains_head and itemsize < 4 else 0
+    needed = FUSED_BYTES_PER_ENTRY * entries + SCRATCH_BYTES_PER_ENTRY * min(entries, BLOCK_ENTRIES)
+    return states + wide + min(int(budget * MIB), needed), 0
 
 
 def _sampling_bytes(load: Load, sizes: ModelSizes, itemsize: int, setting: Setting) -> int:
@@ -267,7 +289,7 @@ def _sampling_bytes(load: Load, sizes: ModelSizes, itemsize: int, setting: Setti
     return rows * (kept * itemsize + sizes.vocab * (itemsize + SAMPLING_FLOAT32 * 4))
 
 
-def _dtype(config: Any, setting: Setting) -> torch.dtype:
+def dtype_of(config: Any, setting: Setting) -> torch.dtype:
     named = setting.dtype or getattr(config, "dtype", None) or torch.float32
     dtype = getattr(torch, named) if isinstance(named, str) else named
     return dtype if _is_float(dtype) else torch.float32
@@ -277,7 +299,7 @@ def _is_float(dtype: object) -> bool:
     return isinstance(dtype, torch.dtype) and dtype.is_floating_point
 
 
-def _shown(count: int) -> str:
+def shown_bytes(count: int) -> str:
     if count == 0:
         return "–"
     for unit, size in (("GiB", 1 << 30), ("MiB", MIB), ("KiB", 1 << 10)):

@@ -1,0 +1,353 @@
+"""One training step of random weights, every live byte by what it is for: ours, the plain code, and peers.
+
+    found = measure(config, Load(prompt_tokens=256, context_tokens=128, completion_tokens=64, completions=4))
+    found["ours"].lives.at_peak["logits"], found["naive"].lives.peak
+
+A contender takes the same model and the same tokens from ids to gradients and an AdamW update: `ours` as the `Setting`
+says, by `distill_step`; `naive` as a trainer without either trick, each completion a sequence with its own prompt and
+the loss from the logits of all completion tokens; `trl` and `liger` like naive, with their chunked losses. Reverse KL,
+a live teacher. A step has run before the one that is recorded, so that nothing is made for the first time in it; the
+learning rate is 0, and losses that differ are an error: what is compared computes the same.
+
+What differs from the obvious: a model that is too large here is made smaller by `shrunk`, in every dimension that
+memory grows with. Sizes that a loss works in (our workspace, TRL's tiles, Liger's chunks) are then made smaller by the
+same factors (`tiles`), else a scaled-down model would be drawn with a full-size workspace.
+
+Not covered: sampling, other teachers than a live one, several devices, compiled contenders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Final, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArgumentError, UnsupportedModelError
+from ..losses import FusedLinearDivergence
+from ..models import find_body
+from ..prefix import Plan, plan
+from ..step import distill_step
+from .allocator import recorded_history
+from .estimate import DEFAULT_WORKSPACE_MB, Load, Prediction, Setting, count_parameters, dtype_of, predict
+from .timeline import Lives, TimeLine
+
+# What counts as the same loss, relative.
+EQUAL: Final = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05, torch.float64: 1e-3}
+TRL_TILE: Final = (4096, 32_768)  # rows and vocabulary entries of trl.kernels at a time
+# What is always granted: the scratch of one block does not depend on the shape.
+LEAST_WORKSPACE_MB: Final = 24.0
+LIGER_CHUNK: Final = 1024  # rows, its default
+
+
+class Tiles(NamedTuple):
+    """By what the sizes that a loss works in are divided."""
+
+    rows: float = 1.0
+    vocab: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The tokens of a step, and the settings of all contenders."""
+
+    plan: Plan
+    student_ids: Tensor  # (B·G, P + R)
+    teacher_ids: Tensor  # (B·G, P + C + R)
+    completion_tokens: int  # R
+    setting: Setting
+    tiles: Tiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One contender's step. Without `lives` it did not run, and `reason` says why."""
+
+    contender: str
+    lives: Lives | None = None
+    loss: float | None = None
+    strategy: str = ""  # of ours, as it was run
+    allocator: tuple[int, ...] = ()  # on a GPU: bytes that the allocator holds, after each of its own events
+    reason: str = ""
+
+
+Run = Callable[[nn.Module, Batch, Callable[[str], None]], Tensor]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`run` does forward and backward: model, batch and the time line's `enter` to the detached loss."""
+
+    name: str
+    run: Run = field(repr=False)
+    describes: str = ""
+
+
+def measure(
+    config: Any,
+    load: Load,
+    setting: Setting | None = None,
+    *,
+    contenders: Sequence[str] = ("ours", "naive", "trl"),
+    tiles: Tiles | None = None,
+    device: torch.device | str = "cpu",
+    snapshots: str | None = None,
+    seed: int = 0,
+) -> dict[str, Measurement]:
+    """Record a step of each contender, one after the other, on the same model.
+
+    `config` is a Hugging Face configuration, of a model that fits the device several times over. `snapshots` is a
+    directory for the CUDA allocator's own records, one `<contender>.pickle` each, for pytorch.org/memory_viz. Raises
+    `ArgumentError` for a contender or teacher that is not known here, and where two contenders' losses differ.
+    """
+    setting = setting or Setting()
+    unknown = sorted(set(contenders) - set(CONTENDERS))
+    if unknown:
+        raise ArgumentError(f"contenders must be among {', '.join(CONTENDERS)}, got {', '.join(unknown)}")
+    if setting.teacher != "live":
+        raise ArgumentError(f"teacher must be live where a step is measured, got {setting.teacher!r}")
+    dtype = dtype_of(config, setting)
+    model = _model(config, setting, dtype, torch.device(device), seed)
+    batch = _batch(load, setting, tiles or Tiles(), find_body(model).vocab_size, torch.device(device), seed)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
+    found: dict[str, Measurement] = {}
+    for name in contenders:
+        found[name] = _measured(CONTENDERS[name], model, batch, optimizer, snapshots)
+        _require_equal(found, dtype)
+    return found
+
+
+def workspace_of(setting: Setting, tiles: Tiles) -> float:
+    """MiB for our loss; a bound, of which small shapes take less."""
+    return max((setting.workspace_mb or DEFAULT_WORKSPACE_MB) / (tiles.rows * tiles.vocab), LEAST_WORKSPACE_MB)
+
+
+def predictions(config: Any, load: Load, setting: Setting, tiles: Tiles) -> dict[str, Prediction]:
+    """The estimates of the same steps, of the contenders that `predict` knows."""
+    ours = replace(setting, workspace_mb=workspace_of(setting, tiles))
+    naive = replace(setting, strategy="naive", micro_batch=None, fused=False)
+    counted = count_parameters(config)
+    return {
+        "ours": predict(config, load, ours, parameters=counted),
+        "naive": predict(config, load, naive, parameters=counted),
+    }
+
+
+def _measured(
+    contender: Contender, model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, snapshots: str | None
+) -> Measurement:
+    try:
+        contender.run(model, batch, lambda _: None)
+        optimizer.step()
+    except (UnsupportedModelError, ImportError) as error:
+        optimizer.zero_grad(set_to_none=True)
+        return Measurement(contender=contender.name, reason=" ".join(str(error).split()))
+    optimizer.zero_grad(set_to_none=True)
+    line = TimeLine(model, optimizer=optimizer)
+    with recorded_history(next(model.parameters()).device, snapshots, contender.name) as allocator, line:
+        loss = contender.run(model, batch, line.enter)
+        line.enter("optimizer")
+        optimizer.step()
+    lives = line.finished()
+    optimizer.zero_grad(set_to_none=True)
+    return Measurement(
+        contender=contender.name,
+        lives=lives,
+        loss=float(loss),
+        strategy=_strategy(batch.setting) if contender.name == "ours" else "",
+        allocator=tuple(allocator),
+    )
+
+
+def _ours(model: nn.Module, batch: Batch, enter: Callable[[str], None]) -> Tensor:
+    setting, tiles = batch.setting, batch.tiles
+    loss = FusedLinearDivergence(workspace_mb=workspace_of(setting, tiles))
+    loss.register_forward_pre_hook(lambda *_: enter("loss"))
+
+    def backward(scalar: Tensor) -> None:
+        enter("backward")
+        scalar.backward()
+
+    return distill_step(
+        model,
+        batch.plan,
+        loss=loss,
+        strategy=setting.strategy,
+        micro_batch=setting.micro_batch,
+        verify="off",
+        backward=backward,
+    ).loss
+
+
+def _naive(model: nn.Module, batch: Batch, enter: Callable[[str], None]) -> Tensor:
+    def logits(ids: Tensor) -> Tensor:  # (B·G, L) -> (B·G, R, V)
+        return model(input_ids=ids, use_cache=False, logits_to_keep=batch.completion_tokens + 1).logits[:, :-1]
+
+    def loss_of() -> Tensor:
+        """As a trainer's `compute_loss`: what it does not return is only kept where the graph needs it."""
+        student = logits(batch.student_ids)
+        with torch.no_grad():
+            teacher = logits(batch.teacher_ids)
+        enter("loss")
+        log_p, log_q = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+        # torch's arguments: KL(p‖q) for input log q and target log p.
+        return nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).mean()
+
+    loss = loss_of()
+    enter("backward")
+    loss.backward()
+    return loss.detach()
+
+
+def _chunked(
+    divergence: Callable[[Tensor, Tensor, Tensor, Batch], Tensor],
+    model: nn.Module,
+    batch: Batch,
+    enter: Callable[[str], None],
+) -> Tensor:
+    """Another library's loss of hidden states (N, H), weight (V, H) and the teacher's states (N, H)."""
+    body = find_body(model)
+    head = body.causal_lm.get_output_embeddings()
+    changed = [
+        name
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+        if getattr(body.config, name, None) not in (None, 1, 1.0)
+    ]
+    if changed or getattr(head, "bias", None) is not None:
+        raise UnsupportedModelError(f"{body.name} does more than one matrix: {', '.join(changed) or 'a bias'}")
+
+    def states(ids: Tensor) -> Tensor:
+        hidden = body.base(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden[:, -batch.completion_tokens - 1 : -1].flatten(0, 1)
+
+    student = states(batch.student_ids)
+    with torch.no_grad():
+        teacher = states(batch.teacher_ids)
+    enter("loss")
+    loss = divergence(student, head.weight, teacher, batch)
+    enter("backward")
+    loss.backward()
+    return loss.detach()
+
+
+def _trl_divergence(student: Tensor, weight: Tensor, teacher: Tensor, _: Batch) -> Tensor:
+    from trl.kernels import chunked_divergence
+
+    per_token, _ = chunked_divergence.ChunkedDivergenceFunction.apply(
+        student, weight, None, teacher, weight.detach(), None, 1.0
+    )
+    return per_token.mean()
+
+
+def _trl(model: nn.Module, batch: Batch, enter: Callable[[str], None]) -> Tensor:
+    try:
+        from trl.kernels import chunked_divergence
+    except ImportError as error:
+        raise ImportError('the contender trl needs TRL: pip install "sdcore[trl]"') from error
+    rows, vocab = (max(int(size / scale), 1) for size, scale in zip(TRL_TILE, batch.tiles, strict=True))
+    # Also for the backward, which has tiles of its own.
+    with mock.patch.multiple(chunked_divergence, TOKEN_CHUNK_SIZE=rows, VOCAB_CHUNK_SIZE=vocab):
+        return _chunked(_trl_divergence, model, batch, enter)
+
+
+def _liger_divergence(student: Tensor, weight: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    except ImportError as error:
+        raise ImportError('the contender liger needs Liger: pip install "sdcore[liger]"') from error
+    module = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0,
+        weight_soft_loss=1.0,
+        beta=1.0,
+        chunk_size=max(int(LIGER_CHUNK / batch.tiles.rows), 1),
+        compiled=False,  # a compiled graph's tensors cannot be seen
+    )
+    labels = torch.zeros(len(student), dtype=torch.int64, device=student.device)
+    return module(student, weight, teacher, weight.detach(), labels)
+
+
+CONTENDERS: Final = {
+    one.name: one
+    for one in (
+        Contender("ours", _ours, "fused loss, shared prefixes"),
+        Contender("naive", _naive, "whole logits, nothing shared"),
+        Contender("trl", _trl, "TRL's chunked loss, nothing shared"),
+        Contender("liger", partial(_chunked, _liger_divergence), "Liger's chunked loss, not compiled, nothing shared"),
+    )
+}
+
+
+def _model(config: Any, setting: Setting, dtype: torch.dtype, device: torch.device, seed: int) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if setting.lora_rank is not None:
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise ImportError('lora_rank needs PEFT: pip install "sdcore[peft]"') from error
+        adapters = LoraConfig(r=setting.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, adapters, autocast_adapter_dtype=False)
+    if setting.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if setting.lora_rank is not None:
+            model.enable_input_require_grads()
+    return model
+
+
+def _batch(load: Load, setting: Setting, tiles: Tiles, vocab: int, device: torch.device, seed: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(count: int) -> Tensor:
+        return torch.randint(vocab, (count,), generator=generator)
+
+    prompts_B = [ids(load.prompt_tokens) for _ in range(load.prompts)]
+    completions_B_G = [[ids(load.completion_tokens) for _ in range(load.completions)] for _ in prompts_B]
+    contexts = load.completions if load.context_per_completion else 1
+    teachers_B_G = [[torch.cat([prompt, ids(load.context_tokens)]) for _ in range(contexts)] for prompt in prompts_B]
+
+    def sequences(prompt_of: Callable[[int, int], Tensor]) -> Tensor:
+        rows = [
+            torch.cat([prompt_of(g, i), completion])
+            for g, group in enumerate(completions_B_G)
+            for i, completion in enumerate(group)
+        ]
+        return torch.stack(rows).to(device)
+
+    return Batch(
+        plan=plan(
+            [prompt.to(device) for prompt in prompts_B],
+            [[completion.to(device) for completion in group] for group in completions_B_G],
+            [group if load.context_per_completion else group[0] for group in teachers_B_G],
+        ),
+        student_ids=sequences(lambda g, _: prompts_B[g]),
+        teacher_ids=sequences(lambda g, i: teachers_B_G[g][i if load.context_per_completion else 0]),
+        completion_tokens=load.completion_tokens,
+        setting=setting,
+        tiles=tiles,
+    )
+
+
+def _strategy(setting: Setting) -> str:
+    batch = "" if setting.micro_batch is None else f", {setting.micro_batch} at a time"
+    return f"{setting.strategy}{batch}"
+
+
+def _require_equal(found: dict[str, Measurement], dtype: torch.dtype) -> None:
+    losses = {name: one.loss for name, one in found.items() if one.loss is not None}
+    first = next(iter(losses.values()), 0.0)
+    for name, loss in losses.items():
+        if abs(loss - first) > EQUAL[dtype] * max(abs(first), 1e-6):
+            raise ArgumentError(f"contenders must compute the same loss, got {first:.6g} and {loss:.6g} of {name}")
+
+
+__all__ = ["CONTENDERS", "Batch", "Contender", "Measurement", "Tiles", "measure", "predictions"]

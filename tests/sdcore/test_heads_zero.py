@@ -1,0 +1,229 @@
+"""DeepSpeed: on two processes on CPU its engines get the gradients of one process. Skipped where it is not installed.
+
+The processes are started once, run all cases, and leave a file each with what they found; the tests read it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from sdcore.errors import UnsupportedModelError
+from sdcore.losses import FusedLinearDivergence
+from sdcore.models import find_body, head_of
+from sdcore.prefix import generate
+from sdcore.step import distill_step
+from sdcore.teachers import AdapterOff, Frozen, Live, Snapshot
+from tests.sdcore.prefix.models import tiny
+from tests.sdcore.test_heads_distributed import MODELS, plan_of
+
+RANKS = 2
+SECONDS = 240  # a hang is a failure within this time; the first start of DeepSpeed compiles
+IDS = (torch.tensor([[5, 9, 2, 44], [1, 2, 3, 4]]), torch.tensor([[7, 3, 2, 60, 1]]))
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+
+
+def engine_of(model: Any, *, stage: int = 3, persistent: int = 0) -> Any:
+    """`persistent`: ZeRO-3 keeps weights of up to so many elements whole."""
+    import deepspeed
+
+    zero: dict[str, Any] = {"stage": stage}
+    if stage == 3:
+        zero |= {"stage3_param_persistence_threshold": persistent}
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    return deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD(trained, lr=0.5),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+        },
+    )[0]
+
+
+def gradients(engine: Any) -> dict[str, Tensor]:
+    """The whole ones. To be called by all ranks."""
+    from deepspeed.utils import safe_get_full_grad
+
+    named = {name: weight for name, weight in engine.module.named_parameters() if weight.requires_grad}
+    found = {name: safe_get_full_grad(weight) for name, weight in named.items()}
+    assert [name for name, grad in found.items() if grad is None] == []
+    return {name: grad.clone() for name, grad in found.items()}
+
+
+def teacher_of(kind: str) -> Any:
+    if kind == "partitioned":
+        return Frozen(engine_of(tiny("llama", seed=1).float()))
+    return {"live": Live, "adapter off": AdapterOff, "frozen": lambda: Frozen(tiny("llama", seed=1).float())}[kind]()
+
+
+@cache
+def of_one_process(model: str, teacher: str) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The loss of each rank's plan, and the mean of their gradients."""
+    alone = MODELS[model]().float()
+    taught = teacher_of("frozen" if teacher == "partitioned" else teacher)
+    losses = [distill_step(alone, plan_of(rank), teacher=taught, strategy="naive").loss for rank in range(RANKS)]
+    named = {name: weight for name, weight in alone.named_parameters() if weight.requires_grad}
+    return losses, {name: weight.grad / RANKS for name, weight in named.items() if weight.grad is not None}
+
+
+def require_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    errors = {name: float((found[name] - grad).norm() / grad.norm()) for name, grad in expected.items()}
+    assert {name: error for name, error in errors.items() if not error < 1e-4} == {}
+
+
+def compare(model: str, *, teacher: str = "live", strategy: Any = "packed", **options: Any) -> None:
+    """A step of both ranks gives the mean of what each plan gives in a process of its own."""
+    engine, rank = engine_of(MODELS[model]().float(), **options), dist.get_rank()
+    out = distill_step(
+        engine, plan_of(rank), teacher=teacher_of(teacher), strategy=strategy, backward=engine.backward, verify="off"
+    )
+    losses, expected = of_one_process(model, teacher)
+    assert torch.allclose(out.loss, losses[rank], rtol=1e-4), "the loss differs"
+    require_close(gradients(engine), expected)
+
+
+def steps_follow_each_other() -> None:
+    """What the first step leaves behind does not get into the second one."""
+    import deepspeed
+
+    engine, rank = engine_of(tiny("llama").float()), dist.get_rank()
+    alone = tiny("llama").float()
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.5)
+    taught = Frozen(tiny("llama", seed=1).float())
+    for _ in range(3):
+        distill_step(engine, plan_of(rank), teacher=taught, backward=engine.backward)
+        engine.step()
+        for one in range(RANKS):
+            distill_step(alone, plan_of(one), teacher=taught, backward=lambda loss: (loss / RANKS).backward())
+        optimizer.step()
+        optimizer.zero_grad()
+    for weight, expected in zip(engine.module.parameters(), alone.parameters(), strict=True):
+        with deepspeed.zero.GatheredParameters([weight]):
+            assert float((weight - expected).norm() / expected.norm()) < 1e-5
+
+
+def a_bare_loop(model: str) -> None:
+    """The recipe of the documentation."""
+    engine, rank = engine_of(MODELS[model]().float()), dist.get_rank()
+    loss, teacher = FusedLinearDivergence(alpha=0.5), tiny("llama", seed=1).float()
+
+    def step(student: Any, ids: Tensor) -> Tensor:
+        hidden, head = find_body(student)(ids).flatten(0, 1), head_of(student)
+        with torch.no_grad():
+            taught = find_body(teacher)(ids).flatten(0, 1)
+        return loss(head.states(hidden), head.weight, taught, teacher.lm_head.weight, student_head=head.transform).loss
+
+    engine.backward(step(engine, IDS[rank]))
+    alone = MODELS[model]().float()
+    for ids in IDS:
+        (step(alone, ids) / RANKS).backward()
+    require_close(gradients(engine), {n: w.grad for n, w in alone.named_parameters() if w.grad is not None})
+
+
+def refusals() -> None:
+    engine, planned = engine_of(tiny("llama").float()), plan_of(0)
+    calls: dict[str, Callable[[], Any]] = {
+        "partitioned by DeepSpeed: pass the engine": lambda: find_body(engine.module),
+        "one backward per step": lambda: distill_step(engine, planned, strategy="two_phase"),
+        "sample with a server": lambda: generate(engine, [[1, 2]], num_completions=1, max_new_tokens=2, eos_token_id=3),
+        "a copy would be empty": lambda: Snapshot(engine),
+    }
+    for message, call in calls.items():
+        with pytest.raises(UnsupportedModelError, match=message):
+            call()
+
+
+def cases() -> dict[str, Callable[[], None]]:
+    """Every case has a name, and is run by both ranks in the same order."""
+    found: dict[str, Callable[[], None]] = {}
+
+    def add(model: str, **how: Any) -> None:
+        label = " ".join([model, *(f"{key}={value}" for key, value in how.items())])
+        found[label] = lambda: compare(model, **how)
+
+    for model in MODELS:
+        add(model)
+        add(model, teacher="frozen", strategy="naive")
+    add("plain", strategy="cached")
+    add("plain", strategy="auto", teacher="frozen")
+    add("plain", teacher="partitioned")
+    add("plain", persistent=10**6)
+    add("plain", stage=2)
+    add("tied", stage=2)
+    if "lora" in MODELS:
+        add("lora", teacher="adapter off")
+        add("lora", stage=2)
+        found["bare loop lora"] = lambda: a_bare_loop("lora")
+    found["bare loop plain"] = lambda: a_bare_loop("plain")
+    found["steps"] = steps_follow_each_other
+    found["refusals"] = refusals
+    return found
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
+    )
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False)
+    results = Path(folder, f"{rank}.json")
+    found: dict[str, str] = {}
+    for case, run in cases().items():
+        try:
+            run()
+            found[case] = ""
+        except BaseException:  # pytest's Failed among them
+            found[case] = traceback.format_exc()
+        finally:
+            results.write_text(json.dumps(found))
+        # Whoever waited for the other in vain is no longer in step with it.
+        if "timeout" in found[case].lower():
+            break
+    with contextlib.suppress(Exception):
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """What each rank found: "" for a case that is right, else why not; a case that was not reached is missing."""
+    folder = tmp_path_factory.mktemp("ranks")
+    context = mp.start_processes(work, args=(str(folder),), nprocs=RANKS, join=False, start_method="spawn")
+    end = time.monotonic() + SECONDS
+    try:
+        for process in context.processes:
+            process.join(max(0.0, end - time.monotonic()))
+    finally:
+        for process in context.processes:
+            process.kill()
+    files = [folder / f"{rank}.json" for rank in range(RANKS)]
+    return [json.loads(file.read_text()) if file.exists() else {} for file in files]
+
+
+@pytest.mark.parametrize("case", cases())
+def test_engines_get_the_gradients_of_one_process(case: str, found: list[dict[str, str]]) -> None:
+    for rank, results in enumerate(found):
+        assert results.get(case, "it was not reached: the ranks hung, or died, in a case before") == "", f"rank {rank}"
