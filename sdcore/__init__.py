@@ -1,7 +1,8 @@
 """Self-distillation of language models: distil what a model does with extra context into the model without it.
 
 `SelfDistillationTrainer` is the whole of it, `distill_step` one training step, `prefix` what that stands on; `presets`
-are the methods, `contexts`, `teachers`, `losses` and `targets` their parts.
+are the methods, `contexts`, `teachers`, `losses` and `targets` their parts; `patch` and `integrations` bring them into
+other people's training code.
 
 Importing this package imports neither torch nor transformers, so that `python -m sdcore --help` answers at once.
 The fused kernels are a package of their own, `sdkernels`.
@@ -14,12 +15,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import SelfDistillationConfig
+    from .integrations.transformers import patch
     from .step import StepOutput, distill_step, imitate_step
     from .trainer import SelfDistillationTrainer
 
-__all__ = ["SelfDistillationConfig", "SelfDistillationTrainer", "StepOutput", "distill_step", "imitate_step"]
+__all__ = ["SelfDistillationConfig", "SelfDistillationTrainer", "StepOutput", "distill_step", "imitate_step", "patch"]
 
-_MODULES = {"SelfDistillationConfig": "config", "SelfDistillationTrainer": "trainer"}
+_MODULES = {
+    "SelfDistillationConfig": "config",
+    "SelfDistillationTrainer": "trainer",
+    "patch": "integrations.transformers",
+}
 
 __version__ = "0.1.0"
 

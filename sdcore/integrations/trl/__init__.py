@@ -1,0 +1,61 @@
+"""TRL's trainers with fused losses: two lines in a script that has one, or another class in its place.
+
+    from sdcore.integrations.trl import patch
+    patch(trainer)                                   # before trainer.train(); options are those of `FusedOptions`
+
+    trainer = FusedSDPOTrainer(model, reward_funcs=verify, args=SDPOConfig(...), ..., fused=FusedOptions(...))
+
+Importing this imports neither TRL nor torch; whoever asks for a trainer where TRL is missing is told what to install.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .guard import require_trl
+
+if TYPE_CHECKING:
+    from .distillation import FusedDistillationTrainer
+    from .fused import FusedOptions
+    from .gkd import FusedGKDTrainer
+    from .sdft import FusedSDFTTrainer
+    from .sdpo import FusedSDPOTrainer
+
+__all__ = [
+    "FusedDistillationTrainer",
+    "FusedGKDTrainer",
+    "FusedOptions",
+    "FusedSDFTTrainer",
+    "FusedSDPOTrainer",
+    "patch",
+]
+
+_MODULES = {
+    "FusedDistillationTrainer": "distillation",
+    "FusedGKDTrainer": "gkd",
+    "FusedOptions": "fused",
+    "FusedSDFTTrainer": "sdft",
+    "FusedSDPOTrainer": "sdpo",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    require_trl()
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def patch(trainer: Any, **options: Any) -> Any:
+    """Make a trainer of TRL that is already constructed the fused one; returns it.
+
+    `options` are those of `FusedOptions`, of which GKD and Distillation take some. To be called before training. A
+    subclass keeps what it adds. Raises `TypeError` for what is no trainer of the four, or for a subclass that overrides
+    a method which is replaced here, by its name; `ArgumentError` and `UnsupportedModelError` as the fused class's
+    constructor does, and then the trainer is as it was.
+    """
+    require_trl()
+    from .patching import patched
+
+    return patched(trainer, options)

@@ -1,0 +1,502 @@
+"""Servers as teachers: answers in the exact form of vLLM, SGLang and TRL, made of a small model's log-probabilities.
+
+And vLLM itself, where `SDCORE_VLLM` names a Python that has it (see tests/sdcore/rollouts/test_engine.py).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sdcore.errors import ArgumentError
+from sdcore.integrations.servers import (
+    Scored,
+    SGLangServer,
+    from_sglang,
+    from_trl,
+    from_vllm,
+    score,
+    sequences,
+)
+from sdcore.losses import FusedLinearDivergence, PolicyTerm
+from sdcore.models import head_of
+from sdcore.prefix import plan as plan_of
+from sdcore.prefix import run
+from sdcore.rollouts.vllm import EngineError, Server, VLLMServer
+from sdcore.step import distill_step
+from sdcore.targets.tilt import TokenTilt
+from sdcore.teachers import Frozen
+from sdkernels import TopK, TopKLogprobs, linear_divergence, linear_topk
+from tests.sdcore.rollouts.test_engine import needs_server, served, with_wider_heads
+
+__all__ = ["served"]  # a fixture: vLLM itself, where there is one
+
+V, K = 61, 5
+PROMPTS = [[3, 7, 9], [11, 4]]
+COMPLETIONS = [[[5, 8, 2, 6], [], [9]], [[1, 2, 3]]]
+TEACHER_PROMPTS = [[3, 7, 40, 41, 9], [11, 50, 4]]
+
+
+def tiny_model(seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.4, tie_word_embeddings=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def teacher() -> LlamaForCausalLM:
+    return tiny_model(1)
+
+
+@pytest.fixture
+def plan() -> Any:
+    return plan_of(PROMPTS, COMPLETIONS, TEACHER_PROMPTS)
+
+
+@dataclass
+class Logprob:
+    """Of vllm/logprobs.py."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+def log_softmax_of(model: LlamaForCausalLM, ids: list[int]) -> Tensor:
+    """(L, V): row i is about token i; the first is NaN, since nothing stands before it."""
+    with torch.no_grad():
+        rows = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    return torch.cat([torch.full((1, V), float("nan")), rows[:-1]])
+
+
+def vllm_position(row: Tensor, own: int, k: int) -> dict[int, Logprob]:
+    """As `append_logprobs_for_next_position` makes it: the own token first, then the k most likely."""
+    top = row.topk(k)
+    rank = int((row >= row[own]).sum())
+    found = {own: Logprob(float(row[own]), rank, f"<{own}>")}
+    for place, (value, token) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True), 1):
+        found[token] = Logprob(value, place, f"<{token}>")
+    return found
+
+
+def vllm_output(model: LlamaForCausalLM, ids: list[int], k: int) -> Any:
+    """A `RequestOutput`, as far as it is read."""
+    rows = log_softmax_of(model, ids)
+    positions = [None, *(vllm_position(rows[i], ids[i], k) for i in range(1, len(ids)))]
+    return SimpleNamespace(prompt_token_ids=list(ids), prompt_logprobs=positions)
+
+
+def vllm_choice(model: LlamaForCausalLM, ids: list[int], k: int) -> dict[str, Any]:
+    """A choice of `/v1/completions` as JSON, whose keys are strings."""
+    output = vllm_output(model, ids, k)
+    positions = [
+        None if entries is None else {str(token): vars(value) for token, value in entries.items()}
+        for entries in output.prompt_logprobs
+    ]
+    choice = {"index": 0, "prompt_token_ids": output.prompt_token_ids, "prompt_logprobs": positions, "text": "x"}
+    return json.loads(json.dumps(choice))
+
+
+def sglang_answer(model: LlamaForCausalLM, ids: list[int], k: int, start: int = 0) -> dict[str, Any]:
+    rows = log_softmax_of(model, ids)
+    own: list[Any] = [[None, ids[start], None]]
+    top: list[Any] = [None]
+    for i in range(start + 1, len(ids)):
+        best = rows[i].topk(k)
+        own.append([float(rows[i, ids[i]]), ids[i], None])
+        top.append([[v, t, None] for v, t in zip(best.values.tolist(), best.indices.tolist(), strict=True)])
+    meta = {"prompt_tokens": len(ids), "input_token_logprobs": own, "input_top_logprobs": top}
+    return json.loads(json.dumps({"text": "x", "meta_info": meta}))
+
+
+def trl_answer(model: LlamaForCausalLM, asked: list[Scored], k: int) -> dict[str, Any]:
+    """What TRL's own client makes of a vLLM server's answer."""
+    client = pytest.importorskip("trl.generation.vllm_client").VLLMClient
+    results = [
+        client._format_sequence_logprobs(vllm_choice(model, one.ids, k), one.ids, len(one.ids) - one.rows, k)
+        for one in asked
+    ]
+    return {key: [result[key] for result in results] for key in results[0]}
+
+
+def scored_by_vllm_engine(model: LlamaForCausalLM, plan: Any, k: int) -> TopKLogprobs:
+    return from_vllm([vllm_output(model, one.ids, k) for one in sequences(plan)], plan, k)
+
+
+def scored_by_vllm_json(model: LlamaForCausalLM, plan: Any, k: int) -> TopKLogprobs:
+    return from_vllm([vllm_choice(model, one.ids, k) for one in sequences(plan)], plan, k)
+
+
+def scored_by_sglang_whole(model: LlamaForCausalLM, plan: Any, k: int) -> TopKLogprobs:
+    return from_sglang([sglang_answer(model, one.ids, k) for one in sequences(plan)], plan, k)
+
+
+def scored_by_sglang_part(model: LlamaForCausalLM, plan: Any, k: int) -> TopKLogprobs:
+    answers = [sglang_answer(model, one.ids, k, len(one.ids) - one.rows - 1) for one in sequences(plan)]
+    return from_sglang(answers, plan, k)
+
+
+def scored_by_trl(model: LlamaForCausalLM, plan: Any, k: int) -> TopKLogprobs:
+    return from_trl(trl_answer(model, sequences(plan), k), plan, k)
+
+
+Format = Callable[[LlamaForCausalLM, Any, int], TopKLogprobs]
+FORMATS: list[Format] = [
+    scored_by_vllm_engine,
+    scored_by_vllm_json,
+    scored_by_sglang_whole,
+    scored_by_sglang_part,
+    scored_by_trl,
+]
+formats = pytest.mark.parametrize("scored", FORMATS, ids=lambda one: one.__name__.removeprefix("scored_by_"))
+
+
+def linear_scores(model: LlamaForCausalLM, plan: Any, k: int) -> TopKLogprobs:
+    """The same rows by the library's own passes."""
+    hidden = run(tiny_model(2), plan, teacher=Frozen(model)).teacher_hidden
+    head = head_of(model)
+    found = linear_topk(hidden, head.weight, k, head=head.transform)
+    return TopKLogprobs(found.ids, found.logprobs)
+
+
+def test_a_sequence_is_the_teachers_prompt_and_a_completion_that_is_not_empty(plan: Any) -> None:
+    assert [(one.name, one.ids, one.rows) for one in sequences(plan)] == [
+        ("completions[0][0]", [3, 7, 40, 41, 9, 5, 8, 2, 6], 4),
+        ("completions[0][2]", [3, 7, 40, 41, 9, 9], 1),
+        ("completions[1][0]", [11, 50, 4, 1, 2, 3], 3),
+    ]
+    alone = plan_of(PROMPTS, COMPLETIONS)
+    assert sequences(alone)[0].ids == [3, 7, 9, 5, 8, 2, 6]
+
+
+@formats
+@pytest.mark.parametrize("k", [1, K, V])
+def test_every_format_gives_the_rows_of_linear_topk(
+    scored: Format, k: int, plan: Any, teacher: LlamaForCausalLM
+) -> None:
+    found, expected = scored(teacher, plan, k), linear_scores(teacher, plan, k)
+    assert torch.equal(found.ids, expected.ids)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
+    assert found.logprobs.shape == (plan.num_rows, k)
+
+
+@formats
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_every_format_gives_the_loss_of_the_teachers_own_states(
+    scored: Format, alpha: float, plan: Any, teacher: LlamaForCausalLM
+) -> None:
+    student = tiny_model(2)
+    hidden = run(student, plan).student_hidden.detach()
+    states = run(student, plan, teacher=Frozen(teacher)).teacher_hidden
+    weight, teacher_weight = head_of(student).weight, head_of(teacher).weight
+    expected = linear_divergence(
+        hidden, weight, states, teacher_weight, alpha=alpha, support=TopK(K, of="teacher", tail=True)
+    )
+    found = linear_divergence(hidden, weight, alpha=alpha, teacher=scored(teacher, plan, K))
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-6)
+
+
+def test_the_own_token_of_vllm_is_left_out_where_it_is_not_among_the_most_likely(
+    plan: Any, teacher: LlamaForCausalLM
+) -> None:
+    asked = sequences(plan)
+    answers = [vllm_output(teacher, one.ids, 1) for one in asked]
+    counts = [len(p) for a, one in zip(answers, asked, strict=True) for p in a.prompt_logprobs[-one.rows :]]
+    assert set(counts) == {1, 2} or counts == [2] * len(counts)
+    found = from_vllm(answers, plan, 1)
+    assert found.ids.shape == (plan.num_rows, 1)
+    assert torch.equal(found.ids, linear_scores(teacher, plan, 1).ids)
+
+
+def test_the_own_token_does_not_stand_in_for_one_that_the_server_left_out(teacher: LlamaForCausalLM) -> None:
+    unlikely = int(teacher(torch.tensor([[3, 7]])).logits[0, -1].argmin())
+    small = plan_of([[3]], [[[unlikely]]], [[3, 7]])
+    answers = [vllm_output(teacher, [3, 7, unlikely], K)]
+    assert len(answers[0].prompt_logprobs[2]) == K + 1
+    assert from_vllm(answers, small, K).ids.shape == (1, K)
+    with pytest.raises(EngineError, match=r"position 0 of completions\[0\]\[0\] must have the 6 most likely .* got 5"):
+        from_vllm(answers, small, K + 1)
+
+
+def test_a_server_may_say_more_than_is_wanted(plan: Any, teacher: LlamaForCausalLM) -> None:
+    answers = [vllm_output(teacher, one.ids, 12) for one in sequences(plan)]
+    assert torch.equal(from_vllm(answers, plan, K).ids, linear_scores(teacher, plan, K).ids)
+
+
+def test_flat_logprobs_and_old_answers_without_the_prompts_ids_are_read_too(
+    plan: Any, teacher: LlamaForCausalLM
+) -> None:
+    answers = [vllm_output(teacher, one.ids, K) for one in sequences(plan)]
+    for answer in answers:
+        answer.prompt_token_ids = None
+        answer.prompt_logprobs[0] = {}  # FlatLogprobs has an empty position for None
+    assert torch.equal(from_vllm(answers, plan, K).ids, linear_scores(teacher, plan, K).ids)
+
+
+def change(answers: list[Any], what: str) -> None:
+    """Break the second answer."""
+    answer = answers[1]
+    position = answer["prompt_logprobs"][-1]
+    first = next(iter(position))
+    if what == "other tokens":
+        answer["prompt_token_ids"][2] = 60
+    elif what == "other tokens, of an old server":
+        del answer["prompt_token_ids"]
+        position.pop(str(9), None)
+    elif what == "fewer positions":
+        answer["prompt_logprobs"].pop()
+    elif what == "no None":
+        answer["prompt_logprobs"][0] = position
+    elif what == "no logprobs":
+        answer["prompt_logprobs"] = None
+    elif what == "NaN":
+        position[first]["logprob"] = float("nan")
+    elif what in ("log 0", "infinite", "much mass"):
+        best = next(token for token, entry in position.items() if entry["rank"] == 1)
+        position[best]["logprob"] = {"log 0": -9999.0, "infinite": float("inf"), "much mass": 0.2}[what]
+    elif what == "negative id":
+        best = next(token for token, entry in position.items() if entry["rank"] == 2)
+        position["-4"] = position.pop(best)
+    elif what == "another form":
+        position[first] = 0.25
+    elif what == "None within":
+        answer["prompt_logprobs"][-1] = None
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (
+            "other tokens",
+            r"read the 6 tokens of completions\[0\]\[2\].*index 2 on \[40, 41, 9, 9\] was sent and \[60, 41",
+        ),
+        ("other tokens, of an old server", r"position 0 of completions\[0\]\[2\] must have an entry of the token 9"),
+        ("fewer positions", r"completions\[0\]\[2\] must have an entry .* 6 tokens, got 5"),
+        ("no None", r"prompt_logprobs of completions\[0\]\[2\] must begin with None"),
+        ("no logprobs", r"the answer for completions\[0\]\[2\] must have prompt_logprobs, got None"),
+        ("NaN", r"position 0 of completions\[0\]\[2\] must have finite log-probabilities, got NaN"),
+        ("infinite", r"position 0 of completions\[0\]\[2\] must have finite log-probabilities .*inf"),
+        ("log 0", r"position 0 of completions\[0\]\[2\] must have finite|the 61 most likely"),
+        ("much mass", r"position 0 of completions\[0\]\[2\] must have probabilities that add up to at most 1"),
+        ("negative id", r"position 0 of completions\[0\]\[2\] must have ids of at least 0"),
+        ("another form", r"the answer for completions\[0\]\[2\] is not of the form"),
+        ("None within", r"position 0 of completions\[0\]\[2\] must have an entry of the token 9"),
+    ],
+)
+def test_an_answer_that_is_wrong_is_refused_by_completion_and_position(
+    what: str, message: str, plan: Any, teacher: LlamaForCausalLM
+) -> None:
+    k = V if what == "log 0" else K
+    answers = [vllm_choice(teacher, one.ids, k) for one in sequences(plan)]
+    change(answers, what)
+    with pytest.raises(EngineError, match=message):
+        from_vllm(answers, plan, k)
+
+
+@formats
+def test_fewer_log_probabilities_than_wanted_are_refused(scored: Format, plan: Any, teacher: LlamaForCausalLM) -> None:
+    """As of a server with too small a `--max-logprobs`; the own token's entry does not make up for one."""
+    asked = sequences(plan)
+    builders: dict[str, Callable[[], TopKLogprobs]] = {
+        "scored_by_vllm_engine": lambda: from_vllm([vllm_output(teacher, one.ids, K) for one in asked], plan, K + 1),
+        "scored_by_vllm_json": lambda: from_vllm([vllm_choice(teacher, one.ids, K) for one in asked], plan, K + 1),
+        "scored_by_sglang_whole": lambda: from_sglang([sglang_answer(teacher, one.ids, K) for one in asked], plan, 6),
+        "scored_by_sglang_part": lambda: from_sglang([sglang_answer(teacher, one.ids, K) for one in asked], plan, 6),
+        "scored_by_trl": lambda: from_trl(trl_answer(teacher, asked, K), plan, K + 1),
+    }
+    with pytest.raises(
+        EngineError, match=r"position 0 of completions\[0\]\[0\] must have the 6 most likely tokens, got 5"
+    ):
+        builders[scored.__name__]()
+
+
+def test_what_sglang_sends_of_other_tokens_or_too_late_is_refused(plan: Any, teacher: LlamaForCausalLM) -> None:
+    asked = sequences(plan)
+    answers = [sglang_answer(teacher, one.ids, K) for one in asked]
+    answers[0]["meta_info"]["input_token_logprobs"][3][1] = 0
+    with pytest.raises(EngineError, match=r"tokens of completions\[0\]\[0\] that were sent.*index 3 on \[41"):
+        from_sglang(answers, plan, K)
+    late = [sglang_answer(teacher, one.ids, K, len(one.ids) - one.rows) for one in asked]
+    with pytest.raises(
+        EngineError, match=r"must have 5 to 9 entries .*got 4 and 4; ask for logprob_start_len of at most 4"
+    ):
+        from_sglang(late, plan, K)
+
+
+def test_what_trl_sends_of_other_tokens_or_lengths_is_refused(plan: Any, teacher: LlamaForCausalLM) -> None:
+    answer = trl_answer(teacher, sequences(plan), K)
+    answer["actual_token_ids"][2][1] = [44]
+    with pytest.raises(EngineError, match=r"tokens of completions\[1\]\[0\] that were sent.*index 1 on \[2, 3\]"):
+        from_trl(answer, plan, K)
+    answer = trl_answer(teacher, sequences(plan), K)
+    answer["logprobs"][0].pop()
+    with pytest.raises(
+        EngineError, match=r"completions\[0\]\[0\] must have an entry for each of its 4 tokens, got 3 of"
+    ):
+        from_trl(answer, plan, K)
+    del answer["logprobs"]
+    with pytest.raises(EngineError, match=r"must have logprobs, .*got none of logprobs"):
+        from_trl(answer, plan, K)
+
+
+def test_an_answer_short_or_a_k_that_is_no_number_is_refused(plan: Any, teacher: LlamaForCausalLM) -> None:
+    with pytest.raises(EngineError, match="answer to each of 3 completions, got 1"):
+        from_vllm([vllm_output(teacher, [1, 2], K)], plan, K)
+    with pytest.raises(ArgumentError, match="k must be a positive number of tokens, got 0"):
+        from_vllm([], plan, 0)
+
+
+class FakeServer:
+    """Both protocols, answered by the model."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        self.model = model
+        self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.most = V  # --max-logprobs
+
+    def answer(self, path: str, body: dict[str, Any]) -> Any:
+        if path == "/v1/completions":
+            if body["prompt_logprobs"] > self.most:
+                return None
+            return {"choices": [vllm_choice(self.model, body["prompt"], body["prompt_logprobs"])]}
+        assert path == "/generate"
+        return sglang_answer(self.model, body["input_ids"], body["top_logprobs_num"], body["logprob_start_len"])
+
+
+@pytest.fixture
+def server(teacher: LlamaForCausalLM) -> Iterator[Any]:
+    fake = FakeServer(teacher)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            fake.requests.append((self.path, body))
+            found = fake.answer(self.path, body)
+            text = json.dumps(found).encode() if found else b"Requested prompt logprobs of 6, greater than max of 5"
+            self.send_response(200 if found else 400)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread.start()
+    yield SimpleNamespace(fake=fake, url=f"http://127.0.0.1:{http.server_address[1]}")
+    http.shutdown()
+    http.server_close()
+    thread.join()
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_a_server_scores_the_completions_of_a_plan(
+    kind: str, server: Any, plan: Any, teacher: LlamaForCausalLM
+) -> None:
+    client: Server = SGLangServer(server.url) if kind == "sglang" else VLLMServer(server.url, model="teacher")
+    found, expected = score(client, plan, K), linear_scores(teacher, plan, K)
+    assert torch.equal(found.ids, expected.ids)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
+    assert sorted(body.get("prompt", body.get("input_ids")) for _, body in server.fake.requests) == sorted(
+        one.ids for one in sequences(plan)
+    )
+    if kind == "vllm":
+        assert all(body["temperature"] == 1.0 and body["return_token_ids"] for _, body in server.fake.requests)
+
+
+@needs_server
+def test_vllm_itself_scores_as_the_librarys_own_passes(served: Any) -> None:
+    model = with_wider_heads()
+    planned = plan_of([[3, 7, 9], [11, 4]], [[[5, 8, 20, 60], [], [9]], [[100, 101, 3]]], TEACHER_PROMPTS)
+    client = VLLMServer(served.url, model="policy")
+    found = score(client, planned, 20)
+    hidden, head = run(model, planned).teacher_hidden, head_of(model)
+    expected = linear_topk(hidden, head.weight, 20, head=head.transform)
+    assert torch.equal(found.ids, expected.ids)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=1e-4, atol=1e-4)
+    with pytest.raises(EngineError, match="prompt logprobs of 21, which is greater than max allowed: 20"):
+        score(client, planned, 21)
+    # The temperature is for what is sampled, whatever the server's --logprobs-mode.
+    one = sequences(planned)[0]
+    body = {"model": "policy", "prompt": one.ids, "max_tokens": 1, "prompt_logprobs": 3, "return_token_ids": True}
+    hot, cold = (
+        client.post("/v1/completions", body | {"temperature": temperature})["choices"][0]["prompt_logprobs"]
+        for temperature in (1.0, 0.5)
+    )
+    assert hot == cold
+
+
+def test_a_server_that_fails_is_named(server: Any, plan: Any) -> None:
+    server.fake.most = 5
+    with pytest.raises(EngineError, match=rf"{server.url}/v1/completions answered 400: Requested prompt logprobs of 6"):
+        score(VLLMServer(server.url, model="teacher"), plan, 6)
+    with pytest.raises(ArgumentError, match="server must be a VLLMServer or an SGLangServer, got Server"):
+        score(Server(server.url), plan, 6)
+
+
+def losses(student: LlamaForCausalLM, plan: Any, **options: Any) -> tuple[Tensor, list[Tensor]]:
+    student.zero_grad()
+    out = distill_step(student, plan, **options)
+    return out.loss, [p.grad.clone() for p in student.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("strategy", ["naive", "cached", "packed", "two_phase"])
+def test_a_step_with_scores_is_the_step_with_the_teachers_weights(
+    strategy: str, plan: Any, teacher: LlamaForCausalLM
+) -> None:
+    student = tiny_model(2)
+    weights = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 1.0, 0.0, 3.0])
+    common: dict[str, Any] = {"token_weights": weights, "strategy": strategy}
+    loss = FusedLinearDivergence(alpha=0.5, support=TopK(K, of="teacher"))
+    expected, gradients = losses(student, plan, loss=loss, teacher=Frozen(teacher), **common)
+    scores = scored_by_vllm_engine(teacher, plan, K)
+    found, others = losses(student, plan, loss=loss, teacher=scores, **common)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for one, other in zip(others, gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    # The plan needs no teacher's prompts then, and their pass is not run.
+    alone, again = losses(student, plan_of(PROMPTS, COMPLETIONS), loss=loss, teacher=scores, **common)
+    torch.testing.assert_close(alone, found)
+    torch.testing.assert_close(again, others)
+
+
+def test_a_step_with_scores_reports_no_pass_and_no_entropy_of_the_teacher(plan: Any, teacher: LlamaForCausalLM) -> None:
+    out = distill_step(tiny_model(2), plan, teacher=scored_by_sglang_part(teacher, plan, K))
+    assert out.report.teacher is None
+    assert "teacher/entropy" not in out.metrics
+    assert out.metrics["student/entropy"] > 0
+
+
+def test_a_step_with_scores_mixes_with_a_policy_gradient(plan: Any, teacher: LlamaForCausalLM) -> None:
+    policy = PolicyTerm(advantages=torch.linspace(-1, 1, plan.num_rows), distillation_weight=0.25)
+    scores = scored_by_trl(teacher, plan, K)
+    mixed = distill_step(tiny_model(2), plan, teacher=scores, policy=policy)
+    alone = distill_step(tiny_model(2), plan, teacher=scores)
+    torch.testing.assert_close(mixed.metrics["loss/distillation"], alone.loss)
+
+
+def test_scores_that_do_not_fit_a_step_are_refused(plan: Any, teacher: LlamaForCausalLM) -> None:
+    scores = scored_by_vllm_engine(teacher, plan, K)
+    short = TopKLogprobs(scores.ids[1:], scores.logprobs[1:])
+    with pytest.raises(
+        ArgumentError, match=r"teacher must have ids and logprobs of one shape \(N=8, K\), got \(7, 5\)"
+    ):
+        distill_step(tiny_model(2), plan, teacher=short)
+    with pytest.raises(ArgumentError, match="tilt needs the teacher's full distribution, got TopKLogprobs"):
+        distill_step(tiny_model(2), plan, teacher=scores, tilt=TokenTilt(exponents=torch.zeros(8)))
+    with pytest.raises(ValueError, match=r"support must be None or TopK\(5, of='teacher'\)"):
+        distill_step(tiny_model(2), plan, teacher=scores, loss=FusedLinearDivergence(support=TopK(3)))

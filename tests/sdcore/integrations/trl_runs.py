@@ -1,0 +1,213 @@
+"""TRL's trainers and ours around the same tiny models and data, for the tests that compare them."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, Qwen2Config
+from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
+
+from sdcore.demo import CHECKPOINT
+from sdcore.integrations.trl.sdft import FusedSDFTTrainer
+from sdcore.integrations.trl.sdpo import FusedSDPOTrainer
+
+VOCAB = 134  # of the world's tokenizer
+QUESTIONS = ["luma a c c f b", "sort d a", "reverse f e d c", "pi a b"]
+HINTS = ["H a3 H c7", "H a1", "H c2 H d3 H e4", "H b1"]
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CONFIGS = {"qwen2": Qwen2Config, "llama": LlamaConfig}
+QUIET: dict[str, Any] = {
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "lr_scheduler_type": "constant",
+    "learning_rate": 3e-3,
+    "max_grad_norm": 0.0,
+    "logging_steps": 1,
+    "max_steps": 3,
+    "seed": 5,
+    "max_completion_length": 6,
+    "temperature": 0.9,
+    "num_generations": 2,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 4,
+}
+SDPO_ARGS: dict[str, Any] = {
+    "reprompt_template": "{prompt}{solution}{feedback}",
+    "solution_template": " H {successful_previous_attempt}",
+    "feedback_template": " H {feedback_raw}",
+}
+MODES: dict[str, dict[str, Any]] = {
+    "full reverse": {"distillation_mode": "full_logits", "distillation_alpha": 1.0},
+    "full forward": {"distillation_mode": "full_logits", "distillation_alpha": 0.0},
+    "full jsd": {"distillation_mode": "full_logits", "distillation_alpha": 0.3},
+    "topk tail": {
+        "distillation_mode": "topk_logits",
+        "distillation_alpha": 0.5,
+        "distillation_topk": 5,
+        "distillation_add_tail": True,
+    },
+    "topk no tail": {
+        "distillation_mode": "topk_logits",
+        "distillation_alpha": 1.0,
+        "distillation_topk": 5,
+        "distillation_add_tail": False,
+    },
+    "sampled": {"distillation_mode": "sampled_token", "distillation_alpha": 1.0},
+}
+
+
+def save_model(folder: Path, family: str = "qwen2") -> Path:
+    """A model on the disk, where TRL reads its teacher from, with a tokenizer beside it."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family](**SIZES))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 1:  # norms and biases
+                weight.add_(0.3 * torch.randn_like(weight))
+    path = folder / family
+    model.save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
+def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+
+
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(CHECKPOINT, padding_side="left")
+
+
+def data() -> Dataset:
+    return Dataset.from_dict({"prompt": QUESTIONS, "privileged_context": HINTS})
+
+
+def parity(completion_ids: list[list[int]], **columns: object) -> list[float]:
+    """A reward of what was sampled: about half of the completions succeed."""
+    return [float(sum(ids) % 2) for ids in completion_ids]
+
+
+def sdpo(
+    kind: Any, model: Any, output: Path, *, reward_funcs: Any = parity, peft_config: Any = None, **changes: Any
+) -> Any:
+    """`kind`: SDPOTrainer or FusedSDPOTrainer."""
+    own = {name: changes.pop(name) for name in ("fused", "callbacks") if name in changes}
+    return kind(
+        model=model,
+        reward_funcs=reward_funcs,
+        args=SDPOConfig(output_dir=str(output), **(QUIET | SDPO_ARGS | changes)),
+        train_dataset=data(),
+        eval_dataset=data(),
+        processing_class=tokenizer(),
+        peft_config=peft_config,
+        **own,
+    )
+
+
+def sdft(kind: Any, model: Any, output: Path, *, peft_config: Any = None, **changes: Any) -> Any:
+    """`kind`: SDFTTrainer or FusedSDFTTrainer."""
+    own = {name: changes.pop(name) for name in ("fused", "callbacks") if name in changes}
+    arguments = {"teacher_prompt_template": "{prompt} {privileged_context}"}
+    return kind(
+        model=model,
+        args=SDFTConfig(output_dir=str(output), **(QUIET | arguments | changes)),
+        train_dataset=data(),
+        eval_dataset=data(),
+        processing_class=tokenizer(),
+        peft_config=peft_config,
+        **own,
+    )
+
+
+def logged(trainer: Any, name: str) -> list[float]:
+    """A metric over the steps."""
+    return [line[name] for line in trainer.state.log_history if name in line]
+
+
+def losses(trainer: Any) -> list[float]:
+    trainer.train()
+    return logged(trainer, "loss")
+
+
+def batch(
+    *, lengths: tuple[int, ...] = (5, 3, 6, 2), prompts: tuple[int, ...] = (4, 4, 6, 3), seed: int = 0
+) -> dict[str, Tensor]:
+    """What TRL's `_prepare_inputs` gives: rows 0 and 1 are samples of one prompt if their lengths are equal."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(length: int) -> Tensor:
+        return torch.randint(3, VOCAB, (length,), generator=generator)
+
+    prompts_B = [ids(length) for length in prompts]
+    if prompts[0] == prompts[1]:
+        prompts_B[1] = prompts_B[0]
+    completions_B = [ids(length) for length in lengths]
+    teachers_B = [torch.cat([prompt[:-1], ids(2 + row), prompt[-1:]]) for row, prompt in enumerate(prompts_B)]
+    prompt_ids, prompt_mask = padded(prompts_B, left=True)
+    completion_ids, completion_mask = padded(completions_B, left=False)
+    teacher_ids, teacher_mask = padded(teachers_B, left=True)
+    old = -5 + torch.randn(completion_ids.shape, generator=generator)
+    return {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "completion_ids": completion_ids,
+        "completion_mask": completion_mask,
+        "teacher_input_ids": torch.cat([teacher_ids, completion_ids], dim=1),
+        "teacher_attention_mask": torch.cat([teacher_mask, completion_mask], dim=1),
+        "self_distillation_mask": torch.tensor([1.0] * (len(lengths) - 1) + [0.0]),
+        "old_per_token_logps": old,
+        "advantages": torch.randn(len(lengths), generator=generator),
+    }
+
+
+def padded(rows: list[Tensor], *, left: bool) -> tuple[Tensor, Tensor]:
+    width = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, place], mask[i, place] = row, 1
+    return ids, mask
+
+
+__all__ = [
+    "MODES",
+    "FusedSDFTTrainer",
+    "FusedSDPOTrainer",
+    "SDFTTrainer",
+    "SDPOTrainer",
+    "batch",
+    "data",
+    "load_model",
+    "logged",
+    "losses",
+    "parity",
+    "save_model",
+    "sdft",
+    "sdpo",
+    "tokenizer",
+]
