@@ -1,8 +1,8 @@
 """The speed entries for pytest-benchmark: `pytest benchmarks/bench_divergence.py`.
 
 There is one group per shape, dtype and divergence, and each entry is checked against the oracle before it is timed,
-with the set-up of `python -m benchmarks`. What differs: pytest-benchmark runs one entry after the other, so that
-entries compare only on a quiet machine, where those of `python -m benchmarks` take turns. `-k "N512 and bf16"` selects,
+with the set-up of `sdcore bench`. What differs: pytest-benchmark runs one entry after the other, so that
+entries compare only on a quiet machine, where those of `sdcore bench` take turns. `-k "N512 and bf16"` selects,
 `--benchmark-json` and `--benchmark-compare` work.
 """
 
@@ -16,10 +16,10 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.measure import attempt
-from benchmarks.oracle import compare, difference, solve
-from benchmarks.peers import CONTENDERS, Contender, StepResult, four_matmuls
-from benchmarks.shapes import ALL, SPEED_NOISE, CaseInputs, Divergence, Group, Shape, groups, make_case_inputs
+from sdcore.bench.measure import attempt
+from sdcore.bench.oracle import compare, difference, solve
+from sdcore.bench.peers import CONTENDERS, Contender, StepResult, four_matmuls
+from sdcore.bench.shapes import ALL, SPEED_NOISE, CaseInputs, Divergence, Group, Shape, groups, make_case_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GROUPS = groups(DEVICE)

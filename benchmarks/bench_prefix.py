@@ -1,6 +1,6 @@
 """The shared-prefix rows for pytest-benchmark: `pytest benchmarks/bench_prefix.py`.
 
-The cases of `python -m benchmarks.prefix` with the shorter prompt, set up and checked against naive as there. What
+The cases of `sdcore bench prefix` with the shorter prompt, set up and checked against naive as there. What
 differs: pytest-benchmark runs one entry after the other, so that entries compare only on a quiet machine. `-k "packed
 and step"` selects.
 """
@@ -16,9 +16,9 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.passes import compare
-from benchmarks.prefix import EQUAL
-from benchmarks.prefix_cases import Case, Contender, Outcome, Setup, cases, contenders, make_setup
+from sdcore.bench.passes import Outcome, compare
+from sdcore.bench.prefix import EQUAL
+from sdcore.bench.prefix_cases import Case, Contender, Setup, cases, contenders, make_setup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ENTRIES = [(case, one) for case in cases(DEVICE) if case.prompt <= 512 for one in contenders(case)]

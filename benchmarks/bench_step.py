@@ -1,6 +1,6 @@
 """The rows of a step's update phase for pytest-benchmark: `pytest benchmarks/bench_step.py`.
 
-The cases of `python -m benchmarks.step`, set up and checked against TRL as there. What differs: pytest-benchmark runs
+The cases of `sdcore bench step`, set up and checked against TRL as there. What differs: pytest-benchmark runs
 one entry after the other, so that entries compare only on a quiet machine. `-k "packed and full"` selects.
 """
 
@@ -14,10 +14,9 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.passes import compare
-from benchmarks.prefix_cases import Outcome
-from benchmarks.step import tolerance
-from benchmarks.step_cases import StepCase, StepContender, StepSetup, cases, contenders, make_setup
+from sdcore.bench.passes import Outcome, compare
+from sdcore.bench.step import tolerance
+from sdcore.bench.step_cases import StepCase, StepContender, StepSetup, cases, contenders, make_setup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ENTRIES = [(case, one) for case in cases(DEVICE) for one in contenders(case)]

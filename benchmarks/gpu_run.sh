@@ -3,8 +3,8 @@
 #
 #   bash benchmarks/gpu_run.sh [python]      results go to $OUT, or to benchmarks/results/<device>/
 #
-# It installs nothing into the Python it is given, which needs torch with CUDA, triton, pytest and hypothesis; peers
-# that are missing get a row that says so. Both parts run whatever becomes of the other, and a failure of either is the
+# It installs nothing into the Python it is given, which needs torch with CUDA, triton, rich, pytest and hypothesis, and
+# not sdcore itself; peers that are missing get a row that says so. Both parts run whatever becomes of the other, and a failure of either is the
 # exit status. GPU_RUN_TEST_SECONDS (default 240) bounds the tests.
 set -u
 python="${1:-python3}"
@@ -27,11 +27,14 @@ timeout "${GPU_RUN_TEST_SECONDS:-240}" "$python" -m pytest tests/sdkernels -q --
     2>&1 | tee "$log_dir/tests.log" | tail -40
 tests=${PIPESTATUS[0]}
 
-arguments=(--device cuda --seconds 1)
-if [ -n "$out" ]; then
-    arguments+=(--output "$out/benchmark.json")
-fi
-"$python" -m benchmarks "${arguments[@]}" 2>&1 | tee "$log_dir/benchmark.log" | tail -80
+# `sdcore bench --device cuda --seconds 1`, without the command line's own requirement, typer.
+"$python" - "$out" 2>&1 <<'PY' | tee "$log_dir/benchmark.log" | tail -80
+import sys
+from pathlib import Path
+from sdcore.bench.divergence import run
+from sdcore.bench.options import Options
+run(Options(suite="divergence", device="cuda", seconds=1, output=Path(sys.argv[1]) if sys.argv[1] else None))
+PY
 benchmark=${PIPESTATUS[0]}
 
 echo "kernel tests: exit $tests; benchmark: exit $benchmark; logs in $log_dir"

@@ -107,6 +107,20 @@ script.load()()
     assert "Usage: sdcore" in run_python(code, path=installed)
 
 
+def test_the_installed_benchmark_suite_writes_beside_whoever_runs_it(
+    installed: Path, run_python: Callable[..., str], tmp_path: Path
+) -> None:
+    code = """
+import sys
+from sdcore.bench.places import checkout
+from sdcore.cli.main import app
+assert checkout() is None
+app(["bench", "--quick", "--device", "cpu", "--threads", "1", "--peers", "naive"], prog_name="sdcore")
+"""
+    assert "four bare matrix products" in run_python(code, path=installed)
+    assert len(list(tmp_path.glob("sdcore-bench/*/quick/*.json"))) == 1
+
+
 def test_constraints_pin_every_dependency_to_a_version_within_its_bounds(pytestconfig: pytest.Config) -> None:
     """Otherwise two runs of `make test` test different things."""
     root = pytestconfig.rootpath

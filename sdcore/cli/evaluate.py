@@ -16,11 +16,13 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Questions: .jsonl, .json, .parquet, a folder or a Hub id.")],
     reward: Annotated[list[str], typer.Option(help="module:function or file.py:function; may be given several times.")],
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "world",
-    generations: Annotated[int, typer.Option(help="Answers to each question.")] = 1,
-    max_completion_length: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 256,
-    temperature: Annotated[float, typer.Option(help="Of sampling; 0 takes the likeliest token.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(help="Questions at a time; another number draws other answers.")] = 32,
-    limit: Annotated[int | None, typer.Option(help="Only so many questions, from the first.")] = None,
+    generations: Annotated[int, typer.Option(min=1, help="Answers to each question.")] = 1,
+    max_completion_length: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0 takes the likeliest token.")] = 1.0,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Questions at a time; another number draws other answers.")
+    ] = 32,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions, from the first.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed draws the same answers.")] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file for the numbers and every answer.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto, the file's.")] = "auto",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import typer
 
+from sdcore.cli.bench import bench
 from sdcore.cli.demo import demo
 from sdcore.cli.evaluate import evaluate
 from sdcore.cli.memory import profile_memory
@@ -27,6 +28,7 @@ def sdcore() -> None:
       sdcore demo                      a minute: what self-distillation does, and what it costs
       sdcore train --help              rows, rewards and settings of every method
       sdcore train ... --dry-run       look at prompts, loss tokens and memory before you train
+      sdcore bench --quick             speed and memory beside TRL's and Liger's, on this machine
     """
 
 
@@ -37,3 +39,4 @@ app.command()(solve)
 app.command()(report)
 app.command("profile-memory")(profile_memory)
 app.command()(reproduce)
+app.add_typer(bench, name="bench")

@@ -22,10 +22,10 @@ def solve(
         Path | None, typer.Option(help="YAML as for `train`; the two options below are read too.")
     ] = None,
     max_completion_length: Annotated[
-        int | None, typer.Option(help="Tokens of an answer, at most.", show_default="256")
+        int | None, typer.Option(min=1, help="Tokens of an answer, at most.", show_default="256")
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW.", show_default="1e-5")] = None,
-    max_samples: Annotated[int, typer.Option(help="Give up after so many answers.")] = 256,
+    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Of AdamW.", show_default="1e-5")] = None,
+    max_samples: Annotated[int, typer.Option(min=1, help="Give up after so many answers.")] = 256,
     temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
     update: Annotated[bool, typer.Option(help="Learn from failures; without it this is best-of-k.")] = True,
     verifier_seconds: Annotated[float, typer.Option(help="Time limit of each check.")] = 30.0,
@@ -69,8 +69,10 @@ def solve(
         chosen, run = load_config(config, [f"method={method}", *(overrides or [])], trainer_fields=known)
         settings = SolveConfig(
             max_samples=max_samples,
-            max_completion_length=max_completion_length or run.get("max_completion_length", 256),
-            learning_rate=learning_rate or run.get("learning_rate", 1e-5),
+            max_completion_length=run.get("max_completion_length", 256)
+            if max_completion_length is None
+            else max_completion_length,
+            learning_rate=run.get("learning_rate", 1e-5) if learning_rate is None else learning_rate,
             temperature=temperature,
             update=update,
             seed=seed,

@@ -1,8 +1,8 @@
-"""What the suites of whole passes have in common (`benchmarks.prefix`, `benchmarks.step`).
+"""What the suites of whole passes have in common (`prefix`, `step`, `trainer`).
 
 A contender's step is checked against the first one's in the run whose memory is counted, and only then timed; the rows
-of a case take turns. A run is one JSON, a row per line, saved after every case; its tables and plot are made of what is
-on disk.
+of a case take turns, and with them the limits: matrix products alone. A run is one JSON, a row per line, saved after
+every case; its tables and plot are made of what is on disk.
 """
 
 from __future__ import annotations
@@ -14,17 +14,27 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from rich.console import Console
+from torch import Tensor, nn
 
-from benchmarks.command import print_tables
-from benchmarks.measure import MemoryRow, SpeedRow, _summary, _take_turns, watch_memory
-from benchmarks.oracle import _relative_error
-from benchmarks.prefix_cases import Outcome
-from benchmarks.report import Report, _rounded
-from benchmarks.tables import Table
+from .live_memory import MemoryRow, watch_memory
+from .oracle import relative_error
+from .peers import Unavailable
+from .report import Report, rounded
+from .running import Run
+from .timing import SpeedRow, error_line, take_turns
+
+
+class Outcome(NamedTuple):
+    """What all contenders of a case must agree on."""
+
+    values: Tensor  # (N, H) hidden states; () the loss in a step
+    gradients: dict[str, Tensor]  # by parameter; empty for a teacher
+
+
+Step = Callable[[], Outcome]
 
 
 @dataclass(kw_only=True)
@@ -58,18 +68,24 @@ class PassReport(Generic[Row]):
         return found
 
 
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    """By parameter, of those that have one."""
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
 def check_and_time(
-    candidates: Iterable[tuple[Row, Callable[[], Callable[[], Outcome]]]],
+    candidates: Iterable[tuple[Row, Callable[[], Step]]],
     judge: Callable[[Row, Outcome, Outcome], str | None],
     device: torch.device,
     *,
     seconds_per_row: float,
+    limits: Iterable[tuple[Row, Callable[[], object]]] = (),
 ) -> None:
     """Fill in the rows of a case; repetitions come to `seconds_per_row`, or the least number.
 
     A candidate, with what builds its step, is taken up when those before it have been checked; one that has a `reason`
     already is passed over. `judge(row, outcome, first outcome)` notes errors in the row and says why it is not to be
-    timed.
+    timed. `limits` are timed with the others, and not checked.
     """
     steps: list[tuple[Any, Any]] = []
     exact: Outcome | None = None
@@ -81,8 +97,11 @@ def check_and_time(
             step = build()
             with watch_memory(usage, device, compiled=False):
                 outcome = step()
+        except Unavailable as unavailable:
+            row.reason = str(unavailable)
+            continue
         except Exception as error:
-            row.reason = _summary(error)
+            row.reason = error_line(error)
             continue
         row.live_bytes, row.resident_bytes = usage.live_bytes, usage.resident_bytes
         row.gradient_bytes = sum(gradient.nbytes for gradient in outcome.gradients.values())
@@ -95,12 +114,15 @@ def check_and_time(
             steps.append((row, step))
     exact = None
     if steps:
-        _take_turns(steps, device, seconds_per_row)
+        for row, products in limits:
+            products()
+            steps.append((row, products))
+        take_turns(steps, device, seconds_per_row)
 
 
 def compare(outcome: Outcome, exact: Outcome) -> tuple[float, float]:
     """Relative errors of the states (or the loss), and of all gradients together; NaN for a pass without any."""
-    values = _relative_error(outcome.values, exact.values)
+    values = relative_error(outcome.values, exact.values)
     if not exact.gradients:
         return values, math.nan
     if outcome.gradients.keys() != exact.gradients.keys():
@@ -129,7 +151,7 @@ def memory_share(row: PassRow, base: PassRow | None) -> float:
 
 def save(report: PassReport[Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(_rounded(asdict(row))) for row in report.rows)
+    lines = ",\n".join(json.dumps(rounded(asdict(row))) for row in report.rows)
     path.write_text(f'{{\n"machine": {json.dumps(report.machine)},\n"rows": [\n{lines}\n]\n}}\n')
 
 
@@ -138,61 +160,40 @@ def load(path: Path, row_type: type[Row], case_type: type[Any]) -> PassReport[Ro
     unknown = [one.name for one in fields(row_type) if one.default is math.nan]  # JSON has null for these
     report: PassReport[Row] = PassReport(machine=stored["machine"])
     for entry in stored["rows"]:
-        entry |= {name: math.nan for name in unknown if entry[name] is None}
+        entry |= {name: math.nan for name in unknown if entry.get(name) is None}
         report.rows.append(row_type(**entry | {"group": case_type(**entry["group"])}))
     return report
 
 
 def run_cases(
-    planned: Sequence[Any],
-    measure: Callable[[Any], list[Any]],
-    *,
-    machine: dict[str, Any],
-    title: Callable[[Any], str],
-    console: Console,
-    path: Path,
+    run: Run, planned: Sequence[Any], measure: Callable[[Any], list[Any]], *, title: Callable[[Any], str]
 ) -> None:
     """Measure case after case; saved after each, so that an interruption does not lose those before it."""
-    report: PassReport[Any] = PassReport(machine=machine)
+    report: PassReport[Any] = PassReport(machine=run.machine)
     for number, case in enumerate(planned, start=1):
         began = time.perf_counter()
         rows = measure(case)
         report.rows += rows
         timed = sum(not row.reason for row in rows)
-        console.print(
+        run.progress.print(
             f"[{number}/{len(planned)}] {title(case)}: {timed} of {len(rows)} rows timed, "
             f"{time.perf_counter() - began:.0f} s"
         )
-        save(report, path)
+        save(report, run.path)
         gc.collect()
 
 
-def publish(
-    path: Path,
-    *,
-    markdown: str,
-    save_plot: Callable[[Path], None],
-    tables: Iterable[Table],
-    started: float,
-    console: Console,
-) -> None:
-    """The tables and the plot beside the JSON, and on the terminal."""
-    path.with_suffix(".md").write_text(markdown)
-    save_plot(path.with_suffix(".png"))
-    print_tables(tables)
-    written = (str(path.with_suffix(suffix)) for suffix in (".json", ".md", ".png"))
-    console.print(f"{time.perf_counter() - started:.0f} s; wrote {', '.join(written)}")
-
-
 __all__ = [
+    "Outcome",
     "PassReport",
     "PassRow",
+    "Step",
     "check_and_time",
     "compare",
+    "gradients_of",
     "load",
     "memory_share",
     "milliseconds",
-    "publish",
     "run_cases",
     "save",
 ]

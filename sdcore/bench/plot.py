@@ -12,9 +12,10 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
-from benchmarks.measure import MemoryRow
-from benchmarks.peers import (
+from .live_memory import MemoryRow
+from .peers import (
     COMPILED,
+    FLASH_LINEAR_ATTENTION,
     LIGER,
     LIGER_TRITON,
     ORDA,
@@ -24,8 +25,8 @@ from benchmarks.peers import (
     SDCORE_RECOMPUTE,
     TRL,
 )
-from benchmarks.report import Report
-from benchmarks.tables import by_group, floor_seconds, memory_selection
+from .report import Report
+from .tables import by_group, floor_seconds, memory_selection
 
 # Ours stand out; the others are told apart by hue and, in the line plots, by marker.
 COLOURS = {
@@ -38,19 +39,20 @@ COLOURS = {
     PLAIN.name: "#8c8c8c",
     PLAIN_LOW_PRECISION.name: "#4d4d4d",
     ORDA.name: "#7a9a3a",
+    FLASH_LINEAR_ATTENTION.name: "#a0527a",
 }
-MARKERS = dict(zip(COLOURS, "oDs^vPXd*", strict=True))
+MARKERS = dict(zip(COLOURS, "oDs^vPXd*p", strict=True))
 MIB = 1 << 20
 BAR = 0.8
 
 
 def save_plots(report: Report, path: Path) -> list[Path]:
-    """Write `<path>-speed.png`, `-memory.png` and `-accuracy.png`, those for which there are rows."""
+    """Write `<path>-speed.png`, `-memory.png` and `-accuracy.png`, those for which something was measured."""
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figures = {"speed": _speed, "memory": _memory, "accuracy": _accuracy}
     written = []
     for name, draw in figures.items():
-        if not getattr(report, name):
+        if all(row.reason for row in getattr(report, name)):
             continue
         figure = draw(report)
         target = path.with_name(f"{path.stem}-{name}.png")

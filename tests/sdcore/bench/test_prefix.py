@@ -11,11 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import prefix, readme, report
-from benchmarks.passes import save
-from benchmarks.prefix import PrefixRow, case_table, load, main, markdown, measure_case, overview
-from benchmarks.prefix_cases import (
-    MODELS,
+from sdcore.bench import live_memory, prefix, readme
+from sdcore.bench.estimate import model_bytes
+from sdcore.bench.limit import LIMITS
+from sdcore.bench.models import size_of
+from sdcore.bench.options import Options
+from sdcore.bench.passes import Outcome, Step, save
+from sdcore.bench.places import checkout, newest_results
+from sdcore.bench.prefix import PrefixRow, case_table, load, markdown, measure_case, overview
+from sdcore.bench.prefix_cases import (
     STEP,
     STUDENT,
     TEACHER,
@@ -23,13 +27,12 @@ from benchmarks.prefix_cases import (
     WORKS,
     Case,
     Contender,
-    Outcome,
     Setup,
-    Step,
     cases,
     contenders,
     make_setup,
 )
+from sdcore.errors import ArgumentError
 from sdcore.prefix import ModelSizes, cost_of_sizes
 
 TINY = Case(model="quick", prompt=48, completion=8, completions=3, context=12)
@@ -38,24 +41,23 @@ NAIVE = contenders(TINY)[0]
 
 @pytest.fixture(scope="module")
 def quick_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file that `python -m benchmarks.prefix --quick` writes."""
-    output = tmp_path_factory.mktemp("benchmark") / "quick.json"
-    main(["--quick", "--device", "cpu", f"--output={output}"])
-    return output
+    """The file that a quick run writes."""
+    output = tmp_path_factory.mktemp("benchmark")
+    return prefix.run(Options(suite="prefix", quick=True, device="cpu", output=output))
 
 
 def test_a_quick_run_times_every_row_of_every_kind_of_pass(quick_json: Path) -> None:
     found = load(quick_json).by_case()
     assert {case.work for case in found} == set(WORKS)
     for case, rows in found.items():
-        assert [row.contender for row in rows] == [contender.name for contender in contenders(case)]
+        assert [row.contender for row in rows] == [*(contender.name for contender in contenders(case)), *LIMITS]
         assert [row.reason for row in rows] == [None] * len(rows)
         assert all(row.seconds for row in rows)
 
 
 def test_what_a_quick_run_timed_was_equal_to_naive(quick_json: Path) -> None:
     for row in load(quick_json).rows:
-        if row.contender == "naive batch":
+        if row.contender in ("naive batch", *LIMITS):
             continue
         most = {"fp32": 1e-5, "bf16": 0.05}[row.group.dtype]
         assert row.values_error < most
@@ -64,6 +66,8 @@ def test_what_a_quick_run_timed_was_equal_to_naive(quick_json: Path) -> None:
 
 def test_a_quick_run_counts_the_bytes_of_every_pass(quick_json: Path) -> None:
     for row in load(quick_json).rows:
+        if row.contender in LIMITS:
+            continue
         assert row.live_bytes is not None
         assert row.live_bytes > row.gradient_bytes
         assert (row.gradient_bytes > 0) == (row.group.work in (STUDENT, STEP))
@@ -125,11 +129,24 @@ def test_a_contender_that_fails_gets_its_error_as_the_reason() -> None:
 def test_what_would_not_fit_the_memory_keeps_its_row_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     setup = make_setup(TINY)
     kept = {one.name: setup.cost(one).student.kept_bytes for one in contenders(TINY)}
-    monkeypatch.setattr(prefix, "_free_bytes", lambda device: (kept["naive batch"] - 1) / prefix.MOST_OF_FREE)
+    needed = kept["naive batch"] + model_bytes(setup.body.config, "fp32", gradients=False)
+    monkeypatch.setattr(prefix, "free_bytes", lambda device: (needed - 1) / live_memory.MOST_OF_FREE)
     rows = {row.contender: row for row in measure_case(setup, contenders(TINY), seconds_per_row=0.0)}
-    assert "GiB for backward" in str(rows["naive batch"].reason)
+    assert str(rows["naive batch"].reason).startswith("not run: needs")
     assert rows["packed"].reason is None
     assert rows["packed"].gradient_error < 1e-5  # of the naive loop, which is the reference then
+
+
+@pytest.mark.parametrize("work", WORKS)
+def test_the_limit_of_a_pass_has_its_tokens_and_the_output_layer_in_a_whole_step_only(work: str) -> None:
+    setup = make_setup(replace(TINY, work=work))
+    limits = {row.contender: products for row, products in prefix.limit_rows(setup)}
+    shared, naive = (limits[name] for name in LIMITS)
+    sequences = TINY.completions * (TINY.prompt + TINY.completion - 1)
+    assert naive.student_tokens == (sequences if work in (STUDENT, STEP) else 0)
+    assert (naive.teacher_tokens > sequences) == (work != STUDENT)
+    assert naive.rows == (TINY.completions * TINY.completion if work == STEP else 0)
+    assert shared.flops < naive.flops
 
 
 def _row(contender: str, seconds: float, **fields: object) -> PrefixRow:
@@ -155,7 +172,7 @@ def test_speed_and_memory_are_relative_to_the_naive_batch_and_to_the_loop_where_
 @pytest.mark.parametrize("work", [TEACHER, TEACHER_EACH])
 def test_the_allowed_speedup_is_that_of_the_cost_model(work: str) -> None:
     case = Case(model="quick", prompt=200, completion=16, completions=4, context=40, work=work)
-    size = MODELS["quick"]
+    size = size_of("quick")
     setup = make_setup(case)
     for contender in contenders(case)[1:]:
         counted = cost_of_sizes(
@@ -202,8 +219,18 @@ def test_setups_are_seeded_and_leave_the_generator_alone() -> None:
 
 
 def test_the_readme_shows_the_newest_committed_results_of_shared_prefixes() -> None:
-    text = readme.README.read_text()
-    assert text == readme.with_prefix_block(text), "run `python -m benchmarks --readme`"
+    text = readme.readme_file().read_text(encoding="utf-8")
+    root = readme.readme_file().parent
+    again = readme.PREFIX.renewed(text, root / "benchmarks" / "results", root)
+    assert text == again, "run `sdcore bench --readme`"
+
+
+def test_every_committed_result_can_be_read() -> None:
+    root = checkout()
+    assert root is not None
+    results = root / "benchmarks" / "results"
+    for path in [*newest_results(results, "prefix"), *newest_results(results, "prefix/grid")]:
+        assert path.with_suffix(".md").read_text(encoding="utf-8") == markdown(load(path))
 
 
 def test_the_block_takes_the_newest_file_of_a_device_and_the_other_suite_takes_none(
@@ -211,23 +238,41 @@ def test_the_block_takes_the_newest_file_of_a_device_and_the_other_suite_takes_n
 ) -> None:
     folder = tmp_path / "results" / "some-device" / "prefix"
     folder.mkdir(parents=True)
-    empty = f"{readme.PREFIX_BEGIN}\n{readme.PREFIX_END}"
-    assert readme.NO_PREFIX in readme.with_prefix_block(empty, tmp_path / "results", tmp_path)
+    block = readme.PREFIX
+    empty = f"{block.begin}\n{block.end}"
+    assert "`sdcore bench prefix`" in block.renewed(empty, tmp_path / "results", tmp_path)
     for date in ("2026-01-02", "2026-01-10"):
         stored = json.loads(quick_json.read_text())
         stored["machine"]["date"] = date
         (folder / f"{date}.json").write_text(json.dumps(stored))
     (folder / "2026-01-10.png").touch()
-    text = readme.with_prefix_block(f"before {empty} after", tmp_path / "results", tmp_path)
+    text = block.renewed(f"before {empty} after", tmp_path / "results", tmp_path)
     assert "(results/some-device/prefix/2026-01-10.json)" in text
     assert "(results/some-device/prefix/2026-01-10.png)" in text
     assert "2026-01-02" not in text
     assert text.startswith("before ")
     assert text.endswith(" after")
-    assert readme.with_prefix_block(text, tmp_path / "results", tmp_path) == text
-    assert report.newest_results(tmp_path / "results") == []
+    assert block.renewed(text, tmp_path / "results", tmp_path) == text
+    assert newest_results(tmp_path / "results") == []
 
 
 def test_a_readme_without_these_markers_is_refused() -> None:
-    with pytest.raises(ValueError, match="<!-- prefix results -->"):
-        readme.with_prefix_block(f"{readme.BEGIN}\n{readme.END}")
+    with pytest.raises(ArgumentError, match="<!-- prefix results -->"):
+        readme.PREFIX.renewed(f"{readme.DIVERGENCE.begin}\n{readme.DIVERGENCE.end}", Path(), Path())
+
+
+def test_a_model_or_a_shape_takes_the_place_of_the_suites_own() -> None:
+    found = prefix.planned_cases(Options(suite="prefix", model="qwen3-0.6b", shapes=("L=2,G=3",)), "cpu")
+    assert {case.work for case in found} == set(WORKS)
+    assert {(case.model, case.prompt, case.completion, case.completions) for case in found} == {
+        ("qwen3-0.6b, 2 layers", 512, 64, 3)
+    }
+
+
+def test_a_model_that_would_not_fit_the_memory_keeps_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(prefix, "free_bytes", lambda device: 1e8)
+    report = load(
+        prefix.run(Options(suite="prefix", device="cpu", model="qwen3-30b-a3b", shapes=("L=1",), output=tmp_path))
+    )
+    assert {case.work for case in report.by_case()} == set(WORKS)
+    assert all(str(row.reason).startswith("not run: needs") for row in report.rows)

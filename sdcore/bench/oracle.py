@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.peers import StepResult
-from benchmarks.shapes import CaseInputs, Divergence
 from sdkernels import reference
+
+from .peers import StepResult
+from .shapes import CaseInputs, Divergence
 
 # Bytes of one float64 tile; about ten are live at a time.
 TILE_BYTES = 64 << 20
@@ -84,10 +85,12 @@ def _with_support(student_logits: Tensor, teacher_logits: Tensor, divergence: Di
 
 
 def compare(result: StepResult, exact: StepResult) -> Errors:
-    return Errors(*(_relative_error(actual, right) for actual, right in zip(result, exact, strict=True)))
+    """The errors of what a step computed."""
+    return Errors(*(relative_error(actual, right) for actual, right in zip(result, exact, strict=True)))
 
 
-def _relative_error(actual: Tensor, exact: Tensor) -> float:
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """Norm-wise."""
     # Sums in float64 without a float64 copy: the head's gradient has 136 million entries.
     distance = torch.linalg.vector_norm(actual - exact, dtype=torch.float64)
     return (distance / torch.linalg.vector_norm(exact, dtype=torch.float64)).item()
@@ -102,4 +105,4 @@ def difference(errors: Errors, dtype: str) -> str | None:
     return None
 
 
-__all__ = ["EQUAL_GRADIENT", "EQUAL_LOSS", "Errors", "compare", "difference", "solve"]
+__all__ = ["EQUAL_GRADIENT", "EQUAL_LOSS", "Errors", "compare", "difference", "relative_error", "solve"]

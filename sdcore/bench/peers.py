@@ -12,18 +12,18 @@ way `alpha` is defined here (0: KL(teacher‖student), 1: KL(student‖teacher))
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.shapes import DTYPES, CaseInputs, Divergence
+from .shapes import DTYPES, CaseInputs, Divergence
+from .timing import timed
 
 LIGER_CHUNK_SIZES = (64, 128, 256, 512, 1024)
 
@@ -50,6 +50,7 @@ class Contender:
 
     name: str
     build: Callable[[CaseInputs, Divergence], Loss]
+    peer: str = ""  # what `--peers` calls it; empty: ours
     # The bytes of a compiled graph are allocated where `LiveBytes` does not see them.
     compiled: bool = False
 
@@ -75,11 +76,10 @@ def prepare(contender: Contender, inputs: CaseInputs, divergence: Divergence) ->
     return step
 
 
-def _require(package: str) -> None:
-    try:
-        version(package)
-    except PackageNotFoundError:
-        raise Unavailable(f"{package} is not installed; the extra `bench` brings it") from None
+def require(module: str, package: str) -> None:
+    """Raises `Unavailable`, with how to install `package`, where its `module` is missing."""
+    if find_spec(module) is None:
+        raise Unavailable(f"not installed: pip install {package}")
 
 
 def _full_vocabulary_only(divergence: Divergence, name: str) -> None:
@@ -152,7 +152,7 @@ def _compiled(inputs: CaseInputs, divergence: Divergence) -> Loss:
 
 
 def _trl(inputs: CaseInputs, divergence: Divergence) -> Loss:
-    _require("trl")
+    require("trl", "trl")
     _full_vocabulary_only(divergence, "trl.kernels")
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
@@ -169,7 +169,7 @@ def _trl(inputs: CaseInputs, divergence: Divergence) -> Loss:
 
 
 def _liger(inputs: CaseInputs, divergence: Divergence, *, chunk_size: int | None = None) -> Loss:
-    _require("liger-kernel")
+    require("liger_kernel", "liger-kernel")
     _full_vocabulary_only(divergence, "Liger")
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
@@ -211,7 +211,7 @@ def best_liger_chunk(inputs: CaseInputs) -> int:
 
 
 def _liger_triton(inputs: CaseInputs, divergence: Divergence) -> Loss:
-    _require("liger-kernel")
+    require("liger_kernel", "liger-kernel")
     _full_vocabulary_only(divergence, "Liger")
     if inputs.device.type != "cuda":
         raise Unavailable("needs a GPU")
@@ -224,7 +224,7 @@ def _liger_triton(inputs: CaseInputs, divergence: Divergence) -> Loss:
 
 
 def _orda(inputs: CaseInputs, divergence: Divergence) -> Loss:
-    _require("orda-kernel")
+    require("orda_kernel", "orda-kernel")
     _full_vocabulary_only(divergence, "orda-kernel")
     from orda_kernel import TiedTeacher, distillation_loss
 
@@ -248,16 +248,45 @@ def _orda(inputs: CaseInputs, divergence: Divergence) -> Loss:
     )
 
 
+def _flash_linear_attention(inputs: CaseInputs, divergence: Divergence) -> Loss:
+    require("fla", "flash-linear-attention")
+    if divergence.topk is not None or divergence.alpha != 0:
+        raise Unavailable("flash-linear-attention has the forward KL only")
+    if inputs.device.type != "cuda":
+        raise Unavailable("needs a GPU")
+    from fla.modules.fused_kl_div import fused_kl_div_loss
+
+    hidden, weight, teacher_hidden = inputs
+    teacher_weight = weight.detach()
+    return lambda: fused_kl_div_loss(hidden, teacher_hidden, weight, teacher_weight)
+
+
 SDCORE = Contender("sdcore", _sdcore)
 SDCORE_RECOMPUTE = Contender("sdcore, recompute", partial(_sdcore, recompute=True))
-PLAIN = Contender("plain torch", _plain)
-PLAIN_LOW_PRECISION = Contender("plain torch, no upcast", partial(_plain, upcast=False))
-COMPILED = Contender("torch.compile", _compiled, compiled=True)
-TRL = Contender("TRL chunked", _trl)
-LIGER = Contender("Liger chunked", _liger, compiled=True)
-LIGER_TRITON = Contender("Liger FusedLinearJSD", _liger_triton)
-ORDA = Contender("orda-kernel", _orda)
-CONTENDERS = (SDCORE, SDCORE_RECOMPUTE, PLAIN, COMPILED, TRL, LIGER, LIGER_TRITON, ORDA)
+PLAIN = Contender("plain torch", _plain, "naive")
+PLAIN_LOW_PRECISION = Contender("plain torch, no upcast", partial(_plain, upcast=False), "naive")
+COMPILED = Contender("torch.compile", _compiled, "compile", compiled=True)
+TRL = Contender("TRL chunked", _trl, "trl")
+LIGER = Contender("Liger chunked", _liger, "liger", compiled=True)
+LIGER_TRITON = Contender("Liger FusedLinearJSD", _liger_triton, "liger")
+ORDA = Contender("orda-kernel", _orda, "orda")
+FLASH_LINEAR_ATTENTION = Contender("flash-linear-attention", _flash_linear_attention, "fla")
+CONTENDERS = (
+    SDCORE,
+    SDCORE_RECOMPUTE,
+    PLAIN,
+    COMPILED,
+    TRL,
+    LIGER,
+    LIGER_TRITON,
+    ORDA,
+    FLASH_LINEAR_ATTENTION,
+)
+
+
+def wanted(contender: Contender, peers: Sequence[str] | None) -> bool:
+    """Whether a choice of peers has it; ours are in every choice."""
+    return peers is None or not contender.peer or contender.peer in peers
 
 
 def setting(contender: Contender, inputs: CaseInputs) -> str:
@@ -284,20 +313,10 @@ def four_matmuls(inputs: CaseInputs, dtype: str) -> Callable[[], None]:
     return products
 
 
-def timed(step: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, to the end of the device's work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
 __all__ = [
     "COMPILED",
     "CONTENDERS",
+    "FLASH_LINEAR_ATTENTION",
     "LIGER",
     "LIGER_CHUNK_SIZES",
     "LIGER_TRITON",
@@ -315,7 +334,8 @@ __all__ = [
     "four_matmuls",
     "plain_loss",
     "prepare",
+    "require",
     "setting",
     "skipped",
-    "timed",
+    "wanted",
 ]

@@ -131,6 +131,12 @@ def groups(device: str, *, quick: bool = False, everything: bool = False) -> lis
     ]
 
 
+def chosen_groups(shape: Shape, *, everything: bool = False) -> list[Group]:
+    """The groups of a shape that somebody asked for; without `everything` no forward KL, which costs what the reverse
+    KL does."""
+    return _product(shape, BOTH, ALL if everything else (REVERSE_KL, JSD, TOP_K))
+
+
 __all__ = [
     "ACCURACY_NOISES",
     "ACCURACY_SHAPE",
@@ -153,6 +159,7 @@ __all__ = [
     "Divergence",
     "Group",
     "Shape",
+    "chosen_groups",
     "groups",
     "make_case_inputs",
 ]

@@ -1,4 +1,4 @@
-"""What `benchmarks.step` measures: the update phase of a step of SDPO, TRL's and ours, from token ids to gradients.
+"""What the suite `step` measures: the update phase of a step of SDPO, TRL's and ours, from token ids to gradients.
 
 No sampling and no optimizer: student's and teacher's passes, the Jensen-Shannon divergence (alpha 0.5) on the tokens of
 G completions of one prompt, all lengths equal so that nobody pads, and the gradients of all parameters. What TRL does
@@ -24,15 +24,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-import sdcore.world
-from benchmarks.prefix_cases import MODELS, TAIL, Outcome, Step, _gradients
-from benchmarks.shapes import DTYPES
-from sdcore import distill_step
-from sdcore.prefix import Plan, plan
-from sdcore.presets.methods import SDPO
-from sdcore.teachers import EMA, Live
+from .. import world
+from ..prefix import Plan, plan
+from ..presets.methods import SDPO
+from ..step import distill_step
+from ..teachers import EMA, Live
+from .models import size_of, with_layers
+from .options import Options, workload
+from .passes import Outcome, Step, gradients_of
+from .peers import require
+from .prefix_cases import TAIL
+from .shapes import DTYPES
 
 ALPHA, TOPK, TINY_TOPK = 0.5, 100, 10
 ONE, EACH = "one context", "a context per completion"
@@ -43,7 +47,7 @@ CPU_MODEL, CUDA_MODELS = "h512", ("h1024, heads of 64", "h2048, heads of 128")
 class StepCase:
     """One table: P prompt, C context, R completion tokens, G completions."""
 
-    model: str = CPU_MODEL  # a key of MODELS
+    model: str = CPU_MODEL  # as `size_of` takes it
     prompt: int = 1024
     context: int = 256
     completion: int = 128
@@ -71,6 +75,23 @@ def cases(device: str, *, quick: bool = False) -> list[StepCase]:
     for model in models:
         case = StepCase(model=model, dtype=dtype)
         found += [case, replace(case, topk=None), replace(case, contexts=ONE)]
+    return found
+
+
+def chosen_cases(options: Options, device: str) -> list[StepCase]:
+    """Of a model and of shapes, with both objectives; on a CPU in float32 unless asked otherwise."""
+    found = []
+    for sizes in options.sizes:
+        load = workload(sizes, device)
+        case = StepCase(
+            model=with_layers(options.model or CPU_MODEL, sizes.get("L")),
+            prompt=load.prompt,
+            context=load.context,
+            completion=load.completion,
+            completions=load.completions,
+            dtype=options.dtype or ("fp32" if device == "cpu" else "bf16"),
+        )
+        found += [case, replace(case, topk=None)]
     return found
 
 
@@ -110,24 +131,23 @@ class StepSetup:
         }
 
 
-def make_setup(case: StepCase, device: str = "cpu", seed: int = 0) -> StepSetup:
-    """Seeded. The weights' standard deviation makes that of the logits 1: the divergence of flatter distributions is so
-    small that TRL's sum of signed terms in float32 has few digits of it."""
-    size = MODELS[case.model]
-    config = LlamaConfig(
-        hidden_size=size.hidden,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads,
-        intermediate_size=size.intermediate,
-        vocab_size=size.step_vocab,
-        max_position_embeddings=16384,
+def config_of(model: str) -> Any:
+    """transformers' configuration of a whole step's model."""
+    size = size_of(model)
+    return size.config(
+        vocab=size.step_vocab,
         initializer_range=size.hidden**-0.5,
         # Ids that the model may not lack: TRL sets those of padding and of the end.
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=2,
     )
+
+
+def make_setup(case: StepCase, device: str = "cpu", seed: int = 0) -> StepSetup:
+    """Seeded. The weights' standard deviation makes that of the logits 1: the divergence of flatter distributions is so
+    small that TRL's sum of signed terms in float32 has few digits of it."""
+    config = config_of(case.model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
@@ -187,7 +207,7 @@ def _ours(
                 out = distill_step(
                     setup.model, planned, loss=loss, teacher=teacher, strategy=strategy, micro_batch=micro_batch
                 )
-            return Outcome(out.loss, _gradients(setup.model))
+            return Outcome(out.loss, gradients_of(setup.model))
 
         return step
 
@@ -213,7 +233,7 @@ def _trl(micro_batch: int, *, checkpointing: bool = False) -> Callable[[StepSetu
                     loss = trainer.compute_loss(setup.model, part)
                     loss.backward()
                     total += loss.detach()
-            return Outcome(total, _gradients(setup.model))
+            return Outcome(total, gradients_of(setup.model))
 
         return step
 
@@ -235,7 +255,8 @@ def training(model: Any, *, checkpointing: bool) -> Iterator[None]:
 
 
 def make_trainer(setup: StepSetup) -> Any:
-    """TRL's trainer of the case's objective around the setup's model."""
+    """TRL's trainer of the case's objective around the setup's model. Raises `Unavailable` without TRL."""
+    require("trl", "trl")
     from datasets import Dataset  # type: ignore[import-untyped, unused-ignore]
     from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
@@ -262,7 +283,7 @@ def make_trainer(setup: StepSetup) -> Any:
             reward_funcs=_no_reward,
             args=config,
             train_dataset=Dataset.from_dict({"prompt": ["x"] * case.completions}),
-            processing_class=_tokenizer(),
+            processing_class=small_tokenizer(),
         )
     teacher: nn.Module = copy.deepcopy(setup.model)
     trainer.teacher_model = teacher.requires_grad_(False).eval()
@@ -274,8 +295,9 @@ def _no_reward(prompts: list[str], **columns: object) -> list[float]:
     return [0.0] * len(prompts)
 
 
-def _tokenizer() -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(Path(sdcore.world.__file__).parent / "checkpoint")
+def small_tokenizer() -> PreTrainedTokenizerBase:
+    """The bundled world's: a trainer wants one, and reads nothing with it here."""
+    return AutoTokenizer.from_pretrained(Path(world.__file__).parent / "checkpoint")
 
 
 __all__ = [
@@ -285,7 +307,11 @@ __all__ = [
     "StepContender",
     "StepSetup",
     "cases",
+    "chosen_cases",
+    "config_of",
     "contenders",
     "make_setup",
     "make_trainer",
+    "small_tokenizer",
+    "training",
 ]

@@ -10,10 +10,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from benchmarks.measure import FLOOR, AccuracyRow, MemoryRow, SpeedRow
-from benchmarks.peers import SDCORE, SDCORE_RECOMPUTE
-from benchmarks.report import Report
-from benchmarks.shapes import REVERSE_KL, Divergence, Group, Shape
+from .live_memory import MemoryRow
+from .measure import AccuracyRow
+from .peers import SDCORE, SDCORE_RECOMPUTE
+from .report import Report
+from .shapes import REVERSE_KL, Divergence, Group, Shape
+from .timing import FLOOR, SpeedRow
 
 MIB = 1 << 20
 
@@ -55,6 +57,11 @@ class Table:
         return text + "".join(f"\n\n{note}" for note in self.notes)
 
 
+def why(reason: str) -> str:
+    """A reason as a note says it."""
+    return reason if reason.startswith("not ") else f"not timed, {reason}"
+
+
 def floor_seconds(rows: Iterable[SpeedRow]) -> float:
     """The faster of a group's bare products."""
     return min((row.median for row in rows if row.contender.startswith(FLOOR)), default=math.nan)
@@ -77,7 +84,7 @@ def speed_table(rows: Sequence[SpeedRow]) -> Table:
     for row in rows:
         name = f"{row.contender} ({row.setting})" if row.setting else row.contender
         if row.reason:
-            table.notes.append(f"{name}: not timed, {row.reason}")
+            table.notes.append(f"{name}: {why(row.reason)}")
             continue
         spread = "" if math.isnan(row.spread) else f"{row.spread:.0%}"
         errors = [format_error(row.errors.loss), format_error(row.errors.gradient)] if row.errors else ["", ""]
@@ -102,7 +109,7 @@ def ratio_table(shape: Shape, rows: Iterable[SpeedRow]) -> Table:
         if any(cell != "–" for cell in cells):
             table.add(contender, *cells, contender=contender)
     floors = [floor_seconds(members) for members in groups.values()]
-    table.add("four matmuls, ms", *(f"{floor * 1e3:.0f}" for floor in floors))
+    table.add("four matmuls, ms", *("–" if math.isnan(floor) else f"{floor * 1e3:.0f}" for floor in floors))
     return table
 
 
@@ -220,4 +227,5 @@ __all__ = [
     "ratio_table",
     "report_tables",
     "speed_table",
+    "why",
 ]

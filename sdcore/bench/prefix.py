@@ -1,22 +1,19 @@
-"""Measure the shared-prefix scheme: the student's pass, the teacher's, the whole step, each naive and shared.
+"""The suite `prefix`: the student's pass, the teacher's, the whole step, each naive and with shared prefixes.
 
-    python -m benchmarks.prefix                     # this machine; ten minutes on two cores
-    python -m benchmarks.prefix --everything --seconds 0    # the grid, each row timed once: an hour on a CPU
-    python -m benchmarks.prefix --quick --output /tmp/quick.json
+    run(Options(suite="prefix"))                                  # this machine; ten minutes on two cores
+    run(Options(suite="prefix", everything=True, seconds=0))      # the grid, each row timed once: an hour on a CPU
+    run(Options(suite="prefix", model="qwen3-0.6b", shapes=("L=2",)))
 
-Writes `results/<device>/prefix/<date>.json`, `.md` and `.png`; the grid into a folder `grid` beside them. A row is
-checked against naive in the step whose memory is counted, and only then timed; the rows of a case take turns.
+A row is checked against naive in the step whose memory is counted, and only then timed; the rows of a case take turns.
 "Allowed" is the speed-up by the FLOPs that are left (`sdcore.prefix.cost`), "reached" the measured one's share of it.
 The times mean something on a machine that does nothing else.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -24,38 +21,43 @@ from typing import TypeAlias
 import torch
 from rich.console import Console
 
-from benchmarks.command import parser
-from benchmarks.passes import (
+from ..prefix import cost
+from .estimate import model_bytes
+from .limit import LIMITS, SHARED, Products
+from .live_memory import free_bytes, too_large
+from .models import size_of
+from .options import Options
+from .passes import (
+    Outcome,
     PassReport,
     PassRow,
+    Step,
     check_and_time,
     compare,
     memory_share,
     milliseconds,
-    publish,
     run_cases,
 )
-from benchmarks.passes import load as load_rows
-from benchmarks.prefix_cases import (
-    MODELS,
+from .passes import load as load_rows
+from .prefix_cases import (
     STEP,
     STUDENT,
     WORKS,
     Case,
     Contender,
-    Outcome,
     Setup,
-    Step,
     cases,
+    chosen_cases,
+    config_of,
     contenders,
     make_setup,
 )
-from benchmarks.report import RESULTS, Report, describe_machine
-from benchmarks.tables import MIB, Table, describe, format_error
+from .running import Run, publish, start
+from .tables import MIB, Table, describe, format_error, why
 
 # What counts as equal to naive, relative to the norm of the states and of all gradients.
 EQUAL = {"fp32": 1e-4, "bf16": 0.05}
-MOST_OF_FREE = 0.7
+SECONDS = 3.0
 MOST_PANELS = 10
 REFERENCES = ("naive batch", "naive loop")
 
@@ -86,29 +88,44 @@ def measure_case(setup: Setup, chosen: Sequence[Contender], *, seconds_per_row: 
             rows.append(row)
             yield row, partial(contender.build, setup)
 
-    check_and_time(candidates(), _judge, setup.device, seconds_per_row=seconds_per_row)
-    return rows
+    limits = limit_rows(setup)
+    check_and_time(candidates(), _judge, setup.device, seconds_per_row=seconds_per_row, limits=limits)
+    return rows + [row for row, _ in limits]
+
+
+def limit_rows(setup: Setup) -> list[tuple[PrefixRow, Products]]:
+    """The matrix products of the case's pass alone: tokens shared as far as any contender does, and not at all."""
+    counted = cost(setup.plan, setup.body.config, teacher_shares=True)
+    student = counted.student if setup.case.work in (STUDENT, STEP) else None
+    teacher = counted.teacher if setup.case.work != STUDENT else None
+    found = []
+    for name in LIMITS:
+        tokens = [
+            0 if one is None else one.tokens if name == SHARED else one.naive_tokens for one in (student, teacher)
+        ]
+        products = Products.of(
+            setup.body.config,
+            student_tokens=tokens[0],
+            teacher_tokens=tokens[1],
+            rows=setup.plan.num_rows if setup.case.work == STEP else 0,
+            dtype=setup.case.dtype,
+            device=setup.device,
+        )
+        found.append((PrefixRow(group=setup.case, contender=name), products))
+    return found
 
 
 def _left_out(setup: Setup, contender: Contender) -> str | None:
-    """Why a contender is not run: what it keeps for backward would not fit."""
+    """Why a contender is not run: what it keeps for backward, and the gradients, would not fit."""
     if setup.case.work not in (STUDENT, STEP):
         return None
-    kept, free = setup.cost(contender).student.kept_bytes, _free_bytes(setup.device)
-    if kept > MOST_OF_FREE * free:
-        return f"it would keep {kept / 2**30:.1f} GiB for backward, and {free / 2**30:.1f} GiB are free"
-    return None
+    gradients = model_bytes(setup.body.config, setup.case.dtype, gradients=False)  # as many as weights
+    return too_large(setup.cost(contender).student.kept_bytes + gradients, free_bytes(setup.device))
 
 
-def _free_bytes(device: torch.device) -> float:
-    """Of a CPU's memory with what the kernel would give up for it; infinite where that is not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return math.inf
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), math.inf)
+def not_run(case: Case, reason: str) -> list[PrefixRow]:
+    """The rows of a case that is left out as a whole."""
+    return [PrefixRow(group=case, contender=one.name, reason=reason) for one in contenders(case)]
 
 
 def _judge(row: PrefixRow, outcome: Outcome, exact: Outcome) -> str | None:
@@ -146,11 +163,14 @@ def case_table(case: Case, rows: Sequence[PrefixRow]) -> Table:
         f"{case.work}, {case}",
         ("contender", "median", "spread", "runs", "speed-up", "allowed", "reached", "peak MiB", "of naive", "error"),
     )
+    least = next((row for row in rows if row.contender == SHARED and row.seconds), None)
+    if least is not None:
+        table.columns = (*table.columns, "of the matmuls")
     for row in rows:
         if row.reason:
-            table.notes.append(f"{row.contender}: not timed, {row.reason}")
+            table.notes.append(f"{row.contender}: {why(row.reason)}")
             continue
-        gained = speedup(row, rows)
+        gained, bounded = speedup(row, rows), not math.isnan(row.allowed)
         errors = [format_error(e) for e in (row.values_error, row.gradient_error) if not math.isnan(e)]
         cells = (
             row.contender,
@@ -158,11 +178,12 @@ def case_table(case: Case, rows: Sequence[PrefixRow]) -> Table:
             "" if math.isnan(row.spread) else f"{row.spread:.0%}",
             str(len(row.seconds)),
             f"{gained:.2f}×",
-            f"{row.allowed:.2f}×",
-            f"{gained / row.allowed:.0%}",
+            f"{row.allowed:.2f}×" if bounded else "–",
+            f"{gained / row.allowed:.0%}" if bounded else "–",
             "–" if row.live_bytes is None else f"{row.live_bytes / MIB:.0f}",
-            f"{_memory_share(row, rows):.2f}",
+            "–" if row.live_bytes is None else f"{_memory_share(row, rows):.2f}",
             " / ".join(errors),
+            *([] if least is None else [f"{row.median / least.median:.2f}×"]),
         )
         _add(table, cells)
     gradients = max(row.gradient_bytes for row in rows)
@@ -195,11 +216,11 @@ def _overview_cell(row: PrefixRow, rows: Sequence[PrefixRow], memory: bool) -> s
     if memory:
         return "–" if row.live_bytes is None else f"{row.live_bytes / MIB:.0f} ({_memory_share(row, rows):.2f})"
     gained = speedup(row, rows)
-    return f"{gained:.2f}" if row.contender in REFERENCES else f"{gained:.2f} ({gained / row.allowed:.0%})"
+    return f"{gained:.2f}" if row.contender in (*REFERENCES, *LIMITS) else f"{gained:.2f} ({gained / row.allowed:.0%})"
 
 
 def _add(table: Table, cells: Sequence[str]) -> None:
-    if cells[0] not in (*REFERENCES, "PrefixGrouper-style"):
+    if cells[0] not in (*REFERENCES, *LIMITS, "PrefixGrouper-style"):
         table.ours.add(len(table.rows))
     table.add(*cells)
 
@@ -213,7 +234,7 @@ def overviews(report: PrefixReport) -> list[Table]:
 
 def describe_models(report: PrefixReport) -> str:
     names = dict.fromkeys(case.model for case in report.by_case())
-    return "; ".join(f"{name}: {MODELS[name]}" for name in names) + "; random weights, sdpa attention."
+    return "; ".join(f"{name}: {size_of(name)}" for name in names) + "; random weights, sdpa attention."
 
 
 def markdown(report: PrefixReport) -> str:
@@ -227,12 +248,12 @@ def load(path: Path) -> PrefixReport:
     return load_rows(path, PrefixRow, Case)
 
 
-def save_plot(report: PrefixReport, path: Path) -> None:
+def save_plot(report: PrefixReport, path: Path) -> list[Path]:
     """Per case a bar for each contender's speed-up, a mark for what the FLOPs allow, and the peak beneath.
 
     Of more than `MOST_PANELS` cases only the student's passes with the most completions.
     """
-    from benchmarks.plot import plt
+    from .plot import plt
 
     groups = report.by_case()
     if len(groups) > MOST_PANELS:
@@ -241,7 +262,7 @@ def save_plot(report: PrefixReport, path: Path) -> None:
         groups = {case: groups[case] for case in wanted}
     figure, axes = plt.subplots(2, len(groups), figsize=(1 + 2.6 * len(groups), 6.4), squeeze=False, sharey="row")
     for (upper, lower), (case, rows) in zip(axes.T, groups.items(), strict=True):
-        timed = [row for row in rows if not row.reason]
+        timed = [row for row in rows if not row.reason and row.contender not in LIMITS]
         colours = [
             "#8c8c8c" if row.contender in REFERENCES else "#e08a1e" if "style" in row.contender else "#0b6e99"
             for row in timed
@@ -261,48 +282,60 @@ def save_plot(report: PrefixReport, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+    return [path]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = _parser().parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    console = Console(stderr=True)
-    started = time.perf_counter()
-    machine = Report(machine=describe_machine(options.device))
-    folder = RESULTS / machine.device / "prefix" / ("grid" if options.everything else "")
-    path = options.output or folder / f"{machine.machine['date']}.json"
-    seconds = 0.0 if options.quick else options.seconds
-    run_cases(
-        cases(options.device, quick=options.quick, everything=options.everything),
-        lambda case: measure_case(make_setup(case, options.device), contenders(case), seconds_per_row=seconds),
-        machine=machine.machine,
-        title=lambda case: f"{case.work}, {case}",
-        console=console,
-        path=path,
-    )
-    report = load(path)  # every table shows the numbers that are on disk
+def run(options: Options, *, progress: Console | None = None) -> Path:
+    """Measure, save, show; returns the path of the JSON. Raises `ArgumentError`."""
+    this = start(options, seconds=SECONDS, progress=progress)
+    run_cases(this, planned_cases(options, this.device), partial(_measure, this), title=_title)
+    report = load(this.path)  # every table shows the numbers that are on disk
     publish(
-        path,
+        this,
         markdown=markdown(report),
-        save_plot=partial(save_plot, report),
+        save_plots=lambda: save_plot(report, this.path.with_suffix(".png")),
         tables=[*(case_table(case, rows) for case, rows in report.by_case().items()), *reversed(overviews(report))],
-        started=started,
-        console=console,
     )
+    return this.path
 
 
-def _parser() -> argparse.ArgumentParser:
-    made = parser(
-        prog="python -m benchmarks.prefix",
-        description=__doc__.partition("\n")[0],
-        quick="a tiny model",
-        seconds=3.0,
-        output="results/<device>/prefix/<date>.json",
-    )
-    made.add_argument("--everything", action="store_true", help="the grid of sizes: an hour on a CPU, with --seconds 0")
-    return made
+def planned_cases(options: Options, device: str) -> list[Case]:
+    """The suite's own, or those of a model and of shapes."""
+    if options.chosen:
+        return chosen_cases(options, device)
+    found = cases(device, quick=options.quick, everything=options.everything)
+    if options.dtype is None:
+        return found
+    return list(dict.fromkeys(replace(case, dtype=options.dtype) for case in found))
 
 
-if __name__ == "__main__":
-    main()
+def _measure(this: Run, case: Case) -> list[PrefixRow]:
+    # Weights, and a frozen teacher's or the gradients of all.
+    needed = model_bytes(config_of(case), case.dtype, gradients=True)
+    reason = too_large(needed, free_bytes(torch.device(this.device)))
+    if reason is not None:
+        return not_run(case, reason)
+    return measure_case(make_setup(case, this.device), contenders(case), seconds_per_row=this.seconds)
+
+
+def _title(case: Case) -> str:
+    return f"{case.work}, {case}"
+
+
+__all__ = [
+    "EQUAL",
+    "PrefixReport",
+    "PrefixRow",
+    "case_table",
+    "describe_models",
+    "load",
+    "markdown",
+    "measure_case",
+    "overview",
+    "overviews",
+    "planned_cases",
+    "reference",
+    "run",
+    "save_plot",
+    "speedup",
+]

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import readme, report
-from benchmarks.passes import save
-from benchmarks.prefix_cases import Outcome, Step
-from benchmarks.step import (
+from sdcore.bench import peers, readme, step
+from sdcore.bench.limit import LIMITS
+from sdcore.bench.options import Options
+from sdcore.bench.passes import Outcome, Step, save
+from sdcore.bench.places import newest_results
+from sdcore.bench.step import (
     StepReport,
     StepRow,
     case_table,
     load,
-    main,
     markdown,
     measure_case,
     overview,
     tolerance,
 )
-from benchmarks.step_cases import (
+from sdcore.bench.step_cases import (
     EACH,
     ONE,
     StepCase,
@@ -43,41 +44,33 @@ TRL = contenders(TINY)[0]
 PACKED = next(one for one in contenders(TINY) if one.name == "packed, live")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads of a model this small wait for each other most of the time, on a busy machine for seconds."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
-def quick_json(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
-    """The file that `python -m benchmarks.step --quick` writes."""
-    output = tmp_path_factory.mktemp("benchmark") / "quick.json"
-    main(["--quick", "--device", "cpu", f"--output={output}"])
-    return output
+def quick_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that a quick run writes."""
+    output = tmp_path_factory.mktemp("benchmark")
+    return step.run(Options(suite="step", quick=True, device="cpu", output=output))
 
 
 def test_a_quick_run_times_every_row_of_every_case(quick_json: Path) -> None:
     found = load(quick_json).by_case()
     assert list(found) == cases("cpu", quick=True)
     for case, rows in found.items():
-        assert [row.contender for row in rows] == [contender.name for contender in contenders(case)]
+        assert [row.contender for row in rows] == [*(contender.name for contender in contenders(case)), *LIMITS]
         assert [row.reason for row in rows] == [None] * len(rows)
         assert all(row.seconds for row in rows)
 
 
 def test_what_a_quick_run_timed_was_equal_to_trl(quick_json: Path) -> None:
     for row in load(quick_json).rows:
-        if row.contender != "TRL":
+        if row.contender not in ("TRL", *LIMITS):
             assert row.loss_error < 1e-5
             assert row.gradient_error < 1e-5
 
 
 def test_a_quick_run_counts_the_bytes_of_every_step(quick_json: Path) -> None:
     for row in load(quick_json).rows:
+        if row.contender in LIMITS:
+            continue
         assert row.live_bytes is not None
         assert row.live_bytes > row.gradient_bytes > 0
 
@@ -214,10 +207,31 @@ def test_the_other_suites_do_not_take_these_files_for_theirs(quick_json: Path, t
     folder = tmp_path / "some-device" / "step"
     folder.mkdir(parents=True)
     (folder / "2026-01-02.json").write_text(quick_json.read_text())
-    assert report.newest_results(tmp_path) == []
+    assert newest_results(tmp_path) == []
 
 
 def test_the_readme_shows_the_newest_committed_results_of_the_step() -> None:
-    text = readme.README.read_text()
-    assert text == readme.with_step_block(text), "run `python -m benchmarks --readme`"
-    assert readme.NO_STEP not in text
+    text = readme.readme_file().read_text(encoding="utf-8")
+    root = readme.readme_file().parent
+    results = root / "benchmarks" / "results"
+    assert text == readme.STEP.renewed(text, results, root), "run `sdcore bench --readme`"
+    assert newest_results(results, "step")
+    for path in newest_results(results, "step"):
+        assert path.with_suffix(".md").read_text(encoding="utf-8") == markdown(load(path))
+
+
+def test_without_trl_its_rows_say_what_to_install_and_ours_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    rows = measure_case(make_setup(TINY), [TRL, PACKED], seconds_per_row=0.0)
+    assert rows[0].reason == "not installed: pip install trl"
+    assert rows[1].seconds
+    assert "TRL: not installed: pip install trl" in case_table(TINY, rows).notes
+
+
+def test_the_limit_stands_beside_every_row_and_is_below_ours_in_flops() -> None:
+    rows = measure_case(make_setup(TINY), [TRL, PACKED], seconds_per_row=0.0)
+    table = case_table(TINY, rows)
+    assert table.columns[-1] == "of the matmuls"
+    shared = next(row for row in table.rows if row[0] == LIMITS[0])
+    assert shared[-1] == "1.00×"
+    assert all(row[-1].endswith("×") for row in table.rows)

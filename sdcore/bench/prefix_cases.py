@@ -1,7 +1,7 @@
-"""What `benchmarks.prefix` measures: sizes, models, and who computes the same thing in which way.
+"""What the suite `prefix` measures: sizes, models, and who computes the same thing in which way.
 
-Every case is one prompt with G completions of equal length, so that no contender pads. The model is a Llama of random
-weights (standard deviation 0.02) with sdpa attention and grouped queries: the time does not depend on the values. A
+Every case is one prompt with G completions of equal length, so that no contender pads. The model, a Llama or what was
+asked for, has random weights (standard deviation 0.02) and sdpa attention: the time does not depend on the values. A
 student's pass goes forward and backward, from a fixed gradient of the completions' states to those of all parameters;
 a teacher's pass goes forward; a step is `distill_step` with a live teacher.
 
@@ -15,19 +15,22 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache
 
-from benchmarks.shapes import DTYPES
-from sdcore import distill_step
-from sdcore.models import Body, find_body
-from sdcore.prefix import Cost, Plan, cost, naive, plan
-from sdcore.prefix.runner import STRATEGIES, passes, teacher_rows
-from sdcore.teachers import Frozen, Live
+from ..models import Body, find_body
+from ..prefix import Cost, Plan, cost, naive, plan
+from ..prefix.runner import STRATEGIES, passes, teacher_rows
+from ..step import distill_step
+from ..teachers import Frozen, Live
+from .models import size_of, with_layers
+from .options import Options, workload
+from .passes import Outcome, Step, gradients_of
+from .shapes import DTYPES
 
 # Tokens of a generation prompt, after which a completion begins: the teacher's context is put in before them.
 TAIL = 16
@@ -40,30 +43,6 @@ STUDENT, TEACHER, TEACHER_EACH, STEP = (
 WORKS = (STUDENT, TEACHER, TEACHER_EACH, STEP)
 
 
-class ModelSize(NamedTuple):
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    intermediate: int
-    vocab: int  # of the passes, which do not call the output layer
-    step_vocab: int
-
-    def __str__(self) -> str:
-        return (
-            f"Llama with hidden {self.hidden}, {self.layers} layers, {self.heads} heads and {self.kv_heads} key/value "
-            f"heads of {self.hidden // self.heads}, intermediate {self.intermediate}, vocabulary {self.vocab:,} "
-            f"({self.step_vocab:,} in the whole step)"
-        )
-
-
-MODELS = {
-    "quick": ModelSize(32, 2, 4, 2, 64, 64, 300),
-    "h512": ModelSize(512, 8, 8, 4, 1376, 4096, 32000),
-    "h512, 2 layers": ModelSize(512, 2, 8, 4, 1376, 4096, 32000),
-    "h1024, heads of 64": ModelSize(1024, 16, 16, 8, 2816, 4096, 32000),
-    "h2048, heads of 128": ModelSize(2048, 16, 16, 8, 5632, 4096, 32000),
-}
 CPU_MODELS, GRID_CPU_MODELS = ("h512",), ("h512, 2 layers",)
 CUDA_MODELS = ("h1024, heads of 64", "h2048, heads of 128")
 
@@ -72,7 +51,7 @@ CUDA_MODELS = ("h1024, heads of 64", "h2048, heads of 128")
 class Case:
     """One table: P prompt, C context, R completion tokens, G completions."""
 
-    model: str  # a key of MODELS
+    model: str  # as `size_of` takes it
     prompt: int
     completion: int
     completions: int
@@ -114,6 +93,23 @@ def cases(device: str, *, quick: bool = False, everything: bool = False) -> list
         long = replace(short, prompt=2048, completion=64)
         found += [*_of(short, WORKS), *_of(long, (STUDENT, TEACHER) if on_cpu else WORKS)]
         found.append(replace(short, completions=1))
+    return found
+
+
+def chosen_cases(options: Options, device: str) -> list[Case]:
+    """Of a model and of shapes; on a CPU in float32 unless asked otherwise."""
+    found = []
+    for sizes in options.sizes:
+        load = workload(sizes, device)
+        case = Case(
+            model=with_layers(options.model or CPU_MODELS[0], sizes.get("L")),
+            prompt=load.prompt,
+            context=load.context,
+            completion=load.completion,
+            completions=load.completions,
+            dtype=options.dtype or ("fp32" if device == "cpu" else "bf16"),
+        )
+        found += _of(case, WORKS)
     return found
 
 
@@ -161,19 +157,16 @@ class Setup:
         return counted.teacher.speedup
 
 
+def config_of(case: Case) -> Any:
+    """transformers' configuration of the case's model; only a whole step has its real vocabulary."""
+    size = size_of(case.model)
+    return size.config(vocab=size.step_vocab if case.work == STEP else size.vocab)
+
+
 def make_setup(case: Case, device: str = "cpu", seed: int = 0) -> Setup:
     """Seeded."""
-    size = MODELS[case.model]
     dtype = DTYPES[case.dtype]
-    config = LlamaConfig(
-        hidden_size=size.hidden,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads,
-        intermediate_size=size.intermediate,
-        vocab_size=size.step_vocab if case.work == STEP else size.vocab,
-        max_position_embeddings=16384,
-    )
+    config = config_of(case)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(device=device, dtype=dtype)
@@ -190,18 +183,8 @@ def make_setup(case: Case, device: str = "cpu", seed: int = 0) -> Setup:
         texts = [torch.cat([prompt[:-TAIL], ids(case.context), prompt[-TAIL:]]) for _ in range(number)]
         teachers = [texts if case.work == TEACHER_EACH else texts[0]]
     planned = plan([prompt], [completions], teachers)
-    direction = torch.randn(planned.num_rows, size.hidden, generator=generator).to(device=device, dtype=dtype)
+    direction = torch.randn(planned.num_rows, config.hidden_size, generator=generator).to(device=device, dtype=dtype)
     return Setup(case, model, planned, direction)
-
-
-class Outcome(NamedTuple):
-    """What all contenders of a case must agree on."""
-
-    values: Tensor  # (N, H) hidden states; () the loss in a step
-    gradients: dict[str, Tensor]  # by parameter; empty for a teacher
-
-
-Step = Callable[[], Outcome]
 
 
 @dataclass(frozen=True)
@@ -255,7 +238,7 @@ def _student(strategy: Any, micro_batch: int | None = None) -> Callable[[Setup],
             for part in parts:
                 hidden[part.rows] = part.student_hidden.detach()
                 part.attach((part.student_hidden * setup.direction[part.rows]).sum()).backward()
-            return Outcome(hidden, _gradients(setup.model))
+            return Outcome(hidden, gradients_of(setup.model))
 
         return step
 
@@ -273,7 +256,7 @@ def _naive_loop(setup: Setup) -> Step:
             states = naive.run_whole(setup.body, [tree.sequence(i)])[0, -tree.rows[i] :]
             hidden[rows] = states.detach()
             (states * setup.direction[rows]).sum().backward()
-        return Outcome(hidden, _gradients(setup.model))
+        return Outcome(hidden, gradients_of(setup.model))
 
     return step
 
@@ -302,7 +285,7 @@ def _expanded(setup: Setup) -> Step:
         last = prompt.last_hidden_state[0, -1:]
         hidden = torch.cat([torch.cat([last, states[i, : len(b)]]) for i, b in enumerate(tree.branches)])
         (hidden * setup.direction).sum().backward()
-        return Outcome(hidden.detach(), _gradients(setup.model))
+        return Outcome(hidden.detach(), gradients_of(setup.model))
 
     return step
 
@@ -329,19 +312,14 @@ def _step(strategy: Any, micro_batch: int | None = None) -> Callable[[Setup], St
         def step() -> Outcome:
             setup.model.zero_grad()
             out = distill_step(setup.model, setup.plan, strategy=strategy, micro_batch=micro_batch)
-            return Outcome(out.loss, _gradients(setup.model))
+            return Outcome(out.loss, gradients_of(setup.model))
 
         return step
 
     return build
 
 
-def _gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
 __all__ = [
-    "MODELS",
     "STEP",
     "STUDENT",
     "TEACHER",
@@ -349,11 +327,10 @@ __all__ = [
     "WORKS",
     "Case",
     "Contender",
-    "ModelSize",
-    "Outcome",
     "Setup",
-    "Step",
     "cases",
+    "chosen_cases",
+    "config_of",
     "contenders",
     "make_setup",
 ]

@@ -1,4 +1,4 @@
-"""What a run measured, as one JSON file: `results/<device>/<date>.json`; read back for the tables and the README."""
+"""What a run of the divergence suite measured, as one JSON file, read back for the tables and the README."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import AccuracyRow, MemoryRow, SpeedRow
-from benchmarks.oracle import Errors
-from benchmarks.shapes import Divergence, Group, Shape
+from .live_memory import MemoryRow
+from .measure import AccuracyRow
+from .oracle import Errors
+from .places import folder_name
+from .shapes import Divergence, Group, Shape
+from .timing import SpeedRow
 
-RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "orda-kernel")
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "orda-kernel", "flash-linear-attention")
 
 
 @dataclass(kw_only=True)
@@ -36,7 +38,7 @@ class Report:
         """The directory's name."""
         threads = "" if self.machine["kind"] == "cuda" else f" {self.machine['threads']} threads"
         name = re.sub(r"\((r|tm)\)", "", self.machine["name"].lower())
-        return re.sub(r"[^a-z0-9]+", "-", name + threads).strip("-")
+        return folder_name(name + threads)
 
 
 def describe_machine(device: str) -> dict[str, Any]:
@@ -71,20 +73,20 @@ def _cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Four digits: more are noise, and make the committed file larger."""
     if isinstance(value, float):
         return float(f"{value:.4g}") if value == value else None
     if isinstance(value, dict):
-        return {key: _rounded(entry) for key, entry in value.items()}
+        return {key: rounded(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(entry) for entry in value]
+        return [rounded(entry) for entry in value]
     return value
 
 
 def save(report: Report, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = {name: _rounded(rows) for name, rows in asdict(report).items() if name != "machine"}
+    rows = {name: rounded(rows) for name, rows in asdict(report).items() if name != "machine"}
     # One row per line: a diff of two dates is readable.
     parts = [f'"machine": {json.dumps(report.machine)}']
     for name, entries in rows.items():
@@ -126,13 +128,4 @@ def _with_errors(entry: dict[str, Any]) -> dict[str, Any]:
     return entry | {"errors": errors}
 
 
-def newest_results(results: Path = RESULTS, suite: str = "") -> list[Path]:
-    """The newest file of every device; file names are dates. Empty where nothing is committed yet.
-
-    `suite` is the folder of a suite that is not the divergences'.
-    """
-    newest = {path.parent: path for path in sorted(results.glob(f"*/{suite}/*.json" if suite else "*/*.json"))}
-    return list(newest.values())
-
-
-__all__ = ["RESULTS", "Report", "describe_machine", "load", "newest_results", "save"]
+__all__ = ["Report", "describe_machine", "load", "rounded", "save"]

@@ -1,0 +1,148 @@
+"""What may be chosen on the command line of a suite, and what a choice of sizes means.
+
+    Options(suite="prefix", model="qwen3-0.6b", shapes=("L=2,G=4",), quick=False)
+
+Sizes are written as the rest of the package names them: `N` rows, `V` vocabulary, `H` hidden, `P`/`C`/`R` tokens of
+prompt, context and completion, `G` completions, `L` layers. What a shape does not say comes from the model, or from the
+suite's own sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from ..errors import ArgumentError
+from .models import REAL_MODELS
+
+DTYPE_NAMES: Final = ("fp32", "bf16")
+DEVICES: Final = ("cpu", "cuda")
+DIVERGENCE_LETTERS: Final = "NVH"
+PASS_LETTERS: Final = "PCRGL"
+LETTERS: Final = {
+    "divergence": DIVERGENCE_LETTERS,
+    "prefix": PASS_LETTERS,
+    "step": PASS_LETTERS,
+    "trainer": PASS_LETTERS,
+}
+SUITES: Final = tuple(LETTERS)
+
+
+class Workload(NamedTuple):
+    """The sizes that a model preset fixes beside the model's own."""
+
+    prompt: int  # P
+    context: int  # C
+    completion: int  # R
+    completions: int  # G
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.completion * self.completions
+
+
+# One prompt with its completions, as RL-like methods train on them; on a CPU what takes minutes and not hours.
+WORKLOADS: Final = {"cuda": Workload(1024, 256, 512, 8), "cpu": Workload(512, 128, 64, 4)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """A run of a suite. Raises `ArgumentError`, which names the option."""
+
+    suite: str
+    device: str | None = None  # None: cuda where there is one
+    quick: bool = False  # tiny sizes: does it all work?
+    everything: bool = False  # every combination of the suite's own sizes
+    seconds: float | None = None  # to spend on repeating a row; None: the suite's default, 0: each row once
+    threads: int | None = None  # of torch; None: its own choice
+    output: Path | None = None  # a folder; None: see `places`
+    model: str | None = None  # a key of REAL_MODELS
+    shapes: tuple[str, ...] = ()  # "KEY=INT,..."
+    dtype: str | None = None  # one of DTYPE_NAMES; None: the suite's own
+    peers: tuple[str, ...] | None = None  # None: all
+
+    def __post_init__(self) -> None:
+        if self.suite not in SUITES:
+            raise ArgumentError(f"suite must be one of {', '.join(SUITES)}, got {self.suite!r}")
+        for name, chosen, allowed in (
+            ("device", self.device, DEVICES),
+            ("dtype", self.dtype, DTYPE_NAMES),
+            ("model", self.model, tuple(REAL_MODELS)),
+        ):
+            if chosen is not None and chosen not in allowed:
+                raise ArgumentError(f"{name} must be one of {', '.join(allowed)}, got {chosen!r}")
+        if self.seconds is not None and not self.seconds >= 0:
+            raise ArgumentError(f"seconds must be at least 0, got {self.seconds}")
+        if self.threads is not None and self.threads < 1:
+            raise ArgumentError(f"threads must be at least 1, got {self.threads}")
+        if self.quick and (self.model or self.shapes or self.everything):
+            raise ArgumentError("quick runs have sizes of their own: leave out model, shape and everything")
+        for shape in self.shapes:
+            parse_shape(shape, LETTERS[self.suite])
+
+    @property
+    def sizes(self) -> list[dict[str, int]]:
+        """Of each shape, by letter; one empty one where none was given."""
+        return [parse_shape(shape, LETTERS[self.suite]) for shape in self.shapes] or [{}]
+
+    @property
+    def chosen(self) -> bool:
+        """Whether the sizes are not the suite's own."""
+        return bool(self.model or self.shapes)
+
+    @property
+    def variant(self) -> str:
+        """The folder of what is not the suite's own run; empty for that one."""
+        if self.quick:
+            return "quick"
+        parts = [self.model, *self.shapes, self.dtype, *(self.peers or ())]
+        chosen = " ".join(part for part in parts if part)
+        return chosen or ("grid" if self.everything and self.suite == "prefix" else "")
+
+
+def parse_shape(text: str, letters: str) -> dict[str, int]:
+    """`"N=512,V=32000"` by letter. Raises `ArgumentError`."""
+    found: dict[str, int] = {}
+    for entry in text.split(","):
+        letter, equals, number = (part.strip() for part in entry.partition("="))
+        if letter not in letters or len(letter) != 1 or not equals or not number.isdecimal() or int(number) < 1:
+            raise ArgumentError(
+                f"shape must be like {','.join(f'{one}=1024' for one in letters[:2])}, of the letters "
+                f"{', '.join(letters)}, got {text!r}"
+            )
+        found[letter] = int(number)
+    return found
+
+
+def workload(sizes: Mapping[str, int], device: str) -> Workload:
+    """Of a shape, or the device's own where it says nothing."""
+    own = WORKLOADS[device]
+    return Workload(*(sizes.get(letter, size) for letter, size in zip("PCRG", own, strict=True)))
+
+
+def split_names(text: str | None, allowed: Sequence[str], name: str) -> tuple[str, ...] | None:
+    """A comma-separated choice among `allowed`; None stays None. Raises `ArgumentError`."""
+    if text is None:
+        return None
+    chosen = tuple(part.strip() for part in text.split(",") if part.strip())
+    wrong = [part for part in chosen if part not in allowed]
+    if wrong or not chosen:
+        raise ArgumentError(f"{name} must be of {', '.join(allowed)}, got {', '.join(wrong) or 'nothing'}")
+    return chosen
+
+
+__all__ = [
+    "DEVICES",
+    "DTYPE_NAMES",
+    "LETTERS",
+    "SUITES",
+    "WORKLOADS",
+    "Options",
+    "Workload",
+    "parse_shape",
+    "split_names",
+    "workload",
+]

@@ -1,0 +1,127 @@
+"""The blocks of results in the README of a checkout, made from the newest committed JSON of every device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import ArgumentError
+from . import prefix, step, trainer
+from .places import checkout, newest_results
+from .report import load
+from .shapes import FULL_VOCABULARY
+from .tables import accuracy_table, describe, memory_selection, memory_table, ratio_table
+
+NOTHING = "No results are committed yet; {command} measures this machine."
+
+
+class Block(NamedTuple):
+    """What is between `<!-- name -->` and `<!-- /name -->`; `make(results folder, README's folder)` writes it."""
+
+    name: str
+    make: Callable[[Path, Path], str]
+
+    @property
+    def begin(self) -> str:
+        return f"<!-- {self.name} -->"
+
+    @property
+    def end(self) -> str:
+        return f"<!-- /{self.name} -->"
+
+    def renewed(self, text: str, results: Path, root: Path) -> str:
+        """`text` with the block between its markers made anew; raises `ArgumentError` where a marker is missing."""
+        before, found_begin, rest = text.partition(self.begin)
+        _, found_end, after = rest.partition(self.end)
+        if not found_begin or not found_end:
+            raise ArgumentError(f"README.md must contain {self.begin} and, after it, {self.end}")
+        return f"{before}{self.begin}\n\n{self.make(results, root)}\n\n{self.end}{after}"
+
+
+def divergence_block(results: Path, root: Path) -> str:
+    """The output layer and its loss."""
+    parts = []
+    for path in newest_results(results):
+        report = load(path)
+        place = Path(os.path.relpath(path, root)).as_posix()
+        parts.append(
+            f"Measured on {describe(report)}. [All numbers]({place}), [tables]({place.removesuffix('.json')}.md)."
+        )
+        for shape in dict.fromkeys(row.group.shape for row in report.speed):
+            parts.append(ratio_table(shape, report.speed).markdown())
+        parts.append(memory_table(memory_selection(report.memory)).markdown())
+        full = [row for row in report.accuracy if row.divergence in FULL_VOCABULARY]
+        if full:
+            parts.append(accuracy_table(full).markdown())
+        for picture in sorted(path.parent.glob(f"{path.stem}-*.png")):
+            name = picture.stem.removeprefix(f"{path.stem}-")
+            parts.append(f"![{name}]({Path(os.path.relpath(picture, root)).as_posix()})")
+    return "\n\n".join(parts) or NOTHING.format(command="`make bench`")
+
+
+def prefix_block(results: Path, root: Path) -> str:
+    """The shared-prefix scheme."""
+    parts = []
+    for path in newest_results(results, "prefix"):
+        report = prefix.load(path)
+        place = Path(os.path.relpath(path, root)).as_posix().removesuffix(".json")
+        parts.append(f"Measured on {describe(report.general)}. [All numbers]({place}.json), [tables]({place}.md).")
+        parts.append(prefix.describe_models(report))
+        parts += [table.markdown() for table in prefix.overviews(report)]
+        if path.with_suffix(".png").exists():
+            parts.append(f"![Speed and memory of shared prefixes]({place}.png)")
+    return "\n\n".join(parts) or NOTHING.format(command="`sdcore bench prefix`")
+
+
+def step_block(results: Path, root: Path) -> str:
+    """The update phase of a step."""
+    parts = []
+    for path in newest_results(results, "step"):
+        report = step.load(path)
+        place = Path(os.path.relpath(path, root)).as_posix().removesuffix(".json")
+        parts.append(f"Measured on {describe(report.general)}. [All numbers]({place}.json), [tables]({place}.md).")
+        parts += [step.describe_models(report), step.overview(report).markdown()]
+    return "\n\n".join(parts) or NOTHING.format(command="`sdcore bench step`")
+
+
+def trainer_block(results: Path, root: Path) -> str:
+    """Whole trainers side by side."""
+    parts = []
+    for path in newest_results(results, "trainer"):
+        report = trainer.load(path)
+        place = Path(os.path.relpath(path, root)).as_posix().removesuffix(".json")
+        parts.append(f"Measured on {describe(report.general)}. [All numbers]({place}.json), [tables]({place}.md).")
+        parts += [trainer.describe_models(report), trainer.overview(report).markdown()]
+    return "\n\n".join(parts) or NOTHING.format(command="`sdcore bench trainer`")
+
+
+DIVERGENCE = Block("results", divergence_block)
+PREFIX = Block("prefix results", prefix_block)
+STEP = Block("step results", step_block)
+TRAINER = Block("trainer results", trainer_block)
+BLOCKS = (DIVERGENCE, PREFIX, STEP, TRAINER)
+
+
+def readme_file() -> Path:
+    """Raises `ArgumentError` outside of a checkout."""
+    root = checkout()
+    if root is None:
+        raise ArgumentError(
+            "--readme renews the README of a checkout of sdcore, and this sdcore is an installed package"
+        )
+    return root / "README.md"
+
+
+def update() -> Path:
+    """Renew all blocks of the checkout's README; returns its path. Raises `ArgumentError`."""
+    file = readme_file()
+    text = file.read_text(encoding="utf-8")
+    for block in BLOCKS:
+        text = block.renewed(text, file.parent / "benchmarks" / "results", file.parent)
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+__all__ = ["BLOCKS", "DIVERGENCE", "NOTHING", "PREFIX", "STEP", "TRAINER", "Block", "readme_file", "update"]

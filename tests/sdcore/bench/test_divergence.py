@@ -1,0 +1,250 @@
+"""The suite of the output layer checks what it times, keeps its rows through JSON, and the README shows the newest."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdcore.bench import divergence, live_memory, measure, peers, readme
+from sdcore.bench.estimate import group_bytes, peak_bytes
+from sdcore.bench.measure import measure_group
+from sdcore.bench.options import Options
+from sdcore.bench.oracle import solve
+from sdcore.bench.peers import CONTENDERS, PLAIN, SDCORE, Contender, plain_loss, skipped
+from sdcore.bench.places import checkout, newest_results
+from sdcore.bench.report import load, save
+from sdcore.bench.shapes import (
+    ALL,
+    QUICK_SHAPE,
+    REVERSE_KL,
+    TOP_K,
+    CaseInputs,
+    Divergence,
+    Group,
+    Shape,
+    make_case_inputs,
+)
+from sdcore.bench.tables import markdown, ratio_table, speed_table
+from sdcore.bench.timing import SpeedRow, repetitions
+from sdcore.errors import ArgumentError
+
+
+@pytest.fixture(scope="module")
+def quick_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that a quick run writes."""
+    output = tmp_path_factory.mktemp("benchmark")
+    return divergence.run(Options(suite="divergence", quick=True, device="cpu", output=output))
+
+
+def test_a_quick_run_has_every_row_and_a_reason_for_each_that_is_not_timed(quick_json: Path) -> None:
+    report = load(quick_json)
+    groups = {row.group for row in report.speed}
+    assert len(groups) == 4
+    for group in groups:
+        rows = {row.contender: row for row in report.speed if row.group == group}
+        assert {"sdcore", "sdcore, recompute", "plain torch", "torch.compile", "four matmuls fp32"} <= set(rows)
+        assert {one.name for one in CONTENDERS} <= set(rows)
+        for name in ("sdcore", "sdcore, recompute", "plain torch"):
+            assert rows[name].reason is None
+        for row in rows.values():
+            assert bool(row.seconds) == (row.reason is None)
+
+
+def test_what_a_quick_run_timed_was_equal_to_the_oracle(quick_json: Path) -> None:
+    rows = [row for row in load(quick_json).speed if row.seconds and not row.contender.startswith("four matmuls")]
+    assert rows
+    for row in rows:
+        assert row.errors is not None
+        assert row.errors.gradient < {"fp32": 1e-5, "bf16": 0.05}[row.group.dtype]
+
+
+def test_a_quick_run_counts_memory_and_errors_of_both_of_our_paths(quick_json: Path) -> None:
+    report = load(quick_json)
+    for name in ("sdcore", "sdcore, recompute"):
+        memory = [row for row in report.memory if row.contender == name]
+        assert len(memory) == 4
+        assert all(row.live_bytes and row.live_bytes >= row.gradient_bytes > 0 for row in memory)
+        errors = [row.errors for row in report.accuracy if row.contender == name]
+        assert len(errors) == 18  # 3 noises, 6 divergences
+        assert all(error is not None and math.isfinite(error.gradient) for error in errors)
+
+
+def test_a_report_survives_being_saved(quick_json: Path, tmp_path: Path) -> None:
+    report = load(quick_json)
+    save(report, tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text() == quick_json.read_text()
+    assert (quick_json.with_suffix(".md")).read_text() == markdown(report)
+    assert {path.name for path in quick_json.parent.glob("*.png")} == {
+        f"{quick_json.stem}-{name}.png" for name in ("speed", "memory", "accuracy")
+    }
+
+
+def _wrong(name: str, factor: float) -> Contender:
+    def build(inputs: CaseInputs, divergence: Divergence) -> Callable[[], torch.Tensor]:
+        return lambda: factor * plain_loss(*inputs, divergence, upcast=True)
+
+    return Contender(name, build)
+
+
+def test_a_contender_that_computes_something_else_is_not_timed() -> None:
+    inputs = make_case_inputs(QUICK_SHAPE, "fp32", noise=1.0)
+    exact = solve(inputs, (REVERSE_KL,))[REVERSE_KL]
+    contenders = (_wrong("half", 0.5), _wrong("right", 1.0), skipped(PLAIN, "no reason"))
+    speed, _ = measure_group(Group(QUICK_SHAPE, "fp32", REVERSE_KL), contenders, inputs, exact, seconds_per_row=0.0)
+    half, right, left_out = speed[1:]
+    assert half.reason is not None
+    assert half.reason.startswith("loss off by 5.0e-01")
+    assert not half.seconds
+    assert right.reason is None
+    assert right.seconds
+    assert left_out.reason == "no reason"
+    assert "half: not timed, loss off by 5.0e-01" in speed_table(speed).notes
+
+
+def test_a_contender_that_fails_gets_its_error_as_the_reason() -> None:
+    def build(inputs: CaseInputs, divergence: Divergence) -> Callable[[], torch.Tensor]:
+        def loss() -> torch.Tensor:
+            raise RuntimeError("out of luck\nsecond line")
+
+        return loss
+
+    inputs = make_case_inputs(QUICK_SHAPE, "fp32", noise=1.0)
+    exact = solve(inputs, (TOP_K,))[TOP_K]
+    group = Group(QUICK_SHAPE, "fp32", TOP_K)
+    speed, memory = measure_group(group, (Contender("broken", build), SDCORE), inputs, exact, seconds_per_row=0.0)
+    assert speed[1].reason == memory[0].reason == "RuntimeError: out of luck"
+    assert speed[2].reason is None
+
+
+def test_fast_rows_are_repeated_more_often_and_slow_ones_at_least_twice() -> None:
+    assert repetitions(0.5, 0.5, seconds_per_row=3.0) == 6
+    assert repetitions(0.01, 0.01, seconds_per_row=3.0) == 15
+    assert repetitions(5.0, 4.0, seconds_per_row=3.0) == 3
+    assert repetitions(50.0, 4.0, seconds_per_row=3.0) == 2
+
+
+def test_ratios_are_taken_to_the_faster_of_the_bare_products() -> None:
+    group = Group(QUICK_SHAPE, "bf16", REVERSE_KL)
+    rows = [
+        SpeedRow(group=group, contender="four matmuls fp32", seconds=[2.0, 2.0, 9.0]),
+        SpeedRow(group=group, contender="four matmuls bf16", seconds=[4.0]),
+        SpeedRow(group=group, contender="sdcore", seconds=[3.0, 3.0]),
+    ]
+    assert ratio_table(QUICK_SHAPE, rows).rows[0] == ["sdcore", "1.50"]
+
+
+def test_the_readme_shows_the_newest_committed_results() -> None:
+    text = readme.readme_file().read_text(encoding="utf-8")
+    root = readme.readme_file().parent
+    again = readme.DIVERGENCE.renewed(text, root / "benchmarks" / "results", root)
+    assert text == again, "run `sdcore bench --readme`"
+
+
+def test_the_readme_block_takes_the_newest_file_of_a_device(quick_json: Path, tmp_path: Path) -> None:
+    device = tmp_path / "results" / "some-device"
+    device.mkdir(parents=True)
+    block = readme.DIVERGENCE
+    empty = f"{block.begin}\n{block.end}"
+    assert "No results are committed yet" in block.renewed(empty, tmp_path / "results", tmp_path)
+    for date in ("2026-01-02", "2026-01-10"):
+        stored = json.loads(quick_json.read_text())
+        stored["machine"]["date"] = date
+        (device / f"{date}.json").write_text(json.dumps(stored))
+    text = block.renewed(f"before {empty} after", tmp_path / "results", tmp_path)
+    assert "(results/some-device/2026-01-10.json)" in text
+    assert "2026-01-02" not in text
+    assert text.startswith("before ")
+    assert text.endswith(" after")
+    assert block.renewed(text, tmp_path / "results", tmp_path) == text
+
+
+def test_a_readme_without_markers_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="<!-- results -->"):
+        readme.DIVERGENCE.renewed("no markers", Path(), Path())
+
+
+def test_every_committed_result_can_be_read() -> None:
+    root = checkout()
+    assert root is not None
+    found = newest_results(root / "benchmarks" / "results")
+    assert found
+    for path in found:
+        assert path.with_suffix(".md").read_text(encoding="utf-8") == markdown(load(path))
+
+
+def test_a_peer_that_is_not_installed_keeps_a_row_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    inputs = make_case_inputs(QUICK_SHAPE, "fp32", noise=1.0)
+    exact = solve(inputs, (REVERSE_KL,))[REVERSE_KL]
+    group = Group(QUICK_SHAPE, "fp32", REVERSE_KL)
+    chosen = [one for one in CONTENDERS if one.peer in ("trl", "liger", "orda", "fla")]
+    speed, _ = measure_group(group, chosen, inputs, exact, seconds_per_row=0.0)
+    reasons = {row.contender: row.reason for row in speed}
+    assert reasons["TRL chunked"] == "not installed: pip install trl"
+    assert reasons["flash-linear-attention"] == "not installed: pip install flash-linear-attention"
+    assert "TRL chunked: not installed: pip install trl" in speed_table(speed).notes
+
+
+def test_a_contender_that_would_not_fit_the_memory_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Group(QUICK_SHAPE, "fp32", REVERSE_KL)
+    least = peak_bytes("plain torch", group, "cpu")
+    monkeypatch.setattr(measure, "free_bytes", lambda device: (least - 1) / live_memory.MOST_OF_FREE)
+    inputs = make_case_inputs(QUICK_SHAPE, "fp32", noise=1.0)
+    exact = solve(inputs, (REVERSE_KL,))[REVERSE_KL]
+    speed, _ = measure_group(group, (SDCORE, PLAIN), inputs, exact, seconds_per_row=0.0)
+    reasons = {row.contender: row.reason for row in speed}
+    assert reasons["sdcore"] is None
+    assert str(reasons["plain torch"]).startswith("not run: needs 0.0 GiB")
+
+
+def test_a_shape_that_would_not_fit_the_memory_keeps_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(divergence, "free_bytes", lambda device: 1e9)
+    options = Options(suite="divergence", device="cpu", model="qwen3-8b", peers=("naive",), output=tmp_path)
+    report = load(divergence.run(options))
+    assert {row.contender for row in report.speed} == {"sdcore", "sdcore, recompute", "plain torch"}
+    assert {row.group.shape for row in report.speed} == {Shape(256, 151936, 4096)}
+    assert all(str(row.reason).startswith("not run: needs") for row in report.speed)
+
+
+@pytest.mark.parametrize("contender", [SDCORE, PLAIN, *(one for one in CONTENDERS if one.peer in ("trl", "orda"))])
+def test_the_estimates_of_memory_are_near_the_committed_measurements(contender: Contender) -> None:
+    root = checkout()
+    assert root is not None
+    rows = [row for path in newest_results(root / "benchmarks" / "results") for row in load(path).memory]
+    measured = [row for row in rows if row.contender == contender.name and row.live_bytes]
+    assert measured
+    for row in measured:
+        assert 0.85 < peak_bytes(row.contender, row.group, "cpu") / (row.live_bytes or 0) < 1.7, row
+
+
+def test_the_memory_of_a_group_grows_with_every_size() -> None:
+    least = group_bytes(Group(Shape(64, 1000, 64), "fp32", REVERSE_KL), ALL)
+    for shape in (Shape(640000, 1000, 64), Shape(64, 1000000, 64), Shape(64, 1000, 64000)):
+        assert group_bytes(Group(shape, "fp32", REVERSE_KL), ALL) > least
+
+
+@pytest.mark.parametrize(
+    ("options", "shapes"),
+    [
+        ({"model": "qwen3-4b", "shapes": ("N=512",)}, [Shape(512, 151936, 2560)]),
+        ({"model": "gemma-3-4b"}, [Shape(256, 262208, 2560)]),
+        ({"shapes": ("N=8,V=100,H=16", "H=32")}, [Shape(8, 100, 16), Shape(256, 32000, 32)]),
+    ],
+)
+def test_a_model_or_a_shape_takes_the_place_of_the_suites_own(options: dict[str, Any], shapes: list[Shape]) -> None:
+    found = divergence.planned_groups(Options(suite="divergence", **options), "cpu")
+    assert list(dict.fromkeys(group.shape for group in found)) == shapes
+    assert {group.dtype for group in found} == {"fp32", "bf16"}
+    only = divergence.planned_groups(Options(suite="divergence", dtype="bf16", **options), "cpu")
+    assert only == [group for group in found if group.dtype == "bf16"]
+
+
+def test_a_choice_of_peers_keeps_ours() -> None:
+    kept = [one.name for one in CONTENDERS if peers.wanted(one, ("naive", "fla"))]
+    assert kept == ["sdcore", "sdcore, recompute", "plain torch", "flash-linear-attention"]
