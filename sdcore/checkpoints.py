@@ -1,7 +1,10 @@
-"""Checkpoints that are whole: which one to go on from, and what happens when one cannot be written.
+"""Checkpoints that are whole: what they hold of ours, which one to go on from, and what if one cannot be written.
 
-    with writing(folder, main_process=True): ...     # a full disk: the folder goes, and the error says what is left
+    own = OwnState.of(args, teacher=teacher, reference=reference)
+    with writing(folder, main_process=True):         # a full disk: the folder goes, and the error says what is left
+        own.save(folder, step, seen={"samples": 8, "tokens": 90}, window=groups)
     folder = to_resume(output_dir, True)             # the last whole one; a torn one is passed over
+    seen = own.load(folder)
 
 What differs from the obvious: `transformers.trainer_utils.get_last_checkpoint` takes the folder with the highest
 number, also one that a killed process was still writing. The trainer writes `trainer_state.json` last, so a folder in
@@ -16,14 +19,19 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from safetensors import SafetensorError
+from torch import Tensor
 
+from .config import SelfDistillationConfig
 from .errors import SdcoreError
+from .rollouts.window import load_rollouts, save_rollouts
+from .types import Example, Group
 
 STATE: Final = "trainer_state.json"  # transformers', written last
 OWN_STATE: Final = "sdcore.json"
@@ -99,13 +107,74 @@ def writing(folder: Path, *, main_process: bool) -> Iterator[None]:
         raise CheckpointError(f"could not write {folder}: {error}; it was removed, and {usable}") from error
 
 
-def write_state(folder: Path, state: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / OWN_STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OwnState:
+    """What a checkpoint holds beside transformers' files: counts, teachers' states, and completions still in use."""
+
+    args: SelfDistillationConfig
+    stateful: Mapping[str, Any]  # folder in a checkpoint → what is saved and loaded there
+
+    @classmethod
+    def of(cls, args: SelfDistillationConfig, **parts: Any) -> OwnState:
+        """Of those parts that have a state; what comes under two names is kept under the first."""
+        kept: dict[str, Any] = {}
+        for name, one in parts.items():
+            if hasattr(one, "save") and all(one is not other for other in kept.values()):
+                kept[name] = one
+        return cls(args=args, stateful=kept)
+
+    def save(self, folder: Path, step: int, *, seen: Mapping[str, int], window: Sequence[Sequence[Group]]) -> None:
+        """To be called by all ranks. The completions of `window` are kept if the next step uses them too."""
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({**seen, **self._batching}, indent=1) + "\n"
+            (folder / OWN_STATE).write_text(text, encoding="utf-8")
+        for name, one in self.stateful.items():
+            one.save(folder / name)
+        if step % self.args.num_iterations:
+            save_rollouts(self._rollouts(folder), window)
+
+    def load(self, folder: Path) -> dict[str, int]:
+        """Put the states back; returns what was seen."""
+        for name, one in self.stateful.items():
+            one.load(folder / name)
+        saved = _own_file(folder)
+        return {"samples": saved["samples"], "tokens": saved["tokens"]}
+
+    def window(
+        self, folder: Path, examples: Sequence[Sequence[Example]], prompt: Callable[[Example], Tensor]
+    ) -> list[list[Group]]:
+        """The completions in use when the checkpoint was written, with the examples that the data gives again.
+
+        Raises `CheckpointError` where the data or its batches are others.
+        """
+        saved = _own_file(folder)
+        changed = [f"{name}={saved.get(name)}" for name, value in self._batching.items() if saved.get(name) != value]
+        rollouts = [] if changed else load_rollouts(self._rollouts(folder))
+        if changed or [len(batch) for batch in rollouts] != [len(batch) for batch in examples]:
+            raise CheckpointError(
+                f"{folder} was written between two uses of its completions: it can only be gone on from with the same "
+                f"batches and data{''.join(f', and {one}' for one in changed)}"
+            )
+        return [
+            [
+                Group(example=example, prompt_ids=prompt(example), rollouts=found)
+                for example, found in zip(batch, kept, strict=True)
+            ]
+            for batch, kept in zip(examples, rollouts, strict=True)
+        ]
+
+    @property
+    def _batching(self) -> dict[str, int]:
+        """Of which a window of completions is a part."""
+        return {"world_size": self.args.world_size, "num_iterations": self.args.num_iterations}
+
+    def _rollouts(self, folder: Path) -> Path:
+        return folder / f"rollouts-{self.args.process_index}.json"
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def _own_file(folder: Path) -> dict[str, Any]:
     return json.loads((folder / OWN_STATE).read_text(encoding="utf-8"))
 
 
-__all__ = ["CheckpointError", "checkpoints", "read_state", "to_resume", "whole", "write_state", "writing"]
+__all__ = ["CheckpointError", "OwnState", "checkpoints", "to_resume", "whole", "writing"]

@@ -1,6 +1,7 @@
 """From examples to judged groups: prompt ids, completions, rewards.
 
     found = collector.collect(model, batches, seeds)          # found.groups[batch][group].rollouts[completion]
+    result = collector.evaluate(model, examples)              # result.metrics["reward_mean"]
 
 A batch is sampled with a seed of its own, so what is sampled for it does not depend on which process does it, nor on
 what was sampled before. Where the method learns from completions in the data, those are taken and nothing is sampled.
@@ -14,15 +15,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from accelerate.utils import gather_object  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor, nn
 
 from .config import SelfDistillationConfig
 from .contexts import student_prompt_ids
 from .errors import DataError
-from .evaluation import group_of
+from .evaluation import EvalResult, evaluate, group_of
 from .presets.methods import Method
 from .rollouts.rewards import Reward, judge
-from .rollouts.samplers import Sampler, whole_weights
+from .rollouts.samplers import Sampler, require_room, whole_weights
 from .rollouts.window import given_completion
 from .types import Example, Group
 
@@ -64,6 +66,33 @@ class Collector:
         judged = iter(scored.groups)
         return Collected([[next(judged) for _ in groups] for groups in sampled], scored.counts, means)
 
+    def evaluate(self, model: nn.Module, examples: Sequence[Example]) -> EvalResult:
+        """`sdcore.evaluation` as the run's arguments have it, with the same seeds each time. Called by all ranks."""
+        args = self.args
+        return evaluate(
+            model,
+            self.tokenizer,
+            examples,
+            self.rewards,
+            num_generations=args.eval_generations,
+            max_completion_length=args.max_completion_length,
+            seed=args.seed if args.eval_seed is None else args.eval_seed,
+            batch_size=args.per_device_eval_batch_size,
+            temperature=args.sampling_temperature if args.eval_temperature is None else args.eval_temperature,
+            top_p=None if args.top_p == 1 else args.top_p,
+            top_k=args.top_k,
+            stop_token_ids=self.stop_ids,
+            chat_template_kwargs=self._template_kwargs,
+            success_threshold=self.method.success_threshold,
+            timeout=args.reward_timeout,
+            on_error=args.reward_on_error,  # type: ignore[arg-type]  # checked by the config
+            workers=args.reward_workers,
+            sampler=self.sampler,
+            rank=args.process_index,
+            world_size=args.world_size,
+            gather=gather_object,
+        )
+
     def prompt(self, example: Example) -> Tensor:
         """(P,) int64: what the student reads."""
         ids = student_prompt_ids(example, self.tokenizer, chat_template_kwargs=self._template_kwargs)
@@ -75,6 +104,7 @@ class Collector:
     def _sampled(self, model: nn.Module, examples: Sequence[Example], seed: int) -> list[Group]:
         args = self.args
         prompts = [self.prompt(example) for example in examples]
+        require_room(self.sampler, model, prompts, args.max_completion_length)
         completions_B = self.sampler.sample(
             model,
             prompts,

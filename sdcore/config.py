@@ -9,7 +9,7 @@ completions. Some defaults are others than transformers': every step is logged a
 columns are kept for the reward functions, bfloat16 is used on a GPU that has it, and data-parallel training looks for
 no unused parameters, since all are used. Fields have a `help` in their metadata, for command lines.
 
-Not covered: DeepSpeed and FSDP1, which `sdcore.models` refuses.
+Not covered: DeepSpeed and FSDP1, which the trainer refuses.
 """
 
 from __future__ import annotations

@@ -8,12 +8,14 @@ Not covered: what a model must be like, which `sdcore.models` says.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from .config import SelfDistillationConfig
+from .contexts import require_text
 from .data import read_examples
 from .errors import ArgumentError
 from .presets.methods import Method
@@ -65,13 +67,25 @@ def loaded(model: Any, tokenizer: Any, args: SelfDistillationConfig, peft_config
     return model, tokenizer
 
 
+def built(given: Any, build: Callable[..., Any], model: nn.Module, args: SelfDistillationConfig) -> Any:
+    """A teacher as it is given, or the method's own: of a module that is given, or of the model as it is now."""
+    if isinstance(given, nn.Module):
+        given = given.to(args.device).eval().requires_grad_(False)
+    elif given is not None:
+        return given
+    return build(model, device=args.teacher_device, reference=given)
+
+
 def examples_of(source: Any) -> list[Example] | None:
-    """What `read_examples` reads, or examples as they are."""
+    """What `read_examples` reads, or examples as they are. Refuses those that are more than text."""
     if source is None:
         return None
     if isinstance(source, Sequence) and not isinstance(source, str) and all(isinstance(one, Example) for one in source):
-        return list(source)
-    return read_examples(source)
+        found = list(source)
+    else:
+        found = read_examples(source)
+    require_text(found)
+    return found
 
 
 def eval_examples_of(source: Any) -> Any:
@@ -81,4 +95,4 @@ def eval_examples_of(source: Any) -> Any:
     return examples_of(source)
 
 
-__all__ = ["check", "eval_examples_of", "examples_of", "loaded"]
+__all__ = ["built", "check", "eval_examples_of", "examples_of", "loaded"]

@@ -120,7 +120,7 @@ def train_step(
             teacher=Frozen(experiment.base),
         )
     texts = [episode.demonstration if learner == "sft" else episode.native_answer for episode in episodes]
-    return imitate_step(student, prompts, [answer_ids(experiment.tokenizer, text) for text in texts])
+    return imitate_step(student, plan(prompts, [[answer_ids(experiment.tokenizer, text)] for text in texts]))
 
 
 def learn(

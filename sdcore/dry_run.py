@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from .contexts import ContextBuilder, student_prompt_ids
+from .contexts import ContextBuilder, require_text, student_prompt_ids
 from .contexts.builders import check_examples
 from .errors import ArgumentError, DataError, UnsupportedModelError
 from .memory import Load, Prediction, Setting, compare, memory_table
@@ -125,6 +125,7 @@ def dry_run(
         raise DataError("no rows: there is nothing to learn from")
     if method.needs_rewards and not reward_functions:
         raise ArgumentError("reward functions must be given: the method learns from judged completions, got none")
+    require_text(examples)
     builder = builder or method.build_context(chat_template_kwargs=chat_template_kwargs)
     missing = check_examples(builder, examples) if method.has_teacher else 0
     step = -(-len(examples) // MOST_MEASURED)

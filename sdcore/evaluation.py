@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .contexts import student_prompt_ids
+from .contexts import require_text, student_prompt_ids
 from .errors import ArgumentError
 from .rollouts.rewards import OnError, Reward, RewardFunction, judge, prepare
-from .rollouts.samplers import ModelSampler, SampledCompletion, Sampler, seed_of, whole_weights
+from .rollouts.samplers import ModelSampler, SampledCompletion, Sampler, require_room, seed_of, whole_weights
 from .types import Example, Group, Rollout
 
 # Told apart from training's seeds, which have other parts.
@@ -86,6 +86,9 @@ def evaluate(
         raise ArgumentError(
             f"batch_size and num_generations must be at least 1, got {batch_size} and {num_generations}"
         )
+    if max_completion_length < 1:
+        raise ArgumentError(f"max_completion_length must be at least 1, got {max_completion_length}")
+    require_text(examples)
     rewards = prepare(reward_funcs, reward_weights)
     engine = ModelSampler() if sampler is None else sampler
     stops = stop_ids(model, tokenizer) if stop_token_ids is None else list(stop_token_ids)
@@ -97,6 +100,7 @@ def evaluate(
             prompts = [
                 student_prompt_ids(example, tokenizer, chat_template_kwargs=chat_template_kwargs) for example in batch
             ]
+            require_room(engine, model, prompts, max_completion_length)
             sampled = engine.sample(
                 model,
                 prompts,

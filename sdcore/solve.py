@@ -31,7 +31,7 @@ from .errors import ArgumentError
 from .evaluation import group_of, stop_ids
 from .models import find_body
 from .presets.methods import Method
-from .rollouts.samplers import ModelSampler, Sampler, seed_of
+from .rollouts.samplers import ModelSampler, Sampler, require_room, seed_of
 from .rollouts.sandbox import run_limited
 from .teachers import Snapshot
 from .types import Example, Prompt, Rollout
@@ -124,6 +124,7 @@ def solve(
     prompt = student_prompt_ids(example, tokenizer)
     builder, teacher, stops = method.build_context(), method.build_teacher(model), stop_ids(model, tokenizer)
     sampler = sampler or ModelSampler()
+    require_room(sampler, model, [prompt], config.max_completion_length)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
     verdicts: dict[str, Verdict] = {}

@@ -20,7 +20,7 @@ accumulation and ranks gives the same loss. Seeds are made of `args.seed`, the s
 global generator is used, so a run that was killed and resumed gives the same numbers. The completions that
 `num_iterations` steps share are kept in the checkpoint, as is the teacher's state.
 
-Not covered: DeepSpeed and FSDP1 (refused by `sdcore.models`), data without a length, and LOMO optimizers.
+Not covered: DeepSpeed and FSDP1 (refused by name), data without a length, and LOMO optimizers.
 
 Letters: B groups, G completions of a group, N completion tokens.
 """
@@ -28,30 +28,29 @@ Letters: B groups, G completions of a group, N completion tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import gather_object  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import speed_metrics
 
-from .checkpoints import CheckpointError, read_state, to_resume, write_state, writing
+from .checkpoints import OwnState, to_resume, writing
 from .collect import Collector
 from .config import SelfDistillationConfig
-from .construction import check, eval_examples_of, examples_of, loaded
+from .construction import built, check, eval_examples_of, examples_of, loaded
 from .contexts import ContextBuilder, check_examples
 from .diagnostics import RunLog
-from .errors import ArgumentError
-from .evaluation import evaluate, stop_ids
+from .errors import ArgumentError, UnsupportedModelError
+from .evaluation import stop_ids
 from .models import head_of
 from .presets.methods import Method
 from .progress import RichProgress
 from .rollouts.rewards import RewardFunction, prepare
 from .rollouts.samplers import FollowsWeights, ModelSampler, Sampler, seed_of
-from .rollouts.window import WindowOrder, load_rollouts, save_rollouts
+from .rollouts.window import WindowOrder
 from .samples import sample_rows, show
 from .step import StepOutput
 from .tally import Tally
@@ -127,12 +126,18 @@ class SelfDistillationTrainer(Trainer):
             callbacks=[_Hooks(self), *(callbacks or [])],
             optimizers=optimizers,
         )
+        if self.is_deepspeed_enabled:
+            raise UnsupportedModelError(
+                "args must not ask for DeepSpeed, under which this trainer has not been tried: use DDP or FSDP2, or "
+                "distill_step with its engine in a loop of your own"
+            )
         for printing in (ProgressCallback, PrinterCallback):  # each prints all metrics of every step
             self.remove_callback(printing)
         if not args.disable_tqdm:
             self.add_callback(RichProgress())
-        self.teacher: Any = self._teacher(teacher, method.build_teacher) if method.has_teacher else None
-        self.reference: Any = self._teacher(reference, method.build_reference) if method.needs_reference else None
+        self.teacher: Any = built(teacher, method.build_teacher, self.model, args) if method.has_teacher else None
+        build = method.build_reference if method.needs_reference else None
+        self.reference: Any = built(reference, build, self.model, args) if build else None
         self.watch = Watch(
             method=method,
             args=args,
@@ -149,10 +154,12 @@ class SelfDistillationTrainer(Trainer):
             rewards=self.rewards,
             stop_ids=tuple(args.stop_token_ids or stop_ids(self.model, processing_class)),
         )
+        self._own = OwnState.of(args, teacher=self.teacher, reference=self.reference, origin=self.watch.origin)
         self._tally = Tally()
         self._window: list[list[Group]] = []  # the completions in use
         self._seen = {"samples": 0, "tokens": 0}  # completions and their tokens, of all ranks
         self._log_file: RunLog | None = None
+        self._early: list[dict[str, float]] = []  # measured before train()
         self._resumed: Path | None = None
         self._order: WindowOrder | None = None
 
@@ -168,7 +175,7 @@ class SelfDistillationTrainer(Trainer):
         if self.state.global_step % self.args.num_iterations == 0:
             self._window = self._collected(examples)
         else:
-            self._window = self._window or self._saved_window(examples)
+            self._window = self._window or self._own.window(cast(Path, self._resumed), examples, self.collector.prompt)
         batches = [self._batch(groups) for groups in self._window]
         return batches, self._over_ranks(batches)
 
@@ -257,19 +264,21 @@ class SelfDistillationTrainer(Trainer):
         if "loss" in logs:
             logs |= self._tally.drain()
         super().log(logs, start_time)
-        if self._log_file is not None and "train_runtime" not in logs:
-            numbers = {name: value for name, value in logs.items() if isinstance(value, int | float)}
+        if "train_runtime" in logs or not self.is_world_process_zero():
+            return
+        numbers = {name: value for name, value in logs.items() if isinstance(value, int | float)}
+        if self._log_file is None:
+            self._early.append(numbers)
+        else:
             self._log_file.metrics(self.state.global_step, numbers, **self._seen)
 
     def evaluate(
-        self,
-        eval_dataset: Data = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, eval_dataset: Data = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Sample answers to the questions, with the same seeds each time, and judge them.
 
         Metrics are those of `sdcore.evaluation`, as `eval_reward_mean`. Random states and modes are left as they are.
+        What is measured before `train` is logged when that begins, in the first lines of a new run.
         """
         del ignore_keys
         data = self.eval_dataset if eval_dataset is None else eval_examples_of(eval_dataset)
@@ -281,29 +290,7 @@ class SelfDistillationTrainer(Trainer):
         args, started = self.args, time.time()
         if isinstance(self.sampler, FollowsWeights):
             self.sampler.follow(self.model_wrapped, self.state.global_step)
-        result = evaluate(
-            self.model_wrapped,
-            self.processing_class,
-            data,
-            self.rewards,
-            num_generations=args.eval_generations,
-            max_completion_length=args.max_completion_length,
-            seed=args.seed if args.eval_seed is None else args.eval_seed,
-            batch_size=args.per_device_eval_batch_size,
-            temperature=args.sampling_temperature if args.eval_temperature is None else args.eval_temperature,
-            top_p=None if args.top_p == 1 else args.top_p,
-            top_k=args.top_k,
-            stop_token_ids=self.collector.stop_ids,
-            chat_template_kwargs=args.chat_template_kwargs,
-            success_threshold=self.method.success_threshold,
-            timeout=args.reward_timeout,
-            on_error=args.reward_on_error,
-            workers=args.reward_workers,
-            sampler=self.sampler,
-            rank=args.process_index,
-            world_size=args.world_size,
-            gather=gather_object,
-        )
+        result = self.collector.evaluate(self.model_wrapped, data)
         found = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items()}
         found |= speed_metrics(metric_key_prefix, started, num_samples=len(data) * args.eval_generations)
         self.log(found)
@@ -354,13 +341,14 @@ class SelfDistillationTrainer(Trainer):
         self._window, self._seen, self._tally = [], {"samples": 0, "tokens": 0}, Tally()
         step = self.state.global_step
         if self._resumed is not None:
-            saved = read_state(self._resumed)
-            self._seen = {"samples": saved["samples"], "tokens": saved["tokens"]}
-            for name, one in self._stateful().items():
-                one.load(self._resumed / name)
+            self._seen = self._own.load(self._resumed)
+            self._early = []  # the log that is gone on with has them, of the model as it was then
         if self.is_world_process_zero():
             self._log_file = RunLog(self.args.output_dir, resume_step=None if self._resumed is None else step)
             self._log_file.describe(self._description())
+            for numbers in self._early:
+                self._log_file.metrics(step, numbers, **self._seen)
+            self._early = []
 
     def begin_epoch(self) -> None:
         if self._order is not None:  # accelerate does not tell it on resuming with several processes
@@ -370,60 +358,17 @@ class SelfDistillationTrainer(Trainer):
         """The teacher follows, before a checkpoint is written; not where the optimizer skipped the step."""
         self._tally.step()
         if not self.accelerator.optimizer_step_was_skipped:
-            for one in self._stateful().values():
+            for one in self._own.stateful.values():
                 one.update(self.model_wrapped, self.state.global_step)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """With ours first, since transformers' last file says that a checkpoint is whole."""
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        step = self.state.global_step
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
         with writing(folder, main_process=self.args.should_save):
-            if self.args.should_save:
-                own = {**self._seen, "world_size": self.args.world_size, "num_iterations": self.args.num_iterations}
-                write_state(folder, own)
-            for name, one in self._stateful().items():
-                one.save(folder / name)
-            if self.state.global_step % self.args.num_iterations:
-                save_rollouts(folder / f"rollouts-{self.args.process_index}.json", self._window)
+            self._own.save(folder, step, seen=self._seen, window=self._window)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
-
-    def _saved_window(self, examples: Sequence[Sequence[Example]]) -> list[list[Group]]:
-        """The completions in use when the checkpoint was written, with the examples that the data gives again."""
-        folder = cast(Path, self._resumed)
-        saved = read_state(folder)
-        wanted = {"world_size": self.args.world_size, "num_iterations": self.args.num_iterations}
-        changed = [f"{name}={saved.get(name)}" for name, value in wanted.items() if saved.get(name) != value]
-        rollouts = [] if changed else load_rollouts(folder / f"rollouts-{self.args.process_index}.json")
-        if changed or [len(batch) for batch in rollouts] != [len(batch) for batch in examples]:
-            raise CheckpointError(
-                f"{folder} was written between two uses of its completions: it can only be gone on from with the same "
-                f"batches and data{''.join(f', and {one}' for one in changed)}"
-            )
-        return [
-            [
-                Group(example=example, prompt_ids=self.collector.prompt(example), rollouts=found)
-                for example, found in zip(batch, kept, strict=True)
-            ]
-            for batch, kept in zip(examples, rollouts, strict=True)
-        ]
-
-    def _stateful(self) -> dict[str, Any]:
-        """Folder of a checkpoint → what has a state."""
-        found = {"teacher": self.teacher, "reference": self.reference, "origin": self.watch.origin}
-        kept: dict[str, Any] = {}
-        for name, one in found.items():
-            if hasattr(one, "save") and all(one is not other for other in kept.values()):
-                kept[name] = one
-        return kept
-
-    # Construction.
-
-    def _teacher(self, given: Any, build: Callable[..., Any]) -> Any:
-        if given is not None and not isinstance(given, nn.Module):
-            return given
-        if isinstance(given, nn.Module):
-            given = given.to(self.args.device).eval().requires_grad_(False)
-        return build(self.model, device=self.args.teacher_device, reference=given)
 
     def _description(self) -> dict[str, Any]:
         return {

@@ -10,7 +10,7 @@
 | token_tilt | `distill_step` with a `TokenTilt` of the advantages | active and judged completions |
 | tilt | `tilt_step` against the reference | judged completions |
 | policy_gradient | `policy_gradient_step` | judged completions |
-| imitation | `policy_gradient_step` with every advantage 1, whose gradient is that of cross-entropy | all |
+| imitation | `imitate_step` | all |
 
 What differs from the obvious: a batch is prepared as a whole, before anything goes backward, because what its losses
 are divided by is a sum over all batches of an optimizer step on all ranks.
@@ -36,7 +36,7 @@ from .prefix import plan as plan_of
 from .prefix.checks import Verify
 from .prefix.runner import Strategy
 from .presets.methods import Method
-from .step import StepOutput, distill_step, policy_gradient_step, tilt_step, token_logprobs
+from .step import StepOutput, distill_step, imitate_step, policy_gradient_step, tilt_step, token_logprobs
 from .step_core import Backward
 from .targets import Tilted, TokenTilt
 from .teachers import Teacher, TrustRegion
@@ -221,22 +221,14 @@ def update(
     if method.target == "policy_gradient":
         term = _policy(model, batch, method, totals, None, off_policy, sampling_temperature, how)
         return policy_gradient_step(model, batch.plan, term, reference=reference, backward=backward, **how)
-    return _imitate(model, batch, totals, backward, how)
-
-
-def _imitate(
-    model: nn.Module, batch: Batch, totals: Normalizers, backward: Backward, how: dict[str, Any]
-) -> StepOutput:
-    """Cross-entropy: a policy gradient in which every token is as good as any."""
-    weights, total = batch.divergence_weights, totals.divergence
-    term = PolicyTerm(
-        advantages=torch.ones_like(weights), token_weights=weights, normalizer=total, clip_low=None, clip_high=None
+    return imitate_step(
+        model,
+        batch.plan,
+        token_weights=batch.divergence_weights,
+        normalizer=totals.divergence,
+        backward=backward,
+        **how,
     )
-    out = policy_gradient_step(model, batch.plan, term, backward=backward, **how)
-    surprise = -out.rows["student_logprobs"] * weights
-    loss = surprise.sum() / (total or 1.0)
-    metrics = {name: value for name, value in out.metrics.items() if not name.startswith(("policy/", "loss/policy"))}
-    return out._replace(loss=loss, metrics=metrics, rows=out.rows | {"per_token": surprise})
 
 
 def _policy(

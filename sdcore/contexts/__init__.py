@@ -15,7 +15,7 @@ from .builders import (
     check_examples,
 )
 from .overflow import FEEDBACK_SEPARATOR, join_feedback, split_feedback
-from .prompts import prompt_ids, student_prompt_ids, with_context
+from .prompts import prompt_ids, require_text, student_prompt_ids, with_context
 from .templates import without_thinking
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "check_examples",
     "join_feedback",
     "prompt_ids",
+    "require_text",
     "split_feedback",
     "student_prompt_ids",
     "with_context",

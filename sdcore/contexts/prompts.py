@@ -9,14 +9,14 @@ earlier turns and parts of other types (images) are left as they are. transforme
 sandbox too.
 
 Not covered: control tokens that a question or a context spells out (`<|im_end|>` in a verifier's output ends the turn,
-as it does everywhere in transformers). Prompts with images: what runs the model takes token ids alone, so they are
-refused where ids are made.
+as it does everywhere in transformers). Images, sound and other inputs beside the tokens, in parts of a message or in
+columns such as `pixel_values`: what runs the model takes token ids alone, so they are refused, by row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 import jinja2
 import torch
@@ -24,6 +24,34 @@ from torch import Tensor
 
 from ..errors import ContextError, UnsupportedModelError
 from ..types import Example, Message, Prompt
+
+# Columns that processors of models which see or hear make or read, as data sets for them have it.
+MODEL_INPUTS: Final = frozenset(
+    {
+        *("image", "images", "pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw"),
+        *("video", "videos", "pixel_values_videos", "video_grid_thw"),
+        *("audio", "audios", "input_features", "feature_attention_mask"),
+    }
+)
+
+
+def require_text(examples: Sequence[Example]) -> None:
+    """Raises `UnsupportedModelError`, with row and columns, for the first example that is more than text."""
+    for example in examples:
+        columns = [name for name, value in example.columns.items() if name in MODEL_INPUTS and _is_there(value)]
+        if columns:
+            raise UnsupportedModelError(
+                f"{example.source}: {', '.join(f'`{name}`' for name in columns)} would have to go to the model, and "
+                "the passes over shared prefixes take token ids alone: expected text (give a column that is for reward "
+                "functions another name)"
+            )
+        if not isinstance(example.prompt, str):
+            _check_parts(example.prompt, example.source)
+
+
+def _is_there(value: object) -> bool:
+    """A data set's rows have every column, null or an empty list where there is nothing."""
+    return value is not None and not (isinstance(value, list) and not value)
 
 
 def student_prompt_ids(
@@ -33,8 +61,9 @@ def student_prompt_ids(
 
     `chat_template_kwargs` go to the chat template, such as `{"enable_thinking": False}`; give a builder the same ones.
     Raises `ContextError`, which names the row, where the chat template refuses the conversation, and
-    `UnsupportedModelError` for prompts with images.
+    `UnsupportedModelError` for examples with images.
     """
+    require_text([example])
     return prompt_ids(example.prompt, tokenizer, chat_template_kwargs=chat_template_kwargs, source=example.source)
 
 
@@ -116,4 +145,4 @@ def _check_parts(prompt: tuple[Message, ...], source: str) -> None:
                 )
 
 
-__all__ = ["prompt_ids", "question_of", "student_prompt_ids", "with_context"]
+__all__ = ["prompt_ids", "question_of", "require_text", "student_prompt_ids", "with_context"]

@@ -63,7 +63,7 @@ def step(student: PreTrainedModel, arm: ContextArm, exam: Exam, taught: Teaching
     answers = [completion for group in completions for completion in group]
     cost = total_length(read, answers) + total_length(prompts, answers)
     if arm.alpha is None:
-        imitate_step(student, prompts, answers)
+        imitate_step(student, plan(prompts, [[answer] for answer in answers]))
         return Cost(BATCH, cost)
     loss = FusedLinearDivergence(alpha=arm.alpha)
     distill_step(student, plan(prompts, completions, contexts), loss=loss, teacher=taught.teacher)

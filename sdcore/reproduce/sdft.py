@@ -70,7 +70,7 @@ def step(student: PreTrainedModel, arm: SdftArm, exam: Exam, taught: Teaching, t
     if arm.learns != "distill":
         native = arm.learns == "native"
         answers = base().answers([one.native_answer if native else one.demonstration for one in episodes])
-        imitate_step(student, prompts, answers)
+        imitate_step(student, plan(prompts, [[answer] for answer in answers]))
         return Cost(BATCH, total_length(prompts, answers))
     completions, _ = base().sample(student, prompts)
     shown = [with_map(one, exam.tasks[task].wrong) if arm.wrong else one.with_demonstration() for one in episodes]

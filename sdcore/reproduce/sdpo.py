@@ -214,7 +214,8 @@ def half_learned(seed: int, steps: int, learning_rate: float) -> PreTrainedModel
 
     def imitate(rng: random.Random) -> Cost:
         episodes = [mapped(task.name, task.digits, rng, KNOWN) for _ in range(BATCH)]
-        imitate_step(student, base().prompts(episodes), base().answers([one.native_answer for one in episodes]))
+        answers = base().answers([one.native_answer for one in episodes])
+        imitate_step(student, plan(base().prompts(episodes), [[answer] for answer in answers]))
         return Cost(0, 0)
 
     train(student, imitate, lambda model: {}, learning_rate=learning_rate, steps=steps, seed=seed + 5_000)

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..errors import ArgumentError
-from ..prefix.sampling import generate
+from ..models import find_body
+from ..prefix.sampling import check_room, generate
 
 
 class SampledCompletion(NamedTuple):
@@ -112,6 +113,16 @@ class ModelSampler:
         return found
 
 
+def require_room(sampler: Sampler, model: nn.Module, prompts: Sequence[Tensor], max_completion_length: int) -> None:
+    """Refuse completions that a model cannot sample after these prompts, by the name that callers have for it.
+
+    Another engine knows its own limits.
+    """
+    if isinstance(sampler, ModelSampler):
+        longest = max(len(prompt) for prompt in prompts)
+        check_room(find_body(model), longest, max_completion_length, name="max_completion_length")
+
+
 def seed_of(*parts: int) -> int:
     """A seed for a generator, in [0, 2^63), from integers: equal for equal ones, and else as if drawn anew.
 
@@ -176,6 +187,7 @@ __all__ = [
     "SampledCompletion",
     "Sampler",
     "completion_of",
+    "require_room",
     "seed_of",
     "whole_weights",
 ]

@@ -9,14 +9,15 @@ Prompts are sent as token ids, and completions come back as token ids with the l
 with (which the server's `--logprobs-mode` says), so nothing is tokenized twice. An engine rounds otherwise than the
 trainer does: use a method with an `importance_clip`.
 
-What differs from the obvious: an engine has weights of its own. `VLLMColocated` is handed the student's after every
-optimizer step. `VLLMServer` writes them as safetensors into `weights_folder`, the folder that the server was started
-from, and asks it to read them again, which a server in development mode does. Without a folder the server goes on with
-the weights that it has, and the importance clip does what it can. Seeds are sent along, but a server that batches
-requests as they come need not repeat itself: that a resumed run gives the same numbers is a promise of `ModelSampler`.
+What differs from the obvious: an engine has weights of its own. `VLLMColocated` is handed the student's before every
+optimizer step, the first one too. `VLLMServer` writes them as safetensors into `weights_folder`, the folder that the
+server was started from, and asks it to read them again, which a server in development mode does. Without a folder the
+server goes on with the weights that it has, and the importance clip does what it can. Seeds are sent along, but a
+server that batches requests as they come need not repeat itself: that a resumed run gives the same numbers is a promise
+of `ModelSampler`.
 
-Tested against a small fake of the HTTP protocol and of the engine's interface, written with the standard library, and
-not against vLLM itself.
+Tested against a small fake of the HTTP protocol and of the engine's interface, and, where there is one, against vLLM
+itself (tests/sdcore/rollouts/test_engine.py; docs/methods.md says which version was tried).
 
 Not covered: several servers, and handing over an adapter by itself (it is merged into the weights).
 """
@@ -53,16 +54,55 @@ class EngineError(SdcoreError, RuntimeError):
 
 
 @dataclass(kw_only=True)
-class VLLMServer:
-    """Completions over HTTP. Raises `EngineError` where the server fails, with its address and words."""
+class Server:
+    """Where an engine answers over HTTP. Raises `EngineError` where it fails, with its address and words."""
 
     url: str = field(kw_only=False)
-    model: str  # the name that the server knows it by
-    weights_folder: str | Path | None = None  # that the server reads its weights from; None: they stay as they are
     api_key: str | None = None
     timeout: float = 600.0  # seconds, of a request
     concurrent: int = 16  # requests at a time
-    _step: int = field(default=0, init=False)
+
+    def post_all(self, path: str, bodies: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """The JSON answers to requests, in their order."""
+        with ThreadPoolExecutor(max(1, min(self.concurrent, len(bodies)))) as pool:
+            return list(pool.map(lambda body: self.post(path, body), bodies))
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The JSON answer; None where it is empty."""
+        headers = {"Content-Type": "application/json"}
+        if self.api_key is not None:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        request = urllib.request.Request(self.url.rstrip("/") + path, json.dumps(body).encode(), headers)
+        if not request.full_url.startswith(("http://", "https://")):
+            raise ArgumentError(f"url must start with http:// or https://, got {self.url!r}")
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                text = response.read()
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")[:500]
+            raise EngineError(f"{request.full_url} answered {error.code}: {said}") from error
+        except (OSError, TimeoutError) as error:
+            raise EngineError(f"{request.full_url} could not be reached within {self.timeout:g} s: {error}") from error
+        try:
+            return json.loads(text) if text.strip() else None
+        except ValueError as error:
+            raise EngineError(f"{request.full_url} must answer JSON, got {text[:200]!r}") from error
+
+
+@dataclass(kw_only=True)
+class VLLMServer(Server):
+    """Completions over HTTP."""
+
+    model: str  # the name that the server knows it by
+    weights_folder: str | Path | None = None  # that the server reads its weights from; None: they stay as they are
+    _step: int | None = field(default=None, init=False)  # whose weights the server has, as far as is known
+
+    def __post_init__(self) -> None:
+        if self.weights_folder is not None and (index := Path(self.weights_folder) / f"{WEIGHTS}.index.json").exists():
+            raise ArgumentError(
+                f"weights_folder must have all weights in one {WEIGHTS}, which is what is written there, got {index}, "
+                "by which the server would read others: save the model with max_shard_size='1TB'"
+            )
 
     def sample(
         self,
@@ -88,12 +128,11 @@ class VLLMServer:
         }
         requests = [common | {"prompt": prompt.tolist(), "seed": _seed(seed, i)} for i, prompt in enumerate(prompts)]
         ends = frozenset(eos_token_id)
-        with ThreadPoolExecutor(max(1, min(self.concurrent, len(requests)))) as pool:
-            answers = list(pool.map(lambda request: self._post("/v1/completions", request), requests))
+        answers = self.post_all("/v1/completions", requests)
         return [self._completions(answer, num_completions, ends) for answer in answers]
 
     def follow(self, model: nn.Module, step: int) -> None:
-        """Write the weights where the server reads them, and have it read them; nothing before the first step."""
+        """Write the weights where the server reads them, and have it read them."""
         if self.weights_folder is None or step == self._step:
             return
         self._step = step
@@ -105,8 +144,8 @@ class VLLMServer:
             partial = folder / f".{WEIGHTS}.partial"
             save_file(weights, partial, metadata={"format": "pt"})
             partial.replace(folder / WEIGHTS)
-            self._post("/collective_rpc", {"method": "reload_weights"})
-            self._post("/reset_prefix_cache", {})
+            self.post("/collective_rpc", {"method": "reload_weights"})
+            self.post("/reset_prefix_cache", {})
         if distributed:
             dist.barrier()
 
@@ -125,26 +164,6 @@ class VLLMServer:
             raise EngineError(f"{self.url} was asked for {count} completions, got {len(found)}")
         return found
 
-    def _post(self, path: str, body: Mapping[str, Any]) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if self.api_key is not None:
-            headers["Authorization"] = f"Bearer {self.api_key}"
-        request = urllib.request.Request(self.url.rstrip("/") + path, json.dumps(body).encode(), headers)
-        if not request.full_url.startswith(("http://", "https://")):
-            raise ArgumentError(f"url must start with http:// or https://, got {self.url!r}")
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                text = response.read()
-        except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")[:500]
-            raise EngineError(f"{request.full_url} answered {error.code}: {said}") from error
-        except (OSError, TimeoutError) as error:
-            raise EngineError(f"{request.full_url} could not be reached within {self.timeout:g} s: {error}") from error
-        try:
-            return json.loads(text) if text.strip() else None
-        except ValueError as error:
-            raise EngineError(f"{request.full_url} must answer JSON, got {text[:200]!r}") from error
-
 
 class VLLMColocated:
     """An engine in this process, beside the student. `options` go to `vllm.LLM`.
@@ -158,7 +177,7 @@ class VLLMColocated:
         self._vllm = _require_vllm()
         defaults = {"gpu_memory_utilization": 0.4, "logprobs_mode": "processed_logprobs"}
         self.engine = self._vllm.LLM(model=model, **(defaults | options))
-        self._step = 0
+        self._step: int | None = None
 
     def sample(
         self,
@@ -197,14 +216,17 @@ class VLLMColocated:
         if step == self._step:
             return
         self._step = step
-        try:
-            engine = self.engine.llm_engine.model_executor.driver_worker.model_runner.model
-        except AttributeError as error:
+        if not hasattr(self.engine.llm_engine, "model_executor"):
             raise EngineError(
-                "this version of vLLM does not run its model in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0 must be "
-                f"set before vllm is imported), so that it cannot be handed weights: {error}"
-            ) from error
-        engine.load_weights(whole_state(model).items())
+                "vLLM does not run its model in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0 must be set before vllm "
+                "is imported), so that it cannot be handed weights"
+            )
+        # Not the model's own load_weights: what vLLM made of its weights after loading has to be made anew.
+        weights = iter(whole_state(model).items())
+        try:
+            self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        except TypeError as error:
+            raise EngineError(f"this vLLM takes no weights from memory (0.32 does): {error}") from error
         self.engine.reset_prefix_cache()
 
 
@@ -216,8 +238,17 @@ def _asked(
     top_k: int | None,
     eos_token_id: Sequence[int],
 ) -> dict[str, Any]:
-    """In vLLM's words, the same for a request and for its `SamplingParams`."""
+    """In vLLM's words, the same for a request and for its `SamplingParams`.
+
+    What is not asked for is said too: else a server takes it from the model's generation config, which for chat models
+    often penalises repetitions, and ends completions at the model's own ends.
+    """
     return {
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "ignore_eos": True,
         "n": num_completions,
         "max_tokens": max_new_tokens,
         "temperature": temperature,
@@ -283,4 +314,4 @@ def _require_vllm() -> Any:
         ) from error
 
 
-__all__ = ["EngineError", "VLLMColocated", "VLLMServer", "whole_state"]
+__all__ = ["EngineError", "Server", "VLLMColocated", "VLLMServer", "whole_state"]

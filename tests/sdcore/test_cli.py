@@ -260,6 +260,22 @@ def test_a_row_that_cannot_be_used_is_named_by_file_and_line(line: str, message:
         ("train --data train.jsonl --method sdft_paper --resume", 1, "must find a checkpoint in sdcore-run"),
         ("train --method sdft_paper", 2, "Missing option '--data'"),
         ("eval --data train.jsonl --reward sdcore.world.data:nothing", 2, "has no function 'nothing'"),
+        (
+            "eval --data train.jsonl --reward sdcore.world.data:exact --max-completion-length 300",
+            2,
+            "max_completion_length must be at most ",
+        ),
+        ("train --data train.jsonl --method sft max_completion_length=0", 2, "max_completion_length must be at least"),
+        (
+            "train --data train.jsonl --method grpo --reward sdcore.world.data:exact max_completion_length=300",
+            2,
+            "max_completion_length must be at most ",
+        ),
+        (
+            "solve --verifier true --question luma --max-completion-length 300",
+            2,
+            "max_completion_length must be at most ",
+        ),
         ("solve --verifier true", 2, "one of --question and --question-file must be given"),
         ("solve --verifier true --question luma --method grpo", 2, "method must have context 'feedback'"),
         ("solve --verifier no-such-check --question luma --max-completion-length 2", 2, "could not be run"),
@@ -278,6 +294,16 @@ def test_what_is_wrong_is_said_in_a_line_with_an_exit_code(words: str, code: int
     if "Missing option" not in message:
         assert result.output.startswith(f"sdcore {words.split()[0]}: ")
         assert result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "option", ["--generations", "--max-completion-length", "--batch-size", "--limit", "--temperature"]
+)
+def test_an_option_out_of_its_range_is_named_as_it_was_typed(option: str) -> None:
+    write("rl", count=4)
+    result = sdcore("eval", "--data", "train.jsonl", "--reward", "sdcore.world.data:exact", option, -1)
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option}'" in result.output
 
 
 def test_a_reward_that_raises_stops_the_run_with_its_row_and_the_whole_story_on_demand(

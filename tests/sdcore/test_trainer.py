@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    LlamaConfig,
+    Qwen3Config,
+    TrainerCallback,
+)
 
 from sdcore.config import SelfDistillationConfig
 from sdcore.demo import CHECKPOINT
@@ -426,7 +434,20 @@ def test_evaluation_is_the_same_each_time_and_changes_nothing(tmp_path: Path) ->
     made.train()
     trainer(tmp_path / "without", **options).train()
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
-    assert [line["step"] for line in lines(tmp_path / "with") if "eval_reward_mean" in line] == [1, 2]
+    found = [line for line in lines(tmp_path / "with") if "eval_reward_mean" in line]
+    assert [line["step"] for line in found] == [0, 0, 1, 2]
+    assert found[0]["eval_reward_mean"] == first["eval_reward_mean"]
+    assert (found[0]["samples"], found[0]["tokens"]) == (0, 0)
+
+
+def test_what_is_measured_before_a_resumed_run_is_not_in_its_log_twice(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"eval_dataset": rows("sdft", task="luma", count=4, seed=0, split="eval")}
+    for steps, resume in ((1, False), (2, True)):
+        made = trainer(tmp_path, reward_funcs=[exact], save_strategy="steps", save_steps=1, max_steps=steps, **options)
+        made.evaluate()
+        made.train(resume_from_checkpoint=resume)
+    assert [line["step"] for line in lines(tmp_path) if "eval_reward_mean" in line] == [0]
+    assert [step for step, _ in losses(tmp_path)] == [1, 2]
 
 
 def test_several_evaluation_sets_have_names(tmp_path: Path) -> None:
@@ -481,6 +502,41 @@ def test_random_chat_models_of_every_family_train(name: str, family: str, tmp_pa
     assert moved(made, before) or name == "rl_tilt"
     assert all(math.isfinite(loss) for _, loss in losses(tmp_path))
     assert all(line["prefix/fallbacks"] == 0 for line in lines(tmp_path))
+
+
+def test_a_model_that_sees_is_refused_by_name_before_any_work(tmp_path: Path) -> None:
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    seeing = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=TINY | {"head_dim": 8}, vision_config=vision | {"image_size": 28, "patch_size": 14})
+    )
+    with pytest.raises(UnsupportedModelError, match="Gemma3ForConditionalGeneration reads more than text"):
+        trainer(tmp_path / "run", model=seeing)
+    assert not (tmp_path / "run").exists()
+
+
+SEEN = [
+    pytest.param({"images": ["cat.png"]}, "`images`", id="images"),
+    pytest.param({"pixel_values": [[0.0]], "image_grid_thw": [[1]]}, "`pixel_values`, `image_grid_thw`", id="inputs"),
+    pytest.param(
+        {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "luma a"}]}]},
+        "message 0 has a part of type 'image'",
+        id="part",
+    ),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), SEEN)
+def test_rows_with_images_are_refused_by_row_before_a_model_is_loaded(
+    more: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    good = rows("sdft", task="luma", count=3, seed=0)
+    Path(tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*good, good[0] | more]))
+    with pytest.raises(UnsupportedModelError, match=f"train.jsonl:4: .*{message}.* take token ids alone"):
+        trainer(tmp_path / "run", model="no/such-model", train_dataset=str(tmp_path / "train.jsonl"))
+    questions = [row | {"images": None} for row in good]  # of a data set in which others have some
+    made = trainer(tmp_path / "run", train_dataset=questions)
+    with pytest.raises(UnsupportedModelError, match=r"row 0: .*take token ids alone"):
+        made.evaluate([good[0] | more])
 
 
 @pytest.mark.parametrize("teacher", ["adapter_off", "ema", "frozen"])

@@ -170,15 +170,29 @@ def test_a_trainer_samples_from_a_server_that_follows_its_weights(server: Any, t
     made = trainer(tmp_path / "run", sampler=sampler, **options)
     made.train()
     calls = [path for path, _, _ in server.fake.requests if path != "/v1/completions"]
-    # After the first and the second step; what the third learned nobody has sampled from.
-    assert calls == ["/collective_rpc", "/reset_prefix_cache"] * 2
+    # Before each step, the first one too; what the third learned nobody has sampled from.
+    assert calls == ["/collective_rpc", "/reset_prefix_cache"] * 3
     # The server's weights are those before the last step, the student's after it.
     assert not torch.equal(server.fake.model.lm_head.weight, made.model.lm_head.weight)
     sampler.follow(made.model, 3)
     assert torch.equal(server.fake.model.lm_head.weight, made.model.lm_head.weight)
     sampler.follow(made.model, 3)  # nothing new
-    assert len([path for path, _, _ in server.fake.requests if path == "/collective_rpc"]) == 3
+    assert len([path for path, _, _ in server.fake.requests if path == "/collective_rpc"]) == 4
     assert [line["completions/count"] for line in lines(tmp_path / "run")] == [16, 16, 16]
+
+
+def test_a_folder_of_which_the_server_would_read_other_weights_is_refused(tmp_path: Path) -> None:
+    world_model().save_pretrained(tmp_path, max_shard_size="100KB")
+    with pytest.raises(ArgumentError, match=r"weights_folder must have all .* got .*index.json"):
+        VLLMServer("http://localhost:8000", model="policy", weights_folder=tmp_path)
+
+
+def test_nothing_is_left_to_the_models_generation_config(server: Any) -> None:
+    ask(VLLMServer(server.url, model="policy"))
+    for _, body, _ in server.fake.requests:
+        neutral = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+        wanted = neutral | {"top_p": 1.0, "top_k": -1, "temperature": 1.0, "ignore_eos": True}
+        assert {name: body[name] for name in wanted} == wanted
 
 
 def test_an_adapter_is_merged_into_the_weights_that_are_handed_over_and_stays_as_it_was() -> None:
@@ -210,11 +224,11 @@ class FakeEngine:
         self.options = options
         self.loaded: dict[str, Any] = {}
         self.resets = 0
-        worker = SimpleNamespace(model_runner=SimpleNamespace(model=SimpleNamespace(load_weights=self._load)))
-        self.llm_engine: Any = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
+        self.llm_engine: Any = SimpleNamespace(model_executor=None)
 
-    def _load(self, weights: Any) -> None:
-        self.loaded = dict(weights)
+    def collective_rpc(self, method: str, *, kwargs: dict[str, Any]) -> None:
+        assert method == "reload_weights"
+        self.loaded = dict(kwargs["weights_iterator"])
 
     def reset_prefix_cache(self) -> None:
         self.resets += 1
@@ -249,11 +263,12 @@ def test_a_colocated_engine_samples_and_is_handed_the_weights(monkeypatch: pytes
     assert [len(group) for group in found] == [3, 3]
     assert all(len(one.ids) == len(one.logprobs) for group in found for one in group)
     model = world_model()
-    sampler.follow(model, 0)
-    assert sampler.engine.loaded == {}
-    sampler.follow(model, 1)
+    sampler.follow(model, 0)  # whatever the engine had before
     assert torch.equal(sampler.engine.loaded["lm_head.weight"], model.lm_head.weight)
+    sampler.follow(model, 0)
     assert sampler.engine.resets == 1
+    sampler.follow(model, 1)
+    assert sampler.engine.resets == 2
     sampler.engine.llm_engine = SimpleNamespace()
     with pytest.raises(EngineError, match="VLLM_ENABLE_V1_MULTIPROCESSING"):
         sampler.follow(model, 2)
