@@ -123,7 +123,7 @@ class FusedMixin:
 
     def __init__(self, *args: Any, fused: FusedOptions | None = None, **kwargs: Any) -> None:
         self.check_trl()
-        self.fused = _checked_options(fused)
+        self.fused = checked_options(fused)
         super().__init__(*args, **kwargs)
         self._set_up_contexts()
 
@@ -141,7 +141,7 @@ class FusedMixin:
                 f"trainer must be patched before it trains, got one after {trainer.state.global_step} steps: its "
                 "teacher starts from the weights as they are"
             )
-        self.fused = _checked_options(fused)
+        self.fused = checked_options(fused)
         self._set_up_contexts()
         self._setup_teacher_model()
         for kind in [type(one) for one in trainer.callback_handler.callbacks]:
@@ -156,7 +156,7 @@ class FusedMixin:
     def _setup_teacher_model(self) -> None:
         """Of the student's weights in memory. `teacher_model`, which TRL's trainer has, is the student."""
         trainer: Any = self
-        _check_model(trainer)
+        check_model(trainer)
         if self.fused.loss_type == "as_configured" and getattr(self.args, "loss_type", None) not in AGGREGATIONS:
             raise ArgumentError(
                 f"loss_type 'as_configured' needs an args.loss_type, one of {', '.join(AGGREGATIONS)}, which "
@@ -380,13 +380,13 @@ class FusedMixin:
         return padded.scatter(found)
 
 
-def _checked_options(fused: FusedOptions | None) -> FusedOptions:
+def checked_options(fused: FusedOptions | None) -> FusedOptions:
     if fused is not None and not isinstance(fused, FusedOptions):
         raise ArgumentError(f"fused must be a FusedOptions or None, got {type(fused).__name__}")
     return FusedOptions() if fused is None else fused
 
 
-def _check_model(trainer: Any) -> None:
+def check_model(trainer: Any) -> None:
     """Refuse, before any step, what cannot be treated exactly."""
     head_of(trainer.model)
     if not getattr(trainer.args, "disable_dropout", False) and any(
@@ -400,4 +400,4 @@ def _check_model(trainer: Any) -> None:
         raise ArgumentError("micro_batch must be None for LOMO optimizers, which update weights in each backward")
 
 
-__all__ = ["AGGREGATIONS", "FusedMixin", "FusedOptions", "LossType"]
+__all__ = ["AGGREGATIONS", "FusedMixin", "FusedOptions", "LossType", "check_model", "checked_options"]

@@ -26,7 +26,7 @@ from ...losses import FusedLinearDivergence
 from ...models import find_body, head_of
 from ...step import StepOutput, distill_step
 from ...teachers import Frozen, Live
-from .fused import FusedOptions, _check_model, _checked_options
+from .fused import FusedOptions, check_model, checked_options
 from .guard import require_methods
 from .padded import plan_padded
 
@@ -55,7 +55,7 @@ class OtherModelMixin:
     def adopt(self, fused: FusedOptions | None) -> None:
         """Be set up as by the constructor, for a trainer that was TRL's own; see `patch`."""
         self.fused = _honoured(type(self), fused)
-        _check_model(self)
+        check_model(self)
         head_of(self.teacher_model)
 
     def distill(
@@ -101,7 +101,7 @@ class OtherModelMixin:
 
 
 def _honoured(kind: type, fused: FusedOptions | None) -> FusedOptions:
-    options = _checked_options(fused)
+    options = checked_options(fused)
     ignored = [
         one.name for one in fields(options) if one.name not in HONOURED and getattr(options, one.name) != one.default
     ]
