@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 from ..errors import ArgumentError
@@ -75,32 +77,21 @@ def prefix_block(results: Path, root: Path) -> str:
     return "\n\n".join(parts) or NOTHING.format(command="`sdcore bench prefix`")
 
 
-def step_block(results: Path, root: Path) -> str:
-    """The update phase of a step."""
+def _overview_block(suite: ModuleType, name: str, results: Path, root: Path) -> str:
+    """One table per device, of a suite that has one."""
     parts = []
-    for path in newest_results(results, "step"):
-        report = step.load(path)
+    for path in newest_results(results, name):
+        report = suite.load(path)
         place = Path(os.path.relpath(path, root)).as_posix().removesuffix(".json")
         parts.append(f"Measured on {describe(report.general)}. [All numbers]({place}.json), [tables]({place}.md).")
-        parts += [step.describe_models(report), step.overview(report).markdown()]
-    return "\n\n".join(parts) or NOTHING.format(command="`sdcore bench step`")
-
-
-def trainer_block(results: Path, root: Path) -> str:
-    """Whole trainers side by side."""
-    parts = []
-    for path in newest_results(results, "trainer"):
-        report = trainer.load(path)
-        place = Path(os.path.relpath(path, root)).as_posix().removesuffix(".json")
-        parts.append(f"Measured on {describe(report.general)}. [All numbers]({place}.json), [tables]({place}.md).")
-        parts += [trainer.describe_models(report), trainer.overview(report).markdown()]
-    return "\n\n".join(parts) or NOTHING.format(command="`sdcore bench trainer`")
+        parts += [suite.describe_models(report), suite.overview(report).markdown()]
+    return "\n\n".join(parts) or NOTHING.format(command=f"`sdcore bench {name}`")
 
 
 DIVERGENCE = Block("results", divergence_block)
 PREFIX = Block("prefix results", prefix_block)
-STEP = Block("step results", step_block)
-TRAINER = Block("trainer results", trainer_block)
+STEP = Block("step results", partial(_overview_block, step, "step"))
+TRAINER = Block("trainer results", partial(_overview_block, trainer, "trainer"))
 BLOCKS = (DIVERGENCE, PREFIX, STEP, TRAINER)
 
 

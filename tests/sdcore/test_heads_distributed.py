@@ -21,7 +21,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -33,6 +32,7 @@ from sdcore import heads
 from sdcore.models import find_body, head_of
 from sdcore.step import distill_step
 from sdcore.teachers import AdapterOff, Frozen, Live, Snapshot
+from tests.processes import verdicts_of
 from tests.sdcore.prefix.models import COMMON, build, double_precision, tiny
 from tests.sdcore.prefix.trees import random_plan
 
@@ -322,16 +322,7 @@ def work(rank: int, folder: str) -> None:
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """What each rank found: "" for a case that is right, else why not; a case that was not reached is missing."""
     folder = tmp_path_factory.mktemp("ranks")
-    context = mp.start_processes(work, args=(str(folder),), nprocs=RANKS, join=False, start_method="spawn")
-    end = time.monotonic() + SECONDS
-    try:
-        for process in context.processes:
-            process.join(max(0.0, end - time.monotonic()))
-    finally:
-        for process in context.processes:
-            process.kill()
-    files = [folder / f"{rank}.json" for rank in range(RANKS)]
-    return [json.loads(file.read_text()) if file.exists() else {} for file in files]
+    return verdicts_of(work, folder, str(folder), ranks=RANKS, seconds=SECONDS)
 
 
 @pytest.mark.parametrize("case", cases())

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from sdkernels import LogitTransform, TeacherMix, linear_divergence
 from sdkernels.testing import Run, relative_error, run_operation, run_reference
+from tests.processes import verdicts_of
 
 ROW_VALUES = ("loss", "per_token", "student_logprobs", "teacher_logprobs", "student_entropy", "teacher_entropy")
 GRADIENTS = ("hidden_gradient", "weight_gradient", "bias_gradient")
@@ -37,17 +37,7 @@ def verdicts(cases: Callable[[], Cases], folder: Path, *, ranks: int = 2, second
 
     A case that was not reached in this time is missing: the ranks hung, or died.
     """
-    arguments = (cases, str(folder), ranks)
-    context = mp.start_processes(_work, args=arguments, nprocs=ranks, join=False, start_method="spawn")
-    end = time.monotonic() + seconds
-    try:
-        for process in context.processes:
-            process.join(max(0.0, end - time.monotonic()))
-    finally:
-        for process in context.processes:
-            process.kill()
-    files = [folder / f"{rank}.json" for rank in range(ranks)]
-    return [json.loads(file.read_text()) if file.exists() else {} for file in files]
+    return verdicts_of(_work, folder, cases, str(folder), ranks, ranks=ranks, seconds=seconds)
 
 
 def _work(rank: int, cases: Callable[[], Cases], folder: str, ranks: int) -> None:

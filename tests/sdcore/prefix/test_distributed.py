@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -29,6 +28,7 @@ from transformers import PreTrainedModel
 from sdcore.prefix import Plan
 from sdcore.step import distill_step
 from sdcore.teachers import AdapterOff, Frozen, Live, TrustRegion
+from tests.processes import verdicts_of
 from tests.sdcore.prefix.models import double_precision, tiny
 from tests.sdcore.prefix.trees import random_plan
 
@@ -194,16 +194,7 @@ def work(rank: int, folder: str) -> None:
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """What each rank found: "" for a case that is right, else why not; a case that was not reached is missing."""
     folder = tmp_path_factory.mktemp("ranks")
-    context = mp.start_processes(work, args=(str(folder),), nprocs=RANKS, join=False, start_method="spawn")
-    end = time.monotonic() + SECONDS
-    try:
-        for process in context.processes:
-            process.join(max(0.0, end - time.monotonic()))
-    finally:
-        for process in context.processes:
-            process.kill()
-    files = [folder / f"{rank}.json" for rank in range(RANKS)]
-    return [json.loads(file.read_text()) if file.exists() else {} for file in files]
+    return verdicts_of(work, folder, str(folder), ranks=RANKS, seconds=SECONDS)
 
 
 @pytest.mark.parametrize("case", cases())
