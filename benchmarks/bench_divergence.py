@@ -18,7 +18,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from sdcore.bench.measure import attempt
 from sdcore.bench.oracle import compare, difference, solve
-from sdcore.bench.peers import CONTENDERS, Contender, StepResult, four_matmuls
+from sdcore.bench.peers import CONTENDERS, Contender, StepResult, bare_matmuls
 from sdcore.bench.shapes import ALL, SPEED_NOISE, CaseInputs, Divergence, Group, Shape, groups, make_case_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,13 +34,13 @@ def no_inputs_left_behind() -> Iterator[None]:
 
 
 @lru_cache(maxsize=1)
-def _inputs(shape: Shape, dtype: str) -> CaseInputs:
-    return make_case_inputs(shape, dtype, noise=SPEED_NOISE, device=DEVICE)
+def _inputs(shape: Shape, dtype: str, frozen_head: bool) -> CaseInputs:
+    return make_case_inputs(shape, dtype, noise=SPEED_NOISE, device=DEVICE, frozen_head=frozen_head)
 
 
 @lru_cache(maxsize=1)
-def _exact(shape: Shape) -> dict[Divergence, StepResult]:
-    return solve(make_case_inputs(shape, "fp32", noise=SPEED_NOISE, device=DEVICE), ALL)
+def _exact(shape: Shape, frozen_head: bool) -> dict[Divergence, StepResult]:
+    return solve(make_case_inputs(shape, "fp32", noise=SPEED_NOISE, device=DEVICE, frozen_head=frozen_head), ALL)
 
 
 def _identifier(value: object) -> str:
@@ -57,10 +57,10 @@ def _settle() -> None:
 @pytest.mark.parametrize("group", GROUPS, ids=_identifier)
 def test_forward_and_backward(benchmark: BenchmarkFixture, group: Group, contender: Contender) -> None:
     benchmark.group = str(group)
-    step, reason = attempt(contender, _inputs(group.shape, group.dtype), group.divergence)
+    step, reason = attempt(contender, _inputs(group.shape, group.dtype, group.frozen_head), group.divergence)
     if step is None:
         pytest.skip(str(reason))
-    errors = compare(step(), _exact(group.shape)[group.divergence])
+    errors = compare(step(), _exact(group.shape, group.frozen_head)[group.divergence])
     assert difference(errors, group.dtype) is None
     benchmark.extra_info["errors"] = errors._asdict()
 
@@ -73,9 +73,9 @@ def test_forward_and_backward(benchmark: BenchmarkFixture, group: Group, contend
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("group", GROUPS, ids=_identifier)
-def test_four_bare_matmuls(benchmark: BenchmarkFixture, group: Group, dtype: str) -> None:
+def test_the_bare_matmuls(benchmark: BenchmarkFixture, group: Group, dtype: str) -> None:
     benchmark.group = str(group)
-    products = four_matmuls(_inputs(group.shape, group.dtype), dtype)
+    products = bare_matmuls(_inputs(group.shape, group.dtype, group.frozen_head), dtype)
 
     def timed_products() -> None:
         products()

@@ -5,6 +5,8 @@
         own.save(folder, step, seen={"samples": 8, "tokens": 90}, window=groups)
     folder = to_resume(output_dir, True)             # the last whole one; a torn one is passed over
     seen = own.load(folder)
+    with saving_whole(plugin):                       # FSDP2: a whole model, also where checkpoints are of shards
+        trainer.save_model()
 
 What differs from the obvious: `transformers.trainer_utils.get_last_checkpoint` takes the folder with the highest
 number, also one that a killed process was still writing. The trainer writes `trainer_state.json` last, so a folder in
@@ -27,6 +29,7 @@ from typing import Any, Final
 
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.fsdp import StateDictType
 
 from .config import SelfDistillationConfig
 from .errors import SdcoreError
@@ -107,6 +110,20 @@ def writing(folder: Path, *, main_process: bool) -> Iterator[None]:
         raise CheckpointError(f"could not write {folder}: {error}; it was removed, and {usable}") from error
 
 
+@contextmanager
+def saving_whole(plugin: Any) -> Iterator[None]:
+    """Inside, accelerate's FSDP plugin is for state dicts of the whole model, not of its shards; None: no FSDP."""
+    if plugin is None:
+        yield
+        return
+    before = plugin.state_dict_type
+    plugin.state_dict_type = StateDictType.FULL_STATE_DICT
+    try:
+        yield
+    finally:
+        plugin.state_dict_type = before
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OwnState:
     """What a checkpoint holds beside transformers' files: counts, teachers' states, and completions still in use."""
@@ -177,4 +194,4 @@ def _own_file(folder: Path) -> dict[str, Any]:
     return json.loads((folder / OWN_STATE).read_text(encoding="utf-8"))
 
 
-__all__ = ["CheckpointError", "OwnState", "checkpoints", "to_resume", "whole", "writing"]
+__all__ = ["CheckpointError", "OwnState", "checkpoints", "saving_whole", "to_resume", "whole", "writing"]

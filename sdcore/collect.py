@@ -53,7 +53,7 @@ class Collector:
         if self.method.samples == "dataset":
             sampled = [[self._given(example) for example in batch] for batch in batches]
         else:
-            with whole_weights(model):
+            with whole_weights(model, self.sampler):
                 sampled = [self._sampled(model, batch, seed) for batch, seed in zip(batches, seeds, strict=True)]
         scored = judge(
             [group for groups in sampled for group in groups],

@@ -2,6 +2,7 @@
 
     check(args, method, rewards, sampler)
     model, tokenizer = loaded("Qwen/Qwen3-0.6B", None, args, peft_config=None)
+    check_engine(accelerator.state)
 
 Not covered: what a model must be like, which `sdcore.models` says.
 """
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from .config import SelfDistillationConfig
 from .contexts import require_text
 from .data import read_examples
-from .errors import ArgumentError
+from .errors import ArgumentError, UnsupportedModelError
 from .presets.methods import Method
 from .rollouts.rewards import Reward
 from .rollouts.samplers import ModelSampler, Sampler
@@ -44,6 +45,21 @@ def check(args: SelfDistillationConfig, method: Method, rewards: Sequence[Reward
     if asked and args.sampling_temperature == 0:
         raise ArgumentError(
             f"sampling_temperature must not be 0 for {type(method).__name__}, which asks how likely a sample was, got 0"
+        )
+
+
+def check_engine(state: Any) -> None:
+    """Raises `UnsupportedModelError` for what accelerate, whose state this is, must not put around a model."""
+    if getattr(state, "deepspeed_plugin", None) is not None:
+        raise UnsupportedModelError(
+            "args must not ask for DeepSpeed, under which this trainer has not been tried: use DDP or FSDP2, or "
+            "distill_step with its engine in a loop of your own"
+        )
+    plugin = getattr(state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise UnsupportedModelError(
+            f"args must not ask for FSDP{plugin.fsdp_version}, which is accelerate's default: use FSDP2, by "
+            'fsdp_config={"version": 2} or `accelerate launch --fsdp_version 2`'
         )
 
 
@@ -95,4 +111,4 @@ def eval_examples_of(source: Any) -> Any:
     return examples_of(source)
 
 
-__all__ = ["built", "check", "eval_examples_of", "examples_of", "loaded"]
+__all__ = ["built", "check", "check_engine", "eval_examples_of", "examples_of", "loaded"]

@@ -94,7 +94,7 @@ def evaluate(
     stops = stop_ids(model, tokenizer) if stop_token_ids is None else list(stop_token_ids)
     starts = range(0, len(examples), batch_size)
     found: list[tuple[int, list[Group], dict[str, int]]] = []
-    with whole_weights(model):
+    with whole_weights(model, engine):
         for number, start in list(enumerate(starts))[rank::world_size]:
             batch = examples[start : start + batch_size]
             prompts = [

@@ -79,6 +79,17 @@ class Body:
                 # become: before its own hook, or DeepSpeed's, and taken up again after it.
                 hook(self.sharded, lambda _: seen[-1], first=True)
                 hook(self.sharded, seen.append)
+            if (head := self._head_of_unit) is not None:
+                # The unit's weights are gathered for backward when a gradient arrives at this last output of it. So
+                # that becomes the states too, while FSDP2 looks at it.
+                logits: list[Tensor] = []
+
+                def as_states(output: Tensor) -> Tensor:
+                    logits.append(output)
+                    return cast(Tensor, seen[-1])
+
+                hook(head, as_states, first=True)
+                hook(head, lambda _: logits[-1])
             # A number of positions of 0 means all of them; a list of no positions means none.
             nowhere = torch.empty(0, dtype=torch.int64, device=input_ids.device)
             self.through(input_ids=input_ids, use_cache=False, logits_to_keep=nowhere, **kwargs)
@@ -87,6 +98,13 @@ class Body:
     @property
     def name(self) -> str:
         return type(self.causal_lm).__name__
+
+    @property
+    def _head_of_unit(self) -> nn.Module | None:
+        """The output layer, where FSDP2 has it in one unit with others, as accelerate has it with the final norm."""
+        head: Any = self.causal_lm.get_output_embeddings()
+        several = isinstance(head, FSDPModule) and len(head._get_fsdp_state()._modules) > 1
+        return cast(nn.Module, head) if several else None
 
     @property
     def one_backward(self) -> bool:

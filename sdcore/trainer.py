@@ -37,13 +37,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import speed_metrics
 
-from .checkpoints import OwnState, to_resume, writing
+from .checkpoints import OwnState, saving_whole, to_resume, writing
 from .collect import Collector
 from .config import SelfDistillationConfig
-from .construction import built, check, eval_examples_of, examples_of, loaded
+from .construction import built, check, check_engine, eval_examples_of, examples_of, loaded
 from .contexts import ContextBuilder, check_examples
 from .diagnostics import RunLog
-from .errors import ArgumentError, UnsupportedModelError
+from .errors import ArgumentError
 from .evaluation import stop_ids
 from .models import head_of
 from .presets.methods import Method
@@ -126,11 +126,7 @@ class SelfDistillationTrainer(Trainer):
             callbacks=[_Hooks(self), *(callbacks or [])],
             optimizers=optimizers,
         )
-        if self.is_deepspeed_enabled:
-            raise UnsupportedModelError(
-                "args must not ask for DeepSpeed, under which this trainer has not been tried: use DDP or FSDP2, or "
-                "distill_step with its engine in a loop of your own"
-            )
+        check_engine(self.accelerator.state)
         for printing in (ProgressCallback, PrinterCallback):  # each prints all metrics of every step
             self.remove_callback(printing)
         if not args.disable_tqdm:
@@ -369,6 +365,12 @@ class SelfDistillationTrainer(Trainer):
             self._own.save(folder, step, seen=self._seen, window=self._window)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers, which writes nothing where checkpoints are of FSDP2's shards; here, the whole model."""
+        plugin = None if _internal_call else getattr(self.accelerator.state, "fsdp_plugin", None)
+        with saving_whole(plugin):
+            super().save_model(output_dir, _internal_call)
 
     def _description(self) -> dict[str, Any]:
         return {

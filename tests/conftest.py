@@ -41,6 +41,14 @@ def seed() -> int:
     return 0
 
 
+@pytest.fixture(scope="module")
+def torch_backend() -> Iterator[None]:
+    """As on a machine without a C compiler, where `backend="auto"` on a CPU is "torch"."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sdkernels.machine._can_compile", lambda: False)
+        yield
+
+
 @pytest.fixture
 def run_python(tmp_path: Path, pytestconfig: pytest.Config) -> Callable[..., str]:
     """`run_python(code, *arguments)` runs code in a new interpreter, in an empty folder, and returns what it printed.

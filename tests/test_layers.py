@@ -18,10 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE_ROOTS = {"sdkernels": ROOT / "kernels", "sdcore": ROOT}
 LAYERS: dict[str, list[set[str]]] = {
     "sdkernels": [
-        {"types", "reference", "live_bytes"},
-        {"tiling", "support", "matmul", "moments", "shards", "agreement"},
+        {"types", "reference", "live_bytes", "tuned"},
+        {"tiling", "support", "matmul", "pages", "moments", "shards", "agreement"},
         {"elementwise"},
         {"torch_backend", "triton_backend"},
+        {"native_backend"},
         {"shard_tile"},
         {"vocab_parallel"},
         {"walk", "validation"},
@@ -30,6 +31,9 @@ LAYERS: dict[str, list[set[str]]] = {
         {"objective", "machine"},
         {"api"},
         {"testing", "compile_check", "__init__"},
+        {"machine_code"},
+        {"gpu_estimates"},
+        {"tuning", "roofline"},
     ],
     "sdcore": [
         {"errors"},
@@ -156,7 +160,7 @@ sys.modules |= dict.fromkeys(["triton", "transformers", "sdcore"])  # an import 
 import torch
 from sdkernels import linear_divergence
 hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
-out = linear_divergence(hidden, weight, torch.randn(3, 4))
+out = linear_divergence(hidden, weight, torch.randn(3, 4), backend="torch")
 out.loss.backward()
 print(out.backend, bool(hidden.grad.isfinite().all()))
 """

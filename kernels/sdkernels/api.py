@@ -98,7 +98,8 @@ def linear_divergence(
         entry_clip: cap on each vocabulary entry's summand (OPSD, arXiv:2601.18734).
         vocab_size: columns from here on are padding and ignored on both sides.
         reduction: "mean" over the sum of weights, "sum", or "none" for (N,).
-        backend: "triton" on a GPU, "torch" anywhere; "auto" picks and `output.backend` says which.
+        backend: "triton" on a GPU, "native" on a CPU with a C compiler, "torch" anywhere; "auto" picks and
+            `output.backend` says which.
         gradient: "in_forward" forms the gradients with the loss (4 matrix products in all), "recompute" in backward
             (6); "auto" recomputes only where the upstream gradient of each token must be known: `reduction="none"`
             with a head that is trained.

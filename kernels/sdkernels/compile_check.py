@@ -1,9 +1,9 @@
 """Compile every Triton kernel for every architecture, without a GPU, and refuse what would run badly.
 
 `python -m sdkernels.compile_check [--arch sm_90 ...] [--json FILE] [--jobs 2]` compiles each kernel, in the
-variants that differ in code, with the block sizes of `triton_backend/configs.py`, down to machine code with the
-ptxas that ships in Triton's wheel, and prints registers per thread, stack, spills and shared memory. It exits with
-1 when a kernel does not compile, uses stack or spills, or wants more shared memory than a block of the chip can
+variants that differ in code, with the block sizes of `triton_backend/configs.py` and of `tables/`, down to machine code
+with the ptxas that ships in Triton's wheel, and prints registers per thread, stack, spills and shared memory. It exits
+with 1 when a kernel does not compile, uses stack or spills, or wants more shared memory than a block of the chip can
 have.
 
 What it says nothing about is speed and correctness: `bytes` is what the kernel's algorithm moves per entry of the
@@ -20,7 +20,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
@@ -64,6 +64,7 @@ class Case:
     bytes_per_entry: int  # moved per entry of the tile, once through
     constants: dict[str, Any] = field(default_factory=dict)  # tl.constexpr arguments, and None for absent ones
     gradient: str = "*bf16"
+    entry: str = ""  # in the tables of launches; empty where the launch is fixed
 
 
 @dataclass(frozen=True)
@@ -85,18 +86,31 @@ class Result:
 
 
 def cases(arch: str) -> list[Case]:
-    """Every kernel in every variant that is launched on `arch`."""
-    from sdkernels.triton_backend.configs import MOST_BUCKETS, TABLE, bucket_config
+    """Every kernel in every variant that is launched on `arch`: untuned, and as its measured table has it."""
+    from sdkernels.triton_backend.configs import TABLE, Config
+    from sdkernels.tuned import table_of
+
+    found = launched_by(TABLE[arch])
+    measured = table_of(arch)
+    for entry, rows in {} if measured is None else measured.kernels.items():
+        for config in dict.fromkeys(Config(row.block, row.warps, row.stages) for row in rows):
+            if config != TABLE[arch][entry]:
+                found += [case for case in launched_by(TABLE[arch] | {entry: config}) if case.entry == entry]
+    return found
+
+
+def launched_by(table: Mapping[str, Any]) -> list[Case]:
+    """Every kernel in every variant, with the launches of `table`, a Config by kernel."""
+    from sdkernels.triton_backend.configs import MOST_BUCKETS, bucket_config
     from sdkernels.triton_backend.topk import CANDIDATE_WARPS, CANDIDATES_PER_PROGRAM, LEAST_GROUP, MOST_GROUP
 
-    table = TABLE[arch]
     found = []
 
     def add(entry: str, variant: str, size: int, constants: dict[str, Any], gradient: str = "*bf16") -> None:
         config = table[entry]
         constants = constants | {"BV": config.block, "STAGES": config.stages}
         kernel = entry.removesuffix("_clipped") + "_kernel"
-        found.append(Case(kernel, variant, config.block, config.warps, size, constants, gradient))
+        found.append(Case(kernel, variant, config.block, config.warps, size, constants, gradient, entry))
 
     no_bias: dict[str, Any] = {"p_student_bias": None, "p_teacher_bias": None}
     plain = no_bias | {"STUDENT_SOFTCAP": False, "TEACHER_SOFTCAP": False}
@@ -159,7 +173,32 @@ def kernel_named(name: str) -> Any:
 
 
 def check(arch: str, case: Case) -> Result:
-    """Compile one case for one architecture; never from a cache, since the assembler's report is what is wanted."""
+    """Compile one case for one architecture."""
+    _, most_shared = CHIPS[arch]
+    started = time.perf_counter()
+    numbers = {"registers": 0, "stack": 0, "spills": 0, "shared": 0}
+    try:
+        compiled, log = compile_case(arch, case)
+    except Exception as error:
+        problems = [f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}"]
+    else:
+        numbers = parse_assembler_log(log) | {"shared": compiled.metadata.shared}
+        problems = problems_of(numbers, most_shared)
+    return Result(
+        arch=arch,
+        kernel=case.kernel,
+        variant=case.variant,
+        block=case.block,
+        warps=case.warps,
+        bytes_per_entry=case.bytes_per_entry,
+        seconds=round(time.perf_counter() - started, 2),
+        problems=tuple(problems),
+        **numbers,
+    )
+
+
+def compile_case(arch: str, case: Case) -> tuple[Any, str]:
+    """Triton's compiled kernel and the assembler's report; never from a cache, which has no report."""
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -167,7 +206,7 @@ def check(arch: str, case: Case) -> Result:
 
     from sdkernels.triton_backend.configs import FUSED_MULTIPLY_ADD
 
-    capability, most_shared = CHIPS[arch]
+    capability, _ = CHIPS[arch]
     kernel = kernel_named(case.kernel)
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
@@ -183,32 +222,21 @@ def check(arch: str, case: Case) -> Result:
             attributes[(index,)] = [["tt.divisibility", 16]]
     knobs.compilation.always_compile = True
     knobs.nvidia.dump_ptxas_log = True
-    started = time.perf_counter()
     log = io.StringIO()
-    numbers = {"registers": 0, "stack": 0, "spills": 0, "shared": 0}
-    try:
-        with contextlib.redirect_stdout(log):
-            compiled = triton.compile(
-                ASTSource(kernel, signature, case.constants, attributes),
-                target=GPUTarget("cuda", capability, 32),
-                options={"num_warps": case.warps, "enable_fp_fusion": FUSED_MULTIPLY_ADD},
-            )
-    except Exception as error:
-        problems = [f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}"]
-    else:
-        numbers = parse_assembler_log(log.getvalue()) | {"shared": compiled.metadata.shared}
-        problems = problems_of(numbers, most_shared)
-    return Result(
-        arch=arch,
-        kernel=case.kernel,
-        variant=case.variant,
-        block=case.block,
-        warps=case.warps,
-        bytes_per_entry=case.bytes_per_entry,
-        seconds=round(time.perf_counter() - started, 2),
-        problems=tuple(problems),
-        **numbers,
-    )
+    with contextlib.redirect_stdout(log):
+        compiled = triton.compile(
+            ASTSource(kernel, signature, case.constants, attributes),
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": case.warps, "enable_fp_fusion": FUSED_MULTIPLY_ADD},
+        )
+    return compiled, log.getvalue()
+
+
+def cuobjdump() -> str:
+    """The path of the disassembler that ships in Triton's wheel."""
+    from triton import knobs
+
+    return str(knobs.nvidia.cuobjdump.path)
 
 
 def parse_assembler_log(log: str) -> dict[str, int]:

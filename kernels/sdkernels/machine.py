@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .agreement import agree, check_group, normalizer_over
 from .tiling import DEFAULT_WORKSPACE_MB, MIB
+from .tuned import table_for
 from .types import LogitTransform
 
 if TYPE_CHECKING:
@@ -32,21 +33,40 @@ class Machine(NamedTuple):
 
 def choose_backend(backend: str, *tensors: Tensor | None, buckets: int = 0) -> str:
     present = [tensor for tensor in tensors if tensor is not None]
-    on_gpu = present[0].device.type == "cuda"
+    device = present[0].device.type
     wide = any(tensor.dtype == torch.float64 for tensor in present)
     if backend == "auto":
-        fits = on_gpu and not wide and buckets < TRITON_BUCKETS
-        return "triton" if fits and importlib.util.find_spec("triton") else "torch"
-    if backend == "triton":
         if wide:
-            raise TypeError("backend='triton' needs inputs of at most 32 bits, got torch.float64; use backend='torch'")
-        if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+            return "torch"
+        if device == "cpu":
+            return "native" if _can_compile() else "torch"
+        fits = device == "cuda" and buckets < TRITON_BUCKETS
+        return "triton" if fits and importlib.util.find_spec("triton") else "torch"
+    if backend != "torch" and wide:
+        raise TypeError(f"backend={backend!r} needs inputs of at most 32 bits, got torch.float64; use backend='torch'")
+    if backend == "triton":
+        if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
                 f"backend='triton' needs tensors on a GPU (or TRITON_INTERPRET=1), got {present[0].device}"
             )
         if not importlib.util.find_spec("triton"):
             raise ModuleNotFoundError("backend='triton' needs the triton package: pip install triton")
+    if backend == "native":
+        if device != "cpu":
+            raise ValueError(f"backend='native' needs tensors on a CPU, got {present[0].device}")
+        if not _can_compile():
+            raise RuntimeError(
+                "backend='native' needs a C compiler ($CC, or cc) and a folder for what it makes ($SDKERNELS_CACHE, or "
+                "~/.cache/sdkernels); use backend='torch'"
+            )
     return backend
+
+
+@torch.compiler.assume_constant_result
+def _can_compile() -> bool:
+    from .native_backend import is_available
+
+    return is_available()
 
 
 def machine_of(
@@ -70,10 +90,10 @@ def shards_of(
     if process_group is None:
         return []
     check_group("process_group", process_group)
-    if backend == "triton":
+    if backend in ("native", "triton"):
         raise ValueError(
-            "backend must be 'auto' or 'torch' with a process_group: the Triton kernels need the whole vocabulary; "
-            "got 'triton'"
+            "backend must be 'auto' or 'torch' with a process_group: other kernels need the whole vocabulary; "
+            f"got {backend!r}"
         )
     return agree(process_group, sharded | common, tuple(sharded), (*options, torch.is_grad_enabled()))
 
@@ -98,5 +118,10 @@ def workspace_bytes_for(workspace_mb: float | None, weight: Tensor | None, vocab
     default = DEFAULT_WORKSPACE_MB * MIB
     if weight is None or weight.device.type == "cpu" or not weight.requires_grad:
         return default
+    rows = weight.shape[0] if vocab is None else vocab
+    measured = table_for(weight.device)
+    megabytes = None if measured is None else measured.workspace_mb(rows, weight.shape[1])
+    if megabytes is not None:
+        return megabytes * MIB
     # On a GPU each chunk of rows passes once over the float32 gradient of the head: larger chunks, fewer passes.
-    return max(default, (weight.shape[0] if vocab is None else vocab) * weight.shape[1] * 2)
+    return max(default, rows * weight.shape[1] * 2)

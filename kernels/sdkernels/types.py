@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, cast
 
 import torch
 
-Backend = Literal["auto", "torch", "triton"]
+Backend = Literal["auto", "torch", "native", "triton"]
 Gradient = Literal["auto", "in_forward", "recompute"]
 Nonfinite = Literal["propagate", "raise"]
 Reduction = Literal["mean", "sum", "none"]
@@ -94,7 +94,7 @@ class DivergenceOutput(NamedTuple):
     student_entropy: torch.Tensor  # (N,) nats, over the full vocabulary; 0 where the weight is 0
     teacher_entropy: torch.Tensor | None  # (N,) nats; None where the teacher is TopKLogprobs
     active_tokens: torch.Tensor  # () int64, rows with a weight other than 0
-    backend: str  # "torch" or "triton"
+    backend: str  # "torch", "native" or "triton"
 
 
 @dataclass(frozen=True, kw_only=True)

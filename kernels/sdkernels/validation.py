@@ -290,7 +290,7 @@ def check_values(operands: Operands, vocab_size: int, reduction: str) -> None:
 
 
 def _check_machine(backend: str, workspace_mb: float | None) -> None:
-    check_choice("backend", backend, ("auto", "torch", "triton"))
+    check_choice("backend", backend, ("auto", "torch", "native", "triton"))
     if workspace_mb is not None:
         check_number("workspace_mb", workspace_mb, 0.0, open_low=True)
 

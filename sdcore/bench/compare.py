@@ -119,7 +119,8 @@ def _case(row: dict[str, Any]) -> str:
     if "group" in row:
         return " ".join(str(value) for value in row["group"].values())
     rows, vocab, hidden = row["shape"]
-    return f"N={rows} V={vocab} H={hidden} {row['dtype']} {row['divergence']['name']}"
+    head = ", frozen head" if row.get("frozen_head") else ""
+    return f"N={rows} V={vocab} H={hidden} {row['dtype']} {row['divergence']['name']}{head}"
 
 
 def _machine(stored: dict[str, Any]) -> str:

@@ -3,8 +3,8 @@
     run(Options(suite="divergence"))                     # this machine; a quarter of an hour on two cores
     run(Options(suite="divergence", model="qwen3-4b", shapes=("N=512",), dtype="bf16"))
 
-Speed and memory of every group of contenders, then accuracy. The times mean something on a machine that does nothing
-else.
+Speed and memory of every group of contenders, then accuracy; saved after every group, so that an interruption does not
+lose those before it. The times mean something on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from ..errors import ArgumentError
 from .estimate import group_bytes
 from .live_memory import MemoryRow, free_bytes, too_large
 from .measure import attempt, measure_accuracy, measure_group, measure_memory
@@ -44,6 +46,7 @@ from .shapes import (
     ACCURACY_SHAPE,
     BOTH,
     CPU_SHAPES,
+    FORWARD_KL,
     FULL_VOCABULARY,
     QUICK_ACCURACY_SHAPE,
     QUICK_SHAPE,
@@ -69,10 +72,35 @@ SECONDS = 3.0
 NOTHING_COMPILED = "nothing is compiled in a quick run"
 
 
-def run(options: Options, *, progress: Console | None = None) -> Path:
-    """Measure, save, show; returns the path of the JSON. Raises `ArgumentError`."""
+def run(
+    options: Options,
+    *,
+    planned: Sequence[Group] | None = None,
+    contenders: Sequence[Contender] = CONTENDERS,
+    resume: bool = False,
+    progress: Console | None = None,
+) -> Path:
+    """Measure, save, show; returns the path of the JSON. Raises `ArgumentError`.
+
+    `planned` measures these groups and nothing else. With `resume` the newest file of the options' output folder goes
+    on, with the groups that it has not; its machine must be this one.
+    """
     this = start(options, seconds=SECONDS, progress=progress)
-    save(measure(this, planned_groups(options, this.device)), this.path)
+    report = Report(machine=this.machine)
+    kept = sorted(this.path.parent.glob(f"{options.suite}-*.json")) if resume else []
+    if kept:
+        this.path, report = kept[-1], load(kept[-1])
+        if report.machine["name"] != this.machine["name"]:
+            raise ArgumentError(
+                f"output must hold results of this machine, {this.machine['name']}, to go on with; "
+                f"{this.path} is of {report.machine['name']}"
+            )
+    done = {row.group for row in report.speed}
+    wanted_groups = planned_groups(options, this.device) if planned is None else planned
+    measure(this, report, [group for group in wanted_groups if group not in done], contenders)
+    if planned is None and not options.chosen:
+        measure_beyond_speed(this, report)
+    save(report, this.path)
     report = load(this.path)  # every table shows the numbers that are on disk
     publish(
         this,
@@ -100,14 +128,13 @@ def planned_groups(options: Options, device: str) -> list[Group]:
     return [group for group in found if options.dtype in (None, group.dtype)]
 
 
-def measure(this: Run, planned: list[Group]) -> Report:
-    """Speed and memory of all groups, then accuracy."""
+def measure(this: Run, report: Report, planned: Sequence[Group], contenders: Sequence[Contender]) -> None:
+    """Add speed and memory of all groups to the report."""
     options, device = this.options, this.device
-    report = Report(machine=this.machine)
-    contenders = [contender for contender in CONTENDERS if wanted(contender, options.peers)]
+    contenders = [contender for contender in contenders if wanted(contender, options.peers)]
     _load_libraries(contenders, device)
     done = 0
-    for shape, of_shape in groupby(planned, key=lambda group: group.shape):
+    for (shape, frozen), of_shape in groupby(planned, key=lambda group: (group.shape, group.frozen_head)):
         members = list(of_shape)
         divergences = tuple(dict.fromkeys(group.divergence for group in members))
         wide = [group for group in members if group.dtype == "fp32"] or members
@@ -120,13 +147,15 @@ def measure(this: Run, planned: list[Group]) -> Report:
             this.progress.print(f"{shape}: {reason}")
             continue
         this.progress.print(f"{shape}: the exact answers")
-        exact = solve(make_case_inputs(shape, "fp32", noise=SPEED_NOISE, device=device), divergences)
+        wide_inputs = make_case_inputs(shape, "fp32", noise=SPEED_NOISE, device=device, frozen_head=frozen)
+        exact = solve(wide_inputs, divergences)
+        del wide_inputs
         for group in members:
             began = time.perf_counter()
             speed, memory = measure_group(
                 group,
                 [_for_this_run(contender, group, options, device) for contender in contenders],
-                make_case_inputs(shape, group.dtype, noise=SPEED_NOISE, device=device),
+                make_case_inputs(shape, group.dtype, noise=SPEED_NOISE, device=device, frozen_head=frozen),
                 exact[group.divergence],
                 seconds_per_row=this.seconds,
             )
@@ -138,9 +167,13 @@ def measure(this: Run, planned: list[Group]) -> Report:
                 f"[{done}/{len(planned)}] {group}: {timed} of {len(speed)} rows timed, "
                 f"{time.perf_counter() - began:.0f} s"
             )
+            save(report, this.path)
             gc.collect()
-    if options.chosen:
-        return report
+
+
+def measure_beyond_speed(this: Run, report: Report) -> None:
+    """Add accuracy, and the bytes of a shape at which nothing else is affordable, to the report."""
+    options, device = this.options, this.device
     if not options.quick and options.dtype != "fp32":
         report.memory += measure_memory(Group(MEMORY_SHAPE, "bf16", REVERSE_KL), (SDCORE,), device)
         this.progress.print(f"{MEMORY_SHAPE}: memory")
@@ -157,11 +190,12 @@ def measure(this: Run, planned: list[Group]) -> Report:
         device=device,
     )
     this.progress.print("accuracy: done")
-    return report
 
 
-def _load_libraries(contenders: list[Contender], device: str) -> None:
+def _load_libraries(contenders: Sequence[Contender], device: str) -> None:
     """Run what is not compiled once, so that no library counts as the memory of the first contender that needs it."""
+    if device == "cuda":  # whose allocator counts tensors alone
+        return
     for dtype in BOTH:
         inputs = make_case_inputs(QUICK_SHAPE, dtype, noise=SPEED_NOISE, device=device)
         for contender in contenders:
@@ -174,6 +208,8 @@ def _load_libraries(contenders: list[Contender], device: str) -> None:
 def _for_this_run(contender: Contender, group: Group, options: Options, device: str) -> Contender:
     if options.quick and contender.compiled:
         return skipped(contender, NOTHING_COMPILED)
+    if device == "cuda" and contender is LIGER and group.divergence == FORWARD_KL:
+        return skipped(contender, "compiled anew for every divergence; timed with the reverse KL and the JSD")
     if device == "cpu" and not (options.quick or options.everything or options.chosen):
         # Its torch path is the plain code once more, and takes the most time of all.
         if contender is ORDA and group.shape != CPU_SHAPES[0]:
@@ -189,4 +225,4 @@ def _plots(report: Report, path: Path) -> list[Path]:
     return save_plots(report, path)
 
 
-__all__ = ["measure", "planned_groups", "run"]
+__all__ = ["measure", "measure_beyond_speed", "planned_groups", "run"]

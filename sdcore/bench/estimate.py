@@ -25,6 +25,7 @@ LOGIT_ARRAYS: Final = {
 CHUNK_ARRAYS: Final = {
     "Liger chunked": (4.0, 8.0),
     "Liger FusedLinearJSD": (4.0, 8.0),
+    "Liger FusedLinearJSD, CuTe": (4.0, 8.0),
     "flash-linear-attention": (2.0, 2.0),
 }
 CHUNK_ROWS: Final = 1024

@@ -15,9 +15,9 @@ import torch
 from .estimate import peak_bytes
 from .live_memory import MemoryRow, free_bytes, too_large, watch_memory
 from .oracle import Errors, compare, difference, solve
-from .peers import Contender, Step, StepResult, Unavailable, four_matmuls, prepare, setting
+from .peers import Contender, Step, StepResult, Unavailable, bare_matmuls, floor_name, prepare, setting
 from .shapes import SPEED_NOISE, CaseInputs, Divergence, Group, Shape, make_case_inputs
-from .timing import FLOOR, SpeedRow, error_line, take_turns
+from .timing import SpeedRow, error_line, take_turns
 
 
 @dataclass(kw_only=True)
@@ -60,10 +60,11 @@ def measure_group(
     steps: list[tuple[SpeedRow, Callable[[], object]]] = []
     speed: list[SpeedRow] = []
     memory: list[MemoryRow] = []
-    for dtype in dict.fromkeys(("fp32", group.dtype)):
-        row = SpeedRow(group=group, contender=f"{FLOOR} {dtype}")
+    # A CPU may be slower in bfloat16 than in float32; a GPU is not.
+    for dtype in dict.fromkeys((group.dtype,) if device.type == "cuda" else ("fp32", group.dtype)):
+        row = SpeedRow(group=group, contender=f"{floor_name(inputs)} {dtype}")
         speed.append(row)
-        floor = four_matmuls(inputs, dtype)
+        floor = bare_matmuls(inputs, dtype)
         floor()
         steps.append((row, floor))
     for contender in contenders:

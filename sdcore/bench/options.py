@@ -26,8 +26,13 @@ LETTERS: Final = {
     "prefix": PASS_LETTERS,
     "step": PASS_LETTERS,
     "trainer": PASS_LETTERS,
+    "scaling": "NVHPRGL",
 }
 SUITES: Final = tuple(LETTERS)
+# Whose `everything` is not the run that the README shows.
+WITH_GRID: Final = ("prefix", "scaling")
+# Of the suite `scaling`, by the letter that varies.
+SWEEPS: Final = ("N", "V", "G", "P")
 
 
 class Workload(NamedTuple):
@@ -82,6 +87,8 @@ class Options:
             raise ArgumentError("quick runs have sizes of their own: leave out model, shape and everything")
         for shape in self.shapes:
             parse_shape(shape, LETTERS[self.suite])
+        if self.suite == "scaling" and len(self.shapes) > 1:
+            raise ArgumentError(f"scaling takes one shape, of the sizes that do not vary, got {len(self.shapes)}")
 
     @property
     def sizes(self) -> list[dict[str, int]]:
@@ -100,7 +107,7 @@ class Options:
             return "quick"
         parts = [self.model, *self.shapes, self.dtype, *(self.peers or ())]
         chosen = " ".join(part for part in parts if part)
-        return chosen or ("grid" if self.everything and self.suite == "prefix" else "")
+        return chosen or ("grid" if self.everything and self.suite in WITH_GRID else "")
 
 
 def parse_shape(text: str, letters: str) -> dict[str, int]:
@@ -139,6 +146,7 @@ __all__ = [
     "DTYPE_NAMES",
     "LETTERS",
     "SUITES",
+    "SWEEPS",
     "WORKLOADS",
     "Options",
     "Workload",

@@ -28,7 +28,7 @@ class Errors(NamedTuple):
 
     loss: float
     hidden_gradient: float
-    weight_gradient: float
+    weight_gradient: float  # 0 where the head is frozen and has no gradient
 
     @property
     def gradient(self) -> float:
@@ -51,7 +51,7 @@ def solve(inputs: CaseInputs, divergences: tuple[Divergence, ...]) -> dict[Diver
         divergence: StepResult(
             torch.zeros((), dtype=torch.float64, device=inputs.device),
             torch.empty_like(hidden),
-            torch.zeros_like(weight),
+            weight.new_zeros(weight.shape if inputs.student_weight.requires_grad else 0),
         )
         for divergence in divergences
     }
@@ -70,7 +70,8 @@ def solve(inputs: CaseInputs, divergences: tuple[Divergence, ...]) -> dict[Diver
             result.loss.add_(loss.sum() / shape.rows)
             gradient = (gradient / shape.rows).to(dtype)
             torch.mm(gradient, weight, out=result.hidden_gradient[rows])
-            result.weight_gradient.addmm_(gradient.T, hidden[rows])
+            if inputs.student_weight.requires_grad:
+                result.weight_gradient.addmm_(gradient.T, hidden[rows])
     return results
 
 
@@ -86,7 +87,8 @@ def _with_support(student_logits: Tensor, teacher_logits: Tensor, divergence: Di
 
 def compare(result: StepResult, exact: StepResult) -> Errors:
     """The errors of what a step computed."""
-    return Errors(*(relative_error(actual, right) for actual, right in zip(result, exact, strict=True)))
+    pairs = zip(result, exact, strict=True)
+    return Errors(*(relative_error(actual, right) if right.numel() else 0.0 for actual, right in pairs))
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:

@@ -80,15 +80,16 @@ def check_and_time(
     *,
     seconds_per_row: float,
     limits: Iterable[tuple[Row, Callable[[], object]]] = (),
+    exact: Outcome | None = None,
 ) -> None:
     """Fill in the rows of a case; repetitions come to `seconds_per_row`, or the least number.
 
     A candidate, with what builds its step, is taken up when those before it have been checked; one that has a `reason`
     already is passed over. `judge(row, outcome, first outcome)` notes errors in the row and says why it is not to be
-    timed. `limits` are timed with the others, and not checked.
+    timed. `limits` are timed with the others, and not checked. With `exact`, the right answer from elsewhere, the first
+    outcome is judged by it as well.
     """
     steps: list[tuple[Any, Any]] = []
-    exact: Outcome | None = None
     for row, build in candidates:
         if row.reason is not None:
             continue

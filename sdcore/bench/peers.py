@@ -23,9 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .shapes import DTYPES, CaseInputs, Divergence
-from .timing import timed
+from .timing import FLOOR, FROZEN_FLOOR, timed
 
 LIGER_CHUNK_SIZES = (64, 128, 256, 512, 1024)
+# What Liger calls the inner kernels of its fused loss; the second is for compute capability 9.0 and above.
+LIGER_TRITON_KERNEL, LIGER_CUTE_KERNEL = "nvidia-triton", "nvidia-cutedsl"
+# Its default. On a GPU every further size is compiled for longer than it is timed, and adds up more gradients.
+LIGER_CUDA_CHUNK = 1024
+MIB = 1 << 20
 
 
 class StepResult(NamedTuple):
@@ -33,7 +38,7 @@ class StepResult(NamedTuple):
 
     loss: Tensor  # ()
     hidden_gradient: Tensor  # (N, H)
-    weight_gradient: Tensor  # (V, H)
+    weight_gradient: Tensor  # (V, H); empty where the head is frozen
 
 
 Loss = Callable[[], Tensor]
@@ -67,11 +72,13 @@ def skipped(contender: Contender, reason: str) -> Contender:
 def prepare(contender: Contender, inputs: CaseInputs, divergence: Divergence) -> Step:
     """A step of `contender`; raises `Unavailable`."""
     loss_of = contender.build(inputs, divergence)
-    leaves = (inputs.student_hidden, inputs.student_weight)
+    frozen = not inputs.student_weight.requires_grad
+    leaves = (inputs.student_hidden,) if frozen else (inputs.student_hidden, inputs.student_weight)
 
     def step() -> StepResult:
         loss = loss_of()
-        return StepResult(loss.detach(), *torch.autograd.grad(loss, leaves))
+        gradients = torch.autograd.grad(loss, leaves)
+        return StepResult(loss.detach(), gradients[0], gradients[0].new_empty(0) if frozen else gradients[1])
 
     return step
 
@@ -87,10 +94,12 @@ def _full_vocabulary_only(divergence: Divergence, name: str) -> None:
         raise Unavailable(f"{name} has no top-k + tail")
 
 
-def _sdcore(inputs: CaseInputs, divergence: Divergence, *, recompute: bool = False) -> Loss:
+def _sdcore(
+    inputs: CaseInputs, divergence: Divergence, *, recompute: bool = False, workspace_mb: float | None = None
+) -> Loss:
     from sdkernels import TopK, linear_divergence
 
-    arguments: dict[str, Any] = {"alpha": divergence.alpha}
+    arguments: dict[str, Any] = {"alpha": divergence.alpha, "workspace_mb": workspace_mb}
     if divergence.topk is not None:
         arguments["support"] = TopK(divergence.topk)
     if not recompute:
@@ -190,11 +199,14 @@ _best_chunks: dict[tuple[Any, ...], int] = {}
 
 
 def best_liger_chunk(inputs: CaseInputs) -> int:
-    """The fastest of `LIGER_CHUNK_SIZES` on this shape and dtype, by the better of two steps of reverse KL each.
+    """The fastest of `LIGER_CHUNK_SIZES` on this shape and dtype, by the better of two steps of reverse KL each; on a
+    GPU its default.
 
     It goes from the largest down and stops two sizes past the best: smaller chunks add up more weight gradients.
     """
     key = (inputs.shape, inputs.student_hidden.dtype, inputs.device)
+    if inputs.device.type == "cuda":
+        _best_chunks[key] = LIGER_CUDA_CHUNK
     if key not in _best_chunks:
         rows = len(inputs.student_hidden)
         seconds: dict[int, float] = {}
@@ -210,17 +222,21 @@ def best_liger_chunk(inputs: CaseInputs) -> int:
     return _best_chunks[key]
 
 
-def _liger_triton(inputs: CaseInputs, divergence: Divergence) -> Loss:
+def _liger_fused(inputs: CaseInputs, divergence: Divergence, *, implementation: str) -> Loss:
+    """`LigerFusedLinearJSD` with its inner kernel said, which Liger else chooses by GPU and by what is installed."""
     require("liger_kernel", "liger-kernel")
     _full_vocabulary_only(divergence, "Liger")
     if inputs.device.type != "cuda":
         raise Unavailable("needs a GPU")
-    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+    if implementation == LIGER_CUTE_KERNEL:
+        require("cutlass", "nvidia-cutlass-dsl")
+    from liger_kernel.functional import fused_linear_jsd
 
-    module = LigerFusedLinearJSD(jsd_beta=divergence.alpha)
     hidden, weight, teacher_hidden = inputs
     teacher_weight = weight.detach()
-    return lambda: module(hidden, weight, teacher_hidden, teacher_weight, None)
+    return lambda: fused_linear_jsd(
+        hidden, weight, teacher_hidden, teacher_weight, jsd_beta=divergence.alpha, impl=implementation
+    )
 
 
 def _orda(inputs: CaseInputs, divergence: Divergence) -> Loss:
@@ -268,7 +284,8 @@ PLAIN_LOW_PRECISION = Contender("plain torch, no upcast", partial(_plain, upcast
 COMPILED = Contender("torch.compile", _compiled, "compile", compiled=True)
 TRL = Contender("TRL chunked", _trl, "trl")
 LIGER = Contender("Liger chunked", _liger, "liger", compiled=True)
-LIGER_TRITON = Contender("Liger FusedLinearJSD", _liger_triton, "liger")
+LIGER_TRITON = Contender("Liger FusedLinearJSD", partial(_liger_fused, implementation=LIGER_TRITON_KERNEL), "liger")
+LIGER_CUTE = Contender("Liger FusedLinearJSD, CuTe", partial(_liger_fused, implementation=LIGER_CUTE_KERNEL), "liger")
 ORDA = Contender("orda-kernel", _orda, "orda")
 FLASH_LINEAR_ATTENTION = Contender("flash-linear-attention", _flash_linear_attention, "fla")
 CONTENDERS = (
@@ -279,9 +296,15 @@ CONTENDERS = (
     TRL,
     LIGER,
     LIGER_TRITON,
+    LIGER_CUTE,
     ORDA,
     FLASH_LINEAR_ATTENTION,
 )
+
+
+def at_workspace(megabytes: int) -> Contender:
+    """Ours with a workspace of so many MiB."""
+    return Contender(f"{SDCORE.name}, {megabytes} MB", partial(_sdcore, workspace_mb=megabytes))
 
 
 def wanted(contender: Contender, peers: Sequence[str] | None) -> bool:
@@ -294,11 +317,22 @@ def setting(contender: Contender, inputs: CaseInputs) -> str:
     if contender.name == LIGER.name:
         chunk_size = _best_chunks.get((inputs.shape, inputs.student_hidden.dtype, inputs.device))
         return "" if chunk_size is None else f"chunk {chunk_size}"
+    if contender.name == SDCORE.name and inputs.device.type == "cuda":
+        from sdkernels.machine import workspace_bytes_for
+
+        return f"workspace {workspace_bytes_for(None, inputs.student_weight) / MIB:.0f} MB"
     return ""
 
 
-def four_matmuls(inputs: CaseInputs, dtype: str) -> Callable[[], None]:
-    """The floor: two projections, the gradients of the hidden states and of the head, into preallocated outputs."""
+def floor_name(inputs: CaseInputs) -> str:
+    """What the row of `bare_matmuls` is called, before its dtype."""
+    return FLOOR if inputs.student_weight.requires_grad else FROZEN_FLOOR
+
+
+def bare_matmuls(inputs: CaseInputs, dtype: str) -> Callable[[], None]:
+    """The floor: two projections, the gradients of the hidden states and, if it is trained, of the head, into
+    preallocated outputs."""
+    frozen = not inputs.student_weight.requires_grad
     hidden, weight, teacher_hidden = (tensor.detach().to(DTYPES[dtype]) for tensor in inputs)
     student_logits = hidden.new_empty(len(hidden), len(weight))
     teacher_logits = torch.empty_like(student_logits)
@@ -308,7 +342,8 @@ def four_matmuls(inputs: CaseInputs, dtype: str) -> Callable[[], None]:
         torch.mm(hidden, weight.T, out=student_logits)
         torch.mm(teacher_hidden, weight.T, out=teacher_logits)
         torch.mm(student_logits, weight, out=hidden_gradient)
-        torch.mm(student_logits.T, hidden, out=weight_gradient)
+        if not frozen:
+            torch.mm(student_logits.T, hidden, out=weight_gradient)
 
     return products
 
@@ -319,6 +354,7 @@ __all__ = [
     "FLASH_LINEAR_ATTENTION",
     "LIGER",
     "LIGER_CHUNK_SIZES",
+    "LIGER_CUTE",
     "LIGER_TRITON",
     "ORDA",
     "PLAIN",
@@ -330,8 +366,10 @@ __all__ = [
     "Step",
     "StepResult",
     "Unavailable",
+    "at_workspace",
+    "bare_matmuls",
     "best_liger_chunk",
-    "four_matmuls",
+    "floor_name",
     "plain_loss",
     "prepare",
     "require",

@@ -17,6 +17,7 @@ from .peers import (
     COMPILED,
     FLASH_LINEAR_ATTENTION,
     LIGER,
+    LIGER_CUTE,
     LIGER_TRITON,
     ORDA,
     PLAIN,
@@ -34,6 +35,7 @@ COLOURS = {
     SDCORE_RECOMPUTE.name: "#6bb7d6",
     LIGER.name: "#e08a1e",
     LIGER_TRITON.name: "#b8621b",
+    LIGER_CUTE.name: "#8a4a10",
     COMPILED.name: "#8a7fb5",
     TRL.name: "#c8443c",
     PLAIN.name: "#8c8c8c",
@@ -41,7 +43,7 @@ COLOURS = {
     ORDA.name: "#7a9a3a",
     FLASH_LINEAR_ATTENTION.name: "#a0527a",
 }
-MARKERS = dict(zip(COLOURS, "oDs^vPXd*p", strict=True))
+MARKERS = dict(zip(COLOURS, "oDs^<vPXd*p", strict=True))
 MIB = 1 << 20
 BAR = 0.8
 
@@ -88,7 +90,7 @@ def _speed(report: Report) -> Any:
 
 
 def _speed_panel(axes: Axes, groups: dict[Any, Any]) -> None:
-    labels = [str(group.divergence).replace(", ", ",\n") for group in groups]
+    labels = [group.work.replace(", ", ",\n") for group in groups]
     for position, rows in enumerate(groups.values()):
         floor = floor_seconds(rows)
         timed = [row for row in rows if row.contender in COLOURS and not row.reason]
@@ -117,7 +119,7 @@ def _memory(report: Report) -> Any:
         for k, row in enumerate(sorted(members, key=_bytes)):
             left = position + (k - len(members) / 2) * width
             beyond = max(_bytes(row) - row.gradient_bytes, 0) / MIB
-            colour = COLOURS[row.contender]
+            colour = COLOURS.get(row.contender, COLOURS[SDCORE.name])  # ours with a workspace of its own
             axes.bar(left, row.gradient_bytes / MIB, width * 0.92, align="edge", color=colour, alpha=0.35)
             axes.bar(
                 left,
@@ -137,7 +139,7 @@ def _memory(report: Report) -> Any:
                 fontsize=6.5,
                 rotation=90,
             )
-    axes.set_xticks(range(len(groups)), [f"{group.shape}\n{group.divergence}" for group in groups])
+    axes.set_xticks(range(len(groups)), [f"{group.shape}\n{group.work}" for group in groups])
     axes.tick_params(axis="x", labelsize=8)
     axes.set_ylabel("peak MiB beyond the inputs")
     axes.margins(y=0.12)

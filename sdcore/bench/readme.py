@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from ..errors import ArgumentError
-from . import prefix, step, trainer
+from . import on_paper, prefix, scaling, step, trainer
 from .places import checkout, newest_results
 from .report import load
 from .shapes import FULL_VOCABULARY
@@ -38,7 +38,7 @@ class Block(NamedTuple):
         before, found_begin, rest = text.partition(self.begin)
         _, found_end, after = rest.partition(self.end)
         if not found_begin or not found_end:
-            raise ArgumentError(f"README.md must contain {self.begin} and, after it, {self.end}")
+            raise ArgumentError(f"the text must contain {self.begin} and, after it, {self.end}")
         return f"{before}{self.begin}\n\n{self.make(results, root)}\n\n{self.end}{after}"
 
 
@@ -88,11 +88,28 @@ def _overview_block(suite: ModuleType, name: str, results: Path, root: Path) -> 
     return "\n\n".join(parts) or NOTHING.format(command=f"`sdcore bench {name}`")
 
 
+def scaling_block(results: Path, root: Path) -> str:
+    """How time and memory grow: the picture and one table."""
+    parts = []
+    for path in newest_results(results, "scaling"):
+        report = scaling.load(path)
+        place = Path(os.path.relpath(path, root)).as_posix().removesuffix(".json")
+        parts.append(f"Measured on {describe(report.general)}. [All numbers]({place}.json), [tables]({place}.md).")
+        parts.append(scaling.overview(report).markdown())
+        if path.with_suffix(".png").exists():
+            parts.append(f"![Time and peak memory against N, V, G and P]({place}.png)")
+    return "\n\n".join(parts) or NOTHING.format(command="`sdcore bench scaling`")
+
+
 DIVERGENCE = Block("results", divergence_block)
 PREFIX = Block("prefix results", prefix_block)
 STEP = Block("step results", partial(_overview_block, step, "step"))
 TRAINER = Block("trainer results", partial(_overview_block, trainer, "trainer"))
-BLOCKS = (DIVERGENCE, PREFIX, STEP, TRAINER)
+SCALING = Block("scaling results", scaling_block)
+BLOCKS = (DIVERGENCE, PREFIX, STEP, TRAINER, SCALING)
+# Not of results, and not in the README: calculated.
+ON_PAPER = Block("scaling on paper", lambda results, root: on_paper.text())
+PERFORMANCE = Path("docs") / "performance.md"
 
 
 def readme_file() -> Path:
@@ -106,13 +123,27 @@ def readme_file() -> Path:
 
 
 def update() -> Path:
-    """Renew all blocks of the checkout's README; returns its path. Raises `ArgumentError`."""
+    """Renew all blocks of the checkout's README and docs; returns the README's path. Raises `ArgumentError`."""
     file = readme_file()
-    text = file.read_text(encoding="utf-8")
-    for block in BLOCKS:
-        text = block.renewed(text, file.parent / "benchmarks" / "results", file.parent)
-    file.write_text(text, encoding="utf-8")
+    for page, blocks in ((file, BLOCKS), (file.parent / PERFORMANCE, (ON_PAPER,))):
+        text = page.read_text(encoding="utf-8")
+        for block in blocks:
+            text = block.renewed(text, file.parent / "benchmarks" / "results", file.parent)
+        page.write_text(text, encoding="utf-8")
     return file
 
 
-__all__ = ["BLOCKS", "DIVERGENCE", "NOTHING", "PREFIX", "STEP", "TRAINER", "Block", "readme_file", "update"]
+__all__ = [
+    "BLOCKS",
+    "DIVERGENCE",
+    "NOTHING",
+    "ON_PAPER",
+    "PERFORMANCE",
+    "PREFIX",
+    "SCALING",
+    "STEP",
+    "TRAINER",
+    "Block",
+    "readme_file",
+    "update",
+]

@@ -92,14 +92,18 @@ def save(report: Report, path: Path) -> None:
     for name, entries in rows.items():
         lines = ",\n".join(json.dumps(_flat(entry)) for entry in entries)
         parts.append(f'"{name}": [\n{lines}\n]')
-    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    # Renamed when it is whole: a run that was stopped as it wrote could not go on.
+    written = path.with_suffix(".part")
+    written.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    written.replace(path)
 
 
 def _flat(entry: dict[str, Any]) -> dict[str, Any]:
     # `asdict` turns the NamedTuple of a group into a list.
     if "group" in entry:
-        shape, dtype, divergence = entry.pop("group")
-        entry = {"shape": shape, "dtype": dtype, "divergence": divergence} | entry
+        shape, dtype, divergence, frozen = entry.pop("group")
+        head = {"frozen_head": True} if frozen else {}
+        entry = {"shape": shape, "dtype": dtype, "divergence": divergence} | head | entry
     return entry
 
 
@@ -118,7 +122,8 @@ def load(path: Path) -> Report:
 
 
 def _take_group(entry: dict[str, Any]) -> Group:
-    return Group(Shape(*entry.pop("shape")), entry.pop("dtype"), Divergence(**entry.pop("divergence")))
+    divergence, frozen = Divergence(**entry.pop("divergence")), entry.pop("frozen_head", False)
+    return Group(Shape(*entry.pop("shape")), entry.pop("dtype"), divergence, frozen)
 
 
 def _with_errors(entry: dict[str, Any]) -> dict[str, Any]:

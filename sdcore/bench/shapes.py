@@ -60,13 +60,19 @@ class Group(NamedTuple):
     shape: Shape
     dtype: str  # a key of DTYPES
     divergence: Divergence
+    frozen_head: bool = False  # no gradient of the head
+
+    @property
+    def work(self) -> str:
+        return f"{self.divergence}, frozen head" if self.frozen_head else str(self.divergence)
 
     def __str__(self) -> str:
-        return f"{self.shape} {self.dtype} {self.divergence}"
+        return f"{self.shape} {self.dtype} {self.work}"
 
 
 class CaseInputs(NamedTuple):
-    """Leaves of the student, and the teacher's states; the teacher's head is the student's, detached."""
+    """Leaves of the student (its head one only if it is trained), and the teacher's states; the teacher's head is the
+    student's, detached."""
 
     student_hidden: Tensor  # (N, H)
     student_weight: Tensor  # (V, H)
@@ -81,7 +87,9 @@ class CaseInputs(NamedTuple):
         return self.student_hidden.device
 
 
-def make_case_inputs(shape: Shape, dtype: str, *, noise: float, device: str = "cpu", seed: int = 0) -> CaseInputs:
+def make_case_inputs(
+    shape: Shape, dtype: str, *, noise: float, device: str = "cpu", seed: int = 0, frozen_head: bool = False
+) -> CaseInputs:
     """Seeded inputs of standard deviation 1 whose logits have a standard deviation of 3."""
     made = make_inputs(
         shape.rows, shape.hidden, shape.vocab, noise=noise, dtype=torch.bfloat16, device=device, seed=seed
@@ -91,12 +99,14 @@ def make_case_inputs(shape: Shape, dtype: str, *, noise: float, device: str = "c
         return tensor.detach().to(DTYPES[dtype]).requires_grad_(differentiable)
 
     return CaseInputs(
-        leaf(made.student_hidden, True), leaf(made.student_weight, True), leaf(made.teacher_hidden, False)
+        leaf(made.student_hidden, True), leaf(made.student_weight, not frozen_head), leaf(made.teacher_hidden, False)
     )
 
 
-def _product(shape: Shape, dtypes: tuple[str, ...], divergences: tuple[Divergence, ...]) -> list[Group]:
-    return [Group(shape, dtype, divergence) for dtype in dtypes for divergence in divergences]
+def _product(
+    shape: Shape, dtypes: tuple[str, ...], divergences: tuple[Divergence, ...], *, frozen_head: bool = False
+) -> list[Group]:
+    return [Group(shape, dtype, divergence, frozen_head) for dtype in dtypes for divergence in divergences]
 
 
 BOTH = ("fp32", "bf16")
@@ -104,6 +114,8 @@ SMALL, MEDIUM = Shape(512, 32000, 512), Shape(384, 50257, 1024)
 LONG, WIDE = Shape(1024, 32000, 1024), Shape(512, 151936, 896)
 CPU_SHAPES = (SMALL, MEDIUM, LONG, WIDE)
 CUDA_SHAPES = (LONG, Shape(4096, 32000, 4096), Shape(4096, 151936, 2048))
+# What the goals of docs/gpu.md are said of; the largest first.
+GOAL_SHAPES = tuple(Shape(8192, 151936, hidden) for hidden in (4096, 2560, 1024))
 QUICK_SHAPE = Shape(24, 1500, 32)
 ACCURACY_SHAPE = Shape(64, 8192, 512)
 QUICK_ACCURACY_SHAPE = Shape(8, 600, 32)
@@ -113,13 +125,27 @@ def groups(device: str, *, quick: bool = False, everything: bool = False) -> lis
     """The groups of a run, in the order in which they are measured.
 
     On a CPU a group of the largest shapes takes minutes, so these keep to one divergence in each dtype; a forward KL
-    costs what a reverse KL does. `everything` measures all combinations.
+    costs what a reverse KL does. `everything` measures all combinations. A GPU has the shapes of the goals, in
+    bfloat16, with a trained and with a frozen head.
     """
     if quick:
-        return _product(QUICK_SHAPE, BOTH, (REVERSE_KL, TOP_K))
-    if everything or device != "cpu":
-        shapes = CPU_SHAPES if device == "cpu" else CUDA_SHAPES
-        return [group for shape in shapes for group in _product(shape, BOTH, ALL)]
+        return [
+            *_product(QUICK_SHAPE, BOTH, (REVERSE_KL, TOP_K)),
+            *_product(QUICK_SHAPE, ("bf16",), (REVERSE_KL,), frozen_head=True),
+        ]
+    if device != "cpu":
+        own = CUDA_SHAPES if everything else (LONG,)
+        return [
+            *(group for shape in own for group in _product(shape, BOTH, ALL)),
+            *(
+                group
+                for shape in GOAL_SHAPES
+                for frozen in (False, True)
+                for group in _product(shape, ("bf16",), ALL, frozen_head=frozen)
+            ),
+        ]
+    if everything:
+        return [group for shape in CPU_SHAPES for group in _product(shape, BOTH, ALL)]
     return [
         *_product(SMALL, BOTH, ALL),
         *_product(MEDIUM, ("fp32",), ALL),
@@ -147,6 +173,7 @@ __all__ = [
     "DTYPES",
     "FORWARD_KL",
     "FULL_VOCABULARY",
+    "GOAL_SHAPES",
     "JSD",
     "QUICK_ACCURACY_SHAPE",
     "QUICK_SHAPE",

@@ -142,11 +142,12 @@ def limit(rows: Sequence[StepRow]) -> StepRow | None:
 
 def case_table(case: Any, rows: Sequence[StepRow]) -> Table:
     """All there is to know about one case."""
+    base, least = reference(rows), limit(rows)
+    whose = "of TRL's" if base is None or base.contender.startswith("TRL") else f"of {base.contender}'s"
     table = Table(
         f"{str(case)[0].upper()}{str(case)[1:]}",
-        ("contender", "median", "spread", "runs", "times faster", "peak MiB", "of TRL's", "process MiB", "error"),
+        ("contender", "median", "spread", "runs", "times faster", "peak MiB", whose, "process MiB", "error"),
     )
-    base, least = reference(rows), limit(rows)
     if least is not None:
         table.columns = (*table.columns, "of the matmuls")
     for row in rows:

@@ -148,7 +148,8 @@ def make_setup(case: StepCase, device: str = "cpu", seed: int = 0) -> StepSetup:
     """Seeded. The weights' standard deviation makes that of the logits 1: the divergence of flatter distributions is so
     small that TRL's sum of signed terms in float32 has few digits of it."""
     config = config_of(case.model)
-    with torch.random.fork_rng(devices=[]):
+    # Made where it is used: a CPU takes half a minute to fill billions of weights.
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     model = model.to(device=device, dtype=DTYPES[case.dtype])

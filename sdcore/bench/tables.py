@@ -15,7 +15,7 @@ from .measure import AccuracyRow
 from .peers import SDCORE, SDCORE_RECOMPUTE
 from .report import Report
 from .shapes import REVERSE_KL, Divergence, Group, Shape
-from .timing import FLOOR, SpeedRow
+from .timing import FLOORS, SpeedRow
 
 MIB = 1 << 20
 
@@ -64,7 +64,7 @@ def why(reason: str) -> str:
 
 def floor_seconds(rows: Iterable[SpeedRow]) -> float:
     """The faster of a group's bare products."""
-    return min((row.median for row in rows if row.contender.startswith(FLOOR)), default=math.nan)
+    return min((row.median for row in rows if row.contender.startswith(FLOORS)), default=math.nan)
 
 
 def by_group(rows: Iterable[SpeedRow]) -> dict[Group, list[SpeedRow]]:
@@ -94,11 +94,13 @@ def speed_table(rows: Sequence[SpeedRow]) -> Table:
 
 
 def ratio_table(shape: Shape, rows: Iterable[SpeedRow]) -> Table:
-    """A shape at a glance: every contender as a multiple of the four matrix products."""
+    """A shape at a glance: every contender as a multiple of the four matrix products; with a frozen head, of three."""
     groups = {group: members for group, members in by_group(rows).items() if group.shape == shape}
+    frozen = any(group.frozen_head for group in groups)
     table = Table(
-        f"{shape}: forward and backward as multiples of the four bare matrix products",
-        ("contender", *(f"{group.dtype} {group.divergence}" for group in groups)),
+        f"{shape}: forward and backward as multiples of the four bare matrix products"
+        + (", three with a frozen head" if frozen else ""),
+        ("contender", *(f"{group.dtype} {group.work}" for group in groups)),
     )
     for contender in _contenders(rows):
         cells = []
@@ -109,22 +111,26 @@ def ratio_table(shape: Shape, rows: Iterable[SpeedRow]) -> Table:
         if any(cell != "–" for cell in cells):
             table.add(contender, *cells, contender=contender)
     floors = [floor_seconds(members) for members in groups.values()]
-    table.add("four matmuls, ms", *("–" if math.isnan(floor) else f"{floor * 1e3:.0f}" for floor in floors))
+    table.add(
+        "matmuls, ms" if frozen else "four matmuls, ms",
+        *("–" if math.isnan(floor) else f"{floor * 1e3:.0f}" for floor in floors),
+    )
     return table
 
 
 def _contenders(rows: Iterable[SpeedRow]) -> list[str]:
-    return list(dict.fromkeys(row.contender for row in rows if not row.contender.startswith(FLOOR)))
+    return list(dict.fromkeys(row.contender for row in rows if not row.contender.startswith(FLOORS)))
 
 
 def memory_selection(rows: Sequence[MemoryRow]) -> list[MemoryRow]:
-    """One divergence per shape and dtype, the reverse KL where it was measured: the others take about the same."""
-    chosen: dict[tuple[Shape, str], Divergence] = {}
+    """Of a shape, a dtype and a kind of head one divergence, the reverse KL where it was measured: the others take
+    about the same."""
+    chosen: dict[Group, Divergence] = {}
     for row in rows:
-        case = (row.group.shape, row.group.dtype)
+        case = row.group._replace(divergence=REVERSE_KL)
         if case not in chosen or row.group.divergence == REVERSE_KL:
             chosen[case] = row.group.divergence
-    return [row for row in rows if chosen[row.group.shape, row.group.dtype] == row.group.divergence]
+    return [row for row in rows if chosen[row.group._replace(divergence=REVERSE_KL)] == row.group.divergence]
 
 
 def memory_table(rows: Sequence[MemoryRow]) -> Table:

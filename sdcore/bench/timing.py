@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 # Repetitions of a row. One that takes `SLOW` times as long as the fastest is no rival, and gets one less.
 LEAST_REPETITIONS, MOST_REPETITIONS = 3, 15
 SLOW = 3.0
-FLOOR = "four matmuls"
+# The bare products of a head that is trained, and of one that is frozen, which has no gradient.
+FLOOR, FROZEN_FLOOR = "four matmuls", "three matmuls"
+FLOORS = (FLOOR, FROZEN_FLOOR)
 
 
 @dataclass(kw_only=True)
@@ -87,4 +89,4 @@ def error_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:120] if lines else ''}"
 
 
-__all__ = ["FLOOR", "SpeedRow", "error_line", "repetitions", "take_turns", "timed"]
+__all__ = ["FLOOR", "FLOORS", "FROZEN_FLOOR", "SpeedRow", "error_line", "repetitions", "take_turns", "timed"]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SUITE: Final = "divergence"
 PEERS: Final = ("naive", "compile", "trl", "liger", "orda", "fla")
+SWEEPS: Final = ("N", "V", "G", "P")
 TRAINERS: Final = ("sdpo", "sdft", "gkd", "distillation")
 PRESETS: Final = "qwen3-0.6b, qwen3-4b, qwen3-8b, llama-3.1-8b, gemma-3-4b or qwen3-30b-a3b"
 
@@ -62,6 +63,7 @@ def suites() -> None:
       sdcore bench prefix                              passes that share their prompt; ten minutes
       sdcore bench step                                SDPO's update beside TRL's; half an hour
       sdcore bench trainer                             whole trainers beside TRL's; ten minutes
+      sdcore bench scaling                             how time and memory grow with N, V, G, P; ten minutes
       sdcore bench compare before.json after.json      which rows got slower?
     Peers that are not installed keep a row that says what to install; all but fla: pip install "sdcore[bench]"
     """
@@ -230,6 +232,57 @@ def trainer(
             peers=split_names(trainers, TRAINERS, "trainers"),
         )
         from sdcore.bench.trainer import run
+
+        run(options)
+
+
+@bench.command()
+def scaling(
+    sweeps: Annotated[
+        str | None, typer.Option(help=f"Which size varies, of {','.join(SWEEPS)}; default: one after the other.")
+    ] = None,
+    model: Model = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="What the other sizes are: N rows, V vocabulary, H hidden of the output layer; P, R tokens of prompt "
+            "and completion, G completions, L layers of the passes: V=128256,H=1024."
+        ),
+    ] = None,
+    dtype: Dtype = None,
+    seconds: Seconds = None,
+    quick: Quick = False,
+    everything: Annotated[bool, typer.Option(help="Larger sizes too, in both dtypes; an hour and more.")] = False,
+    device: Device = None,
+    threads: Threads = None,
+    output: Output = None,
+) -> None:
+    """How time and peak memory grow with N rows, V ids, G completions and P prompt tokens, one of them at a time.
+
+    \b
+    The fused loss beside plain torch (N, V), the packed pass beside a batch that repeats the prompt (G, P), and the
+    bare matrix products; what would not fit the memory says so. One picture; ten minutes on two cores:
+      sdcore bench scaling
+    Rows of the loss only, at the output layer of Qwen3-0.6B:
+      sdcore bench scaling --sweeps N --model qwen3-0.6b
+    """
+    with readable_errors("bench"), quiet_libraries():
+        from sdcore.bench.options import split_names
+
+        options = _options(
+            "scaling",
+            model=model,
+            shapes=(shape,) if shape else (),
+            dtype=dtype,
+            seconds=seconds,
+            quick=quick,
+            everything=everything,
+            device=device,
+            threads=threads,
+            output=output,
+            peers=split_names(sweeps, SWEEPS, "sweeps"),
+        )
+        from sdcore.bench.scaling import run
 
         run(options)
 

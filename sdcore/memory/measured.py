@@ -284,7 +284,8 @@ CONTENDERS: Final = {
 def _model(config: Any, setting: Setting, dtype: torch.dtype, device: torch.device, seed: int) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    with torch.random.fork_rng(devices=[]):
+    # Made where it is used: a CPU takes half a minute to fill billions of weights.
+    with torch.random.fork_rng(devices=[]), device:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).train()
     for module in model.modules():

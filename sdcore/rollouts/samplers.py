@@ -133,12 +133,15 @@ def seed_of(*parts: int) -> int:
 
 
 @contextmanager
-def whole_weights(model: nn.Module) -> Iterator[None]:
+def whole_weights(model: nn.Module, sampler: Sampler | FollowsWeights | None = None) -> Iterator[None]:
     """Inside, a model that FSDP2 has sharded has all its weights on every rank, and its forward waits for nobody.
 
-    To be entered and left by all ranks together; does nothing for other models. Needs memory for the whole model:
-    where it has none, sample elsewhere (`rollouts.vllm`).
+    To be entered and left by all ranks together; does nothing for other models, nor for a `sampler` with weights of its
+    own. Needs memory for the whole model: where there is none, sample by such a one (`rollouts.vllm`).
     """
+    if isinstance(sampler, FollowsWeights):
+        yield
+        return
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if sharded:
         _state(sharded[0])._lazy_init()  # only then is it settled what the root does after a forward

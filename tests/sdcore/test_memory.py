@@ -91,6 +91,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+# The torch backend has the scratch that the estimate is about; of tiny models it is a part that counts.
+@pytest.mark.usefixtures("torch_backend")
 @pytest.mark.parametrize(
     ("family", "strategy"),
     [

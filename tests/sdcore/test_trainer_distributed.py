@@ -1,21 +1,42 @@
-"""Two processes on CPU give the losses of one: DDP and FSDP2, started as users start them.
+"""Two processes on CPU give the losses of one: DDP and FSDP2, started as users start them, by `accelerate launch`.
 
 The processes run this file, all cases one after the other, and leave the logs that the tests read. One process has the
 same batches by accumulation, with the same numbers and therefore the same seeds.
+
+Under FSDP2 all that shards is accelerate's and transformers' own: the launcher's flags or `TrainingArguments.fsdp`,
+accelerate's plugin, its `prepare` (`fully_shard` of every layer, the optimizer's weights exchanged for the shards),
+clipping, checkpoints and whole state dicts. One thing is not: accelerate looks for a plugin only where it found GPUs or
+the like, and runs DDP, without a word, where it found CPUs. `shard_on_cpus` is the shim, in these processes alone: once
+accelerate has chosen gloo and the CPU, it takes the processes for ones with GPUs. That the models really are sharded is
+tested for every case, since it is what no loss would show.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState  # type: ignore[import-untyped, unused-ignore]
+from accelerate.utils import DistributedType  # type: ignore[import-untyped, unused-ignore]
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from sdcore.construction import check_engine
+from sdcore.demo import CHECKPOINT
+from sdcore.errors import UnsupportedModelError
 from sdcore.presets.methods import GRPO, SFT, Method, RLTilt
+from sdcore.trainer import SelfDistillationTrainer
 from sdcore.world.data import fraction, rows, with_feedback
 from tests.sdcore.trainer_runs import SDFT_METHOD, SDPO_METHOD, lines, losses, one_thread, trainer
 
@@ -25,14 +46,22 @@ ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 240  # a hang is a failure within this time
 RANKS = 2
 STEPS = 3
+COMMON = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+          "--main_process_port", "0"]  # fmt: skip
 LAUNCHERS = {
     # For accelerate several processes are `--multi_gpu`; that they use CPUs is said by the arguments.
-    "ddp": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-            "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"],
-    "fsdp": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-}  # fmt: skip
+    "ddp": ["--multi_gpu", *COMMON],
+    # All else is accelerate's default, such as checkpoints of shards.
+    "fsdp": ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", *COMMON],
+}
 # Every case under one of the two at least; what may hang, or be divided wrongly, under both.
-RUN = {"ddp": ("sdpo", "sparse", "sft", "grpo", "reused"), "fsdp": ("sdft", "sparse", "sft", "tilt", "reused")}
+RUN = {
+    "ddp": ("sdpo", "sparse", "sft", "grpo", "ema", "reused"),
+    "fsdp": ("sdft", "sparse", "sft", "tilt", "parted", "ema", "reused"),
+}
+RESUMED = ("ema", "reused")
+# FSDP2 as transformers has it by default if its arguments ask for it: with whole checkpoints.
+BY_ARGUMENTS = {"fsdp": True, "fsdp_config": {"version": 2}}
 
 
 def ragged() -> list[dict[str, Any]]:
@@ -57,11 +86,34 @@ CASES: dict[str, tuple[Method, dict[str, Any]]] = {
     "sft": (SFT(), {"train_dataset": ragged(), "max_completion_length": 11}),
     "grpo": (replace(GRPO(num_generations=4), aggregation="token-mean"), {"kind": "rl", "reward_funcs": [fraction]}),
     "tilt": (RLTilt(num_generations=4), {"kind": "rl", "reward_funcs": [fraction]}),
+    # Half of the teacher is new at every step. A model by its name is loaded where processes know of each other.
+    "ema": (
+        replace(SDFT_METHOD, update_rate=0.5),
+        {"kind": "sdft", "model": str(CHECKPOINT), "strategy": "cached", "gradient_accumulation_steps": 2},
+    ),
+    "parted": (
+        SDPO_METHOD,
+        {"kind": "sdpo", "reward_funcs": [with_feedback], "strategy": "two_phase", "micro_batch": 2},
+    ),
     "reused": (GRPO(num_generations=4), {"kind": "rl", "reward_funcs": [fraction], "num_iterations": 2}),
 }
 
 
+def shard_on_cpus() -> None:
+    """The shim: accelerate takes this process, whose CPU and gloo group it has found, for one that it shards for."""
+    build = AcceleratorState.__init__
+
+    def as_if_of_gpus(state: AcceleratorState, *args: Any, **kwargs: Any) -> None:
+        found = PartialState._shared_state
+        if found.get("distributed_type") == DistributedType.MULTI_CPU:
+            found["distributed_type"] = DistributedType.MULTI_GPU
+        build(state, *args, **kwargs)
+
+    AcceleratorState.__init__ = as_if_of_gpus
+
+
 def run(case: str, output: Path, *, resume: bool = False, **changes: Any) -> None:
+    """One case, whose weights and wrapping are left beside its logs."""
     method, options = CASES[case]
     common: dict[str, Any] = {
         "max_steps": STEPS,
@@ -71,29 +123,50 @@ def run(case: str, output: Path, *, resume: bool = False, **changes: Any) -> Non
         "leak_probe_every": 2,
         "overlap_probe_every": 2,
     }
-    trainer(output, method=method, **(common | options | changes)).train(resume_from_checkpoint=resume)
+    made = trainer(output, method=method, **(common | options | changes))
+    made.train(resume_from_checkpoint=resume)
+    made.save_model(str(output / "model"))
+    (output / f"wrapping-{made.args.process_index}.json").write_text(json.dumps(wrapping(made)))
 
 
-def resumed(output: Path, **changes: Any) -> None:
-    """Stopped after the first step, between two uses of the same completions, and gone on from there."""
+def wrapping(made: SelfDistillationTrainer) -> dict[str, Any]:
+    """What accelerate made of the model, on this rank."""
+    model: Any = made.model_wrapped
+    weights = list(model.parameters())
+    own = sum(weight.to_local().numel() if isinstance(weight, DTensor) else weight.numel() for weight in weights)
+    return {
+        "distributed_type": made.accelerator.distributed_type.value,
+        "is_ddp": isinstance(model, DistributedDataParallel),
+        "layers_sharded": [
+            isinstance(one, FSDPModule) for one in model.modules() if isinstance(one, LlamaDecoderLayer)
+        ],
+        "weights_sharded": [isinstance(weight, DTensor) for weight in weights],
+        "share": own / sum(weight.numel() for weight in weights),
+    }
+
+
+def asked(kind: str, case: str) -> dict[str, Any]:
+    """By the arguments, once; else it is the launcher that asks for FSDP2."""
+    return BY_ARGUMENTS if (kind, case) == ("fsdp", "reused") else {}
+
+
+def resumed(case: str, output: Path, **changes: Any) -> None:
+    """Stopped after the first step, which for "reused" is between two uses of the same completions, and gone on."""
     saved = changes | {"save_strategy": "steps", "save_steps": 1}
-    run("reused", output / "resumed", **saved | {"max_steps": 1})
-    run("reused", output / "resumed", resume=True, **saved)
+    run(case, output, **saved | {"max_steps": 1})
+    run(case, output, resume=True, **saved)
 
 
 def main(kind: str, output: Path) -> None:
     """What each of the processes runs."""
-    import torch
-
     torch.set_num_threads(1)
-    changes: dict[str, Any] = {}
     if kind == "fsdp":
-        changes["fsdp"] = True
-        changes["fsdp_config"] = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+        shard_on_cpus()
+    run("sdft", output / "evaluated", eval_strategy="steps", eval_steps=3, reward_funcs=[fraction])
     for case in RUN[kind]:
-        run(case, output / case, **changes)
-    run("sdft", output / "evaluated", eval_strategy="steps", eval_steps=3, reward_funcs=[fraction], **changes)
-    resumed(output, **changes)
+        run(case, output / case, **asked(kind, case))
+        if case in RESUMED:
+            resumed(case, output / "resumed" / case, **asked(kind, case))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     # All is written. A process that ends with gloo work in flight is aborted at the interpreter's shutdown ("terminate
@@ -106,41 +179,64 @@ def main(kind: str, output: Path) -> None:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("alone")
     for case in CASES:
-        run(case, output / case, gradient_accumulation_steps=RANKS)
+        accumulated = RANKS * CASES[case][1].get("gradient_accumulation_steps", 1)
+        run(case, output / case, gradient_accumulation_steps=accumulated)
     changes: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 3, "reward_funcs": [fraction]}
     run("sdft", output / "evaluated", gradient_accumulation_steps=RANKS, **changes)
     return output
 
 
 @pytest.fixture(scope="module", params=LAUNCHERS)
-def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp(request.param)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def together(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp(kind)
     search = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     process = subprocess.Popen(
-        [sys.executable, "-m", *LAUNCHERS[request.param], __file__, request.param, str(output)],
+        [sys.executable, "-m", "accelerate.commands.launch", *LAUNCHERS[kind], __file__, kind, str(output)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,  # the workers end with it
     )
     try:
         said, _ = process.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        said, _ = process.communicate()
-        pytest.fail(f"{request.param} hung: {said[-3000:]}")
+        process.terminate()  # the launcher, which ends its workers: they are in sessions of their own
+        said, _ = process.communicate(timeout=60)
+        pytest.fail(f"{kind} hung: {said[-3000:]}")
     if process.returncode:
         pytest.fail(said[-6000:])
     return output
 
 
+def weights(output: Path) -> list[torch.Tensor]:
+    """Of the model that was saved at the end, as users load it."""
+    return [weight.detach() for weight in AutoModelForCausalLM.from_pretrained(output / "model").parameters()]
+
+
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(alone: Path, together: Path) -> None:
-    cases = [case for case in CASES if (together / case).exists()]
-    assert len(cases) == 5
-    for case in cases:
+def test_ddp_is_ddp_and_fsdp_is_sharded(kind: str, together: Path) -> None:
+    for case in RUN[kind]:
+        shares = 0.0
+        for rank in range(RANKS):
+            found = json.loads((together / case / f"wrapping-{rank}.json").read_text())
+            sharded = kind == "fsdp"
+            assert found["distributed_type"] == {"ddp": "MULTI_CPU", "fsdp": "FSDP"}[kind], case
+            assert found["is_ddp"] == (not sharded), case
+            for name in ("layers_sharded", "weights_sharded"):
+                assert set(found[name]) == {sharded}, (case, name)
+            shares += found["share"]
+        assert shares == (1 if sharded else RANKS), case
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(kind: str, alone: Path, together: Path) -> None:
+    for case in RUN[kind]:
         found, wanted = losses(together / case), losses(alone / case)
         assert [step for step, _ in found] == list(range(1, STEPS + 1)), case
         assert [loss for _, loss in found] == pytest.approx([loss for _, loss in wanted], rel=2e-4, abs=1e-6), case
@@ -162,9 +258,33 @@ def test_two_processes_share_an_evaluation(alone: Path, together: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_that_were_stopped_and_resumed_give_the_same_losses(together: Path) -> None:
-    assert losses(together / "resumed") == losses(together / "reused")
-    assert len(list((together / "resumed").glob("checkpoint-1/rollouts-*.json"))) == RANKS
+def test_two_processes_that_were_stopped_and_resumed_give_the_same_losses_and_weights(together: Path) -> None:
+    for case in RESUMED:
+        found, wanted = together / "resumed" / case, together / case
+        assert losses(found) == losses(wanted), case
+        assert all(torch.equal(one, other) for one, other in zip(weights(found), weights(wanted), strict=True)), case
+    assert len(list((together / "resumed" / "reused").glob("checkpoint-1/rollouts-*.json"))) == RANKS
+
+
+@pytest.mark.slow
+def test_two_processes_save_the_whole_weights_of_one(kind: str, alone: Path, together: Path) -> None:
+    start = [weight.detach() for weight in AutoModelForCausalLM.from_pretrained(CHECKPOINT).parameters()]
+    for case in RUN[kind]:
+        for found, wanted, before in zip(weights(together / case), weights(alone / case), start, strict=True):
+            assert (found - wanted).norm() <= 1e-3 * (wanted - before).norm(), case
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"fsdp_plugin": SimpleNamespace(fsdp_version=1)}, "args must not ask for FSDP1"),
+        ({"deepspeed_plugin": object()}, "args must not ask for DeepSpeed"),
+    ],
+)
+def test_fsdp1_and_deepspeed_are_refused_by_name(state: dict[str, Any], message: str) -> None:
+    check_engine(SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=2)))
+    with pytest.raises(UnsupportedModelError, match=message):
+        check_engine(SimpleNamespace(**state))
 
 
 if __name__ == "__main__":

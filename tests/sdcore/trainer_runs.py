@@ -24,9 +24,9 @@ SDFT_METHOD = SDFTAsRun(template=SHOW, skip_first_tokens=0)
 SDPO_METHOD = SDPO(template=SHOW_ATTEMPT, num_generations=4)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Models this small are faster with one, and their sums the same wherever they run."""
+    """Models this small are faster with one, and their sums the same wherever they run; also in module fixtures."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -15,6 +15,8 @@ from sdkernels import TopK, linear_divergence, logit_divergence
 from sdkernels.reference import divergence
 from sdkernels.testing import Inputs, make_arguments, make_inputs, relative_error, run_operation, run_reference
 
+pytestmark = pytest.mark.usefixtures("each_cpu_backend")
+
 N, H, V = 64, 512, 8192
 SUPPORTS = {
     "full": None,

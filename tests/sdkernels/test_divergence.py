@@ -24,6 +24,8 @@ from sdkernels.testing import (
     run_reference,
 )
 
+pytestmark = pytest.mark.usefixtures("each_cpu_backend")
+
 objectives = pytest.mark.parametrize("objective", OBJECTIVES)
 gradients = pytest.mark.parametrize("gradient", ["in_forward", "recompute"])
 # A soft-cap, a scale and both temperatures at once, and a bias that needs its gradient.

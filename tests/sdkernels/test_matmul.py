@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sdkernels import LogitTransform, TopK, linear_divergence, matmul
-from sdkernels.matmul import fast_products, prefers_onednn
+from sdkernels.matmul import fast_products, left_to_onednn
 from sdkernels.testing import make_arguments, make_inputs, relative_error, run_operation, run_reference
 
 ALPHAS = (0.0, 0.5, 1.0)
@@ -21,7 +21,7 @@ def precision() -> str:
 
 @pytest.fixture
 def any_cpu_prefers_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(matmul, "left_to_onednn", lambda: frozenset({"projection", "gradient"}))
 
 
 @pytest.mark.usefixtures("any_cpu_prefers_onednn")
@@ -33,7 +33,7 @@ def test_the_precision_setting_is_put_back_after_a_call_and_after_an_error() -> 
     seen = []
 
     def fail() -> None:
-        with fast_products(torch.device("cpu")):
+        with fast_products(torch.device("cpu"), "gradient"):
             seen.append(precision())
             raise RuntimeError("on purpose")
 
@@ -49,7 +49,7 @@ def test_the_last_of_several_threads_puts_the_setting_back() -> None:
     first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
 
     def first() -> None:
-        with fast_products(torch.device("cpu")):
+        with fast_products(torch.device("cpu"), "gradient"):
             first_is_in.set()
             second_is_in.wait(10)
         first_is_out.set()
@@ -57,7 +57,7 @@ def test_the_last_of_several_threads_puts_the_setting_back() -> None:
     thread = threading.Thread(target=first)
     thread.start()
     first_is_in.wait(10)
-    with fast_products(torch.device("cpu")):
+    with fast_products(torch.device("cpu"), "gradient"):
         second_is_in.set()
         first_is_out.wait(10)
         assert precision() == "bf16"
@@ -66,10 +66,10 @@ def test_the_last_of_several_threads_puts_the_setting_back() -> None:
 
 
 def test_products_are_left_to_onednn_only_where_it_does_not_round_the_factors() -> None:
-    if not prefers_onednn():
+    if not left_to_onednn():
         pytest.skip("this CPU leaves its products to torch.mm")
     a, b = torch.randn(70, 300), torch.randn(300, 90)
-    with fast_products(a.device):
+    with fast_products(a.device, "projection"):
         product = a @ b
     assert relative_error(product, a.double() @ b.double()) < 1e-6
 
@@ -80,7 +80,7 @@ def test_bf16_gradients_agree_with_and_without_bf16_products(
     monkeypatch: pytest.MonkeyPatch, alpha: float, narrow: bool
 ) -> None:
     """Also on CPUs without the instructions, where small products are merely slow."""
-    monkeypatch.setattr(matmul, "has_bfloat16_instructions", lambda: narrow)
+    monkeypatch.setattr(matmul, "prefers_bfloat16", lambda: narrow)
     inputs = make_inputs(37, 24, 2003, masked=0.2, dtype=torch.bfloat16)
     bias = torch.randn(2003, generator=torch.Generator().manual_seed(1)).requires_grad_()
     arguments = make_arguments(inputs, "JSD", alpha=alpha, student_head=LogitTransform(bias=bias))

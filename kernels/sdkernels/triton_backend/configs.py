@@ -1,8 +1,8 @@
 """Block sizes by kernel and architecture, and what else a launch needs from the host.
 
-No row here was tuned by a measurement: there was no GPU. The reasoning, for an H200 (132 multiprocessors, 4.8 TB/s,
-21 bytes per clock and multiprocessor, 600 to 800 ns from request to data, hence 25 to 30 KiB in flight per
-multiprocessor to be bound by bandwidth):
+A table that was measured (`sdkernels.tuned`) goes before the one here, of which no row was tuned by a measurement:
+there was no GPU. The reasoning, for an H200 (132 multiprocessors, 4.8 TB/s, 21 bytes per clock and multiprocessor, 600
+to 800 ns from request to data, hence 25 to 30 KiB in flight per multiprocessor to be bound by bandwidth):
 
 - A program walks over one row, so a chunk has C programs. With 8 warps and BV = 2048 a lane has 8 float32 of each
   side, two 16-byte loads, and a block of both sides is 16 KiB. The statistics take 96 registers, so 2 programs
@@ -16,7 +16,7 @@ multiprocessor to be bound by bandwidth):
 - sm_80 has 11 bytes per clock and multiprocessor; its statistics spill at 2048. sm_100 has 1.7 times Hopper's
   bandwidth on 148 multiprocessors, which asks for more in flight: one more block (4096 leaves room for one program).
 
-`python -m sdkernels.compile_check` compiles every row of the table for its architecture and refuses spills.
+`python -m sdkernels.compile_check` compiles every row of either table for its architecture and refuses spills.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
+
+from ..tuned import architecture, table_for
 
 
 class Config(NamedTuple):
@@ -89,19 +91,15 @@ MOST_BUCKETS = 2048
 BUCKET_LANES_PER_WARP = 256
 
 
-def architecture(device: torch.device) -> str:
-    """The row of the table for a device."""
-    if device.type == "cpu":
-        return "interpreter"
-    if torch.version.hip is not None:
-        return "rocm"
-    if device.type != "cuda":
-        return "sm_80"
-    major, _ = torch.cuda.get_device_capability(device)
-    return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
+def config(kernel: str, device: torch.device, vocab: int) -> Config:
+    """As measured at the V that is nearest to `vocab`, or of the table above where nothing was."""
+    tuned = table_for(device)
+    row = None if tuned is None else tuned.launch(kernel, vocab)
+    return untuned(kernel, device) if row is None else Config(row.block, row.warps, row.stages)
 
 
-def config(kernel: str, device: torch.device) -> Config:
+def untuned(kernel: str, device: torch.device) -> Config:
+    """Of the table above."""
     return TABLE[architecture(device)][kernel]
 
 

@@ -161,7 +161,7 @@ def full_divergence(
     count, vocab = student.shape
     family, alpha = family_of(objective), objective.alpha
     sums = student.new_empty((SUMS, count), dtype=torch.float32)
-    chosen = config("divergence" if objective.entry_clip is None else "divergence_clipped", student.device)
+    chosen = config("divergence" if objective.entry_clip is None else "divergence_clipped", student.device, vocab)
     block = block_size(chosen, vocab)
     student_head, teacher_head = head_factors(objective.student), head_factors(objective.teacher)
 

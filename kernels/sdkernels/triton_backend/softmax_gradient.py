@@ -92,7 +92,7 @@ def softmax_gradient(
 ) -> None:
     """Write into `gradient`, a view of the memory of `logits` (C, V); everything else is (C,)."""
     count, vocab = logits.shape
-    chosen = config("softmax_gradient", logits.device)
+    chosen = config("softmax_gradient", logits.device, vocab)
     factors = head_factors(head)
     with on_device(logits):
         softmax_gradient_kernel[(count,)](

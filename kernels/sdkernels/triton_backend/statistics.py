@@ -194,7 +194,7 @@ def row_statistics(
     count, vocab = student.shape
     array = student.new_empty((STATISTICS, count), dtype=torch.float32)
     groups = student.new_empty((count, triton.cdiv(vocab, group) if group else 0), dtype=torch.float32)
-    chosen = config("row_statistics", student.device)
+    chosen = config("row_statistics", student.device, vocab)
     block = block_size(chosen, vocab, least=max(group, 1))
     student_head, teacher_head = head_factors(objective.student), head_factors(objective.teacher)
     with on_device(student):

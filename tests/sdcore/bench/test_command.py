@@ -110,6 +110,8 @@ def test_renewing_a_readme_outside_of_a_checkout_is_refused(tmp_path: Path, monk
         (["--device", "tpu"], "device must be one of cpu, cuda"),
         (["prefix", "--shape", "N=8"], "of the letters P, C, R, G, L"),
         (["trainer", "--trainers", "grpo"], "trainers must be of sdpo"),
+        (["scaling", "--sweeps", "N,H"], "sweeps must be of N, V, G, P"),
+        (["scaling", "--shape", "C=8"], "of the letters N, V, H, P, R, G, L"),
     ],
 )
 def test_a_wrong_choice_is_an_error_of_use_that_names_it(arguments: list[str], said: str) -> None:

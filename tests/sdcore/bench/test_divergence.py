@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from sdcore.bench import divergence, live_memory, measure, peers, readme
+from sdcore.bench import compare, divergence, live_memory, measure, peers, readme
 from sdcore.bench.estimate import group_bytes, peak_bytes
 from sdcore.bench.measure import measure_group
 from sdcore.bench.options import Options
 from sdcore.bench.oracle import solve
 from sdcore.bench.peers import CONTENDERS, PLAIN, SDCORE, Contender, plain_loss, skipped
 from sdcore.bench.places import checkout, newest_results
-from sdcore.bench.report import load, save
+from sdcore.bench.report import Report, load, save
 from sdcore.bench.shapes import (
     ALL,
     QUICK_SHAPE,
@@ -45,10 +45,11 @@ def quick_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_quick_run_has_every_row_and_a_reason_for_each_that_is_not_timed(quick_json: Path) -> None:
     report = load(quick_json)
     groups = {row.group for row in report.speed}
-    assert len(groups) == 4
+    assert len(groups) == 5
     for group in groups:
         rows = {row.contender: row for row in report.speed if row.group == group}
-        assert {"sdcore", "sdcore, recompute", "plain torch", "torch.compile", "four matmuls fp32"} <= set(rows)
+        assert {"sdcore", "sdcore, recompute", "plain torch", "torch.compile"} <= set(rows)
+        assert f"{'three' if group.frozen_head else 'four'} matmuls fp32" in rows
         assert {one.name for one in CONTENDERS} <= set(rows)
         for name in ("sdcore", "sdcore, recompute", "plain torch"):
             assert rows[name].reason is None
@@ -57,7 +58,7 @@ def test_a_quick_run_has_every_row_and_a_reason_for_each_that_is_not_timed(quick
 
 
 def test_what_a_quick_run_timed_was_equal_to_the_oracle(quick_json: Path) -> None:
-    rows = [row for row in load(quick_json).speed if row.seconds and not row.contender.startswith("four matmuls")]
+    rows = [row for row in load(quick_json).speed if row.seconds and "matmuls" not in row.contender]
     assert rows
     for row in rows:
         assert row.errors is not None
@@ -68,7 +69,7 @@ def test_a_quick_run_counts_memory_and_errors_of_both_of_our_paths(quick_json: P
     report = load(quick_json)
     for name in ("sdcore", "sdcore, recompute"):
         memory = [row for row in report.memory if row.contender == name]
-        assert len(memory) == 4
+        assert len(memory) == 5
         assert all(row.live_bytes and row.live_bytes >= row.gradient_bytes > 0 for row in memory)
         errors = [row.errors for row in report.accuracy if row.contender == name]
         assert len(errors) == 18  # 3 noises, 6 divergences
@@ -127,6 +128,73 @@ def test_fast_rows_are_repeated_more_often_and_slow_ones_at_least_twice() -> Non
     assert repetitions(0.01, 0.01, seconds_per_row=3.0) == 15
     assert repetitions(5.0, 4.0, seconds_per_row=3.0) == 3
     assert repetitions(50.0, 4.0, seconds_per_row=3.0) == 2
+
+
+def test_a_frozen_head_has_three_products_no_gradient_and_is_compared_without_it() -> None:
+    inputs = make_case_inputs(QUICK_SHAPE, "fp32", noise=1.0, frozen_head=True)
+    exact = solve(inputs, (REVERSE_KL,))[REVERSE_KL]
+    trained = make_case_inputs(QUICK_SHAPE, "fp32", noise=1.0)
+    whole = solve(trained, (REVERSE_KL,))[REVERSE_KL]
+    assert torch.equal(exact.hidden_gradient, whole.hidden_gradient)
+    assert (exact.weight_gradient.numel(), whole.weight_gradient.numel()) == (0, 1500 * 32)
+    group = Group(QUICK_SHAPE, "fp32", REVERSE_KL, frozen_head=True)
+    speed, memory = measure_group(group, (SDCORE, _wrong("half", 0.5)), inputs, exact, seconds_per_row=0.0)
+    assert [row.contender for row in speed] == ["three matmuls fp32", "sdcore", "half"]
+    assert speed[1].errors is not None
+    assert 0 < speed[1].errors.gradient < 1e-5
+    assert speed[1].errors.weight_gradient == 0
+    assert memory[0].gradient_bytes == 4 * 24 * 32
+    assert str(speed[2].reason).startswith("loss off by")
+
+
+@pytest.mark.parametrize(("frozen", "products"), [(False, 4), (True, 3)])
+def test_the_floor_makes_the_products_that_a_head_needs(
+    frozen: bool, products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    floor = peers.bare_matmuls(make_case_inputs(QUICK_SHAPE, "fp32", noise=1.0, frozen_head=frozen), "fp32")
+    monkeypatch.setattr(torch, "mm", lambda *arguments, out: calls.append(out.shape))
+    floor()
+    assert len(calls) == products
+
+
+def test_a_gpu_measures_the_goals_shapes_with_both_kinds_of_head() -> None:
+    found = divergence.planned_groups(Options(suite="divergence"), "cuda")
+    for hidden in (1024, 2560, 4096):
+        for frozen in (False, True):
+            wanted = [Group(Shape(8192, 151936, hidden), "bf16", one, frozen) for one in ALL]
+            assert [group for group in found if group in wanted] == wanted
+
+
+def test_a_row_of_a_frozen_head_keeps_it_on_disk_and_in_a_comparison(tmp_path: Path) -> None:
+    rows = [
+        SpeedRow(group=Group(QUICK_SHAPE, "bf16", REVERSE_KL, frozen), contender="sdcore", seconds=[1.0 + frozen])
+        for frozen in (False, True)
+    ]
+    save(Report(machine={"name": "a", "date": "b"}, speed=rows), tmp_path / "a.json")
+    assert [row.group for row in load(tmp_path / "a.json").speed] == [row.group for row in rows]
+    found = compare.compare(tmp_path / "a.json", tmp_path / "a.json")
+    assert [row.before for row in found.rows] == [1.0, 2.0]
+
+
+def test_a_run_goes_on_where_its_rows_end(quick_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = divergence.planned_groups(Options(suite="divergence", quick=True), "cpu")[2:]
+    report = load(quick_json)
+    report.speed = [row for row in report.speed if row.group == planned[0]]
+    report.memory = [row for row in report.memory if row.group == planned[0]]
+    save(report, tmp_path / "divergence-2026-01-02.json")
+    options = Options(suite="divergence", quick=True, device="cpu", output=tmp_path, peers=("naive",))
+    path = divergence.run(options, planned=planned[:2], resume=True)
+    assert path == tmp_path / "divergence-2026-01-02.json"
+    found = load(path)
+    assert found.speed[: len(report.speed)] == report.speed
+    assert list(dict.fromkeys(row.group for row in found.speed)) == planned[:2]
+    assert len({(row.group, row.contender) for row in found.speed}) == len(found.speed)
+    assert len(found.accuracy) == len(report.accuracy) > 0
+    monkeypatch.setitem(report.machine, "name", "another")
+    save(report, path)
+    with pytest.raises(ArgumentError, match=r"output must hold results of this machine, .* is of another"):
+        divergence.run(options, planned=planned, resume=True)
 
 
 def test_ratios_are_taken_to_the_faster_of_the_bare_products() -> None:

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from sdcore.prefix import runner
+from sdcore.prefix.checks import forget
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -14,3 +17,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def first_use() -> Iterator[None]:
+    """Nothing was verified and nobody warned."""
+    forget()
+    runner._WARNED.clear()
+    yield
+    forget()

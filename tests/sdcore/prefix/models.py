@@ -11,13 +11,13 @@ correct strategies agree to 1e-10.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM as Auto
 from transformers import (
     Cohere2Config,
@@ -36,6 +36,9 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3NextConfig,
 )
+
+from sdcore.models import Body
+from sdcore.prefix.planner import Tree
 
 VOCAB = 61
 WINDOW = 6  # shorter than most sequences of the tests, longer than some
@@ -144,6 +147,23 @@ HEADS: dict[str, Callable[[], Any]] = {
 def tiny(name: str, *, seed: int = 0, attn_implementation: str | None = None) -> PreTrainedModel:
     """The tiny model of this name; another seed gives other weights."""
     return build((CONFIGS | HEADS)[name](), seed=seed, attn_implementation=attn_implementation)
+
+
+def tokens_of(model: nn.Module) -> list[int]:
+    """How many tokens each later forward embeds."""
+    seen: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(args[0].numel()))
+    return seen
+
+
+def one_by_one(body: Body, trees: Sequence[Tree]) -> Tensor:
+    """(N, H) by definition: each completion a sequence alone, without padding."""
+    found = []
+    for tree in trees:
+        for i in tree.active:
+            states = body(tree.sequence(i)[None])[0]
+            found.append(states[len(states) - tree.rows[i] :])
+    return torch.cat(found)
 
 
 def builder(name: str) -> Callable[[], PreTrainedModel]:

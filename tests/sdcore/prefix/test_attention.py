@@ -8,13 +8,13 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdcore.errors import UnsupportedModelError
 from sdcore.prefix import attention, attention_cuda
 from sdcore.prefix.attention import PLAIN, Call, RowContext, RowMask, attend, packed_attention, packed_mask
 from sdcore.prefix.segments import ROW, Row, pack
-from sdkernels.testing import LiveBytes, assert_within_reference_error
+from sdkernels.testing import LiveBytes, relative_error
 
 SCALING = 0.31
 
@@ -90,6 +90,17 @@ class Case(NamedTuple):
             scores = self.softcap * torch.tanh(scores / self.softcap)
         scores = scores.masked_fill(~dense_mask(self.groups, self.window), float("-inf"))
         return (scores.softmax(-1) @ value).transpose(1, 2)
+
+    def fused(self, row: list[Tensor], prefixes: list[Any]) -> Tensor:
+        """What a model's own attention gives on the whole row: scores are never rounded to the dtype of the tensors."""
+        if self.softcap is not None:
+            wide = [p and tuple(x.float() for x in p) for p in prefixes]
+            return self.reference([x.float() for x in row], wide).to(row[0].dtype)
+        query, key, value = row
+        key, value = (torch.cat([*(p[i] for p in prefixes if p), x], 2) for i, x in enumerate((key, value)))
+        mask = dense_mask(self.groups, self.window)
+        out = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=SCALING, enable_gqa=True)
+        return out.transpose(1, 2)
 
 
 @st.composite
@@ -183,20 +194,25 @@ def check_rectangles(row: Row, case: Case, at_most: int | None) -> None:
     assert (opened == 1).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    # Found are 1.3 in 16 bits; log-sum-exps that are rounded to them make it 1.7 to 2.5.
+    ("dtype", "factor"),
+    [(torch.float32, 2.0), (torch.bfloat16, 1.5), (torch.float16, 1.5)],
+    ids=str,
+)
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_low_precision_is_as_near_to_float64_as_dense_attention(
-    dtype: torch.dtype, window: int | None, softcap: float | None
+    dtype: torch.dtype, factor: float, window: int | None, softcap: float | None
 ) -> None:
     case = Case([(0, 33, [7, 7, 12, 1]), (11, 5, [3, 8])], size=16, value_size=16, window=window, softcap=softcap)
     row, prefixes = case.tensors(dtype)
     exact_prefixes = [p and tuple(x.double() for x in p) for p in prefixes]
     exact = with_gradients(lambda leaves: case.reference(leaves, exact_prefixes), [x.double() for x in row])
-    naive = with_gradients(lambda leaves: case.reference(leaves, prefixes), row)
+    naive = with_gradients(lambda leaves: case.fused(leaves, prefixes), row)
     actual = with_gradients(lambda leaves: attend(*leaves, case.call(prefixes)), row)
     for name, a, e, n in zip(("out", "query", "key", "value"), actual, exact, naive, strict=True):
-        assert_within_reference_error(a, e, n, name=name)
+        assert relative_error(a, e) <= factor * relative_error(n, e), name
 
 
 def test_autocast_does_not_lower_the_precision_of_soft_capped_scores() -> None:

@@ -67,6 +67,15 @@ def fsdp_throughout(model: Any) -> nn.Module:
     return fully_shard(model, reshard_after_forward=True)
 
 
+def fsdp_head_with_norm(model: Any) -> nn.Module:
+    """As accelerate has it: the output layer and the final norm in one unit."""
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model.model.embed_tokens)
+    fully_shard([model.model.norm, model.lm_head], reshard_after_forward=False)
+    return fully_shard(model)
+
+
 def checkpointed(model: PreTrainedModel) -> PreTrainedModel:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -161,6 +170,9 @@ def cases() -> dict[str, Callable[[], None]]:
         add(f"{label} two steps", wrap, "unequal", micro_batch=1, steps=2)
     add("fsdp packed sharded head", fsdp_throughout, "unequal", strategy="packed")
     add("fsdp two_phase sharded head", fsdp_throughout, "unequal", micro_batch=2)
+    for strategy in ("packed", "cached"):
+        add(f"fsdp {strategy} head with norm", fsdp_head_with_norm, "unequal", strategy=strategy)
+    add("fsdp two_phase head with norm", fsdp_head_with_norm, "unequal", micro_batch=2, steps=2)
     add("ddp two_phase sharded teacher", ddp, "unequal", teacher="sharded", micro_batch=1)
     return found
 

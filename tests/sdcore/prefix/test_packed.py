@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -17,22 +16,12 @@ from sdcore.errors import ArgumentError, UnsupportedModelError
 from sdcore.models import Body, find_body
 from sdcore.prefix import packed
 from sdcore.prefix.planner import Plan, Tree
-from sdkernels.testing import LiveBytes, assert_within_reference_error
+from sdkernels.testing import LiveBytes
 
-from .models import CONFIGS, HEADS, HYBRIDS, VOCAB, build, double_precision, tiny
+from .models import CONFIGS, HEADS, HYBRIDS, VOCAB, build, double_precision, one_by_one, tiny
 from .trees import random_plan
 
 SUPPORTED = [name for name in CONFIGS | HEADS if name not in HYBRIDS]
-
-
-def one_by_one(body: Body, trees: Sequence[Tree]) -> Tensor:
-    """The definition: (N, H), each completion alone, without padding."""
-    found = []
-    for tree in trees:
-        for i in tree.active:
-            states = body(tree.sequence(i)[None])[0]
-            found.append(states[len(states) - tree.rows[i] :])
-    return torch.cat(found)
 
 
 def body_of(name: str, **options: Any) -> Body:
@@ -56,9 +45,8 @@ def assert_same_gradients(actual: list[Tensor | None], expected: list[Tensor | N
 
 
 @pytest.fixture(autouse=True)
-def _double_precision(request: pytest.FixtureRequest) -> Any:
-    """Of all tests but those that say which precision they are about."""
-    with nullcontext() if "dtype" in request.fixturenames else double_precision():
+def _double_precision() -> Iterator[None]:
+    with double_precision():
         yield
 
 
@@ -234,39 +222,6 @@ def test_without_completions_there_are_no_rows_but_a_graph() -> None:
     assert recorded is not None
     hidden.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in body.base.parameters())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", sorted(CONFIGS.keys() - HYBRIDS))
-def test_low_precision_is_as_near_to_float64_as_one_by_one(name: str, dtype: torch.dtype) -> None:
-    trees = random_plan(6, vocab=VOCAB).student
-    body = body_of(name)
-    with double_precision():
-        exact = one_by_one(body, trees)
-        exact_gradients = gradients(body, exact)
-    body.causal_lm.to(dtype)
-    naive = one_by_one(body, trees)
-    actual, _ = packed.hidden_states(body, trees)
-    assert_within_reference_error(actual, exact, naive)
-    flat = [
-        torch.cat([gradient.flatten() for gradient in found if gradient is not None])
-        for found in (gradients(body, actual), exact_gradients, gradients(body, naive))
-    ]
-    assert_within_reference_error(*flat, name="gradient")
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16])
-def test_it_runs_under_autocast(dtype: torch.dtype) -> None:
-    """There queries and keys come out of a norm in float32, and values out of a projection in bfloat16."""
-    trees = random_plan(6, vocab=VOCAB).student
-    body = body_of("qwen3")
-    with double_precision():
-        exact = one_by_one(body, trees)
-    body.causal_lm.float()
-    with torch.autocast("cpu", dtype):
-        naive = one_by_one(body, trees)
-        actual, _ = packed.hidden_states(body, trees)
-    assert_within_reference_error(actual, exact, naive)
 
 
 @pytest.mark.parametrize("branches", [4, 16])

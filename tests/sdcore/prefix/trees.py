@@ -82,3 +82,10 @@ def random_plan(
     return plan(
         *random_ids(seed, teacher=teacher, prompts=prompts, sizes=sizes, context=context, vocab=vocab, device=device)
     )
+
+
+def short_plan(*, teacher: bool = True) -> Plan:
+    """One group, three completions of one length, and a context that comes late."""
+    prompt = list(range(1, 20))
+    completions = [[[21, 22, 23], [24, 25, 26], [27, 28, 29]]]
+    return plan([prompt], completions, [[*prompt[:-2], 50, 51, *prompt[-2:]]] if teacher else None)

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sdcore.contexts import student_prompt_ids
@@ -100,6 +103,24 @@ def test_the_protocols_are_recognised(model: PreTrainedModel) -> None:
     assert not isinstance(ModelSampler(), FollowsWeights)
     with whole_weights(model):  # nothing to gather
         pass
+
+
+class Engine(ModelSampler):
+    """With weights of its own."""
+
+    def follow(self, model: torch.nn.Module, step: int) -> None:
+        pass
+
+
+def test_weights_are_gathered_for_who_samples_from_them_alone(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    model = torch.nn.Linear(2, 2)
+    fully_shard(model, reshard_after_forward=True)
+    for sampler, gathered in ((None, True), (ModelSampler(), True), (Engine(), False)):
+        with whole_weights(model, sampler):
+            assert isinstance(model.weight, DTensor) == (not gathered)
+        assert isinstance(model.weight, DTensor)
+    dist.destroy_process_group()
 
 
 def test_an_engines_answer_needs_a_log_probability_per_token() -> None:

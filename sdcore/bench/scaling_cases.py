@@ -1,0 +1,342 @@
+"""What the suite `scaling` measures: one size at a time, everything else fixed.
+
+A `Point` is one size of one sweep: N rows or V ids of the output layer with its loss (Jensen–Shannon, forward and
+backward; ours beside plain torch), G completions or P prompt tokens of the student's pass (packed beside the naive
+batch).
+
+What differs from the other suites: large sizes are made of a few distinct rows, or completions, that repeat. No time
+and no byte depends on it, and the right answer is that of the few: the same loss, gradients of the states that repeat,
+gradients of the weights in proportion. So every size is checked, also where nothing but ours fits the memory, at a
+small price. What such a check cannot see is a mix-up of two rows that are equal.
+
+The points of the output layer need no transformers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import torch
+
+from .estimate import FLOAT32, MIB, model_bytes, peak_bytes
+from .limit import HEAD_BYTES, SHARED, Products
+from .models import size_of, with_layers
+from .options import LETTERS, SWEEPS, Options, parse_shape
+from .oracle import Errors, difference, relative_error, solve
+from .passes import Outcome, PassRow, Step, compare
+from .peers import PLAIN, SDCORE, Contender, prepare
+from .shapes import DTYPES, JSD, SPEED_NOISE, CaseInputs, Group, Shape, make_case_inputs
+
+if TYPE_CHECKING:
+    from .prefix_cases import Case
+
+SUITE: Final = "scaling"
+OF_HEAD: Final = ("N", "V")
+NAIVE, PACKED = "naive batch", "packed"
+LIMIT: Final = "matmuls alone"
+# Distinct rows at most; the others repeat these.
+MOST_ROWS: Final = 256
+# From here on a row takes a CPU seconds, and is timed once after the run that was checked.
+LARGE_ENTRIES, LARGE_TOKENS = 1 << 26, 1 << 13  # N·V; tokens of the naive batch
+# Float64 tiles of the oracle, see `oracle`.
+ORACLE_BYTES: Final = 640 * MIB
+
+
+class Sizes(NamedTuple):
+    """The sizes of a device's sweeps, and what the other sizes are in each of them."""
+
+    sweeps: dict[str, tuple[int, ...]]
+    fixed: dict[str, dict[str, int]]
+    model: str  # of the passes, as `size_of` takes it
+    dtype: str
+
+
+CPU: Final = Sizes(
+    {
+        # In 24 GB plain torch ends at 8192 rows of a vocabulary of 32,000, the naive batch at some 200 completions.
+        "N": (128, 256, 512, 1024, 2048, 4096, 8192, 16384),
+        "V": (8192, 16384, 32768, 65536, 131072, 262144),
+        "G": (1, 2, 4, 8, 16, 32, 512),
+        "P": (256, 512, 1024, 2048, 4096, 8192),
+    },
+    {"N": {"V": 32000, "H": 512}, "V": {"N": 512, "H": 512}, "G": {"P": 512, "R": 64}, "P": {"R": 64, "G": 4}},
+    "h512, 2 layers",
+    "fp32",
+)
+CUDA: Final = Sizes(
+    {
+        "N": (1024, 2048, 4096, 8192, 16384, 32768, 65536),
+        "V": (16384, 32768, 65536, 131072, 262144),
+        "G": (1, 2, 4, 8, 16, 32, 64, 256),
+        "P": (512, 1024, 2048, 4096, 8192, 16384),
+    },
+    {"N": {"V": 128256, "H": 4096}, "V": {"N": 4096, "H": 4096}, "G": {"P": 2048, "R": 256}, "P": {"R": 256, "G": 8}},
+    "h2048, heads of 128",
+    "bf16",
+)
+QUICK: Final = Sizes(
+    {"N": (8, 64, 512), "V": (300, 600), "G": (1, 3, 8), "P": (24, 48)},
+    {"N": {"V": 500, "H": 32}, "V": {"N": 24, "H": 32}, "G": {"P": 48, "R": 8}, "P": {"R": 8, "G": 3}},
+    "quick",
+    "fp32",
+)
+# What `everything` has beyond these, in both dtypes.
+FURTHER: Final = {"N": (32768, 65536), "V": (524288, 1048576), "G": (128, 256, 1024), "P": (16384, 32768)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One size of one sweep."""
+
+    sweep: str  # the letter that varies, of SWEEPS
+    sizes: str  # all of them, as `--shape` writes them
+    dtype: str  # a key of DTYPES
+    model: str = ""  # as `size_of` takes it; empty for the output layer alone
+
+    def of(self, letter: str) -> int:
+        return parse_shape(self.sizes, LETTERS[SUITE])[letter]
+
+    @property
+    def size(self) -> int:
+        """The one that varies."""
+        return self.of(self.sweep)
+
+    @property
+    def fixed(self) -> str:
+        """The others."""
+        found = parse_shape(self.sizes, LETTERS[SUITE])
+        text = " ".join(f"{letter}={size}" for letter, size in found.items() if letter != self.sweep)
+        return f"{text} {self.dtype}, {self.model}" if self.model else f"{text} {self.dtype}"
+
+    @property
+    def is_large(self) -> bool:
+        """Whether a row takes a CPU seconds."""
+        if self.sweep in OF_HEAD:
+            return self.of("N") * self.of("V") >= LARGE_ENTRIES
+        return self.of("G") * (self.of("P") + self.of("R")) >= LARGE_TOKENS
+
+    def __str__(self) -> str:
+        return f"{self.sweep}={self.size}, {self.fixed}"
+
+
+def points(options: Options, device: str) -> list[Point]:
+    """Of the sweeps that were asked for, smallest size first; a shape says what the others are meanwhile."""
+    own = QUICK if options.quick else CPU if device == "cpu" else CUDA
+    (chosen,) = options.sizes
+    size = None if options.model is None else size_of(options.model)
+    dtypes = (options.dtype,) if options.dtype else tuple(DTYPES) if options.everything else (own.dtype,)
+    found = []
+    for sweep in options.peers or SWEEPS:
+        fixed = own.fixed[sweep]
+        if size is not None and sweep in OF_HEAD:
+            fixed = fixed | ({"H": size.hidden} if sweep == "V" else {"V": size.step_vocab, "H": size.hidden})
+        fixed = {letter: chosen.get(letter, number) for letter, number in fixed.items()}
+        model = "" if sweep in OF_HEAD else with_layers(options.model or own.model, chosen.get("L"))
+        sizes = sorted({*own.sweeps[sweep], *(FURTHER[sweep] if options.everything else ())})
+        for dtype in dtypes:
+            for number in sizes:
+                text = ",".join(f"{letter}={one}" for letter, one in ({sweep: number} | fixed).items())
+                found.append(Point(sweep=sweep, sizes=text, dtype=dtype, model=model))
+    return found
+
+
+@dataclass(kw_only=True)
+class ScalingRow(PassRow):
+    """`group` is a Point."""
+
+    values_error: float = math.nan  # of the loss, or of the states
+    needed_bytes: float = math.nan  # beyond weights and inputs, by the estimate that was made before
+
+
+class Candidate(NamedTuple):
+    """A contender at a point."""
+
+    name: str
+    needed: float  # bytes beyond weights and inputs, by estimate
+    build: Callable[[], Step]
+
+
+class Job(NamedTuple):
+    """What is run at a point."""
+
+    candidates: list[Candidate]
+    exact: Outcome
+    products: Products
+    judge: Callable[[ScalingRow, Outcome, Outcome], str | None]
+
+
+def names(point: Point) -> tuple[str, str]:
+    """Of the plain way and of ours."""
+    return (PLAIN.name, SDCORE.name) if point.sweep in OF_HEAD else (NAIVE, PACKED)
+
+
+def resident_bytes(point: Point) -> float:
+    """What is there whoever runs, by estimate: inputs or weights, the right answer and what finds it, the limit."""
+    if point.sweep not in OF_HEAD:
+        few = _few(point)
+        kept = _kept_bytes(point, few.completions, "naive")
+        # Weights, the reference's gradients and those of the right answer.
+        return model_bytes(_config(few), point.dtype, gradients=True, copies=1) + kept
+    rows, vocab, hidden = _shape(point)
+    inputs = DTYPES[point.dtype].itemsize * (2 * rows + vocab) * hidden
+    reference = 2 * FLOAT32 * (2 * distinct_rows(rows) + vocab) * hidden  # widened inputs, and their gradients
+    return inputs + reference + FLOAT32 * rows * hidden + max(ORACLE_BYTES, 2 * HEAD_BYTES)
+
+
+def job(point: Point, device: str) -> Job:
+    """Inputs, the right answer and the contenders of a point."""
+    return _head_job(point, device) if point.sweep in OF_HEAD else _pass_job(point, device)
+
+
+def distinct_rows(rows: int) -> int:
+    """How many are made, of which the others are repetitions: the largest divisor up to `MOST_ROWS`."""
+    return next(few for few in range(min(rows, MOST_ROWS), 0, -1) if rows % few == 0)
+
+
+def distinct_completions(completions: int) -> int:
+    """Two or three where that divides them: the naive pass of these is the price of the right answer."""
+    return next((few for few in (2, 3) if completions % few == 0), 1)
+
+
+def _shape(point: Point) -> Shape:
+    return Shape(point.of("N"), point.of("V"), point.of("H"))
+
+
+def _head_job(point: Point, device: str) -> Job:
+    shape = _shape(point)
+    few = make_case_inputs(
+        shape._replace(rows=distinct_rows(shape.rows)), point.dtype, noise=SPEED_NOISE, device=device
+    )
+    times = shape.rows // few.shape.rows
+    loss, hidden_gradient, weight_gradient = solve(few, (JSD,))[JSD]
+    exact = Outcome(loss, {"hidden": hidden_gradient.repeat(times, 1).div_(times), "weight": weight_gradient})
+    inputs = CaseInputs(
+        few.student_hidden.detach().repeat(times, 1).requires_grad_(),
+        few.student_weight,
+        few.teacher_hidden.repeat(times, 1),
+    )
+    group = Group(shape, point.dtype, JSD)
+
+    def build(contender: Contender) -> Step:
+        step = prepare(contender, inputs, JSD)
+
+        def outcome() -> Outcome:
+            result = step()
+            return Outcome(result.loss, {"hidden": result.hidden_gradient, "weight": result.weight_gradient})
+
+        return outcome
+
+    return Job(
+        [Candidate(one.name, peak_bytes(one.name, group, device), partial(build, one)) for one in (PLAIN, SDCORE)],
+        exact,
+        Products((), (shape.hidden, shape.vocab), 0, 0, shape.rows, DTYPES[point.dtype], torch.device(device)),
+        _judge_head,
+    )
+
+
+def _judge_head(row: ScalingRow, outcome: Outcome, exact: Outcome) -> str | None:
+    errors = Errors(
+        relative_error(outcome.values, exact.values),
+        *(relative_error(outcome.gradients[name], right) for name, right in exact.gradients.items()),
+    )
+    row.values_error, row.gradient_error = errors.loss, errors.gradient
+    return difference(errors, row.group.dtype)
+
+
+def _few(point: Point) -> Case:
+    """The distinct completions of a point of the passes."""
+    from .prefix_cases import Case
+
+    return Case(
+        model=point.model,
+        prompt=point.of("P"),
+        completion=point.of("R"),
+        completions=distinct_completions(point.of("G")),
+        dtype=point.dtype,
+    )
+
+
+def _config(case: Case) -> Any:
+    from .prefix_cases import config_of
+
+    return config_of(case)
+
+
+def _kept_bytes(point: Point, completions: int, strategy: str) -> int:
+    """What a pass keeps for its backward."""
+    from ..prefix import cost_of_sizes
+
+    return cost_of_sizes(
+        _config(_few(point)),
+        prompt_tokens=point.of("P"),
+        context_tokens=0,
+        completion_tokens=point.of("R"),
+        completions=completions,
+        strategy=strategy,
+        dtype_bytes=DTYPES[point.dtype].itemsize,
+    ).student.kept_bytes
+
+
+def _pass_job(point: Point, device: str) -> Job:
+    from ..prefix import plan
+    from .prefix import limit_rows
+    from .prefix_cases import Setup, contenders, make_setup
+
+    few = make_setup(_few(point), device)
+    by_name = {one.name: one for one in contenders(few.case)}
+    right = by_name[NAIVE].build(few)()
+    times = point.of("G") // few.case.completions
+    exact = Outcome(
+        right.values.repeat(times, 1), {name: times * gradient for name, gradient in right.gradients.items()}
+    )
+    few.model.zero_grad()
+    (tree,) = few.plan.student
+    completions = list(few.plan.target_ids.view(few.case.completions, -1)) * times
+    case = replace(few.case, completions=len(completions))
+    setup = Setup(case, few.model, plan([tree.trunk], [completions]), few.direction.repeat(times, 1))
+    gradients = model_bytes(_config(case), point.dtype, gradients=False)  # as many as weights
+    return Job(
+        [
+            Candidate(
+                name,
+                _kept_bytes(point, case.completions, by_name[name].strategy) + gradients,
+                partial(by_name[name].build, setup),
+            )
+            for name in (NAIVE, PACKED)
+        ],
+        exact,
+        next(products for row, products in limit_rows(setup) if row.contender == SHARED),
+        _judge_pass,
+    )
+
+
+def _judge_pass(row: ScalingRow, outcome: Outcome, exact: Outcome) -> str | None:
+    from .prefix import EQUAL
+
+    row.values_error, row.gradient_error = compare(outcome, exact)
+    for name, error in (("states", row.values_error), ("gradients", row.gradient_error)):
+        if not error <= EQUAL[row.group.dtype]:
+            return f"{name} off by {error:.1e}"
+    return None
+
+
+__all__ = [
+    "LIMIT",
+    "NAIVE",
+    "OF_HEAD",
+    "PACKED",
+    "SUITE",
+    "Job",
+    "Point",
+    "ScalingRow",
+    "distinct_completions",
+    "distinct_rows",
+    "job",
+    "names",
+    "points",
+    "resident_bytes",
+]

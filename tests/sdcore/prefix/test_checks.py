@@ -1,0 +1,167 @@
+"""A strategy that disagrees with naive is noticed on first use, or on every plan, and one that is right is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sdcore.errors import UnsupportedModelError
+from sdcore.models import Body, find_body
+from sdcore.prefix import cached, caches, packed
+from sdcore.prefix.caches import PrefixCache, TrunkStates
+from sdcore.prefix.checks import agrees, forget
+from sdcore.prefix.runner import STRATEGIES, run
+from sdcore.prefix.segments import Block, Row, pack
+from sdcore.teachers import Frozen
+from tests.sdcore.prefix.models import HYBRIDS, TINY, tiny, tokens_of
+from tests.sdcore.prefix.trees import random_plan, short_plan
+
+pytestmark = pytest.mark.usefixtures("first_use")
+
+
+def position_off_by_one(patch: pytest.MonkeyPatch) -> None:
+    original, of_row = caches.positions, packed._row_of
+
+    def positions(start: int, tokens: Tensor) -> Tensor:
+        return original(start + (start > 0), tokens)
+
+    def row_of(*args: Any) -> Any:
+        row = of_row(*args)
+        for group in row.row.groups:
+            row.position_ids[group.all_branches.start : group.all_branches.stop] += 1
+        return row
+
+    patch.setattr(caches, "positions", positions)
+    patch.setattr(packed, "_row_of", row_of)
+
+
+def first_prefix_token_missing(patch: pytest.MonkeyPatch) -> None:
+    blocks = Row.blocks
+
+    def run_reading(body: Body, tokens: Tensor, prefix: TrunkStates) -> Tensor:
+        short = replace(prefix.map(lambda state: state[:, :, 1:]), length=prefix.length - 1)
+        return caches._run(body, tokens, PrefixCache(body, short, batch=len(tokens), recording=False), prefix.length)
+
+    def without_first(self: Row, *args: Any, **kwargs: Any) -> list[Block]:
+        trunks = {group.trunk.start for group in self.groups if group.trunk.length > 1}
+        return [
+            block._replace(key=block.key + 1, keys=block.keys - 1, offset=block.offset - 1)
+            if block.key in trunks and block.query not in trunks and block.source < 0
+            else block
+            for block in blocks(self, *args, **kwargs)
+        ]
+
+    patch.setattr(cached, "run_reading", run_reading)
+    patch.setattr(Row, "blocks", without_first)
+
+
+def completions_not_isolated(patch: pytest.MonkeyPatch) -> None:
+    of_row = packed._row_of
+
+    def run_reading(body: Body, tokens: Tensor, prefix: TrunkStates) -> Tensor:
+        """All branches in one row, each after those before it, at the right positions."""
+        places = caches.positions(prefix.length, tokens).reshape(1, -1)
+        states = PrefixCache(body, prefix, batch=1, recording=False)
+        with body.keeping_caches():
+            hidden = body(tokens.reshape(1, -1), position_ids=places, past_key_values=states)
+        return hidden.reshape(*tokens.shape, -1)
+
+    def row_of(*args: Any) -> Any:
+        row = of_row(*args)
+        shapes = [(group.prefix, group.trunk.length, [group.all_branches.length]) for group in row.row.groups]
+        return row._replace(row=pack(shapes))
+
+    patch.setattr(cached, "run_reading", run_reading)
+    patch.setattr(packed, "_row_of", row_of)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("llama", torch.float32),
+        ("llama", torch.bfloat16),
+        ("gemma3", torch.bfloat16),
+        ("qwen3_moe", torch.bfloat16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("strategy", ["packed", "cached"])
+@pytest.mark.parametrize("plant", [position_off_by_one, first_prefix_token_missing, completions_not_isolated])
+def test_planted_faults_are_caught_on_first_use(
+    plant: Callable[[pytest.MonkeyPatch], None],
+    strategy: str,
+    name: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny(name).to(dtype)
+    body = find_body(model)
+    assert agrees(body, STRATEGIES[strategy], short_plan(), "once") is None
+    forget()
+    plant(monkeypatch)
+    with pytest.raises(UnsupportedModelError, match=f"strategy '{strategy}' disagrees with naive: .* differ by"):
+        run(model, short_plan(), strategy=strategy)  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match="strategy naive.*differ by"):
+        report = run(model, short_plan()).report
+    assert report.student.strategy == "naive"
+    assert [fallback.strategy for fallback in report.fallbacks] == ["packed", "cached"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", TINY)
+def test_what_is_right_passes_the_check(name: str, dtype: torch.dtype) -> None:
+    body = find_body(tiny(name).to(dtype))
+    for strategy in ("cached", *(() if name in HYBRIDS else ("packed",))):
+        assert agrees(body, STRATEGIES[strategy], short_plan(), "once") is None
+        assert agrees(body, STRATEGIES[strategy], random_plan(3), "always") is None
+
+
+def long_trunks_go_wrong(patch: pytest.MonkeyPatch) -> None:
+    """A fault that the sequences of the first use are too short for."""
+    original = packed.hidden_states
+
+    def hidden_states(body: Body, trees: Any, **kwargs: Any) -> Any:
+        states, prompts = original(body, trees, **kwargs)
+        return states * (2.0 if len(trees[0].trunk) > 18 else 1.0), prompts
+
+    patch.setattr(packed, "hidden_states", hidden_states)
+
+
+def test_always_verifies_every_plan_once_the_first_and_off_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    forwards = tokens_of(model)
+
+    def count(verify: Any) -> int:
+        forwards.clear()
+        run(model, short_plan(), verify=verify)
+        return len(forwards)
+
+    assert count("off") == 2
+    assert count("once") > 2
+    assert count("once") == 2
+    assert count("always") == count("always") > 2
+    long_trunks_go_wrong(monkeypatch)
+    assert run(model, short_plan(), verify="once").report.student.strategy == "packed"
+    with pytest.raises(UnsupportedModelError, match="disagrees with naive"):
+        run(model, short_plan(), strategy="packed", verify="always")
+    assert run(model, short_plan(), verify="always").report.student.strategy == "cached"
+
+
+def test_a_teachers_own_model_is_verified_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = packed.hidden_states
+
+    def hidden_states(body: Body, trees: Any, **kwargs: Any) -> Any:
+        states, prompts = original(body, trees, **kwargs)
+        return states * (2.0 if body.name == "Qwen2ForCausalLM" else 1.0), prompts
+
+    monkeypatch.setattr(packed, "hidden_states", hidden_states)
+    teacher = Frozen(tiny("qwen2", seed=1))
+    with pytest.warns(UserWarning, match="Qwen2ForCausalLM .*differ by"):
+        report = run(tiny("llama"), short_plan(), teacher).report
+    assert report.teacher is not None
+    assert (report.student.strategy, report.teacher.strategy) == ("packed", "naive")

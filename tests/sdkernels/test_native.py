@@ -1,0 +1,225 @@
+"""The compiled backend: what its rows are, alone and beside others, and what happens where it cannot be had.
+
+That it computes what the reference does is in `test_divergence.py` and `test_accuracy.py`, which run with it and
+without.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sdkernels import linear_divergence, machine, native_backend, torch_backend
+from sdkernels.native_backend import build
+from sdkernels.reference import divergence
+from sdkernels.testing import make_inputs, relative_error
+from sdkernels.types import Objective, RowValues, TileRows
+
+needs_compiler = pytest.mark.skipif(not native_backend.is_available(), reason="this machine has no C compiler")
+ALPHAS = (0.0, 0.3, 1.0)
+
+
+def tile(
+    student: Tensor, teacher: Tensor, *, backend: Any = native_backend, is_gap: bool = True, **objective: Any
+) -> tuple[RowValues, Tensor]:
+    rows = TileRows(teacher_is_gap=is_gap, target_ids=torch.arange(len(student)) % student.shape[1])
+    values, gradient = backend.divergence_tile(
+        student.clone(), teacher.clone(), rows, Objective(**objective), want_gradient=True
+    )
+    return values, gradient
+
+
+def exact(student: Tensor, gap: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Loss (C,) and gradient (C, V) of float64."""
+    z = student.double().requires_grad_()
+    loss = divergence(z.log_softmax(-1), (z.detach() + gap.double()).log_softmax(-1), alpha=alpha, normalize=False)
+    return loss.detach(), torch.autograd.grad(loss.sum(), z)[0]
+
+
+@needs_compiler
+@pytest.mark.parametrize("alpha", ALPHAS)
+@given(
+    rows=st.integers(1, 5),
+    vocab=st.integers(1, 300),
+    log_noise=st.floats(-4.0, 0.5),
+    spread=st.floats(0.1, 8.0),
+    seed=st.integers(0, 9999),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_tile_is_what_float64_makes_of_the_same_logits(
+    alpha: float, rows: int, vocab: int, log_noise: float, spread: float, seed: int
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    student = spread * torch.randn(rows, vocab, generator=draw)
+    gap = 10.0**log_noise * torch.randn(rows, vocab, generator=draw)
+    values, gradient = tile(student, gap, alpha=alpha)
+    loss, slope = exact(student, gap, alpha)
+    # Every log-ratio may have a rounding of the largest gap in it. The loss is half their mean square, about.
+    rounding = 4e-7 * gap.double().abs().amax(1)
+    assert ((values.loss - loss).abs() <= 1e-6 * loss + rounding * (2 * loss).sqrt() + rounding**2).all()
+    size = slope.norm() + (student.double().softmax(-1) * gap).norm()
+    assert (gradient - slope).norm() <= 1e-6 * size + 1e-9
+
+
+@needs_compiler
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_what_all_logits_are_higher_by_costs_no_digits(alpha: float) -> None:
+    student, gap = torch.randn(5, 2000), 3.1 + 1e-3 * torch.randn(5, 2000)
+    values, gradient = tile(student, gap, alpha=alpha)
+    loss, slope = exact(student, gap, alpha)
+    # Half a rounding of 3.1 is 1e-4 of a log-ratio.
+    assert relative_error(values.loss, loss) < 4e-5
+    assert relative_error(gradient, slope) < 4e-5
+
+
+@needs_compiler
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_digits_do_not_depend_on_the_threads(alpha: float) -> None:
+    student, gap = torch.randn(37, 5000), 0.1 * torch.randn(37, 5000)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(tile(student, gap, alpha=alpha))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0][1], found[1][1])
+    for one, other in zip(found[0][0], found[1][0], strict=True):
+        assert torch.equal(one, other)
+
+
+@needs_compiler
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_a_row_that_float_cannot_hold_is_done_in_float64_and_the_others_are_not(alpha: float) -> None:
+    student, gap = torch.randn(6, 400), 0.1 * torch.randn(6, 400)
+    plain, plain_gradient = tile(student, gap, alpha=alpha)
+    for row in (1, 2, 5):
+        student[row, 7], gap[row, 7] = -60.0, 75.0
+    values, gradient = tile(student, gap, alpha=alpha)
+    loss, slope = exact(student, gap, alpha)
+    theirs, their_gradient = tile(student, gap, backend=torch_backend, alpha=alpha)
+    assert relative_error(values.loss, loss) <= 2 * relative_error(theirs.loss, loss) + 1e-6
+    assert relative_error(gradient, slope) <= 2 * relative_error(their_gradient, slope) + 1e-6
+    for row in (0, 3, 4):
+        assert torch.equal(gradient[row], plain_gradient[row])
+        assert values.loss[row] == plain.loss[row]
+    redone, redone_gradient = tile(student[5:], gap[5:], backend=torch_backend, alpha=alpha)
+    assert values.loss[5] == redone.loss[0]
+    assert torch.equal(gradient[5], redone_gradient[0])
+
+
+@needs_compiler
+def test_rows_with_nan_are_nan_and_no_others() -> None:
+    student, gap = torch.randn(4, 300), torch.randn(4, 300)
+    student[1, 3], gap[2, 299] = float("nan"), float("inf")
+    values, gradient = tile(student, gap, alpha=1.0)
+    assert values.loss.isfinite().tolist() == [True, False, False, True]
+    assert gradient.isfinite().all(dim=1).tolist() == [True, False, False, True]
+
+
+@needs_compiler
+@pytest.mark.parametrize("is_gap", [True, False])
+def test_columns_beyond_the_vocabulary_are_neither_read_nor_written(is_gap: bool) -> None:
+    student, teacher = (torch.full((5, 70), float("nan")) for _ in range(2))
+    student[:, :63], teacher[:, :63] = torch.randn(5, 63), torch.randn(5, 63)
+    before = tile(student[:, :63].contiguous(), teacher[:, :63].contiguous(), is_gap=is_gap, alpha=0.5)
+    values, gradient = native_backend.divergence_tile(
+        student[:, :63], teacher[:, :63], TileRows(teacher_is_gap=is_gap), Objective(alpha=0.5), want_gradient=True
+    )
+    assert torch.equal(values.loss, before[0].loss)
+    assert torch.equal(gradient, before[1])
+    assert student[:, 63:].isnan().all()
+
+
+@needs_compiler
+def test_a_forked_process_does_not_wait_for_its_parents_threads() -> None:
+    student, gap = torch.randn(40, 5000), torch.randn(40, 5000)
+    arguments = (student, gap, True, Objective(alpha=1.0), (1.0, 1.0), False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        values, _ = native_backend._run(*arguments)
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        child = os.fork()
+        if not child:
+            try:
+                sender.send(native_backend._run(*arguments)[0].tolist())
+            finally:
+                os._exit(0)
+        assert receiver.poll(60), "the forked process hangs"
+        os.waitpid(child, 0)
+        assert receiver.recv() == values.tolist()
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache of this test's own, and a process that has not looked for a library yet."""
+    monkeypatch.setenv("SDKERNELS_CACHE", str(tmp_path / "cache"))
+    build.library.cache_clear()
+    yield tmp_path / "cache"
+    build.library.cache_clear()
+
+
+def _break_the_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+
+
+def _break_its_output(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CC", "false")
+
+
+def _break_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SDKERNELS_CACHE", str(tmp_path / "file" / "cache"))
+
+
+@pytest.mark.parametrize("damage", [_break_the_compiler, _break_its_output, _break_the_folder])
+def test_without_a_library_auto_takes_torch_and_native_says_what_it_needs(
+    damage: Callable[[pytest.MonkeyPatch, Path], None],
+    elsewhere: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    damage(monkeypatch, tmp_path)
+    inputs = make_inputs(4, 8, 50, requires_grad=False)[:3]
+    assert linear_divergence(*inputs).backend == "torch"
+    with pytest.raises(RuntimeError, match=r"backend='native' needs a C compiler .* use backend='torch'"):
+        linear_divergence(*inputs, backend="native")
+
+
+@needs_compiler
+def test_a_library_is_compiled_once_and_for_its_owner_alone(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build.library() is not None
+    (made,) = elsewhere.iterdir()
+    assert stat.S_IMODE(elsewhere.stat().st_mode) == 0o700
+    build.library.cache_clear()
+
+    def compiled_again(*arguments: Any) -> None:
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(build, "_compile", compiled_again)
+    assert build.library() is not None
+    assert list(elsewhere.iterdir()) == [made]
+
+
+@needs_compiler
+def test_auto_takes_it_on_a_cpu_but_not_for_float64() -> None:
+    inputs = make_inputs(4, 8, 50, requires_grad=False)[:3]
+    assert linear_divergence(*inputs).backend == "native"
+    assert linear_divergence(*(tensor.double() for tensor in inputs)).backend == "torch"
+    with pytest.raises(TypeError, match="backend='native' needs inputs of at most 32 bits"):
+        linear_divergence(*(tensor.double() for tensor in inputs), backend="native")
+    with pytest.raises(ValueError, match="backend='native' needs tensors on a CPU"):
+        machine.choose_backend("native", torch.empty(1, device="meta"))
