@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from .matmul import Head, compute_dtype_of, fast_products
-from .pages import fresh
 from .shards import Shards
 from .support import gradient_view, transform_
 from .tiling import block_rows, plan_tiling
@@ -164,7 +163,7 @@ class LogitWalk(RowWalk):
             workspace_bytes=workspace_bytes,
         ).chunk_rows
         self.sides = sides
-        self.logits = [fresh(side, (self.chunk_rows, self.vocab), self.dtype) for side in sides]
+        self.logits = [side.new_empty((self.chunk_rows, self.vocab), dtype=self.dtype) for side in sides]
 
     def project(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
         copies = []
@@ -212,7 +211,7 @@ class HeadWalk(RowWalk):
         # Off the CPU, rows start on 64-byte boundaries, so that they can be read in full-width pieces.
         columns = self.vocab if hidden.device.type == "cpu" else -(-self.vocab // 16) * 16
         shape = (tiling.chunk_rows, columns)
-        self.logits = [fresh(hidden, shape, self.dtype)[:, : self.vocab] for _ in sides]
+        self.logits = [hidden.new_empty(shape, dtype=self.dtype)[:, : self.vocab] for _ in sides]
         # Two teachers are mixed by their final logits, so that part of the transform is done here, not in the tile.
         self.mixing = operands.mix_hidden is not None
         if self.mixing:
@@ -278,7 +277,7 @@ class HeadGradients:
         hidden, weight = walk.operands.student_hidden, walk.operands.weight
         self.hidden = torch.zeros_like(hidden) if wanted.hidden else None
         self.chunk = hidden.new_empty((walk.chunk_rows if wanted.hidden else 0, hidden.shape[1]), dtype=walk.dtype)
-        self.weight = fresh(weight, tuple(weight.shape), walk.dtype) if wanted.weight else None
+        self.weight = weight.new_empty(weight.shape, dtype=walk.dtype) if wanted.weight else None
         self.bias = weight.new_zeros(weight.shape[0], dtype=walk.dtype) if wanted.bias else None
         self.first = True
 
@@ -314,8 +313,7 @@ class HeadGradients:
         operands, weight, bias = self.walk.operands, self.weight, self.bias
         if weight is not None:
             weight[0 if self.first else self.walk.vocab :].zero_()
-            if weight.dtype != operands.weight.dtype:
-                weight = fresh(weight, tuple(weight.shape), operands.weight.dtype).copy_(weight)
+            weight = weight.to(operands.weight.dtype)
         if bias is not None and operands.student_bias is not None:
             bias = bias.to(operands.student_bias.dtype)
         return Gradients(self.hidden, weight, bias)
