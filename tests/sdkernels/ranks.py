@@ -116,20 +116,23 @@ def in_float64(arguments: dict[str, Any], sizes: tuple[int, ...], limit: float =
 def in_low_precision(arguments: dict[str, Any], sizes: tuple[int, ...], or_naive: bool = False) -> None:
     """At most twice as far from float64 as one process is, plus two units in the last place.
 
-    With `or_naive` as one process or plain PyTorch, whichever is further: where logits are extreme, which of the three
-    has the smallest error is luck.
+    With `or_naive` as one process or plain PyTorch, whichever is further, plus the rounding of the largest logit: where
+    logits are extreme, which of the three has the smallest error is luck, and differs with the CPU's matrix products.
     """
-    exact = run_reference(**arguments)
-    others = [run_operation(linear_divergence, **arguments)]
+    exact, units = run_reference(**arguments), 2.0
+    # The same formulas: the compiled backend rounds less.
+    others = [run_operation(linear_divergence, **arguments | {"backend": "torch"})]
     if or_naive:
         others.append(run_reference(**arguments, naive=True))
+        logits = arguments["student_hidden"].double() @ arguments["student_weight"].double().T
+        units = max(units, logits.abs().max().item())
     mine = run_operation(linear_divergence, **sharded(arguments, sizes))
     same_on_all_ranks(mine)
     wrong = {}
     of_others = [pairs(mine, other, sizes) for other in others]
     for name, (actual, wanted) in pairs(mine, exact, sizes).items():
         errors = relative_error(actual, wanted), max(relative_error(other[name][1], wanted) for other in of_others)
-        if not errors[0] <= 2 * errors[1] + 2 * torch.finfo(actual.dtype).eps:
+        if not errors[0] <= 2 * errors[1] + units * torch.finfo(actual.dtype).eps:
             wrong[name] = errors
     assert wrong == {}, wrong
 

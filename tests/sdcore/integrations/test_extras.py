@@ -29,7 +29,11 @@ OPTIONAL = (
 # Those that our dependencies cannot do without.
 REQUIRED_BY_OTHERS = {"requests"}
 # Modules that are one dependency's alone, and fail without it; who asks for them says what to install.
-ITS_OWN = {"trl": "sdcore.integrations.trl.", "triton": "sdkernels.triton_backend", "matplotlib": "sdcore.bench.plot"}
+ITS_OWN = {
+    "trl": ("sdcore.integrations.trl.",),
+    "triton": ("sdkernels.triton_backend", "sdkernels.tuning"),
+    "matplotlib": ("sdcore.bench.plot", "sdcore.bench.scaling_plot"),
+}
 
 # What uses a dependency, and what its error must say without.
 USES: dict[str, list[tuple[str, str]]] = {
@@ -99,7 +103,7 @@ def without(names: list[str], run_python: Callable[..., str]) -> dict[str, Any]:
 
 
 def check(names: list[str], found: dict[str, Any]) -> None:
-    own = tuple(ITS_OWN[name] for name in names if name in ITS_OWN)
+    own = tuple(module for name in names for module in ITS_OWN.get(name, ()))
     assert {name: error for name, error in found["failed"].items() if not name.startswith(own)} == {}
     wanted = [words for name in names for _, words in USES.get(name, [])]
     for said, want in zip(found["words"], wanted, strict=True):
