@@ -80,8 +80,9 @@ def divergence_tile(
     if not want_gradient:
         return found, None
     gradient = gradient_view(student_logits, gradient_dtype)
-    for row, narrowed in zip(student_logits, gradient, strict=True):
-        narrow_(row, narrowed)
+    if gradient.dtype != student_logits.dtype:
+        for row, narrowed in zip(student_logits, gradient, strict=True):
+            narrow_(row, narrowed)
     return found, gradient
 
 
@@ -150,8 +151,9 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="sdkernels")
 
 
-# A forked process has none of its parent's threads, and would wait for them.
-os.register_at_fork(after_in_child=_pool.cache_clear)
+if hasattr(os, "register_at_fork"):
+    # A forked process has none of its parent's threads, and would wait for them.
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def _runs_of(places: list[int]) -> Iterator[slice]:

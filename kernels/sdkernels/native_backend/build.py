@@ -40,7 +40,7 @@ def library() -> ctypes.CDLL | None:
         if not path.exists():
             _compile(command, path)
         return _declare(ctypes.CDLL(str(path)))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: there is no home
         return None
 
 
