@@ -30,7 +30,6 @@ LIGER_CHUNK_SIZES = (64, 128, 256, 512, 1024)
 LIGER_TRITON_KERNEL, LIGER_CUTE_KERNEL = "nvidia-triton", "nvidia-cutedsl"
 # Its default. On a GPU every further size is compiled for longer than it is timed, and adds up more gradients.
 LIGER_CUDA_CHUNK = 1024
-MIB = 1 << 20
 
 
 class StepResult(NamedTuple):
@@ -319,6 +318,7 @@ def setting(contender: Contender, inputs: CaseInputs) -> str:
         return "" if chunk_size is None else f"chunk {chunk_size}"
     if contender.name == SDCORE.name and inputs.device.type == "cuda":
         from sdkernels.machine import workspace_bytes_for
+        from sdkernels.tiling import MIB
 
         return f"workspace {workspace_bytes_for(None, inputs.student_weight) / MIB:.0f} MB"
     return ""

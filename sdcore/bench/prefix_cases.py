@@ -163,14 +163,19 @@ def config_of(case: Case) -> Any:
     return size.config(vocab=size.step_vocab if case.work == STEP else size.vocab)
 
 
+def random_model(config: Any, dtype: torch.dtype, device: str, seed: int) -> Any:
+    """A seeded model of transformers' configuration, with sdpa attention."""
+    # Made where it is used: a CPU takes half a minute to fill billions of weights.
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(device=device, dtype=dtype)
+
+
 def make_setup(case: Case, device: str = "cpu", seed: int = 0) -> Setup:
     """Seeded."""
     dtype = DTYPES[case.dtype]
     config = config_of(case)
-    # Made where it is used: a CPU takes half a minute to fill billions of weights.
-    with torch.random.fork_rng(devices=[]), torch.device(device):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(device=device, dtype=dtype)
+    model = random_model(config, dtype, device, seed)
     generator = torch.Generator().manual_seed(seed)
 
     def ids(length: int) -> Tensor:

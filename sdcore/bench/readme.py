@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ..errors import ArgumentError
 from . import on_paper, prefix, scaling, step, trainer
 from .places import checkout, newest_results
-from .report import load
+from .report import Report, load
 from .shapes import FULL_VOCABULARY
 from .tables import accuracy_table, describe, memory_selection, memory_table, ratio_table
 
@@ -42,15 +42,26 @@ class Block(NamedTuple):
         return f"{before}{self.begin}\n\n{self.make(results, root)}\n\n{self.end}{after}"
 
 
+def _source(path: Path, root: Path, report: Report) -> str:
+    """On what a result was measured, and where all of it is."""
+    place = _place(path.with_suffix(""), root)
+    return f"Measured on {describe(report)}. [All numbers]({place}.json), [tables]({place}.md)."
+
+
+def _picture(name: str, path: Path, root: Path) -> str:
+    return f"![{name}]({_place(path, root)})"
+
+
+def _place(path: Path, root: Path) -> str:
+    return Path(os.path.relpath(path, root)).as_posix()
+
+
 def divergence_block(results: Path, root: Path) -> str:
     """The output layer and its loss."""
     parts = []
     for path in newest_results(results):
         report = load(path)
-        place = Path(os.path.relpath(path, root)).as_posix()
-        parts.append(
-            f"Measured on {describe(report)}. [All numbers]({place}), [tables]({place.removesuffix('.json')}.md)."
-        )
+        parts.append(_source(path, root, report))
         for shape in dict.fromkeys(row.group.shape for row in report.speed):
             parts.append(ratio_table(shape, report.speed).markdown())
         parts.append(memory_table(memory_selection(report.memory)).markdown())
@@ -59,7 +70,7 @@ def divergence_block(results: Path, root: Path) -> str:
             parts.append(accuracy_table(full).markdown())
         for picture in sorted(path.parent.glob(f"{path.stem}-*.png")):
             name = picture.stem.removeprefix(f"{path.stem}-")
-            parts.append(f"![{name}]({Path(os.path.relpath(picture, root)).as_posix()})")
+            parts.append(_picture(name, picture, root))
     return "\n\n".join(parts) or NOTHING.format(command="`make bench`")
 
 
@@ -68,12 +79,11 @@ def prefix_block(results: Path, root: Path) -> str:
     parts = []
     for path in newest_results(results, "prefix"):
         report = prefix.load(path)
-        place = Path(os.path.relpath(path, root)).as_posix().removesuffix(".json")
-        parts.append(f"Measured on {describe(report.general)}. [All numbers]({place}.json), [tables]({place}.md).")
+        parts.append(_source(path, root, report.general))
         parts.append(prefix.describe_models(report))
         parts += [table.markdown() for table in prefix.overviews(report)]
         if path.with_suffix(".png").exists():
-            parts.append(f"![Speed and memory of shared prefixes]({place}.png)")
+            parts.append(_picture("Speed and memory of shared prefixes", path.with_suffix(".png"), root))
     return "\n\n".join(parts) or NOTHING.format(command="`sdcore bench prefix`")
 
 
@@ -82,8 +92,7 @@ def _overview_block(suite: ModuleType, name: str, results: Path, root: Path) -> 
     parts = []
     for path in newest_results(results, name):
         report = suite.load(path)
-        place = Path(os.path.relpath(path, root)).as_posix().removesuffix(".json")
-        parts.append(f"Measured on {describe(report.general)}. [All numbers]({place}.json), [tables]({place}.md).")
+        parts.append(_source(path, root, report.general))
         parts += [suite.describe_models(report), suite.overview(report).markdown()]
     return "\n\n".join(parts) or NOTHING.format(command=f"`sdcore bench {name}`")
 
@@ -93,11 +102,10 @@ def scaling_block(results: Path, root: Path) -> str:
     parts = []
     for path in newest_results(results, "scaling"):
         report = scaling.load(path)
-        place = Path(os.path.relpath(path, root)).as_posix().removesuffix(".json")
-        parts.append(f"Measured on {describe(report.general)}. [All numbers]({place}.json), [tables]({place}.md).")
+        parts.append(_source(path, root, report.general))
         parts.append(scaling.overview(report).markdown())
         if path.with_suffix(".png").exists():
-            parts.append(f"![Time and peak memory against N, V, G and P]({place}.png)")
+            parts.append(_picture("Time and peak memory against N, V, G and P", path.with_suffix(".png"), root))
     return "\n\n".join(parts) or NOTHING.format(command="`sdcore bench scaling`")
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .. import world
 from ..prefix import Plan, plan
@@ -35,7 +35,7 @@ from .models import size_of, with_layers
 from .options import Options, workload
 from .passes import Outcome, Step, gradients_of
 from .peers import require
-from .prefix_cases import TAIL
+from .prefix_cases import TAIL, random_model
 from .shapes import DTYPES
 
 ALPHA, TOPK, TINY_TOPK = 0.5, 100, 10
@@ -148,11 +148,7 @@ def make_setup(case: StepCase, device: str = "cpu", seed: int = 0) -> StepSetup:
     """Seeded. The weights' standard deviation makes that of the logits 1: the divergence of flatter distributions is so
     small that TRL's sum of signed terms in float32 has few digits of it."""
     config = config_of(case.model)
-    # Made where it is used: a CPU takes half a minute to fill billions of weights.
-    with torch.random.fork_rng(devices=[]), torch.device(device):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    model = model.to(device=device, dtype=DTYPES[case.dtype])
+    model = random_model(config, DTYPES[case.dtype], device, seed)
     generator = torch.Generator().manual_seed(seed)
 
     def ids(length: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 from typer.core import TyperGroup
 
+from sdcore.bench.options import SWEEPS
 from sdcore.cli.running import console, quiet_libraries, readable_errors
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 DEFAULT_SUITE: Final = "divergence"
 PEERS: Final = ("naive", "compile", "trl", "liger", "orda", "fla")
-SWEEPS: Final = ("N", "V", "G", "P")
 TRAINERS: Final = ("sdpo", "sdft", "gkd", "distillation")
 PRESETS: Final = "qwen3-0.6b, qwen3-4b, qwen3-8b, llama-3.1-8b, gemma-3-4b or qwen3-30b-a3b"
 

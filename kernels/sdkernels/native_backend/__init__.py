@@ -166,8 +166,7 @@ def _runs_of(places: list[int]) -> Iterator[slice]:
 def _covers(student_logits: Tensor, teacher_logits: Tensor, objective: Objective) -> bool:
     heads = (objective.student, objective.teacher)
     return (
-        library() is not None
-        and objective.support == "full"
+        objective.support == "full"
         and objective.entry_clip is None
         and all(softcap is None for _, softcap, _ in heads)
         and all(one.dtype == torch.float32 and one.stride(-1) == 1 for one in (student_logits, teacher_logits))
