@@ -256,7 +256,13 @@ def _policy(
         reference_logprobs=logprobs,
         distillation_weight=method.distillation_weight if mixed else 0.0,
         temperature=temperature,
+        completion_of=_completion_of(batch) if method.ratio_of == "completion" else None,
     )
+
+
+def _completion_of(batch: Batch) -> Tensor:
+    """(N,) which of the S completions a token is of."""
+    return spread(torch.arange(len(batch.lengths), device=batch.rewards.device), batch.lengths)
 
 
 def _advantages(batch: Batch, method: Method) -> Tensor:

@@ -48,21 +48,38 @@ def _is_composite(func: Any) -> bool:
 
 
 def _name_of(func: Any) -> str:
-    return func.overloadpacket.__name__ if func.namespace == "aten" else ""
+    return func.overloadpacket.__name__ if func.namespace in ("aten", "sdkernels") else ""
 
 
-def _matmul_of(func: Any, args: tuple[Any, ...]) -> Matmul | None:
+def _factors(name: str, args: tuple[Any, ...]) -> list[tuple[Tensor, Tensor]]:
+    """Of the products that an operator does, each as (..., m, k) and (k, n)."""
+    if name in FIRST_FACTOR:
+        return [(args[FIRST_FACTOR[name]], args[FIRST_FACTOR[name] + 1])]
+    if name == "native_project":
+        return [(hidden, args[1].t()) for hidden in args[0]]
+    if name == "native_hidden_gradient":
+        return [(args[0], args[1])]
+    if name == "native_weight_gradient":
+        return [(args[0].t(), args[1])]
+    return []
+
+
+def _matmuls_of(func: Any, args: tuple[Any, ...]) -> list[Matmul]:
     name = _name_of(func).removesuffix("_")
-    if name not in FIRST_FACTOR:
-        return None
-    a, b = args[FIRST_FACTOR[name]], args[FIRST_FACTOR[name] + 1]
-    return Matmul(name, math.prod(a.shape[:-1]), a.shape[-1], b.shape[-1] if b.dim() > 1 else 1)
+    return [
+        Matmul(name, math.prod(a.shape[:-1]), a.shape[-1], b.shape[-1] if b.dim() > 1 else 1)
+        for a, b in _factors(name, args)
+    ]
 
 
-def _zeros_like_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _zeros_like_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     if "out" in kwargs:
         return kwargs["out"].zero_()
     name = _name_of(func)
+    if name.startswith("native_"):
+        for out in args[2] if isinstance(args[2], list) else [args[2]]:
+            out.zero_()
+        return None
     if name.endswith("_"):
         return args[0].zero_()
     a, b = args[FIRST_FACTOR[name]], args[FIRST_FACTOR[name] + 1]
@@ -105,6 +122,12 @@ class LiveBytes(TorchDispatchMode):
         inputs = [*_tensors(args), *_tensors(kwargs.values())]
         for tensor in inputs:
             self._see(tensor, is_new=False)
+        products = _matmuls_of(func, args)
+        self.matmuls += products
+        if products and not self._multiply:
+            result = _zeros_like_product(func, args, kwargs)
+            self._see_results(result, func)
+            return result
         if func.namespace not in ("aten", "prim", "prims"):
             # A mode is off inside its own handler. Calling a custom operator's kernel directly, with the mode on
             # again, shows what it allocates; calling the operator would end up here for ever.
@@ -116,16 +139,13 @@ class LiveBytes(TorchDispatchMode):
             # Such operators reach a mode undivided in inference mode.
             with self:
                 return func.decompose(*args, **kwargs)
-        product = _matmul_of(func, args)
-        if product is not None:
-            self.matmuls.append(product)
-        if product is None or self._multiply:
-            result = func(*args, **kwargs)
-        else:
-            result = _zeros_like_product(func, args, kwargs)
-        for tensor in _tensors(result if isinstance(result, tuple | list) else (result,)):
-            self._see(tensor, is_new=True, origin=func)
+        result = func(*args, **kwargs)
+        self._see_results(result, func)
         return result
+
+    def _see_results(self, result: Any, origin: Any) -> None:
+        for tensor in _tensors(result if isinstance(result, tuple | list) else (result,)):
+            self._see(tensor, is_new=True, origin=origin)
 
     def _see(self, tensor: Tensor, *, is_new: bool, origin: Any = None) -> None:
         if tensor.layout != torch.strided or tensor.device.type == "meta":

@@ -42,7 +42,7 @@ def prefers_bfloat16() -> bool:
     Emerald Rapids in 1.5 times the time.
     """
     return torch.cpu._is_amx_tile_supported() or (
-        torch.cpu._is_avx512_bf16_supported() and _cpu_vendor() == "AuthenticAMD"
+        torch.cpu._is_avx512_bf16_supported() and cpu_vendor() == "AuthenticAMD"
     )
 
 
@@ -54,7 +54,7 @@ def left_to_onednn() -> frozenset[Product]:
     PyTorch hands them over only under the precision "bf16", which allows rounding the factors. oneDNN rounds them where
     the CPU has tile instructions (AMX) and nowhere else; that is asked for, and then tried.
     """
-    faster = FASTER_IN_ONEDNN.get(_cpu_vendor())
+    faster = FASTER_IN_ONEDNN.get(cpu_vendor())
     supported = torch.cpu._is_avx512_supported() and not torch.cpu._is_amx_tile_supported()
     if faster is None or not (supported and torch.backends.mkldnn.is_available()):
         return frozenset()
@@ -66,7 +66,7 @@ def left_to_onednn() -> frozenset[Product]:
     return faster if bool((product - exact).norm() < 1e-6 * exact.norm()) else frozenset()
 
 
-def _cpu_vendor() -> str:
+def cpu_vendor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -129,6 +129,10 @@ class Head:
         """Allocate the tile that casts go through; `columns` of the vocabulary at a time."""
         if self.cast:
             self.tile = self.weight.new_empty((columns, self.weight.shape[1]), dtype=self.dtype)
+
+    def scratch_bytes(self) -> tuple[int, int]:
+        """Bytes needed for a product beside its factors and the tile: once, and per row."""
+        return 0, 0
 
     def project(self, sides: list[Tensor], outs: list[Tensor]) -> None:
         """Each `out` (R, V) = its side's hidden rows (R, H) · weightᵀ; a cast tile serves all sides."""

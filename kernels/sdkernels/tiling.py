@@ -16,6 +16,8 @@ DEFAULT_WORKSPACE_MB = 256
 BLOCK_ENTRIES = {"cpu": 1 << 17, "other": 1 << 19}
 # Upper bound on the bytes per block entry over all objectives; the float64 branches of `support` take the most.
 BLOCK_BYTES_PER_ENTRY = 144
+# Of a chunk of projected rows. On a CPU more of them gain nothing in the products, and are memory to be asked for.
+MOST_ROWS = {"cpu": 256}
 # A cast tile of the head; larger ones gain nothing, smaller ones make the matrix products thin.
 CAST_TILE_BYTES = 16 * MIB
 LEAST_CAST_COLUMNS = 64
@@ -46,12 +48,13 @@ def plan_tiling(
     itemsize: int,
     scratch: tuple[int, int],
     workspace_bytes: int,
+    most_rows: int | None = None,
 ) -> Tiling:
     """Rows per chunk so that everything stays within `workspace_bytes`.
 
     `sides` counts the distributions that are projected, `hidden_entries` what a row costs beside its logits,
     `cast_width` the widest hidden size of a head that is cast (0: none), `itemsize` the bytes of the compute dtype.
-    `scratch` is the backend's, in bytes: once, and per row of a chunk.
+    `scratch` is the backend's, in bytes: once, and per row of a chunk. Not more than `most_rows`, however many fit.
     Raises ValueError with the least budget that works.
     """
     scratch_once, scratch_per_row = scratch
@@ -70,6 +73,6 @@ def plan_tiling(
         cast_columns = min(vocab, max(least_columns, affordable // (cast_width * itemsize)))
     affordable_rows = (workspace_bytes - fixed - cast_columns * cast_width * itemsize) // row_bytes
     # Fewer rows than all of them: no tensor ever has N·V elements, even where the budget would hold it.
-    most = max(1, min(affordable_rows, rows - 1))
+    most = max(1, min(affordable_rows, rows - 1, most_rows or rows))
     chunks = -(-rows // most) if rows else 1
     return Tiling(chunk_rows=max(1, -(-rows // chunks)), cast_columns=cast_columns)

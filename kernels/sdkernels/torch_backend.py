@@ -26,12 +26,15 @@ from .elementwise import (
     logprob_gradient_,
     narrow_,
 )
+from .matmul import Head
 from .support import bucket_divergence, clipped_divergence, gradient_view, tail_share, with_tail
 from .tiling import BLOCK_BYTES_PER_ENTRY, block_rows
 from .types import Objective, RowValues, TileRows
 
 # What `HeadWalk` may project as the teacher: see `TileRows.teacher_is_gap`.
 TAKES_GAP = True
+# The products with a head (V, H), given also the dtype of the logits.
+make_head = Head
 
 
 def scratch_bytes(rows: int, vocab: int, device_type: str, topk: int) -> tuple[int, int]:

@@ -24,6 +24,7 @@ class VocabularyParallel:
     """`divergence_tile`, `logprob_tile` and `topk_tile` over one rank's columns; every rank calls them alike."""
 
     TAKES_GAP = True
+    make_head = torch_backend.make_head
 
     def __init__(self, shards: Shards) -> None:
         self.shards = shards

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .matmul import Head, compute_dtype_of, fast_products
+from .matmul import compute_dtype_of, fast_products
 from .shards import Shards
 from .support import gradient_view, transform_
-from .tiling import block_rows, plan_tiling
+from .threads import populated
+from .tiling import MOST_ROWS, block_rows, plan_tiling
 from .types import Objective, TileRows
 from .vocab_parallel import VocabularyParallel
 
@@ -191,10 +192,13 @@ class HeadWalk(RowWalk):
         widest = self.vocab if shards is None else shards.widest
         # Neighbours with one weight are projected together: a tile of the head is cast once for all of them.
         runs = [list(run) for _, run in groupby(sides, key=lambda side: id(side[1]))]
-        self.groups = [(Head(run[0][1][: self.vocab], self.dtype), [side[0] for side in run]) for run in runs]
+        make_head = self.backend.make_head
+        self.groups = [(make_head(run[0][1][: self.vocab], self.dtype), [side[0] for side in run]) for run in runs]
         self.student_head = self.groups[0][0]
         self.gradient_dtype = self.student_head.operand_dtype
         hidden = operands.student_hidden
+        once, per_row = self.backend.scratch_bytes(self.count, widest, hidden.device.type, objective.topk)
+        head_once, head_per_row = map(max, zip(*(head.scratch_bytes() for head, _ in self.groups), strict=True))
         tiling = plan_tiling(
             self.count,
             widest,
@@ -202,8 +206,9 @@ class HeadWalk(RowWalk):
             hidden_entries=3 * sum(side.shape[1] for side, _ in sides) + 2 * hidden.shape[1],
             cast_width=max((head.weight.shape[1] for head, _ in self.groups if head.cast), default=0),
             itemsize=self.dtype.itemsize,
-            scratch=self.backend.scratch_bytes(self.count, widest, hidden.device.type, objective.topk),
+            scratch=(once + head_once, per_row + head_per_row),
             workspace_bytes=workspace_bytes,
+            most_rows=MOST_ROWS.get(hidden.device.type),
         )
         self.chunk_rows = tiling.chunk_rows
         for head, _ in self.groups:
@@ -211,7 +216,7 @@ class HeadWalk(RowWalk):
         # Off the CPU, rows start on 64-byte boundaries, so that they can be read in full-width pieces.
         columns = self.vocab if hidden.device.type == "cpu" else -(-self.vocab // 16) * 16
         shape = (tiling.chunk_rows, columns)
-        self.logits = [hidden.new_empty(shape, dtype=self.dtype)[:, : self.vocab] for _ in sides]
+        self.logits = [populated(hidden.new_empty(shape, dtype=self.dtype))[:, : self.vocab] for _ in sides]
         # Two teachers are mixed by their final logits, so that part of the transform is done here, not in the tile.
         self.mixing = operands.mix_hidden is not None
         if self.mixing:
@@ -277,7 +282,7 @@ class HeadGradients:
         hidden, weight = walk.operands.student_hidden, walk.operands.weight
         self.hidden = torch.zeros_like(hidden) if wanted.hidden else None
         self.chunk = hidden.new_empty((walk.chunk_rows if wanted.hidden else 0, hidden.shape[1]), dtype=walk.dtype)
-        self.weight = weight.new_empty(weight.shape, dtype=walk.dtype) if wanted.weight else None
+        self.weight = populated(weight.new_empty(weight.shape, dtype=walk.dtype)) if wanted.weight else None
         self.bias = weight.new_zeros(weight.shape[0], dtype=walk.dtype) if wanted.bias else None
         self.first = True
 

@@ -1,6 +1,6 @@
 """The suite `divergence`: the output layer and its loss, forward and backward, ours and the peers' beside the limit.
 
-    run(Options(suite="divergence"))                     # this machine; a quarter of an hour on two cores
+    run(Options(suite="divergence"))                     # this machine; ten minutes on two cores
     run(Options(suite="divergence", model="qwen3-4b", shapes=("N=512",), dtype="bf16"))
 
 Speed and memory of every group of contenders, then accuracy; saved after every group, so that an interruption does not

@@ -41,6 +41,10 @@ class Report:
         return folder_name(name + threads)
 
 
+# Whether freed memory is kept, or asked for anew a page at a time, is worth 5 % of a step.
+MALLOC_SETTINGS = ("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+
+
 def describe_machine(device: str) -> dict[str, Any]:
     """Name, software and settings that the times depend on."""
     machine: dict[str, Any] = {
@@ -55,6 +59,7 @@ def describe_machine(device: str) -> dict[str, Any]:
         machine["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
         machine["bf16_instructions"] = bool(torch.cpu._is_avx512_bf16_supported())
         machine["cores"] = os.cpu_count()
+        machine["malloc"] = {name: os.environ[name] for name in MALLOC_SETTINGS if os.environ.get(name)}
     return machine
 
 

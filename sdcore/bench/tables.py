@@ -211,6 +211,7 @@ def describe(report: Report) -> str:
     machine = report.machine
     versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items() if found)
     details = f"{machine['threads']} threads, {machine['cpu_capability']}" if machine["kind"] == "cpu" else "CUDA"
+    details = ", ".join([details, *(f"{name}={value}" for name, value in machine.get("malloc", {}).items())])
     return f"{machine['name']} ({details}), {machine['date']}; Python {machine['python']}, {versions}"
 
 

@@ -58,7 +58,7 @@ def suites() -> None:
     Without a suite, "divergence". A table has the limit in each row (the matrix products alone, timed in the same
     run), median and spread; nothing is timed before its result was found equal. On a machine that does nothing else:
       sdcore bench --quick                             does it all work? seconds
-      sdcore bench                                     the output layer and its loss; a quarter of an hour
+      sdcore bench                                     the output layer and its loss; ten minutes
       sdcore bench --model qwen3-4b --shape N=512      your sizes
       sdcore bench prefix                              passes that share their prompt; ten minutes
       sdcore bench step                                SDPO's update beside TRL's; half an hour
@@ -91,7 +91,7 @@ def divergence(
 
     \b
     Speed, memory, and errors against float64, of plain PyTorch, torch.compile, TRL, Liger, orda-kernel and
-    flash-linear-attention beside ours; a quarter of an hour on two cores:
+    flash-linear-attention beside ours; ten minutes on two cores:
       sdcore bench divergence
     The head of Qwen3-8B with 256 rows, in bfloat16, without what would be compiled:
       sdcore bench divergence --model qwen3-8b --shape N=256 --dtype bf16 --peers naive,trl

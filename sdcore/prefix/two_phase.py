@@ -6,9 +6,12 @@
             backward(part.attach(loss))       # loss.backward(), or accelerator.backward
 
 At any time there are the trunk's graph and one micro-batch's. A micro-batch reads the trunk's keys and values as
-leaves, where the gradients of all of them add up; the last one reads the trunk itself, and its backward goes on into
-the trunk with what has been added up. So a step ends with one backward that reaches every parameter, which is the one
-that `DistributedDataParallel` has to see.
+leaves, where the gradients of all of them add up. Its own states are a leaf too: `backward` ends there, and goes on
+into the body, at last into the trunk, when the next part is asked for. So the output layer's gradient has been added to
+its `.grad`, and is gone, before the body makes gradients of that size (the embedding's, once for each pass).
+
+Where ranks reduce their gradients, the last micro-batch of a step reads the trunk itself, and its backward goes on into
+it with what has been added up: one backward that reaches every parameter, which `DistributedDataParallel` has to see.
 
 What differs from the obvious: `attach` returns the same loss, and what `backward` multiplies it with (a loss scale, the
 share of an accumulation step) need not be known: the added up gradients were multiplied already, and are passed on as
@@ -55,13 +58,13 @@ class MicroBatch:
     prompts: PromptStates | None
     _synchronises: bool
     _body: Body
-    # What backward has to go on into, and the gradients that belong there.
+    # Of the part whose backward goes on into the trunk: where to, and the gradients that belong there.
     _roots: list[Tensor] = field(default_factory=list)
     _gradients: list[Tensor] = field(default_factory=list)
     _done: bool = False
 
     def attach(self, loss: Tensor) -> Tensor:
-        """The same loss (), whose backward also takes care of the trunk. To be called once, on the loss of all rows."""
+        """The same loss (), whose backward is noticed. To be called once, on the loss of all rows."""
         if loss.dim() != 0:
             raise ArgumentError(f"loss must be a scalar, got shape {tuple(loss.shape)}")
         return _Attached.apply(loss, self, *self._roots)
@@ -90,11 +93,11 @@ def micro_batches(
 ) -> Iterator[MicroBatch]:
     """The student's rows, group by group, at most `micro_batch` completions at a time.
 
-    Equivalent to one backward through `cached.hidden_states`, if the losses of the parts add up to its loss. `record`
-    is that of `cached.hidden_states`: each part then has its group's `prompts` for a live teacher. Trees without rows
-    give no parts; where there is no row at all, one part without rows does, so that a rank without completions takes
-    part in what ranks do together. Under FSDP2 a rank may get more parts without rows, also of groups that it does not
-    have, which are counted on from the last.
+    Equivalent to one backward through `cached.hidden_states`, if the losses of the parts add up to its loss and all
+    parts are taken, until there is none. `record` is that of `cached.hidden_states`: each part then has its group's
+    `prompts` for a live teacher. Trees without rows give no parts; where there is no row at all, one part without rows
+    does, so that a rank without completions takes part in what ranks do together. Under FSDP2 a rank may get more parts
+    without rows, also of groups that it does not have, which are counted on from the last.
 
     Raises `BackwardError` if a part is taken before the backward of the one before it has run, `ArgumentError` for a
     bad `micro_batch`, `UnsupportedModelError` where `cached` does and for a static graph.
@@ -174,24 +177,37 @@ def _group(
         yield (part := _idle_part(body, group, prompts=prompts))
         _require_done(part)
         del part
-    for batch in batches[:-1]:
+    # Where ranks reduce their gradients, the last backward has to reach every parameter by itself.
+    reduces = isinstance(body.through, DistributedDataParallel) or body.sharded is not None
+    for batch in batches[:-1] if reduces else batches:
         with unsynchronised(body):
             part = _part(body, group, tree, batch, slices, leaves, prompts, synchronises=False)
+        states = part.hidden
+        if not reduces:
+            part.hidden = states.detach().requires_grad_(states.requires_grad)
         yield part
         _require_done(part)
+        if not reduces and part.hidden.grad is not None:
+            states.backward(part.hidden.grad)
         # Its graph is gone; what is left of it must not outlive the next forward.
-        del part
+        del part, states
+    roots, gradients = [], []
+    for root, leaf in zip(_tensors(trunk), _tensors(leaves), strict=True):
+        if leaf.grad is not None:
+            roots.append(root)
+            gradients.append(leaf.grad)
+    if not reduces:
+        if roots:
+            torch.autograd.backward(roots, gradients)
+        return
     with nullcontext() if last_group else unsynchronised(body):
         part = _part(body, group, tree, batches[-1], slices, trunk, prompts, synchronises=last_group)
     if body.sharded is not None:
         # Every part runs the model once, on every rank.
         idle += ranks.idle(body, 0 if runs_branches else 1)
         part.hidden = torch.cat([part.hidden, *idle])
-    for root, leaf in zip(_tensors(trunk), _tensors(leaves), strict=True):
-        if leaf.grad is not None:
-            part._roots.append(root)
-            part._gradients.append(leaf.grad)
-    del trunk, leaves, idle
+    part._roots, part._gradients = roots, gradients
+    del trunk, leaves, idle, roots, gradients
     yield part
     _require_done(part)
 

@@ -124,6 +124,11 @@ def combinations(method: Method) -> list[tuple[bool, str]]:
             f"{method.kl_anchor}",
         ),
         (
+            method.ratio_of == "token" or mixed or method.target == "policy_gradient",
+            "ratio_of must be 'token' except for target='policy_gradient' and mixtures (distillation_weight < 1), got "
+            f"{method.ratio_of!r}",
+        ),
+        (
             group > 1 or not (mixed or method.target in ("tilt", "token_tilt", "policy_gradient")),
             f"num_generations must be at least 2 where completions are compared with their group, got {group}",
         ),

@@ -79,6 +79,7 @@ class Method:
     advantages: Literal["grpo", "dr_grpo", "leave_one_out"] = "grpo"  # of the policy gradient and the token tilt
     clip_low: float | None = 0.2  # policy gradient: its ratio is held in [1 - clip_low, 1 + clip_high]; None: it is not
     clip_high: float | None = 0.2
+    ratio_of: Literal["token", "completion"] = "token"  # "completion": of the mean log-ratio of its tokens (GSPO)
     kl_anchor: float = 0.0  # "policy_gradient" and mixtures: weight of the KL to the frozen reference
     aggregation: Aggregation = "token-mean"
     skip_first_tokens: int = 0  # completion tokens at the start that carry no loss

@@ -54,7 +54,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "use_vllm": (False, "give the trainer a sampler, sdcore.rollouts.vllm"),
     "use_teacher_server": (False, "the teacher is computed here, with the prefix that it shares"),
     "beta": (0.0, "TRL 1.16 stores it and never uses it; an anchor here is kl_anchor"),
-    "importance_sampling_level": ("token", "ratios of whole sequences are not covered"),
     "generate_from_teacher": (False, "completions are the student's, or the data's with samples='dataset'"),
 }
 # TRL's own, about its server, its diagnostics and DeepSpeed: no part of what is learned.
@@ -123,7 +122,10 @@ def _sdft(keys: Keys, temperature: float) -> Method:
 
 def _sdpo(keys: Keys, arguments: dict[str, Any], temperature: float) -> Method:
     weight, loss_type, scale = (keys.take(name) for name in ("distillation_weight", "loss_type", "scale_rewards"))
-    low, high = keys.take("epsilon"), keys.take("epsilon_high")
+    low, high, level = (keys.take(name) for name in ("epsilon", "epsilon_high", "importance_sampling_level"))
+    ratios = {"token": "token", "sequence": "completion"}
+    if level not in ratios:
+        raise ArgumentError(f"importance_sampling_level={level!r} is not known")
     clips = {"clip_low": low, "clip_high": low if high is None else high}
     policy: dict[str, Any] = {}
     aggregation: Aggregation = "seq-mean-token-mean"
@@ -132,7 +134,7 @@ def _sdpo(keys: Keys, arguments: dict[str, Any], temperature: float) -> Method:
         scales = {True: "grpo", "group": "grpo", False: "dr_grpo", "none": "dr_grpo"}
         if scale not in scales:
             raise ArgumentError(f"scale_rewards={scale!r} has no counterpart here: rewards are scaled within a group")
-        policy = {"advantages": scales[scale], **clips}
+        policy = {"advantages": scales[scale], "ratio_of": ratios[level], **clips}
     if weight == 0:
         aggregations: dict[str, Aggregation] = {
             "grpo": "seq-mean-token-mean",

@@ -15,6 +15,7 @@ operator, nothing need be done; if `Head` gets another method that multiplies, i
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,6 +30,7 @@ from torch import Tensor
 from sdkernels import linear_divergence
 from sdkernels.live_bytes import LiveBytes
 from sdkernels.matmul import Head
+from sdkernels.native_backend.products import NativeHead
 from sdkernels.testing import make_inputs
 
 
@@ -75,8 +77,8 @@ def counted_products() -> Iterator[Products]:
     _try_out_the_machine()
     with ExitStack() as stack:
         products = Products(stack.enter_context(LiveBytes()))
-        for name in ASKED:
-            stack.enter_context(mock.patch.object(Head, name, _watched(name, products)))
+        for head, name in itertools.product((Head, NativeHead), ASKED):
+            stack.enter_context(mock.patch.object(head, name, _watched(head, name, products)))
         yield products
 
 
@@ -88,8 +90,8 @@ def _try_out_the_machine() -> None:
         linear_divergence(*inputs[:3]).loss.backward()
 
 
-def _watched(name: str, products: Products) -> Callable[..., None]:
-    method = getattr(Head, name)
+def _watched(kind: type[Head], name: str, products: Products) -> Callable[..., None]:
+    method = getattr(kind, name)
 
     def call(head: Head, *args: Any) -> None:
         before, asked = products.seen, ASKED[name](head, *args)

@@ -56,7 +56,10 @@ def operator_calls() -> list[Any]:
 
 
 def test_every_operator_is_among_the_checked_ones() -> None:
-    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("sdkernels::")}
+    # Those of compiled products are called inside the others, without a graph, and write into what they are given.
+    inner = "sdkernels::native_"
+    names = torch._C._dispatch_get_all_op_names()
+    registered = {name for name in names if name.startswith("sdkernels::") and not name.startswith(inner)}
     assert registered == {parameter.values[0].name() for parameter in operator_calls()}
     assert len(registered) >= 5
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sdkernels import linear_divergence, machine, native_backend, torch_backend
+from sdkernels import linear_divergence, machine, native_backend, threads, torch_backend
 from sdkernels.native_backend import build
 from sdkernels.reference import divergence
 from sdkernels.testing import make_inputs, relative_error
@@ -30,7 +32,7 @@ ALPHAS = (0.0, 0.3, 1.0)
 
 
 def tile(
-    student: Tensor, teacher: Tensor, *, backend: Any = native_backend, is_gap: bool = True, **objective: Any
+    student: Tensor, teacher: Tensor, /, *, backend: Any = native_backend, is_gap: bool = True, **objective: Any
 ) -> tuple[RowValues, Tensor]:
     rows = TileRows(teacher_is_gap=is_gap, target_ids=torch.arange(len(student)) % student.shape[1])
     values, gradient = backend.divergence_tile(
@@ -87,13 +89,13 @@ def test_what_all_logits_are_higher_by_costs_no_digits(alpha: float) -> None:
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_digits_do_not_depend_on_the_threads(alpha: float) -> None:
     student, gap = torch.randn(37, 5000), 0.1 * torch.randn(37, 5000)
-    threads, found = torch.get_num_threads(), []
+    before, found = torch.get_num_threads(), []
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
             found.append(tile(student, gap, alpha=alpha))
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
     assert torch.equal(found[0][1], found[1][1])
     for one, other in zip(found[0][0], found[1][0], strict=True):
         assert torch.equal(one, other)
@@ -143,25 +145,111 @@ def test_columns_beyond_the_vocabulary_are_neither_read_nor_written(is_gap: bool
 
 
 @needs_compiler
+@pytest.mark.parametrize("alpha", ALPHAS)
+@given(
+    rows=st.integers(1, 5),
+    vocab=st.integers(1, 300),
+    log_noise=st.floats(-4.0, 0.9),
+    spread=st.floats(0.1, 8.0),
+    scale=st.floats(0.3, 2.0),
+    seed=st.integers(0, 9999),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_tile_of_two_sides_logits_is_what_float64_makes_of_them(
+    alpha: float, rows: int, vocab: int, log_noise: float, spread: float, scale: float, seed: int
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    student = spread * torch.randn(rows, vocab, generator=draw)
+    teacher = student + 10.0**log_noise * torch.randn(rows, vocab, generator=draw)
+    head = (scale, None, 1.0)
+    values, gradient = tile(student, teacher, is_gap=False, alpha=alpha, student=head, teacher=head)
+    gap = scale * (teacher.double() - student.double())
+    loss, slope = exact(scale * student.double(), gap, alpha)
+    # Every log-ratio may have a rounding of the largest logits in it.
+    rounding = 4e-7 * scale * torch.maximum(student.abs(), teacher.abs()).double().amax(1)
+    assert ((values.loss - loss).abs() <= 1e-6 * loss + rounding * (2 * loss).sqrt() + rounding**2 + 1e-15).all()
+    p = (scale * student.double()).softmax(-1)
+    size = scale * slope.norm() + (p * gap).norm() + (p * rounding[:, None]).norm() / 1e-6
+    assert (gradient - scale * slope).norm() <= 1e-6 * size + 1e-9
+
+
+@needs_compiler
+@pytest.mark.parametrize("is_gap", [True, False])
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_a_wide_gap_is_no_reason_for_float64_where_the_log_ratios_are_small(
+    alpha: float, is_gap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def called(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("done by the torch backend")
+
+    monkeypatch.setattr(torch_backend, "divergence_tile", called)
+    student, gap = torch.randn(4, 333), 0.5 * torch.randn(4, 333)
+    gap[1, 7], gap[2, 9] = -60.0, 45.0  # the second token gets nearly all the mass: its log-ratio is about 6
+    values, gradient = tile(student, gap if is_gap else student + gap, is_gap=is_gap, alpha=alpha)
+    loss, slope = exact(student, gap if is_gap else (student + gap) - student, alpha)
+    torch.testing.assert_close(values.loss.double(), loss, rtol=1e-5, atol=0)
+    assert relative_error(gradient, slope) < 1e-5
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads_of", ["torch", "its own"])
+def test_rows_are_each_done_once_by_whichever_threads(threads_of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if threads_of == "its own":
+        monkeypatch.setattr(threads, "_openmp", lambda: None)
+    elif threads._openmp() is None:
+        pytest.skip("this torch runs on something else than OpenMP")
+    student, gap = torch.randn(64, 3000), torch.randn(64, 3000)
+    expected = tile(student, gap, alpha=1.0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        found = tile(student, gap, alpha=1.0)
+        seen: set[int] = set()
+        meeting = threading.Barrier(4)
+
+        def work() -> None:
+            seen.add(threading.get_ident())
+            meeting.wait(30)
+
+        threads.together(work, 4)
+        assert len(seen) == 4
+
+        def fail() -> None:
+            raise ValueError("of a thread")
+
+        with pytest.raises(ValueError, match="of a thread"):
+            threads.together(fail, 4)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0].loss, expected[0].loss)
+    assert torch.equal(found[1], expected[1])
+
+
+@needs_compiler
 def test_a_forked_process_does_not_wait_for_its_parents_threads() -> None:
     student, gap = torch.randn(40, 5000), torch.randn(40, 5000)
-    arguments = (student, gap, True, Objective(alpha=1.0), (1.0, 1.0), False)
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        values, _ = native_backend._run(*arguments)
+        expected = tile(student, gap, alpha=1.0)[0].loss.tolist()
+        student, gap = student.clone(), gap.clone()  # by torch's threads, which a child has none of
+        rows, objective = TileRows(teacher_is_gap=True), Objective(alpha=1.0)
         receiver, sender = multiprocessing.Pipe(duplex=False)
         child = os.fork()
         if not child:
             try:
-                sender.send(native_backend._run(*arguments)[0].tolist())
+                values, _ = native_backend.divergence_tile(student, gap, rows, objective, want_gradient=True)
+                sender.send(values.loss.tolist())
             finally:
                 os._exit(0)
-        assert receiver.poll(60), "the forked process hangs"
+        is_done = receiver.poll(60)
+        if not is_done:
+            os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        assert receiver.recv() == values.tolist()
+        assert is_done, "the forked process hangs"
+        assert receiver.recv() == expected
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -224,3 +312,20 @@ def test_auto_takes_it_on_a_cpu_but_not_for_float64() -> None:
         linear_divergence(*(tensor.double() for tensor in inputs), backend="native")
     with pytest.raises(ValueError, match="backend='native' needs tensors on a CPU"):
         machine.choose_backend("native", torch.empty(1, device="meta"))
+
+
+@needs_compiler
+def test_a_library_is_of_the_sources_and_headers_that_are_there(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source, header = tmp_path / "one.c", tmp_path / "two.h"
+    source.write_text('#include "two.h"\nint number(void) { return NUMBER + (CLOSE < FAR); }\n')
+    monkeypatch.setattr(build, "SOURCES", [source])
+    monkeypatch.setattr(build, "HEADERS", [header])
+    for number in (1, 2):
+        header.write_text(f"#define NUMBER {number}\n")
+        build.library.cache_clear()
+        found = build.library()
+        assert found is not None
+        assert found.number() == number + 1
+    assert len(list(elsewhere.iterdir())) == 2

@@ -1,20 +1,16 @@
 """Row values and gradient tile from a tile of logits, in C: the torch backend with its element-wise part compiled.
 
-What differs from the obvious: rows are divided among Python threads, for which ctypes lets go of the interpreter's
-lock, so that the library needs no OpenMP of its own beside torch's. A row that float cannot hold is left as it was and
-done by the torch backend, in float64.
+What differs from the obvious: rows are worked on by the threads that torch has for itself (`threads`). A row that float
+cannot hold is left as it was and done by the torch backend, in float64.
 
-Not covered, and done by the torch backend as a whole: top-k and sampled supports, cached teachers, clipped entries,
-soft-caps, float64.
+Not covered, and done by the torch backend as a whole: sampled supports, clipped entries, soft-caps, float64.
 """
 
 from __future__ import annotations
 
-import os
+import ctypes
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache
 from itertools import groupby
 
 import torch
@@ -23,12 +19,17 @@ from torch import Tensor
 from .. import torch_backend
 from ..elementwise import narrow_
 from ..support import gradient_view
-from ..torch_backend import logprob_tile, scratch_bytes, topk_tile
+from ..threads import together
+from ..torch_backend import logprob_tile, topk_tile
 from ..types import Objective, RowValues, TileRows
 from .build import library
+from .job import Job
+from .products import make_head
 
 TAKES_GAP = True
 VALUES = 5  # doubles a row: see `Values` in divergence.c
+# Of one listed id, in a thread's buffers: see `allocate` in topk.c.
+LISTED_BYTES = 56
 # Of a tile; less is not worth another thread.
 LEAST_ENTRIES = 1 << 15
 
@@ -36,6 +37,13 @@ LEAST_ENTRIES = 1 << 15
 def is_available() -> bool:
     """Whether this machine can compile it; takes two seconds when it has not yet."""
     return library() is not None
+
+
+def scratch_bytes(rows: int, vocab: int, device_type: str, topk: int) -> tuple[int, int]:
+    """Bytes needed beside the logits of a tile: once, and per row of it. Enough for a row that torch does over."""
+    once, per_row = torch_backend.scratch_bytes(rows, vocab, device_type, topk)
+    of_thread = max(4 * vocab, LISTED_BYTES * (topk + 16))
+    return max(once, of_thread * torch.get_num_threads()), per_row
 
 
 def divergence_tile(
@@ -48,7 +56,7 @@ def divergence_tile(
     gradient_dtype: torch.dtype | None = None,
 ) -> tuple[RowValues, Tensor | None]:
     """Both logits (C, V) are destroyed; the gradient, with respect to the raw projection, lies in `student_logits`."""
-    if teacher_logits is None or not _covers(student_logits, teacher_logits, objective):
+    if not _covers(student_logits, teacher_logits, rows, objective):
         return torch_backend.divergence_tile(
             student_logits,
             teacher_logits,
@@ -59,20 +67,21 @@ def divergence_tile(
         )
     if rows.student_bias is not None:
         student_logits.add_(rows.student_bias)
-    if rows.teacher_bias is not None and not rows.teacher_is_gap:
+    if teacher_logits is not None and rows.teacher_bias is not None and not rows.teacher_is_gap:
         teacher_logits.add_(rows.teacher_bias)
     rows = replace(rows, student_bias=None, teacher_bias=None)
     gains = _gain(objective.student), _gain(objective.student if rows.teacher_is_gap else objective.teacher)
-    at_targets = None
+    at_targets = []
     if rows.target_ids is not None:  # before their places are taken by the gradient
         ids = rows.target_ids[:, None]
         sides = zip((student_logits, teacher_logits), gains, strict=True)
-        at_targets = [(logits.gather(1, ids)[:, 0] * gain).double() for logits, gain in sides]
-    values, done = _run(student_logits, teacher_logits, rows.teacher_is_gap, objective, gains, want_gradient)
-    found = _row_values(values, at_targets, rows.teacher_is_gap, student_logits.dtype)
+        at_targets = [(side.gather(1, ids)[:, 0] * gain).double() for side, gain in sides if side is not None]
+    values, done = _run(student_logits, teacher_logits, rows, objective, gains, want_gradient)
+    found = _row_values(values, at_targets, teacher_logits is not None, rows.teacher_is_gap, student_logits.dtype)
     for block in _runs_of((~done).nonzero()[:, 0].tolist()):
+        teacher = None if teacher_logits is None else teacher_logits[block]
         again, _ = torch_backend.divergence_tile(
-            student_logits[block], teacher_logits[block], rows.part(block), objective, want_gradient=want_gradient
+            student_logits[block], teacher, rows.part(block), objective, want_gradient=want_gradient
         )
         for column, part in zip(found, again, strict=True):
             if column is not None and part is not None:
@@ -88,8 +97,8 @@ def divergence_tile(
 
 def _run(
     student_logits: Tensor,
-    teacher_logits: Tensor,
-    teacher_is_gap: bool,
+    teacher_logits: Tensor | None,
+    rows: TileRows,
     objective: Objective,
     gains: tuple[float, float],
     want_gradient: bool,
@@ -101,59 +110,61 @@ def _run(
     count, vocab = student_logits.shape
     alpha, inner = objective.alpha, 0.0 < objective.alpha < 1.0
     loss_factor = 1 / (alpha * (1 - alpha)) if inner and objective.normalize else 1.0
-    slope = (1 - alpha) * loss_factor if inner else 1.0
     values = torch.empty(count, VALUES, dtype=torch.float64)
     done = torch.zeros(count, dtype=torch.bool)
-
-    def part(start: int, stop: int) -> None:
-        found.sdkernels_divergence(
-            student_logits[start].data_ptr(),
-            student_logits.stride(0),
-            gains[0],
-            teacher_logits[start].data_ptr(),
-            teacher_logits.stride(0),
-            gains[1],
-            teacher_is_gap,
-            stop - start,
-            vocab,
-            2 if inner else int(alpha),
-            alpha,
-            loss_factor,
-            gains[0] * slope if want_gradient else 0.0,
-            values[start].data_ptr(),
-            done[start:].data_ptr(),
-        )
-
-    threads = max(1, min(torch.get_num_threads(), count, count * vocab // LEAST_ENTRIES))
-    bounds = [count * i // threads for i in range(threads + 1)]
-    if threads == 1:
-        part(0, count)
-    else:
-        list(_pool(threads).map(part, bounds[:-1], bounds[1:]))
+    job = Job(
+        student=student_logits.data_ptr(),
+        student_stride=student_logits.stride(0),
+        rows=count,
+        vocab=vocab,
+        student_gain=gains[0],
+        teacher_gain=gains[1],
+        teacher_is_gap=rows.teacher_is_gap,
+        kind=2 if inner else int(alpha),
+        alpha=alpha,
+        loss_factor=loss_factor,
+        gradient_factor=gains[0] if want_gradient else 0.0,
+        values=values.data_ptr(),
+        done=done.data_ptr(),
+    )
+    if teacher_logits is not None:
+        job.teacher, job.teacher_stride = teacher_logits.data_ptr(), teacher_logits.stride(0)
+    work = found.sdkernels_divergence
+    ids, logprobs = rows.teacher_ids, rows.teacher_logprobs  # held: the job has their addresses
+    if objective.support == "topk":
+        work = found.sdkernels_topk_divergence
+        job.k, job.choose = objective.topk, teacher_logits is not None and objective.topk_of == "teacher"
+        if ids is not None:
+            ids = ids.contiguous()
+            job.k, job.ids = ids.shape[1], ids.data_ptr()
+        if teacher_logits is None and logprobs is not None:
+            logprobs = logprobs.contiguous()
+            job.logprobs = logprobs.data_ptr()
+        job.tail = objective.tail and job.k < vocab
+    threads = torch.get_num_threads() if count * vocab >= 2 * LEAST_ENTRIES else 1
+    together(lambda: work(ctypes.byref(job)), threads)
     return values, done
 
 
-def _row_values(values: Tensor, at_targets: list[Tensor] | None, teacher_is_gap: bool, dtype: torch.dtype) -> RowValues:
+def _row_values(
+    values: Tensor, at_targets: list[Tensor], has_teacher: bool, teacher_is_gap: bool, dtype: torch.dtype
+) -> RowValues:
+    """`at_targets` has the final logit of each side's target, or the gap, where there are targets."""
     loss, student_log_sum, teacher_log_sum, student_entropy, teacher_entropy = values.unbind(1)
     student_logprobs = teacher_logprobs = None
-    if at_targets is not None:
-        student, teacher = at_targets
-        teacher = student + teacher if teacher_is_gap else teacher
+    if at_targets:
+        student = at_targets[0]
         student_logprobs = (student - student_log_sum).to(dtype)
-        teacher_logprobs = (teacher - teacher_log_sum).to(dtype)
+        if has_teacher:
+            teacher = student + at_targets[1] if teacher_is_gap else at_targets[1]
+            teacher_logprobs = (teacher - teacher_log_sum).to(dtype)
     return RowValues(
-        loss.to(dtype), student_logprobs, teacher_logprobs, student_entropy.to(dtype), teacher_entropy.to(dtype)
+        loss.to(dtype),
+        student_logprobs,
+        teacher_logprobs,
+        student_entropy.to(dtype),
+        teacher_entropy.to(dtype) if has_teacher else None,
     )
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="sdkernels")
-
-
-if hasattr(os, "register_at_fork"):
-    # A forked process has none of its parent's threads, and would wait for them.
-    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def _runs_of(places: list[int]) -> Iterator[slice]:
@@ -163,13 +174,16 @@ def _runs_of(places: list[int]) -> Iterator[slice]:
         yield slice(members[0], members[-1] + 1)
 
 
-def _covers(student_logits: Tensor, teacher_logits: Tensor, objective: Objective) -> bool:
+def _covers(student_logits: Tensor, teacher_logits: Tensor | None, rows: TileRows, objective: Objective) -> bool:
     heads = (objective.student, objective.teacher)
+    sides = [side for side in (student_logits, teacher_logits, rows.teacher_logprobs) if side is not None]
     return (
-        objective.support == "full"
+        objective.support in ("full", "topk")
+        and len(sides) > 1
         and objective.entry_clip is None
         and all(softcap is None for _, softcap, _ in heads)
-        and all(one.dtype == torch.float32 and one.stride(-1) == 1 for one in (student_logits, teacher_logits))
+        and all(side.dtype == torch.float32 for side in sides)
+        and all(one.stride(-1) == 1 for one in sides[:2])
     )
 
 
@@ -178,4 +192,4 @@ def _gain(head: tuple[float, float | None, float]) -> float:
     return scale / temperature
 
 
-__all__ = ["TAKES_GAP", "divergence_tile", "is_available", "logprob_tile", "scratch_bytes", "topk_tile"]
+__all__ = ["TAKES_GAP", "divergence_tile", "is_available", "logprob_tile", "make_head", "scratch_bytes", "topk_tile"]

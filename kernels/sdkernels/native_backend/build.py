@@ -1,7 +1,7 @@
-"""Compiles `divergence.c` for this machine on first use, and keeps the library for the next process.
+"""Compiles the C files of this folder for this machine on first use, and keeps the library for the next process.
 
 A C compiler is all that is needed: `$CC`, or `cc`, as Triton and torch.compile take them too. The library lies in
-`$SDKERNELS_CACHE`, or in `~/.cache/sdkernels`, under a name made of source, command, compiler and processor.
+`$SDKERNELS_CACHE`, or in `~/.cache/sdkernels`, under a name made of sources, command, compiler and processor.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("divergence.c")
+from ..elementwise import CLOSE, FAR
+
+FOLDER = Path(__file__).parent
+SOURCES = sorted(FOLDER.glob("*.c"))
+HEADERS = sorted(FOLDER.glob("*.h"))
 # No -ffast-math: NaN must stay NaN, and the order of a compensated sum what it is.
 FLAGS = ("-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 PROCESSOR = {
@@ -34,12 +38,13 @@ def library() -> ctypes.CDLL | None:
     compiler = _compiler()
     if os.name != "posix" or compiler is None:
         return None
-    command = [*compiler, *FLAGS, *PROCESSOR.get(platform.machine(), ("-march=native",))]
+    limits = [f"-D{name}={value}f" for name, value in (("CLOSE", CLOSE), ("FAR", FAR))]
+    command = [*compiler, *FLAGS, *limits, *PROCESSOR.get(platform.machine(), ("-march=native",))]
     try:
-        path = cache_folder() / f"divergence-{_key(command)}.so"
+        path = cache_folder() / f"sdkernels-{_key(command)}.so"
         if not path.exists():
             _compile(command, path)
-        return _declare(ctypes.CDLL(str(path)))
+        return ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: there is no home
         return None
 
@@ -65,7 +70,8 @@ def _key(command: list[str]) -> str:
         ]
     except OSError:
         processor = [platform.processor()]
-    parts = (SOURCE.read_bytes(), repr(command).encode(), said, repr(sorted(set(processor))).encode())
+    sources = (path.read_bytes() for path in [*SOURCES, *HEADERS])
+    parts = (*sources, repr(command).encode(), said, repr(sorted(set(processor))).encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
@@ -73,19 +79,6 @@ def _compile(command: list[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         subprocess.run(
-            [*command, str(SOURCE), "-o", str(made), "-lm"], capture_output=True, check=True, timeout=SECONDS
+            [*command, *map(str, SOURCES), "-o", str(made), "-lm"], capture_output=True, check=True, timeout=SECONDS
         )
         made.replace(path)  # whole or not at all, whoever compiles at the same time
-
-
-def _declare(found: ctypes.CDLL) -> ctypes.CDLL:
-    pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    found.sdkernels_divergence.restype = None
-    found.sdkernels_divergence.argtypes = [
-        *(pointer, integer, number),  # student's logits, their stride and gain
-        *(pointer, integer, number, ctypes.c_int),  # teacher's, and whether they are a gap
-        *(integer, integer),  # rows, vocabulary
-        *(ctypes.c_int, number, number, number),  # kind, alpha, factors of loss and gradient
-        *(pointer, pointer),  # values, done
-    ]
-    return found

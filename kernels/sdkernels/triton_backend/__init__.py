@@ -7,9 +7,12 @@ formulas.py; block sizes per architecture: configs.py.
 
 from __future__ import annotations
 
+from ..matmul import Head
 from .tiles import divergence_tile, logprob_tile, scratch_bytes, topk_tile
 
 # What `HeadWalk` may project as the teacher: see `TileRows.teacher_is_gap`.
 TAKES_GAP = False
+# The products with a head (V, H), given also the dtype of the logits.
+make_head = Head
 
 __all__ = ["divergence_tile", "logprob_tile", "scratch_bytes", "topk_tile"]

@@ -156,6 +156,7 @@ def test_flags_and_text_are_of_their_type(name: str) -> None:
         (lambda: Method(topk=3, entry_clip=0.1), "entry_clip"),
         (lambda: Method(sampled_token=True, alpha=0.5), "sampled_token"),
         (lambda: Method(kl_anchor=0.1), "kl_anchor"),
+        (lambda: Method(ratio_of="completion"), "ratio_of"),
         (lambda: Method(distillation_weight=0.5), "num_generations"),
         (lambda: Method(distillation_weight=0.0, num_generations=2), "distillation_weight"),
         (lambda: Method(overflow="drop_oldest_feedback"), "overflow"),
@@ -173,7 +174,7 @@ def test_combinations_without_sense_are_refused(make: Callable[[], Method], fiel
 @pytest.mark.parametrize(
     "method",
     [
-        SDPO(distillation_weight=0.5, kl_anchor=0.1),
+        SDPO(distillation_weight=0.5, kl_anchor=0.1, ratio_of="completion"),
         SDPO(overflow="drop_oldest_feedback"),
         SDPO(teacher="trust_region"),
         SDPO(num_generations=1),

@@ -158,6 +158,11 @@ def test_divergences_and_gradients_are_trls(mode: dict[str, Any]) -> None:
     assert LogitTransform().temperature is None  # the method's is used
 
 
+def test_ratios_that_nobody_reads_are_whatever_they_are_said_to_be() -> None:
+    level = {"importance_sampling_level": "sequence"}
+    assert from_trl(GROUP | level, kind="sdpo") == from_trl(GROUP, kind="sdpo")
+
+
 @pytest.mark.parametrize("attempt", ["x = {1}", None])
 @pytest.mark.parametrize("feedback", ["Line 3: {% if", None])
 @pytest.mark.parametrize(
@@ -265,6 +270,7 @@ def test_without_distillation_it_is_grpo_and_with_a_part_of_it_a_mixture() -> No
         ({"distillation_mode": "topk_logits"}, r"^distillation_topk must be given"),
         ({"use_successful_as_teacher": False}, r"^use_solution or use_feedback"),
         ({"scale_rewards": "batch", "distillation_weight": 0.0}, r"^scale_rewards='batch'"),
+        ({"importance_sampling_level": "word"}, r"^importance_sampling_level='word' is not known$"),
     ],
 )
 def test_what_has_no_counterpart_is_refused_by_name(given: dict[str, Any], message: str) -> None:
