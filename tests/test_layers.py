@@ -19,7 +19,7 @@ SOURCE_ROOTS = {"sdkernels": ROOT / "kernels", "sdcore": ROOT}
 LAYERS: dict[str, list[set[str]]] = {
     "sdkernels": [
         {"types", "reference", "live_bytes", "tuned"},
-        {"tiling", "support", "matmul", "moments", "shards", "agreement"},
+        {"tiling", "threads", "support", "matmul", "moments", "shards", "agreement"},
         {"elementwise"},
         {"torch_backend", "triton_backend"},
         {"native_backend"},

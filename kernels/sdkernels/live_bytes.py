@@ -48,7 +48,7 @@ def _is_composite(func: Any) -> bool:
 
 
 def _name_of(func: Any) -> str:
-    return func.overloadpacket.__name__ if func.namespace in ("aten", "sdkernels") else ""
+    return func.overloadpacket.__name__ if func.namespace in ("aten", __package__) else ""
 
 
 def _factors(name: str, args: tuple[Any, ...]) -> list[tuple[Tensor, Tensor]]:

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import cache, partial
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,20 +83,22 @@ class NativeHead(Head):
         return 4 * torch.get_num_threads() * a_thread, 4 * DEPTH
 
     def project(self, sides: list[Tensor], outs: list[Tensor]) -> None:
-        torch.ops.sdkernels.native_project(sides, self.weight, outs)
+        _operators().native_project(sides, self.weight, outs)
 
     def hidden_gradient(self, gradient: Tensor, out: Tensor) -> None:
         if self.weight.dtype == torch.float32:  # MKL does this one in 0.93 of the time
             super().hidden_gradient(gradient, out)
             return
-        torch.ops.sdkernels.native_hidden_gradient(gradient, self.weight, out)
+        _operators().native_hidden_gradient(gradient, self.weight, out)
 
     def weight_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor, scale: float, first: bool) -> None:
-        torch.ops.sdkernels.native_weight_gradient(gradient, hidden, out, scale, first)
+        _operators().native_weight_gradient(gradient, hidden, out, scale, first)
 
 
 # Operators, so that whoever counts products by torch's dispatcher sees these too.
-OPERATORS = torch.library.Library("sdkernels", "FRAGMENT")
+# The package's own name: a copy of it under another one may be loaded beside it.
+NAMESPACE = __package__.rpartition(".")[0]
+OPERATORS = torch.library.Library(NAMESPACE, "FRAGMENT")
 OPERATORS.define("native_project(Tensor[] sides, Tensor weight, Tensor(a!)[] outs) -> ()")
 OPERATORS.define("native_hidden_gradient(Tensor gradient, Tensor weight, Tensor(a!) out) -> ()")
 OPERATORS.define(
@@ -179,6 +182,10 @@ def _weight_gradient(gradient: Tensor, hidden: Tensor, out: Tensor, scale: float
         )
 
     run_all([partial(part, share) for share in range(len(parts))])
+
+
+def _operators() -> Any:
+    return getattr(torch.ops, NAMESPACE)
 
 
 def _library() -> ctypes.CDLL:
