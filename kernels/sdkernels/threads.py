@@ -10,9 +10,9 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -28,10 +28,10 @@ POPULATE_WRITE = 23  # of madvise, from Linux 5.14 on
 
 def together(work: Callable[[], None], threads: int) -> None:
     """Call `work` on as many threads at once, and wait for all; an exception of any of them is raised."""
-    parallel = _openmp()
     if threads == 1:
         work()
         return
+    parallel = _openmp()
     if parallel is None:
         for result in [_pool(threads).submit(work) for _ in range(threads)]:
             result.result()
@@ -49,16 +49,16 @@ def together(work: Callable[[], None], threads: int) -> None:
         raise failures[0]
 
 
-def run_all(calls: Sequence[Callable[[], object]]) -> None:
-    """Make all calls, on torch's threads if there are more than one."""
-    left = iter(calls)
+def run_all(call: Callable[[int], object], count: int) -> None:
+    """`call(0)` to `call(count - 1)`, on torch's threads if there are more than one."""
+    left = iter(range(count))
 
     def work() -> None:
-        while (call := next(left, None)) is not None:
-            call()
+        for i in left:
+            call(i)
 
     # All of the threads: a team that changes its size is started anew.
-    together(work, torch.get_num_threads() if len(calls) > 1 else 1)
+    together(work, torch.get_num_threads() if count > 1 else 1)
 
 
 def shares(count: int, *, step: int = 1, most: int) -> list[tuple[int, int]]:
@@ -79,11 +79,13 @@ def populated(memory: Tensor) -> Tensor:
     if memory.device.type == "cpu" and memory.nbytes >= LEAST_FRESH_BYTES and sys.platform == "linux":
         start = -(-memory.data_ptr() // PAGE_BYTES)
         pages = (memory.data_ptr() + memory.untyped_storage().nbytes()) // PAGE_BYTES - start
-        calls = [
-            partial(_madvise(), (start + first) * PAGE_BYTES, (last - first) * PAGE_BYTES, POPULATE_WRITE)
-            for first, last in shares(pages, most=torch.get_num_threads())
-        ]
-        run_all(calls)
+        parts = shares(pages, most=pages)
+
+        def populate(share: int) -> None:
+            first, last = parts[share]
+            _madvise()((start + first) * PAGE_BYTES, (last - first) * PAGE_BYTES, POPULATE_WRITE)
+
+        run_all(populate, len(parts))
     return memory
 
 

@@ -27,7 +27,7 @@ from .job import Job
 from .products import make_head
 
 TAKES_GAP = True
-VALUES = 5  # doubles a row: see `Values` in divergence.c
+VALUES = 5  # doubles a row: see `Values` in rows.h
 # Of one listed id, in a thread's buffers: see `allocate` in topk.c.
 LISTED_BYTES = 56
 # Of a tile; less is not worth another thread.

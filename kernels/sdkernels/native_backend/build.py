@@ -22,6 +22,19 @@ from ..elementwise import CLOSE, FAR
 FOLDER = Path(__file__).parent
 SOURCES = sorted(FOLDER.glob("*.c"))
 HEADERS = sorted(FOLDER.glob("*.h"))
+# Of products.c: shares of threads start at whole tiles, those of a hidden gradient's columns at whole blocks.
+TILE_ROWS, TILE_COLUMNS, DEPTH = 14, 32, 512
+BLOCK_ROWS, BLOCK_COLUMNS = 8 * TILE_ROWS, 256
+# What Python and C both count with.
+SHARED = {
+    "CLOSE": f"{CLOSE}f",
+    "FAR": f"{FAR}f",
+    "TILE_ROWS": TILE_ROWS,
+    "TILE_COLUMNS": TILE_COLUMNS,
+    "DEPTH": DEPTH,
+    "BLOCK_ROWS": BLOCK_ROWS,
+    "BLOCK_COLUMNS": BLOCK_COLUMNS,
+}
 # No -ffast-math: NaN must stay NaN, and the order of a compensated sum what it is.
 FLAGS = ("-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 PROCESSOR = {
@@ -38,8 +51,8 @@ def library() -> ctypes.CDLL | None:
     compiler = _compiler()
     if os.name != "posix" or compiler is None:
         return None
-    limits = [f"-D{name}={value}f" for name, value in (("CLOSE", CLOSE), ("FAR", FAR))]
-    command = [*compiler, *FLAGS, *limits, *PROCESSOR.get(platform.machine(), ("-march=native",))]
+    shared = [f"-D{name}={value}" for name, value in SHARED.items()]
+    command = [*compiler, *FLAGS, *shared, *PROCESSOR.get(platform.machine(), ("-march=native",))]
     try:
         path = cache_folder() / f"sdkernels-{_key(command)}.so"
         if not path.exists():

@@ -6,12 +6,11 @@
  * into panels in which they lie in the order in which a tile reads them. A block of the right factor fills half of a
  * second-level cache of 1 MiB.
  *
- * Every function does one thread's share. `scratch` and packed factors start on 64 bytes.
+ * `build.py` says how large tiles and blocks are. Every function does one thread's share. `scratch` and packed factors
+ * start on 64 bytes.
  */
 #include <stdint.h>
 #include <string.h>
-
-enum { TILE_ROWS = 14, TILE_COLUMNS = 32, DEPTH = 512, BLOCK_COLUMNS = 256, BLOCK_ROWS = 8 * TILE_ROWS };
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t multiple(int64_t count, int64_t of) { return (count + of - 1) / of * of; }

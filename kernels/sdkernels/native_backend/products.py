@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..matmul import Head, cpu_vendor, prefers_bfloat16
 from ..threads import run_all, shares
-from .build import library
+from .build import BLOCK_COLUMNS, BLOCK_ROWS, DEPTH, TILE_COLUMNS, TILE_ROWS, library
 
 # An Intel Emerald Rapids does products of 512 rows in 0.92 to 1.03 of the time of MKL and oneDNN; no AMD was at hand.
 FASTER_ON = frozenset({"GenuineIntel"})
@@ -22,8 +22,6 @@ CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LEAST_HEAD = 1 << 18
 # Of a product; less is not worth another thread.
 LEAST_SUMMANDS = 1 << 20
-# Of products.c: shares start at whole tiles, those of a hidden gradient's columns at whole blocks.
-TILE_ROWS, TILE_COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS, DEPTH = 14, 32, 112, 256, 512
 
 
 @cache
@@ -129,7 +127,7 @@ def _project(sides: list[Tensor], weight: Tensor, outs: list[Tensor]) -> None:
             outs[0].stride(0),
         )
 
-    run_all([partial(part, share) for share in range(len(parts))])
+    run_all(part, len(parts))
 
 
 @torch.library.impl(OPERATORS, "native_hidden_gradient", "CPU")
@@ -155,7 +153,7 @@ def _hidden_gradient(gradient: Tensor, weight: Tensor, out: Tensor) -> None:
             out.stride(0),
         )
 
-    run_all([partial(part, share) for share in range(len(parts))])
+    run_all(part, len(parts))
 
 
 @torch.library.impl(OPERATORS, "native_weight_gradient", "CPU")
@@ -181,7 +179,7 @@ def _weight_gradient(gradient: Tensor, hidden: Tensor, out: Tensor, scale: float
             not first,
         )
 
-    run_all([partial(part, share) for share in range(len(parts))])
+    run_all(part, len(parts))
 
 
 def _operators() -> Any:
