@@ -1,7 +1,7 @@
 """Self-distillation of language models: distil what a model does with extra context into the model without it.
 
 `SelfDistillationTrainer` is the whole of it, `distill_step` one training step, `prefix` what that stands on; `presets`
-are the methods, `contexts`, `teachers`, `losses` and `targets` their parts; `patch` and `integrations` bring them into
+are the methods, `contexts`, `teachers` and `losses` their parts; `patch` and `integrations` bring them into
 other people's training code.
 
 Importing this package imports neither torch nor transformers, so that `python -m sdcore --help` answers at once.
@@ -14,16 +14,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .config import SelfDistillationConfig
     from .integrations.transformers import patch
     from .step import StepOutput, distill_step, imitate_step
-    from .trainer import SelfDistillationTrainer
+    from .training.config import SelfDistillationConfig
+    from .training.trainer import SelfDistillationTrainer
 
 __all__ = ["SelfDistillationConfig", "SelfDistillationTrainer", "StepOutput", "distill_step", "imitate_step", "patch"]
 
 _MODULES = {
-    "SelfDistillationConfig": "config",
-    "SelfDistillationTrainer": "trainer",
+    "SelfDistillationConfig": "training.config",
+    "SelfDistillationTrainer": "training.trainer",
     "patch": "integrations.transformers",
 }
 

@@ -23,8 +23,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from ..models import Body, find_body
-from ..prefix import Cost, Plan, cost, naive, plan
+from ..prefix import Cost, Plan, cost, plan
 from ..prefix.runner import STRATEGIES, passes, teacher_rows
+from ..prefix.strategies import naive
 from ..step import distill_step
 from ..teachers import Frozen, Live
 from .models import size_of, with_layers

@@ -44,8 +44,8 @@ def evaluate(
         from rich.table import Table
 
         from sdcore.data import read_examples
-        from sdcore.evaluation import evaluate as measure
         from sdcore.rollouts.rewards import prepare
+        from sdcore.training.evaluation import evaluate as measure
 
         examples, rewards, screen = read_examples(data, limit=limit), prepare(reward), console()
         loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)

@@ -51,12 +51,12 @@ def solve(
       sdcore solve ... --no-update
     """
     with readable_errors("solve"), quiet_libraries():
-        from sdcore.config import SelfDistillationConfig
         from sdcore.data import example_of, read_examples
         from sdcore.errors import ArgumentError
         from sdcore.presets import load_config, types_of
-        from sdcore.solve import Round, SolveConfig, command_verifier
-        from sdcore.solve import solve as search
+        from sdcore.training.config import SelfDistillationConfig
+        from sdcore.training.solve import Round, SolveConfig, command_verifier
+        from sdcore.training.solve import solve as search
 
         if (question is None) == (question_file is None):
             raise ArgumentError("one of --question and --question-file must be given")

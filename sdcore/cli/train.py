@@ -56,15 +56,14 @@ def train(
     with readable_errors("train"), quiet_libraries():
         from transformers import AutoConfig, AutoTokenizer
 
-        from sdcore import dry_run as looking
-        from sdcore.config import SelfDistillationConfig
-        from sdcore.construction import check
         from sdcore.data import read_examples
         from sdcore.errors import ArgumentError
-        from sdcore.memory import Setting
         from sdcore.presets import dump_config, load_config, types_of
         from sdcore.rollouts.rewards import prepare
         from sdcore.rollouts.samplers import ModelSampler
+        from sdcore.training import dry_run as looking
+        from sdcore.training.config import SelfDistillationConfig
+        from sdcore.training.prepare import check
 
         if method is None and config is None:
             raise ArgumentError("a method must be named, by --method or in the file of --config, got none")
@@ -89,12 +88,12 @@ def train(
                 max_prompt_length=args.max_prompt_length,
                 max_completion_length=args.max_completion_length,
                 prompts=args.per_device_train_batch_size,
-                setting=Setting.of_run(args, chosen, lora_rank=lora_rank),
+                setting=looking.setting_of_run(args, chosen, lora_rank=lora_rank),
             )
             looking.show(found, screen)
             return
 
-        from sdcore.trainer import SelfDistillationTrainer
+        from sdcore.training.trainer import SelfDistillationTrainer
 
         trainer = SelfDistillationTrainer(
             resolved(model),

@@ -35,7 +35,7 @@ from ..errors import ArgumentError, SdcoreError
 from ..models import Body, Head, find_body, head_of
 from ..prefix import Plan, TeacherRows, passes, row_slices
 from ..prefix import plan as plan_of
-from ..prefix.runner import Strategy
+from ..prefix.choice import Strategy
 from ..teachers import Teacher, TrustRegion
 from ..types import Conditioned, Group
 

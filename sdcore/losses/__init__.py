@@ -3,12 +3,17 @@
 from .aggregate import Aggregation, over_ranks, per_completion, spread, token_weights
 from .divergence import FusedLinearDivergence
 from .policy_gradient import Estimator, PolicyTerm, group_advantages, policy_loss
+from .tilt import LogZ, Tilted, TiltOutput, TokenTilt
 
 __all__ = [
     "Aggregation",
     "Estimator",
     "FusedLinearDivergence",
+    "LogZ",
     "PolicyTerm",
+    "TiltOutput",
+    "Tilted",
+    "TokenTilt",
     "group_advantages",
     "over_ranks",
     "per_completion",

@@ -26,15 +26,13 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentError
-from ..prefix.costs import STRATEGIES, cost_of_sizes
-from ..prefix.sizes import ModelSizes, model_sizes
+from ..prefix.costs.count import STRATEGIES, cost_of_sizes
+from ..prefix.costs.sizes import ModelSizes, model_sizes
 from ..presets.methods import TeacherKind
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..config import SelfDistillationConfig
-    from ..presets.methods import Method
 
 MIB: Final = 1 << 20
 # Teachers that hold a copy of the weights; the others are the student's own.
@@ -110,19 +108,6 @@ class Setting:
             raise ArgumentError(f"workspace_mb must be positive, got {self.workspace_mb}")
         if self.teacher not in get_args(TeacherKind):
             raise ArgumentError(f"teacher must be one of {', '.join(get_args(TeacherKind))}, got {self.teacher!r}")
-
-    @classmethod
-    def of_run(cls, args: SelfDistillationConfig, method: Method, *, lora_rank: int | None = None) -> Setting:
-        """As `SelfDistillationTrainer` would run this method; where it chooses a strategy itself, "packed"."""
-        automatic = "packed" if args.micro_batch is None else "two_phase"
-        return cls(
-            teacher=method.teacher if method.has_teacher or method.needs_reference else "live",
-            strategy=automatic if args.strategy == "auto" else args.strategy,  # type: ignore[arg-type]
-            micro_batch=args.micro_batch,
-            checkpointing=args.gradient_checkpointing,
-            lora_rank=lora_rank,
-            dtype=None if args.model_dtype == "auto" else args.model_dtype,
-        )
 
 
 class Parameters(NamedTuple):

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import ArgumentError
-from ..prefix.sizes import model_sizes
+from ..prefix.costs.sizes import model_sizes
 from .estimate import MIB, Load, Parameters, Setting, count_parameters, predict, variants_of
 
 if TYPE_CHECKING:

@@ -1,11 +1,12 @@
 """The shared-prefix scheme: teacher and student passes that compute each token with the same past once."""
 
-from .costs import Cost, PassCost, cost, cost_of_sizes
+from .choice import Strategy
+from .costs.count import Cost, PassCost, cost, cost_of_sizes
+from .costs.sizes import ModelSizes
 from .planner import Plan, Tree, buckets, check_against, plan, row_slices
 from .report import PassReport, Report
-from .runner import Part, Passes, PrefixOutput, Strategy, TeacherRows, passes, run
+from .runner import Part, Passes, PrefixOutput, TeacherRows, passes, run
 from .sampling import Sampled, generate
-from .sizes import ModelSizes
 
 __all__ = [
     "Cost",

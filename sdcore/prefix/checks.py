@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from ..models import Body, without_dropout
-from . import naive, ranks
 from .planner import Plan, Tree, plan
+from .strategies import naive, ranks
 
 Verify = Literal["once", "always", "off"]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .costs import Cost
+from .costs.count import Cost
 from .planner import Plan, Tree
 
 # Below this share of a student's prompt, a teacher that could read its states hardly does: say so.

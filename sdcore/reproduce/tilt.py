@@ -4,7 +4,7 @@ The teacher is `p* = p_ref · exp(β r) / Z` over whole responses. Two studies, 
 response, so that KL(π‖p*) is computed and not estimated: a table of 64 responses in float64, where nothing but the
 estimator can be at fault, and the small world's model on two tokens of an answer, with a reward for large digits.
 
-Arms are the estimators of log Z of `sdcore.targets.Tilted`, and self-normalised weights (the softmax of β r in a group,
+Arms are the estimators of log Z of `sdcore.losses.Tilted`, and self-normalised weights (the softmax of β r in a group,
 an estimate of the forward KL), all with groups of eight. By theory the mean reward and the weights of samples of p_ref
 do not have p* as their fixed point: their distance should stop falling where the bias is. Weights of the student's own
 samples, corrected by p_ref/π, are equal at p*, so that p* is their fixed point, but with noise that does not go away.
@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..losses import Tilted
 from ..losses.aggregate import spread
 from ..losses.policy_gradient import PolicyTerm
+from ..losses.tilt import LogZ, self_normalized_weights
 from ..prefix import plan
 from ..step import policy_gradient_step, tilt_step, token_logprobs
-from ..targets import Tilted
-from ..targets.tilt import LogZ, self_normalized_weights
 from ..teachers import Frozen
 from ..world.language import DIGITS
 from .experiment import Cost, Exam, base, train

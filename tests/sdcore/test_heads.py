@@ -16,7 +16,7 @@ from sdcore.errors import UnsupportedModelError
 from sdcore.models import Head, find_body, head_of, without_dropout
 from sdcore.prefix import Plan, Tree, run
 from sdcore.step import distill_step
-from sdcore.step_rewards import token_logprobs
+from sdcore.step.rewards import token_logprobs
 from sdcore.teachers import EMA, AdapterOff, Frozen, Live, Snapshot, TrustRegion
 from tests.sdcore.prefix.models import COMMON, VOCAB, build, double_precision, tiny
 from tests.sdcore.prefix.trees import random_plan

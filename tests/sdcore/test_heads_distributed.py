@@ -28,8 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, PreTrainedModel
 
-from sdcore import heads
-from sdcore.models import find_body, head_of
+from sdcore.models import find_body, head_of, heads
 from sdcore.step import distill_step
 from sdcore.teachers import AdapterOff, Frozen, Live, Snapshot
 from tests.processes import verdicts_of

@@ -19,7 +19,6 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from sdcore.config import SelfDistillationConfig
 from sdcore.errors import ArgumentError
 from sdcore.memory import (
     PARTS,
@@ -35,6 +34,8 @@ from sdcore.memory import (
 )
 from sdcore.memory.measured import predictions
 from sdcore.presets import preset
+from sdcore.training.config import SelfDistillationConfig
+from sdcore.training.dry_run import setting_of_run
 from sdkernels.live_bytes import LiveBytes
 
 SIZES: dict[str, Any] = {
@@ -185,12 +186,12 @@ def test_what_is_not_there_costs_nothing() -> None:
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 def test_a_run_s_arguments_are_its_setting() -> None:
     args = SelfDistillationConfig(output_dir="unused", micro_batch=2, gradient_checkpointing=True, use_cpu=True)
-    found = Setting.of_run(args, preset("sdpo"), lora_rank=4)
+    found = setting_of_run(args, preset("sdpo"), lora_rank=4)
     assert found == Setting(
         teacher="ema", strategy="two_phase", micro_batch=2, checkpointing=True, lora_rank=4, dtype="float32"
     )
     plain = SelfDistillationConfig(output_dir="unused", strategy="naive", model_dtype="auto", use_cpu=True)
-    assert Setting.of_run(plain, preset("grpo")) == Setting(strategy="naive")
+    assert setting_of_run(plain, preset("grpo")) == Setting(strategy="naive")
 
 
 def test_memory_grows_with_prompts_and_not_with_the_dtype_of_another_model() -> None:

@@ -16,7 +16,7 @@ from sdcore import world
 from sdcore.errors import ArgumentError
 from sdcore.presets.methods import Method, preset
 from sdcore.rollouts.samplers import SampledCompletion
-from sdcore.solve import Round, SolveConfig, Solved, Verdict, command_verifier, solve
+from sdcore.training.solve import Round, SolveConfig, Solved, Verdict, command_verifier, solve
 from sdcore.world.data import TEMPLATES, rows, with_feedback
 
 CHECKPOINT = Path(world.__file__).parent / "checkpoint"

@@ -11,10 +11,18 @@ import torch
 from torch import Tensor
 
 from sdcore.errors import ArgumentError
-from sdcore.losses import Aggregation, FusedLinearDivergence, PolicyTerm, per_completion, spread, token_weights
+from sdcore.losses import (
+    Aggregation,
+    FusedLinearDivergence,
+    PolicyTerm,
+    Tilted,
+    TokenTilt,
+    per_completion,
+    spread,
+    token_weights,
+)
 from sdcore.prefix import Plan, plan
 from sdcore.step import StepOutput, distill_step, policy_gradient_step, tilt_step, token_logprobs
-from sdcore.targets import Tilted, TokenTilt
 from sdcore.teachers import EMA, Frozen, Live, TrustRegion
 from sdkernels import TopK
 from tests.sdcore.prefix.models import double_precision, tiny

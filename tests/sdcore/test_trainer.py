@@ -22,7 +22,6 @@ from transformers import (
     TrainerCallback,
 )
 
-from sdcore.config import SelfDistillationConfig
 from sdcore.demo import CHECKPOINT
 from sdcore.errors import ArgumentError, DataError, UnsupportedModelError
 from sdcore.presets.methods import (
@@ -40,7 +39,8 @@ from sdcore.presets.methods import (
 from sdcore.rollouts.rewards import RewardError
 from sdcore.rollouts.samplers import ModelSampler, SampledCompletion
 from sdcore.teachers import EMA, Frozen
-from sdcore.trainer import SelfDistillationTrainer
+from sdcore.training.config import SelfDistillationConfig
+from sdcore.training.trainer import SelfDistillationTrainer
 from sdcore.world.data import exact, fraction, lenient, rows, with_feedback
 from tests.sdcore.trainer_runs import (
     SDFT_METHOD,

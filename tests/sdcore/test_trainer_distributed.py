@@ -32,11 +32,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from sdcore.construction import check_engine
 from sdcore.demo import CHECKPOINT
 from sdcore.errors import UnsupportedModelError
 from sdcore.presets.methods import GRPO, SFT, Method, RLTilt
-from sdcore.trainer import SelfDistillationTrainer
+from sdcore.training.prepare import check_engine
+from sdcore.training.trainer import SelfDistillationTrainer
 from sdcore.world.data import fraction, rows, with_feedback
 from tests.sdcore.trainer_runs import SDFT_METHOD, SDPO_METHOD, lines, losses, one_thread, trainer
 

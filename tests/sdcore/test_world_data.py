@@ -10,9 +10,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from sdcore.config import SelfDistillationConfig
 from sdcore.errors import ArgumentError
 from sdcore.presets import load_config, types_of
+from sdcore.training.config import SelfDistillationConfig
 from sdcore.world import data
 from sdcore.world.data import Kind, exact, fraction, lenient, map_of, rows, settings, with_feedback
 

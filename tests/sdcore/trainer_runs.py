@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from sdcore.config import SelfDistillationConfig
 from sdcore.demo import CHECKPOINT
 from sdcore.presets.methods import SDPO, Method, SDFTAsRun
-from sdcore.trainer import SelfDistillationTrainer
+from sdcore.training.config import SelfDistillationConfig
+from sdcore.training.trainer import SelfDistillationTrainer
 from sdcore.world.data import Kind, rows
 
 # Contexts in the world's own language: it knows no words.

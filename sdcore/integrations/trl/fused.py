@@ -34,7 +34,7 @@ from ...errors import ArgumentError, UnsupportedModelError
 from ...losses import FusedLinearDivergence, PolicyTerm, token_weights
 from ...models import head_of
 from ...prefix.checks import Verify
-from ...prefix.runner import Strategy
+from ...prefix.choice import Strategy
 from ...step import StepOutput, distill_step, policy_gradient_step, token_logprobs
 from .guard import require_methods
 from .padded import PaddedPlan, plan_padded

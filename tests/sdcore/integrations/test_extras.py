@@ -47,7 +47,7 @@ USES: dict[str, list[tuple[str, str]]] = {
         ("from sdcore.reproduce.table import run as f; f('output', console=None)", 'pip install "sdcore[plot]"'),
     ],
     "peft": [
-        ("from sdcore.construction import loaded as f; f(0, 0, None, object())", 'pip install "sdcore[peft]"'),
+        ("from sdcore.training.prepare import loaded as f; f(0, 0, None, object())", 'pip install "sdcore[peft]"'),
         ("from sdcore.cli.running import lora_config as f; f(4)", 'pip install "sdcore[peft]"'),
     ],
     "triton": [
@@ -111,7 +111,7 @@ def check(names: list[str], found: dict[str, Any]) -> None:
         assert kind in ("ImportError", "ModuleNotFoundError"), said
         assert want in message
     for name in (
-        "sdcore.trainer",
+        "sdcore.training.trainer",
         "sdcore.step",
         "sdcore.integrations.servers",
         "sdcore.integrations.verl",

@@ -29,12 +29,12 @@ from sdcore.integrations.servers import (
     sequences,
 )
 from sdcore.losses import FusedLinearDivergence, PolicyTerm
+from sdcore.losses.tilt import TokenTilt
 from sdcore.models import head_of
 from sdcore.prefix import plan as plan_of
 from sdcore.prefix import run
 from sdcore.rollouts.vllm import EngineError, Server, VLLMServer
 from sdcore.step import distill_step
-from sdcore.targets.tilt import TokenTilt
 from sdcore.teachers import Frozen
 from sdkernels import TopK, TopKLogprobs, linear_divergence, linear_topk
 from tests.sdcore.rollouts.test_engine import needs_server, served, with_wider_heads

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from sdcore.prefix import runner
+from sdcore.prefix import choice
 from sdcore.prefix.checks import forget
 
 
@@ -23,6 +23,6 @@ def one_thread() -> Iterator[None]:
 def first_use() -> Iterator[None]:
     """Nothing was verified and nobody warned."""
     forget()
-    runner._WARNED.clear()
+    choice._WARNED.clear()
     yield
     forget()

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from sdcore.errors import UnsupportedModelError
-from sdcore.prefix import attention, attention_cuda
-from sdcore.prefix.attention import PLAIN, Call, RowContext, RowMask, attend, packed_attention, packed_mask
-from sdcore.prefix.segments import ROW, Row, pack
+from sdcore.prefix.attention import cuda as attention_cuda
+from sdcore.prefix.attention import function as attention
+from sdcore.prefix.attention.function import PLAIN, Call, RowContext, RowMask, attend, packed_attention, packed_mask
+from sdcore.prefix.attention.segments import ROW, Row, pack
 from sdkernels.testing import LiveBytes, relative_error
 
 SCALING = 0.31
@@ -133,7 +134,7 @@ def with_gradients(function: Any, row: list[Tensor]) -> list[Tensor]:
 
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut rectangles after 3 queries, so that short rows have many."""
-    monkeypatch.setattr("sdcore.prefix.segments._step", lambda window, at_most: 3)
+    monkeypatch.setattr("sdcore.prefix.attention.segments._step", lambda window, at_most: 3)
     monkeypatch.setattr(attention, "PLAIN", PLAIN._replace(at_most=3))
 
 

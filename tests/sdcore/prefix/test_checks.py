@@ -12,11 +12,12 @@ from torch import Tensor
 
 from sdcore.errors import UnsupportedModelError
 from sdcore.models import Body, find_body
-from sdcore.prefix import cached, caches, packed
-from sdcore.prefix.caches import PrefixCache, TrunkStates
+from sdcore.prefix.attention.segments import Block, Row, pack
 from sdcore.prefix.checks import agrees, forget
-from sdcore.prefix.runner import STRATEGIES, run
-from sdcore.prefix.segments import Block, Row, pack
+from sdcore.prefix.choice import STRATEGIES
+from sdcore.prefix.runner import run
+from sdcore.prefix.strategies import cached, caches, packed
+from sdcore.prefix.strategies.caches import PrefixCache, TrunkStates
 from sdcore.teachers import Frozen
 from tests.sdcore.prefix.models import HYBRIDS, TINY, tiny, tokens_of
 from tests.sdcore.prefix.trees import random_plan, short_plan

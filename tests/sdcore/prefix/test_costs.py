@@ -15,11 +15,11 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from sdcore.errors import ArgumentError, UnsupportedModelError
 from sdcore.models import find_body
-from sdcore.prefix.costs import STRATEGIES, Cost, TreeSizes, cost, cost_of_sizes
+from sdcore.prefix.costs.count import STRATEGIES, Cost, TreeSizes, cost, cost_of_sizes
+from sdcore.prefix.costs.sizes import LayerSizes, ModelSizes, model_sizes
 from sdcore.prefix.planner import Tree, plan
 from sdcore.prefix.runner import STRATEGIES as RUNNERS
-from sdcore.prefix.sizes import LayerSizes, ModelSizes, model_sizes
-from sdcore.prefix.two_phase import micro_batches
+from sdcore.prefix.strategies.two_phase import micro_batches
 from sdkernels.live_bytes import LiveBytes
 from tests.sdcore.prefix.models import CONFIGS, HYBRIDS, TINY, WINDOW, tiny
 from tests.sdcore.prefix.trees import random_plan

@@ -21,12 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from sdcore.models import Body, find_body
-from sdcore.prefix.cached import PromptStates
-from sdcore.prefix.costs import Cost, cost
+from sdcore.prefix.costs.count import Cost, cost
+from sdcore.prefix.costs.sizes import ModelSizes, model_sizes
 from sdcore.prefix.planner import Plan, Tree, plan
 from sdcore.prefix.runner import STRATEGIES
-from sdcore.prefix.sizes import ModelSizes, model_sizes
-from sdcore.prefix.two_phase import micro_batches
+from sdcore.prefix.strategies.cached import PromptStates
+from sdcore.prefix.strategies.two_phase import micro_batches
 from tests.sdcore.prefix.models import VOCAB, tiny
 from tests.sdcore.prefix.trees import random_plan
 

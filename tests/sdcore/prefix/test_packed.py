@@ -14,8 +14,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sdcore.errors import ArgumentError, UnsupportedModelError
 from sdcore.models import Body, find_body
-from sdcore.prefix import packed
 from sdcore.prefix.planner import Plan, Tree
+from sdcore.prefix.strategies import packed
 from sdkernels.testing import LiveBytes
 
 from .models import CONFIGS, HEADS, HYBRIDS, VOCAB, build, double_precision, one_by_one, tiny

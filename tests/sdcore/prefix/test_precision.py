@@ -30,8 +30,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sdcore.models import Body, find_body
-from sdcore.prefix import two_phase
 from sdcore.prefix.planner import Plan, Tree
+from sdcore.prefix.strategies import two_phase
 from sdkernels.testing import relative_error
 
 from .models import CONFIGS, HEADS, HYBRIDS, build, double_precision, one_by_one
@@ -112,7 +112,7 @@ def student(strategy: str, model: PreTrainedModel, trees: Sequence[Tree]) -> Run
 def states_of(strategy: str, body: Body, trees: Sequence[Tree]) -> Tensor:
     if strategy == "one_by_one":
         return one_by_one(body, trees)
-    return importlib.import_module(f"sdcore.prefix.{strategy}").hidden_states(body, trees)[0]
+    return importlib.import_module(f"sdcore.prefix.strategies.{strategy}").hidden_states(body, trees)[0]
 
 
 def exact_model(name: str, precision: str, **options: Any) -> PreTrainedModel:
@@ -175,7 +175,7 @@ def teacher_pass(strategy: str, body: Body, passes: Plan, *, live: bool) -> Tens
     """(N, H) of the teacher, which goes on from the student's states if it is live."""
     module, _, micro_batch = strategy.partition("-")
     options: Any = {"micro_batch": int(micro_batch)} if micro_batch else {}
-    run = importlib.import_module(f"sdcore.prefix.{module}").hidden_states
+    run = importlib.import_module(f"sdcore.prefix.strategies.{module}").hidden_states
     record = [tree.shared for tree in passes.teacher]
     prompts = run(body, passes.student, record=record, **options)[1] if live else None
     with torch.no_grad():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from sdcore.prefix.costs import cost
+from sdcore.prefix.costs.count import cost
+from sdcore.prefix.costs.sizes import ModelSizes
 from sdcore.prefix.planner import plan
 from sdcore.prefix.report import Choice, Fallback, Report
-from sdcore.prefix.sizes import ModelSizes
 from tests.sdcore.prefix.trees import random_plan
 
 SIZES = ModelSizes.dense(layers=2, hidden=8, intermediate=16, heads=2, vocab=61)

@@ -17,7 +17,7 @@ from transformers import GPTNeoXConfig, LlamaConfig, MambaConfig, MambaForCausal
 
 from sdcore.errors import ArgumentError, PlanError, UnsupportedModelError
 from sdcore.models import find_body
-from sdcore.prefix import Plan, plan, runner
+from sdcore.prefix import Plan, choice, plan
 from sdcore.prefix.runner import passes, run
 from sdcore.step import distill_step
 from sdcore.teachers import Frozen, Live, TrustRegion
@@ -118,7 +118,7 @@ def test_a_micro_batch_asks_for_two_phase() -> None:
 
 
 def test_too_little_memory_asks_for_two_phase(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "_free_bytes", lambda device: 1)
+    monkeypatch.setattr(choice, "free_bytes", lambda device: 1)
     report = distill_step(tiny("llama"), short_plan()).report
     assert report.student.strategy == "two_phase"
     assert "GiB are free" in report.student.reason

@@ -14,14 +14,14 @@ from transformers import Phi3Config, PreTrainedModel
 
 from sdcore.errors import ArgumentError, UnsupportedModelError
 from sdcore.models import Body, find_body
-from sdcore.prefix import two_phase
 from sdcore.prefix.planner import Tree, plan
-from sdcore.prefix.two_phase import BackwardError, micro_batches
+from sdcore.prefix.strategies import two_phase
+from sdcore.prefix.strategies.two_phase import BackwardError, micro_batches
 from sdkernels.live_bytes import LiveBytes
 from tests.sdcore.prefix.models import COMMON, HEADS, HYBRIDS, SLIDING, TINY, VOCAB, build, double_precision, tiny
 from tests.sdcore.prefix.trees import random_plan
 
-# A strategy is a module of sdcore.prefix with a function `hidden_states`; those of SHARING read a teacher's prompt from
+# A strategy is a module with a function `hidden_states`; those of SHARING read a teacher's prompt from
 # the student's.
 SHARING = ["packed", "cached", "two_phase"]
 STRATEGIES = ["naive", *SHARING]
@@ -74,7 +74,7 @@ def student_pass(strategy: str, body: Body, trees: Sequence[Tree]) -> Tensor:
             hidden[part.rows] = part.hidden.detach()
             part.attach((part.hidden * weights[part.rows]).sum()).backward()
         return hidden
-    module = importlib.import_module(f"sdcore.prefix.{strategy}")
+    module = importlib.import_module(f"sdcore.prefix.strategies.{strategy}")
     hidden, prompts = module.hidden_states(body, trees)
     assert prompts is None
     (hidden * weights).sum().backward()
@@ -83,7 +83,7 @@ def student_pass(strategy: str, body: Body, trees: Sequence[Tree]) -> Tensor:
 
 def live_teacher(strategy: str, body: Body, student: Sequence[Tree], teacher: Sequence[Tree]) -> Tensor:
     """(N, H) of a teacher that starts from the student's states."""
-    module = importlib.import_module(f"sdcore.prefix.{strategy}")
+    module = importlib.import_module(f"sdcore.prefix.strategies.{strategy}")
     record: Any = True if strategy == "packed" else [tree.shared for tree in teacher]
     _, prompts = module.hidden_states(body, student, record=record)
     return module.hidden_states(body, teacher, prompts=prompts)[0]
@@ -165,7 +165,7 @@ def test_eager_attention_gives_the_same(strategy: str, name: str) -> None:
 @pytest.mark.parametrize("teacher", ["one", "each"])
 @pytest.mark.parametrize(("strategy", "name"), cases(STRATEGIES))
 def test_a_teacher_with_other_weights_computes_its_own_prompt(strategy: str, name: str, teacher: str) -> None:
-    module = importlib.import_module(f"sdcore.prefix.{strategy}")
+    module = importlib.import_module(f"sdcore.prefix.strategies.{strategy}")
     body = find_body(tiny(name, seed=1))
     with double_precision(), torch.no_grad():
         found, _ = module.hidden_states(body, random_plan(SEED, teacher=teacher).teacher)
@@ -219,7 +219,7 @@ def test_recording_for_a_teacher_changes_no_gradient(strategy: str, name: str) -
                 weights = weights_of(*hidden.shape)[part.rows]
                 part.attach((part.hidden * weights).sum()).backward()
         else:
-            module = importlib.import_module(f"sdcore.prefix.{strategy}")
+            module = importlib.import_module(f"sdcore.prefix.strategies.{strategy}")
             states, prompts = module.hidden_states(body, passes.student, record=record)
             with torch.no_grad():
                 teacher, _ = module.hidden_states(body, passes.teacher, prompts=prompts)
@@ -260,7 +260,9 @@ def test_a_pass_without_gradient_leaves_no_trace(strategy: str) -> None:
     before = {name: vars(module).keys() for name, module in model.named_modules()}
     random_state = torch.get_rng_state()
     with torch.no_grad():
-        importlib.import_module(f"sdcore.prefix.{strategy}").hidden_states(find_body(model), random_plan(0).student)
+        importlib.import_module(f"sdcore.prefix.strategies.{strategy}").hidden_states(
+            find_body(model), random_plan(0).student
+        )
     assert {name: vars(module).keys() for name, module in model.named_modules()} == before
     assert torch.equal(torch.get_rng_state(), random_state)
     assert model.training
@@ -312,7 +314,7 @@ def test_a_prefix_is_not_shared_across_a_rotary_switch(strategy: str) -> None:
 
 
 def student_states(strategy: str, body: Body, trees: Sequence[Tree]) -> Tensor:
-    return importlib.import_module(f"sdcore.prefix.{strategy}").hidden_states(body, trees)[0]
+    return importlib.import_module(f"sdcore.prefix.strategies.{strategy}").hidden_states(body, trees)[0]
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 8])

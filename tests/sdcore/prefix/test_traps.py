@@ -18,8 +18,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sdcore.errors import UnsupportedModelError
 from sdcore.models import Body, find_body
-from sdcore.prefix import caches
-from sdcore.prefix.caches import PrefixCache, run_reading, run_recording
+from sdcore.prefix.strategies import caches
+from sdcore.prefix.strategies.caches import PrefixCache, run_reading, run_recording
 from tests.sdcore.prefix.models import HYBRIDS, SLIDING, TINY, VOCAB, WINDOW, double_precision, tiny
 
 TRUNK, BRANCH = 15, 5
@@ -147,7 +147,7 @@ def test_reentrant_checkpointing_loses_the_gradient_through_a_cache(monkeypatch:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(UnsupportedModelError, match="use_reentrant=True"):
         trunk_gradient(find_body(model))
-    monkeypatch.setattr("sdcore.models._refuse_reentrant", lambda *_: None)
+    monkeypatch.setattr("sdcore.models.body._refuse_reentrant", lambda *_: None)
     assert float((trunk_gradient(find_body(model)) - right).norm() / right.norm()) > 0.05
 
 

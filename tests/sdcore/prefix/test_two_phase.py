@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from sdcore.losses import FusedLinearDivergence
 from sdcore.models import find_body
 from sdcore.prefix import plan
-from sdcore.prefix.two_phase import micro_batches
+from sdcore.prefix.strategies.two_phase import micro_batches
 from sdcore.step import distill_step
 from sdkernels.live_bytes import LiveBytes
 from tests.sdcore.prefix.models import tiny

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from sdcore.config import SelfDistillationConfig
 from sdcore.errors import ArgumentError
 from sdcore.presets import (
     GRPO,
@@ -23,6 +22,7 @@ from sdcore.presets import (
     preset,
     types_of,
 )
+from sdcore.training.config import SelfDistillationConfig
 
 TYPES = types_of(SelfDistillationConfig)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from sdcore.config import SelfDistillationConfig
 from sdcore.contexts.templates import render
 from sdcore.errors import ArgumentError
 from sdcore.presets import GRPO, SDPO, from_lasgroup
+from sdcore.training.config import SelfDistillationConfig
 
 ACTOR = "actor_rollout_ref.actor"
 OWN = f"{ACTOR}.self_distillation"

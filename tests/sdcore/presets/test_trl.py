@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from sdcore.config import SelfDistillationConfig
 from sdcore.contexts import SuccessOrFeedback
 from sdcore.contexts.templates import render
 from sdcore.errors import ArgumentError
 from sdcore.presets import GRPO, SDPO, Method, from_trl
 from sdcore.presets.trl import REFUSED, WITHOUT_EFFECT
+from sdcore.training.config import SelfDistillationConfig
 from sdkernels import LogitTransform
 
 with warnings.catch_warnings():

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sdcore.presets import from_trl
+from sdcore.training.update import Batch, Options, update
 from sdcore.types import Conditioned, Example, Group, Rollout
-from sdcore.update import Batch, Options, update
 from tests.sdcore.prefix.models import VOCAB, double_precision, tiny
 
 with warnings.catch_warnings():

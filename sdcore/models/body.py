@@ -1,0 +1,393 @@
+"""What a Hugging Face causal language model consists of: its body, its output layer, and how to call it.
+
+`find_body` finds the part of a model that turns ids into last hidden states, through the wrappers that training puts
+around it; `head_of` finds the rest, the output layer, as a weight and a `LogitTransform` for `sdkernels`:
+
+    hidden = find_body(model)(input_ids)                 # (B, L, H): output_hidden_states=True's hidden_states[-1]
+    head = head_of(model)                                # what an output layer is made of: `heads`
+    linear_divergence(head.states(hidden), head.weight, ..., student_head=head.transform)
+
+What differs from the obvious: a plain model's base is called directly, but `DistributedDataParallel`, FSDP2 and
+DeepSpeed must see the call, because their hooks arm the gradient reduction; then the outer module is called with no
+position to compute logits for, and the states are picked up on the way. A head's scale and soft-cap are read from the
+configuration but not believed: the model's own forward is run around a stand-in for its body, and a model that does
+anything else to its logits is refused by name.
+
+Not covered, and refused by name: encoder-decoders, models with an image or audio side (pass their text model), tensor
+parallelism, FSDP1, soft prompts, and output layers that `heads` does not know.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from transformers import PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from sdkernels import LogitTransform
+
+from ..errors import ArgumentError, UnsupportedModelError
+from .heads import Head, count_rows, read_layer, shape_of
+
+# Layer types whose state has a fixed size; every other type keeps keys and values per token, or nothing.
+RECURRENT_TYPES = frozenset({"linear_attention", "conv", "mamba", "mamba2", "hybrid", "hybrid_sliding"})
+WINDOWED_TYPES = frozenset({"sliding_attention", "hybrid_sliding"})
+
+
+@dataclass(frozen=True, eq=False)
+class Body:
+    """A causal language model without its output layer. Made by `find_body`."""
+
+    model: nn.Module  # what the user gave; wrapped or not
+    causal_lm: PreTrainedModel
+    base: PreTrainedModel  # returns last_hidden_state
+    through: nn.Module | None = None  # the wrapper that has to see every call; None: `base` is called
+    sharded: nn.Module | None = None  # FSDP2's or ZeRO-3's root, at `through` or inside it
+
+    def __call__(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        """(B, L) ids → (B, L, H) last hidden states, after the final norm. `kwargs` go to the model as they are.
+
+        `position_ids` and `past_key_values` are what one passes; the model never makes a cache of its own.
+        """
+        if not self.accepts_position_ids:
+            kwargs.pop("position_ids", None)
+        if self.through is None or (isinstance(self.through, DistributedDataParallel) and not torch.is_grad_enabled()):
+            return self.base(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
+        seen: list[Any] = []
+        with ExitStack() as hooks:
+
+            def hook(module: nn.Module, function: Callable[[Any], Any], *, first: bool = False) -> None:
+                handle = module.register_forward_hook(lambda _module, _args, output: function(output), prepend=first)
+                hooks.callback(handle.remove)
+
+            hook(self.base, lambda output: seen.append(output.last_hidden_state))
+            if self.sharded is not None:
+                # FSDP2 reduces gradients only after one has arrived at its root's output, so that is what the states
+                # become: before its own hook, or DeepSpeed's, and taken up again after it.
+                hook(self.sharded, lambda _: seen[-1], first=True)
+                hook(self.sharded, seen.append)
+            if (head := self._head_of_unit) is not None:
+                # The unit's weights are gathered for backward when a gradient arrives at this last output of it. So
+                # that becomes the states too, while FSDP2 looks at it.
+                logits: list[Tensor] = []
+
+                def as_states(output: Tensor) -> Tensor:
+                    logits.append(output)
+                    return cast(Tensor, seen[-1])
+
+                hook(head, as_states, first=True)
+                hook(head, lambda _: logits[-1])
+            # A number of positions of 0 means all of them; a list of no positions means none.
+            nowhere = torch.empty(0, dtype=torch.int64, device=input_ids.device)
+            self.through(input_ids=input_ids, use_cache=False, logits_to_keep=nowhere, **kwargs)
+        return seen[-1]
+
+    @property
+    def name(self) -> str:
+        return type(self.causal_lm).__name__
+
+    @property
+    def _head_of_unit(self) -> nn.Module | None:
+        """The output layer, where FSDP2 has it in one unit with others, as accelerate has it with the final norm."""
+        head: Any = self.causal_lm.get_output_embeddings()
+        several = isinstance(head, FSDPModule) and len(head._get_fsdp_state()._modules) > 1
+        return cast(nn.Module, head) if several else None
+
+    @property
+    def one_backward(self) -> bool:
+        """Whether a step must have one backward: a second one of DeepSpeed's may already follow an optimizer step."""
+        return is_deepspeed(self.through)
+
+    @property
+    def config(self) -> Any:
+        return self.base.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its ids."""
+        return self.base.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.get_input_embeddings().weight.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids can be embedded. The output layer may have more or fewer rows."""
+        return int(shape_of(self.base.get_input_embeddings().weight)[0])
+
+    @property
+    def num_logits(self) -> int:
+        """How many logits a token has."""
+        return count_rows(self.causal_lm.get_output_embeddings())
+
+    @property
+    def max_positions(self) -> int | None:
+        """How many tokens the configuration says that the model can read; None where it sets no bound."""
+        positions = getattr(self.config, "max_position_embeddings", None)
+        return positions if isinstance(positions, int) and positions > 0 else None
+
+    @property
+    def rotary_switch(self) -> int | None:
+        """Beyond this length every position is encoded otherwise (LongRoPE), so no shorter prefix can be shared."""
+        parameters = getattr(self.config, "rope_parameters", None) or {}
+        variants = [parameters, *(value for value in parameters.values() if isinstance(value, Mapping))]
+        lengths = [
+            variant.get("original_max_position_embeddings")
+            or getattr(self.config, "original_max_position_embeddings", None)
+            for variant in variants
+            if variant.get("rope_type") == "longrope"
+        ]
+        return min((length for length in lengths if length), default=None)
+
+    @cached_property
+    def layer_types(self) -> tuple[str, ...]:
+        """What transformers calls each layer: full_attention, sliding_attention, linear_attention, ..."""
+        return tuple(get_layer_types_and_kwargs(self.config)[0])
+
+    @cached_property
+    def windows(self) -> tuple[int | None, ...]:
+        """How many tokens each layer's attention sees, itself included; None for all of them."""
+        kwargs = get_layer_types_and_kwargs(self.config)[1]
+        # Up to transformers 5.17 one set of arguments served all layers.
+        kwargs = kwargs if isinstance(kwargs, list) else [kwargs] * len(self.layer_types)
+        return tuple(
+            layer.get("sliding_window") if kind in WINDOWED_TYPES else None
+            for kind, layer in zip(self.layer_types, kwargs, strict=True)
+        )
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether some layer keeps a state of fixed size, which can be read only where it was recorded."""
+        return not RECURRENT_TYPES.isdisjoint(self.layer_types)
+
+    @cached_property
+    def accepts_position_ids(self) -> bool:
+        return "position_ids" in inspect.signature(self.base.forward).parameters
+
+    @contextmanager
+    def keeping_caches(self) -> Iterator[None]:
+        """While entered, checkpointed layers keep the cache they are given; by default transformers drops it.
+
+        Silently so: the states are then those of a sequence without its prefix. The caches of `prefix.caches` may be
+        kept because they do not change when a layer is recomputed. Raises `UnsupportedModelError` for reentrant
+        checkpointing, whose gradients through a cache are silently wrong.
+        """
+        layers = [module for module in self.base.modules() if getattr(module, "gradient_checkpointing", False)]
+        for layer in layers:
+            _refuse_reentrant(self.name, getattr(layer, "_gradient_checkpointing_func", None))
+        layers = [layer for layer in layers if isinstance(layer, GradientCheckpointingLayer)]
+        for layer in layers:
+            layer._can_checkpoint_with_cache = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer._can_checkpoint_with_cache
+
+
+def find_body(model: nn.Module) -> Body:
+    """Find the body of a Hugging Face causal language model, wrapped or not.
+
+    Looks through `DistributedDataParallel`, `fully_shard`, DeepSpeed's engine, PEFT and `torch.compile`. Raises
+    `ArgumentError` for what is no module, and `UnsupportedModelError`, naming class and reason, for models listed in
+    the module's docstring.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be a transformers causal language model, got {type(model).__name__}")
+    chain = [model]
+    while (inner := _unwrap(chain[-1])) is not None:
+        chain.append(inner)
+    causal_lm = chain[-1]
+    name = type(causal_lm).__name__
+    if not isinstance(causal_lm, PreTrainedModel):
+        raise UnsupportedModelError(f"{name} is not a transformers model, nor a wrapper that is known")
+    base, config = causal_lm.base_model, causal_lm.config
+    for refused, reason in (
+        (config.is_encoder_decoder, "is an encoder-decoder"),
+        (base is causal_lm, "has no base model under a language-model head: pass the ForCausalLM class"),
+        (causal_lm.get_output_embeddings() is None, "has no output embeddings"),
+        (config.get_text_config(decoder=True) is not config, "reads more than text: pass its text model"),
+        (not getattr(config, "is_causal", True), "is configured to see tokens ahead (is_causal=False)"),
+        ((getattr(causal_lm, "_tp_size", None) or 1) > 1, "is tensor-parallel"),
+        (
+            any(hasattr(weight, "ds_id") for weight in base.parameters()) and not any(map(is_deepspeed, chain)),
+            "has its weights partitioned by DeepSpeed: pass the engine that deepspeed.initialize gives",
+        ),
+    ):
+        if refused:
+            raise UnsupportedModelError(f"{name} {reason}")
+    # A module whose forward was replaced (accelerate's autocast) has to be called as well.
+    through = next(
+        (
+            module
+            for module in chain
+            if isinstance(module, DistributedDataParallel | FSDPModule)
+            or is_deepspeed(module)
+            or "forward" in vars(module)
+        ),
+        None,
+    )
+    if through is not None and "logits_to_keep" not in inspect.signature(type(causal_lm).forward).parameters:
+        raise UnsupportedModelError(f"{name} cannot be called without computing logits, which {type(through)} needs")
+    sharded: nn.Module | None = next((module for module in chain if isinstance(module, FSDPModule)), None)
+    if any(hasattr(weight, "ds_id") for weight in base.parameters()):
+        sharded = next(cast(nn.Module, module.module) for module in chain if is_deepspeed(module))
+    return Body(model, causal_lm, base, through, sharded)
+
+
+def head_of(model: nn.Module | Body) -> Head:
+    """The output layer of a model: a weight (V, H), connected to its parameters, and what is done around the product.
+
+    The logits of `find_body(model)(ids)` are `head.transform` applied to `head.states(hidden) @ head.weight.T`.
+
+    Call it after each forward, once per backward, in the same teacher's context or state of adapters: under FSDP2 and
+    ZeRO-3 a backward leaves nothing to reuse. There the weight is gathered, in the dtype of the forward, unless it is
+    at hand, and its gradient is averaged over the ranks as that of every other weight is. All ranks must call it.
+
+    Raises `UnsupportedModelError` where the logits are anything else, naming the layer and what to do instead.
+    """
+    body = model if isinstance(model, Body) else find_body(model)
+    layer = body.causal_lm.get_output_embeddings()
+    found = read_layer(layer, model=body.model, name=body.name, dtype=body.dtype)
+    scale, softcap = _scale_and_softcap(body)
+    if _VERIFIED.get(body.causal_lm) != (scale, softcap):
+        _verify_logits(body, scale, softcap)
+        _VERIFIED[body.causal_lm] = scale, softcap
+    return Head(found.weight, LogitTransform(bias=found.bias, scale=scale, softcap=softcap), found.lift)
+
+
+# Models whose logits were found to be what their configuration says.
+_VERIFIED: WeakKeyDictionary[nn.Module, tuple[float, float | None]] = WeakKeyDictionary()
+
+
+def is_deepspeed(module: object) -> bool:
+    """Whether it is what `deepspeed.initialize` gives."""
+    return hasattr(module, "zero_optimization_stage")
+
+
+def _unwrap(module: nn.Module) -> nn.Module | None:
+    """The module inside a wrapper; None where the module is no wrapper."""
+    if isinstance(module, DataParallel | FullyShardedDataParallel):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} is not supported: use DistributedDataParallel, or FSDP2 (fully_shard)"
+        )
+    if isinstance(module, DistributedDataParallel) or is_deepspeed(module):
+        return cast(nn.Module, module.module)
+    if (compiled := getattr(module, "_orig_mod", None)) is not None:
+        return compiled
+    configs = getattr(module, "peft_config", None)
+    if configs is not None and not isinstance(module, PreTrainedModel):
+        for config in configs.values():
+            if getattr(config, "is_prompt_learning", False):
+                raise UnsupportedModelError(f"{config.peft_type} adds soft prompts, which only the wrapper's call does")
+            if getattr(config, "alora_invocation_tokens", None):
+                raise UnsupportedModelError("activated LoRA changes its weights within a sequence")
+        return cast(nn.Module, module.get_base_model())  # type: ignore[operator]
+    return None
+
+
+def _scale_and_softcap(body: Body) -> tuple[float, float | None]:
+    """What the configuration says about the logits; checked by `_verify_logits`."""
+    config = body.causal_lm.config
+    scale = 1.0
+    for attribute, divides in (("logit_scale", False), ("lm_head_multiplier", False), ("logits_scaling", True)):
+        value = getattr(config, attribute, None)
+        if value is not None:
+            scale *= 1 / float(value) if divides else float(value)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return scale, None if softcap is None else float(softcap)
+
+
+@torch.no_grad()
+def _verify_logits(body: Body, scale: float, softcap: float | None) -> None:
+    """Refuse a model that does anything else between its last states and its logits.
+
+    Its own forward runs, between a stand-in for the body, which returns given states, and one for the output layer,
+    which checks that it gets them and returns given logits. So no weight is touched and no rank waits for another.
+    """
+    causal_lm = body.causal_lm
+    head = causal_lm.get_output_embeddings()
+    names = {child: name for name, child in causal_lm.named_children()}
+    if body.base not in names or head not in names:
+        raise UnsupportedModelError(f"{body.name} does not hold its base model and its output layer itself")
+    vocabulary = body.num_logits
+    states = torch.linspace(-2.0, 2.0, 2 * body.hidden_size).view(1, 2, -1)
+    projected = torch.linspace(-40.0, 40.0, 2 * vocabulary).view(1, 2, -1)
+    received: list[Tensor] = []
+
+    class Base(nn.Module):
+        def forward(self, *args: Any, **kwargs: Any) -> MoeModelOutputWithPast:
+            return MoeModelOutputWithPast(last_hidden_state=states)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(body.base, name)
+
+    class Projection(nn.Module):
+        def forward(self, hidden: Tensor) -> Tensor:
+            received.append(hidden)
+            return projected.clone()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(head, name)
+
+    modules = causal_lm._modules
+    modules[names[body.base]], modules[names[head]] = Base(), Projection()
+    try:
+        output = type(causal_lm).forward(causal_lm, input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
+    finally:
+        modules[names[body.base]], modules[names[head]] = body.base, head
+    expected = projected * scale if softcap is None else softcap * torch.tanh(projected * scale / softcap)
+    logits = output.logits.float()
+    error = float((logits - expected).abs().max()) if logits.shape == expected.shape else math.inf
+    moved = len(received) != 1 or not torch.equal(received[0], states)
+    if moved or error > 1e-5 * float(expected.abs().max()):
+        raise UnsupportedModelError(
+            f"{body.name} changes its hidden states before the output layer, or its logits after it, in a way that is "
+            f"not known: with scale {scale:g} and soft-cap {softcap} the logits differ by {error:.3g}"
+        )
+
+
+def _refuse_reentrant(name: str, function: Any) -> None:
+    keywords = function.keywords if isinstance(function, partial) else {}
+    if keywords.get("use_reentrant") is not False:
+        raise UnsupportedModelError(
+            f"{name} checkpoints its layers with use_reentrant={keywords.get('use_reentrant')}: states that leave a "
+            "reentrantly checkpointed layer through a cache carry no gradient. Enable checkpointing with "
+            'gradient_checkpointing_kwargs={"use_reentrant": False}'
+        )
+
+
+@contextmanager
+def without_dropout(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Evaluation mode for the time of the block; with `training`, not for what checkpoints its activations.
+
+    Gradient checkpointing works in training mode only, which transformers asks of the checkpointed layers and of the
+    model around them; dropout is asked of the modules that do it.
+    """
+    before = [module for module in model.modules() if module.training]
+    for module in before:
+        checkpoints = isinstance(module, GradientCheckpointingLayer) or getattr(module, "gradient_checkpointing", False)
+        module.training = training and bool(checkpoints)
+    try:
+        yield
+    finally:
+        for module in before:
+            module.training = True

@@ -1,0 +1,189 @@
+"""Chooses the strategy that runs a plan, and says why.
+
+"auto" takes the one that reads the fewest tokens among those that can run the model exactly and fit its memory; where
+sharing would save next to nothing, or nothing else works, it is "naive". What was wanted and not taken goes into the
+report with its reason, and a model that is run without sharing is warned about once.
+
+What differs from the obvious: under several ranks all choose alike (`ranks.most`), since collectives must match.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ..errors import ArgumentError, UnsupportedModelError
+from ..models import Body, find_body
+from ..teachers import Snapshot, Teacher
+from .checks import Verify, agrees
+from .costs import Cost, cost
+from .planner import Plan, Tree, check_against
+from .report import Choice, Fallback
+from .strategies import cached, naive, packed, ranks, two_phase
+from .strategies.caches import require_readable
+
+Strategy = Literal["auto", "packed", "cached", "two_phase", "naive"]
+STRATEGIES = {"packed": packed, "cached": cached, "two_phase": two_phase, "naive": naive}
+# Sharing that saves less than this share of the tokens is not worth another code path.
+LEAST_SAVING = 0.05
+# What all completions at once may keep for backward, of the memory that is free.
+MOST_OF_FREE = 0.7
+
+
+def require_fits(body: Body, teacher: Teacher, plan: Plan) -> None:
+    """Refuse a teacher with a model of its own that cannot read the plan, or has another vocabulary."""
+    if teacher.shares_weights or isinstance(teacher, Snapshot):
+        return
+    with teacher.weights(body.model) as module:
+        own = find_body(module)
+        if own.causal_lm is body.causal_lm:
+            return
+        # The completions are among what the student reads, but its prompts are not the teacher's to read.
+        check_against(plan, vocab_size=own.vocab_size, max_positions=None, device=own.device)
+        read = replace(plan, student=())
+        check_against(read, vocab_size=own.vocab_size, max_positions=own.max_positions, device=own.device)
+        if body.num_logits != own.num_logits:
+            raise ArgumentError(
+                f"teacher must have the student's vocabulary, {body.num_logits} logits a token, got {own.num_logits}"
+            )
+
+
+def teacher_choice(body: Body, teacher: Teacher, plan: Plan, choice: Choice, verify: Verify) -> Choice:
+    """The student's strategy, if it is right for the teacher's model too."""
+    # A snapshot is the student's own module with other values, which may have to be moved in from elsewhere.
+    if teacher.shares_weights or isinstance(teacher, Snapshot) or choice.strategy == "naive":
+        return choice
+    with teacher.weights(body.model) as module:
+        own = find_body(module)
+        reason = why_not(own, plan.teacher, choice.strategy, plan, verify)
+        if reason is None:
+            return choice
+        _warn_once(own, reason)
+        return chosen_as(own, replace(plan, student=()), "naive", reason)
+
+
+def choose(
+    body: Body, plan: Plan, strategy: Strategy, micro_batch: int | None, shares: bool, verify: Verify, whole: bool
+) -> tuple[Choice, list[Fallback]]:
+    """The strategy, with its reason, and what was not taken although it was wanted."""
+    if strategy != "auto":
+        reason = _obstacle(body, [*plan.student, *plan.teacher], strategy)
+        if reason is not None:
+            raise UnsupportedModelError(reason)
+        if strategy != "naive" and verify != "off" and (problem := agrees(body, STRATEGIES[strategy], plan, verify)):
+            raise UnsupportedModelError(f"strategy {strategy!r} disagrees with naive: {problem}")
+        return chosen_as(body, plan, strategy, "asked for"), []
+    shortage = "" if whole or micro_batch is not None or body.one_backward else _shortage(body, plan, shares)
+    # All ranks choose alike: what is worth it on one of them, or does not fit, decides.
+    saving, short = ranks.most(body, _saving(plan, shares), shortage != "")
+    if saving < LEAST_SAVING and micro_batch is None:
+        return chosen_as(body, plan, "naive", f"sharing would save {saving:.0%} of the tokens"), []
+    if micro_batch is not None:
+        wanted = {"two_phase": f"micro_batch={micro_batch} bounds the memory"}
+    elif short:
+        wanted = {"two_phase": shortage or "on another rank all completions at once would not fit the memory"}
+    else:
+        wanted = {"packed": "no token twice and no padding", "cached": "no token twice"}
+    fallbacks: list[Fallback] = []
+    for name, why in wanted.items():
+        reason = why_not(body, [*plan.student, *plan.teacher], name, plan, verify)
+        if reason is None:
+            return chosen_as(body, plan, name, why), fallbacks
+        fallbacks.append(Fallback(name, reason))
+    _warn_once(body, fallbacks[-1].reason)
+    return chosen_as(body, plan, "naive", "nothing else works for this model"), fallbacks
+
+
+def why_not(body: Body, trees: Sequence[Tree], strategy: str, plan: Plan, verify: Verify) -> str | None:
+    """Why this strategy cannot run this model, or does so wrongly; None if all is well."""
+    reason = _obstacle(body, trees, strategy)
+    if ranks.most(body, reason is not None)[0]:
+        return reason or f"the plan of another rank does not allow {strategy}"
+    if verify == "off":
+        return None
+    try:
+        return agrees(body, STRATEGIES[strategy], plan, verify)
+    except UnsupportedModelError as error:  # what only running it shows
+        return str(error)
+
+
+def _obstacle(body: Body, trees: Sequence[Tree], strategy: str) -> str | None:
+    """Why this strategy cannot run this model; None if it can."""
+    if strategy == "packed":
+        return packed.supports(body)
+    if strategy == "two_phase" and body.one_backward:
+        return "DeepSpeed takes one backward per step, and two_phase goes backward for each part of it"
+    if strategy in ("cached", "two_phase"):
+        try:
+            with body.keeping_caches():
+                require_readable(body, trees)
+        except UnsupportedModelError as error:
+            return str(error)
+    return None
+
+
+_WARNED: set[tuple[str, str]] = set()
+
+
+def _warn_once(body: Body, reason: str) -> None:
+    if (body.name, reason) not in _WARNED:
+        _WARNED.add((body.name, reason))
+        warnings.warn(f"{body.name} is run without sharing prefixes (strategy naive): {reason}", stacklevel=2)
+
+
+def _saving(plan: Plan, shares: bool) -> float:
+    """The share of a naive run's tokens that need not be computed."""
+    naive_tokens = sum(tree.naive_tokens() for tree in (*plan.student, *plan.teacher))
+    tokens = sum(tree.tokens(read_shared=False) for tree in plan.student)
+    tokens += sum(tree.tokens(read_shared=shares) for tree in plan.teacher)
+    return 1 - tokens / naive_tokens if naive_tokens else 0.0
+
+
+def _shortage(body: Body, plan: Plan, shares: bool) -> str:
+    """Why all completions at once would not fit the free memory; "" where they would, as far as is known."""
+    counted = counted_cost(plan, body, "packed", shares) if torch.is_grad_enabled() else None
+    if counted is None:
+        return ""
+    free, kept = free_bytes(body.device), counted.student.kept_bytes
+    if free is None or kept <= MOST_OF_FREE * free:
+        return ""
+    return f"all completions at once would keep {kept / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What can still be allocated there; None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    # Not the memory that is free: most of what files take up is given back when it is asked for.
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+
+
+def chosen_as(body: Body, plan: Plan, strategy: str, reason: str) -> Choice:
+    """With the share of the batches' tokens that are padding."""
+    padded = filled = 0
+    for tree in (*plan.student, *plan.teacher) if strategy != "packed" else ():
+        if strategy == "naive":
+            batches = naive.length_buckets(body, lengths := [len(tree.sequence(i)) for i in tree.active])
+        else:
+            batches, lengths = cached.branch_batches(body, tree), [len(branch) for branch in tree.branches]
+            padded, filled = padded + len(tree.trunk), filled + len(tree.trunk)
+        for batch in batches:
+            padded += len(batch) * max((lengths[i] for i in batch), default=0)
+            filled += sum(lengths[i] for i in batch)
+    return Choice(strategy, reason, 1 - filled / padded if padded else 0.0)
+
+
+def counted_cost(plan: Plan, body: Body, strategy: str, shares: bool) -> Cost | None:
+    try:
+        return cost(plan, body.config, strategy=strategy, teacher_shares=shares, dtype_bytes=body.dtype.itemsize)
+    except UnsupportedModelError:
+        return None

@@ -1,0 +1,254 @@
+"""A model's memory of a trunk, recorded once and read by every branch, with gradient.
+
+`run_recording` runs tokens and keeps what each layer remembers of them: keys and values, or, of recurrent layers, the
+states after the last token. `run_reading` runs a batch of branches that all continue there:
+
+    states, hidden = run_recording(body, trunk)       # (T,) ids → hidden: (T, H)
+    hidden = run_reading(body, branches, states)      # (G, L) ids → (G, L, H)
+
+What differs from the obvious: neither cache changes while a model uses it, which a `DynamicCache` does even with
+`use_cache=False`. One hands back what it is given and remembers the first; the other puts its prefix in front of what
+it is given and remembers nothing. So layers may be run again by non-reentrant checkpointing, and a prefix be read by
+several batches. Lengths are what the prefix had from the start, and transformers makes each layer type's mask from
+them. A layer that never asked for its cache is an error, since its states would be those of another sequence.
+
+Not covered: layers that share another layer's keys (Gemma 3n), indexed or compressed attention, and recurrent layers
+other than `linear_attention`; `unreadable` says so by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+
+from ...errors import UnsupportedModelError
+from ...models import Body
+from ..planner import Tree
+
+ATTENTION_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+
+
+@dataclass(frozen=True, eq=False)
+class TrunkStates:
+    """What every layer remembers after `length` tokens of one sequence.
+
+    A layer with attention has (keys, values), each (1, heads, length or less, head size); a recurrent one
+    (convolution inputs, state) of each of its states, (1, channels, kernel) and (1, ...).
+    """
+
+    length: int
+    layers: tuple[tuple[Tensor, ...], ...]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TrunkStates:
+        return replace(self, layers=tuple(tuple(function(state) for state in layer) for layer in self.layers))
+
+    def detach(self) -> TrunkStates:
+        return self.map(Tensor.detach)
+
+    def tensors(self) -> list[Tensor]:
+        return [state for layer in self.layers for state in layer]
+
+    def reachable(self, body: Body) -> TrunkStates:
+        """Without the keys and values that no later token's window reaches."""
+        layers = tuple(
+            layer if window is None else tuple(_last(state, window - 1) for state in layer)
+            for layer, window in zip(self.layers, body.windows, strict=True)
+        )
+        return replace(self, layers=layers)
+
+    def up_to(self, length: int, body: Body) -> TrunkStates | None:
+        """The states after at most `length` tokens; None where a recurrent layer, or a window, is past them."""
+        if length >= self.length:
+            return self
+        if body.recurrent or any(keys.shape[2] < self.length for keys, _ in self.layers):
+            return None
+        return TrunkStates(length, tuple(tuple(state[:, :, :length] for state in layer) for layer in self.layers))
+
+
+def unreadable(body: Body) -> str | None:
+    """Why a model's prefix cannot be recorded and read; None where it can."""
+    unknown = sorted(set(body.layer_types) - ATTENTION_TYPES - {"linear_attention"})
+    if unknown:
+        return f"{body.name} has layers of type {', '.join(unknown)}"
+    if body.recurrent and body.rotary_switch is not None:
+        return f"{body.name} has recurrent layers and positions that depend on the length of the sequence"
+    if ATTENTION_TYPES.isdisjoint(body.layer_types):
+        return f"{body.name} has no attention layer, so that its cache has no length"
+    return None
+
+
+def require_readable(body: Body, trees: Sequence[Tree]) -> None:
+    """Refuse a model whose trunks cannot be recorded and read, or cannot be for these trees.
+
+    Raises `UnsupportedModelError`.
+    """
+    if (reason := unreadable(body)) is not None:
+        raise UnsupportedModelError(reason)
+    for tree in trees:
+        end = max((len(tree.branches[i]) for i in tree.active), default=0) + len(tree.trunk)
+        if len(tree.trunk) and far(body, len(tree.trunk)) != far(body, end):
+            raise UnsupportedModelError(
+                f"{body.name} encodes every position otherwise in sequences of more than {body.rotary_switch} tokens "
+                f"(LongRoPE), so that one of {end} cannot share a prefix of {len(tree.trunk)}"
+            )
+
+
+def far(body: Body, length: int) -> bool:
+    """Whether positions are encoded as in long sequences."""
+    return body.rotary_switch is not None and length > body.rotary_switch
+
+
+def run_recording(body: Body, tokens: Tensor, prefix: TrunkStates | None = None) -> tuple[TrunkStates, Tensor]:
+    """Run (L,) tokens after a prefix, or from the start, and keep the states after all of them.
+
+    Returns the states, of prefix and tokens, and the tokens' last hidden states (L, H). Both carry gradient where
+    gradients are enabled. L is at least 1.
+    """
+    cache = PrefixCache(body, prefix, batch=1, recording=True)
+    start = 0 if prefix is None else prefix.length
+    states = _run(body, tokens[None], cache, start)[0]
+    return TrunkStates(start + len(tokens), cache.recorded()), states
+
+
+def run_reading(body: Body, tokens: Tensor, prefix: TrunkStates) -> Tensor:
+    """Run (G, L) tokens, each row after the same prefix: (G, L, H) last hidden states."""
+    return _run(body, tokens, PrefixCache(body, prefix, batch=len(tokens), recording=False), prefix.length)
+
+
+def positions(start: int, tokens: Tensor) -> Tensor:
+    """(B, L) positions of a batch of tokens that starts at `start`."""
+    return torch.arange(start, start + tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+
+
+def _run(body: Body, tokens: Tensor, cache: PrefixCache, start: int) -> Tensor:
+    with body.keeping_caches():
+        states = body(tokens, position_ids=positions(start, tokens), past_key_values=cache)
+    cache.require_used(body)
+    return states
+
+
+class PrefixCache(Cache):
+    """A prefix of one sequence as the cache of a batch, and, if `recording`, what the layers remember after it."""
+
+    def __init__(self, body: Body, prefix: TrunkStates | None, *, batch: int, recording: bool) -> None:
+        layers: list[Any] = []
+        for index, (kind, window) in enumerate(zip(body.layer_types, body.windows, strict=True)):
+            states = None if prefix is None else prefix.layers[index]
+            length = 0 if prefix is None else prefix.length
+            if kind == "linear_attention":
+                layers.append(RecurrentLayer(states, batch=batch, recording=recording))
+            else:
+                sliding = kind != "full_attention"
+                layers.append(AttentionLayer(states, length, window, sliding=sliding, recording=recording))
+        super().__init__(layers=layers)
+
+    def recorded(self) -> tuple[tuple[Tensor, ...], ...]:
+        return tuple(layer.recorded() for layer in self.layers)
+
+    def require_used(self, body: Body) -> None:
+        """Refuse states that were computed without the prefix."""
+        for index, layer in enumerate(self.layers):
+            if not layer.used:
+                raise UnsupportedModelError(
+                    f"{body.name} did not use the cache of its layer {index} ({body.layer_types[index]}): something "
+                    "between the model's call and the layer drops it"
+                )
+
+
+class AttentionLayer(CacheLayerMixin):
+    """Keys and values of a prefix, in front of those of the batch."""
+
+    def __init__(
+        self, prefix: Sequence[Tensor] | None, length: int, window: int | None, *, sliding: bool, recording: bool
+    ) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.length = length
+        self.window = window
+        # transformers looks for a layer that slides to make the mask of those that do.
+        self.is_sliding = sliding
+        self.recording = recording
+        self.first: tuple[Tensor, Tensor] | None = None
+        self.used = False
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.used = True
+        keys, values = key_states, value_states
+        if self.prefix is not None:
+            # What is recorded is not cut to the window: a shorter prefix may be asked for.
+            reach = None if self.recording or self.window is None else self.window - 1
+            keys, values = (
+                torch.cat([_last(old, reach).expand(len(new), -1, -1, -1), new], dim=2)
+                for old, new in zip(self.prefix, (keys, values), strict=True)
+            )
+        if self.recording and self.first is None:
+            self.first = keys, values
+        visible = self.get_mask_sizes(key_states.shape[2])[0]
+        return _last(keys, visible), _last(values, visible)
+
+    def recorded(self) -> tuple[Tensor, ...]:
+        return self.first or ()
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        kept = self.length if self.window is None else min(self.length, self.window - 1)
+        return kept + query_length, self.length - kept
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to make: the prefix is there from the start."""
+
+
+class RecurrentLayer(LinearAttentionCacheLayerMixin):
+    """The states of a linear-attention layer after a prefix, as those of every row of the batch."""
+
+    def __init__(self, prefix: Sequence[Tensor] | None, *, batch: int, recording: bool) -> None:
+        super().__init__(number_of_states=1)
+        # The decoding path writes into the convolution's inputs; a layer that records its past never takes it.
+        self.record_past = True
+        self.recording = recording
+        self.first_inputs: Tensor | None = None
+        self.first_state: Tensor | None = None
+        self.used = False
+        if prefix is not None:
+            inputs, state = (old.expand(batch, *old.shape[1:]) for old in prefix)
+            self.conv_states[0], self.recurrent_states[0] = inputs, state
+            self.has_previous_state[0] = True
+
+    def update_conv_state(
+        self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
+    ) -> Tensor:
+        before = self.conv_states[0]
+        inputs = conv_states if before is None else torch.cat([before, conv_states], dim=-1)
+        if self.recording and self.first_inputs is None:
+            kernel = conv_states.shape[-1] if conv_kernel_size is None else conv_kernel_size
+            # What lies before the sequence is zero.
+            padded = torch.nn.functional.pad(inputs, (max(0, kernel - inputs.shape[-1]), 0))
+            self.first_inputs = padded[..., padded.shape[-1] - kernel :]
+        return inputs
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        self.used = True
+        if self.recording and self.first_state is None:
+            self.first_state = recurrent_states
+        return recurrent_states
+
+    def recorded(self) -> tuple[Tensor, ...]:
+        return () if self.first_inputs is None or self.first_state is None else (self.first_inputs, self.first_state)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to make: the prefix is there from the start."""
+
+
+def _last(states: Tensor, count: int | None) -> Tensor:
+    """The last `count` of a state's tokens, dimension 2; None for all of them."""
+    return states if count is None else states[:, :, max(0, states.shape[2] - count) :]

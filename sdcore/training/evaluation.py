@@ -1,0 +1,189 @@
+"""Evaluation by sampling: the same questions with the same seeds, judged by the same reward functions.
+
+    result = evaluate(model, tokenizer, examples, [exact], num_generations=4, max_completion_length=256, seed=0)
+    result.metrics["reward_mean"], result.metrics["reward_stderr"], result.groups[0].rollouts[0].text
+
+What differs from the obvious: seeds belong to batches of questions and not to a stream, so that two models, or one
+model at two steps, are compared on the same draws, global random states stay as they are, and how many processes share
+the work does not matter. Another `batch_size` draws other samples. The standard error is over questions: completions of
+one question are no independent measurements.
+
+Not covered: losses on held-out data, and judging by something other than a reward function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..contexts import require_text, student_prompt_ids
+from ..errors import ArgumentError
+from ..rollouts.rewards import OnError, Reward, RewardFunction, judge, prepare
+from ..rollouts.samplers import ModelSampler, SampledCompletion, Sampler, require_room, seed_of, whole_weights
+from ..types import Example, Group, Rollout
+
+# Told apart from training's seeds, which have other parts.
+EVALUATION = -1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EvalResult:
+    """What was sampled, and what it is worth."""
+
+    groups: tuple[Group, ...]  # in the order of the examples
+    metrics: dict[str, float]  # reward_mean, reward_stderr, success_rate, pass_any, mean_length, clipped_ratio, ...
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    reward_funcs: Sequence[RewardFunction | Reward | str] = (),
+    *,
+    num_generations: int = 1,
+    max_completion_length: int = 256,
+    seed: int = 0,
+    batch_size: int = 32,
+    temperature: float = 1.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    stop_token_ids: Sequence[int] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    reward_weights: Sequence[float] | None = None,
+    success_threshold: float = 0.5,
+    timeout: float | None = 60.0,
+    on_error: OnError = "raise",
+    workers: int = 1,
+    sampler: Sampler | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Callable[[Any], list[Any]] | None = None,
+    advance: Callable[[int], object] | None = None,
+) -> EvalResult:
+    """Sample `num_generations` completions of every example's prompt, as the student sees it, and judge them.
+
+    Args:
+        batch_size: questions sampled at a time.
+        stop_token_ids: what ends a completion; None: what `stop_ids` finds.
+        success_threshold: reward from which a completion is a success.
+        timeout, on_error, workers, reward_weights: as in `rollouts.rewards.judge`. With "drop", a completion that
+            could not be judged is left out of the means and counted.
+        sampler: None: the model itself.
+        rank, world_size, gather: to share the batches over processes; `gather` gives the lists of all of them.
+        advance: called with the number of questions that are done, for a progress bar.
+
+    Dropout is off meanwhile and modes are put back. Raises `ArgumentError` and what sampling and rewards raise.
+    """
+    if not examples:
+        raise ArgumentError("examples must have at least one, got none")
+    if batch_size < 1 or num_generations < 1:
+        raise ArgumentError(
+            f"batch_size and num_generations must be at least 1, got {batch_size} and {num_generations}"
+        )
+    if max_completion_length < 1:
+        raise ArgumentError(f"max_completion_length must be at least 1, got {max_completion_length}")
+    require_text(examples)
+    rewards = prepare(reward_funcs, reward_weights)
+    engine = ModelSampler() if sampler is None else sampler
+    stops = stop_ids(model, tokenizer) if stop_token_ids is None else list(stop_token_ids)
+    starts = range(0, len(examples), batch_size)
+    found: list[tuple[int, list[Group], dict[str, int]]] = []
+    with whole_weights(model, engine):
+        for number, start in list(enumerate(starts))[rank::world_size]:
+            batch = examples[start : start + batch_size]
+            prompts = [
+                student_prompt_ids(example, tokenizer, chat_template_kwargs=chat_template_kwargs) for example in batch
+            ]
+            require_room(engine, model, prompts, max_completion_length)
+            sampled = engine.sample(
+                model,
+                prompts,
+                num_completions=num_generations,
+                max_new_tokens=max_completion_length,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                eos_token_id=stops,
+                pad_token_id=getattr(tokenizer, "pad_token_id", None),
+                seed=seed_of(seed, EVALUATION, number),
+            )
+            groups = [
+                group_of(example, prompt, completions, tokenizer)
+                for example, prompt, completions in zip(batch, prompts, sampled, strict=True)
+            ]
+            judged = judge(groups, rewards, timeout=timeout, on_error=on_error, workers=workers)
+            found.append((number, judged.groups, judged.counts))
+            if advance is not None:
+                advance(len(batch))
+    if gather is not None:
+        found = gather(found)
+    found.sort(key=lambda part: part[0])
+    groups = [group for _, part, _ in found for group in part]
+    counts: Counter[str] = Counter()
+    for _, _, part_counts in found:
+        counts.update(part_counts)
+    return EvalResult(groups=tuple(groups), metrics=_metrics(groups, counts, success_threshold))
+
+
+def group_of(
+    example: Example, prompt_ids: torch.Tensor, completions: Sequence[SampledCompletion], tokenizer: Any
+) -> Group:
+    """Sampled completions with their text."""
+    rollouts = tuple(
+        Rollout(
+            completion_ids=one.ids,
+            logprobs=one.logprobs,
+            text=tokenizer.decode(one.ids.tolist(), skip_special_tokens=True),
+            finished=one.finished,
+        )
+        for one in completions
+    )
+    return Group(example=example, prompt_ids=prompt_ids, rollouts=rollouts)
+
+
+def stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    """The ids that end a completion: the tokenizer's end of sequence, and those of the model's generation config.
+
+    A chat model often ends its turn with another token than a text.
+    """
+    inner = getattr(model, "module", model)
+    config = getattr(inner, "generation_config", None)
+    found = [getattr(tokenizer, "eos_token_id", None), getattr(config, "eos_token_id", None)]
+    flat = [token for entry in found for token in (entry if isinstance(entry, list | tuple) else [entry])]
+    return sorted({int(token) for token in flat if token is not None})
+
+
+def _metrics(groups: Sequence[Group], counts: Mapping[str, int], threshold: float) -> dict[str, float]:
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    metrics = {
+        "questions": float(len(groups)),
+        "mean_length": _mean([len(rollout.completion_ids) for rollout in rollouts]),
+        "clipped_ratio": _mean([not rollout.finished for rollout in rollouts]),
+    }
+    rewards_B = [[r.reward for r in group.rollouts if r.reward is not None] for group in groups]
+    judged_B = [rewards for rewards in rewards_B if rewards]
+    if judged_B:
+        means = [_mean(rewards) for rewards in judged_B]
+        centre = _mean(means)
+        spread = math.sqrt(sum((mean - centre) ** 2 for mean in means) / max(1, len(means) - 1))
+        metrics |= {
+            "reward_mean": centre,
+            "reward_stderr": spread / math.sqrt(len(means)),
+            "success_rate": _mean([_mean([reward >= threshold for reward in rewards]) for rewards in judged_B]),
+            "pass_any": _mean([max(rewards) >= threshold for rewards in judged_B]),
+        }
+    dropped = counts.get("rewards/dropped", 0)
+    return metrics | ({"dropped": float(dropped)} if counts else {})
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+__all__ = ["EvalResult", "evaluate", "group_of", "stop_ids"]

@@ -1,0 +1,114 @@
+"""What a trainer is made of: its model and data as they are given, and what is refused before any of it is loaded.
+
+    check(args, method, rewards, sampler)
+    model, tokenizer = loaded("Qwen/Qwen3-0.6B", None, args, peft_config=None)
+    check_engine(accelerator.state)
+
+Not covered: what a model must be like, which `sdcore.models` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from ..contexts import require_text
+from ..data import read_examples
+from ..errors import ArgumentError, UnsupportedModelError
+from ..presets.methods import Method
+from ..rollouts.rewards import Reward
+from ..rollouts.samplers import ModelSampler, Sampler
+from ..types import Example
+from .config import SelfDistillationConfig
+
+
+def check(args: SelfDistillationConfig, method: Method, rewards: Sequence[Reward], sampler: Sampler) -> None:
+    """Raises `ArgumentError` for choices of method and arguments that do not go together."""
+    if method.needs_rewards and not rewards:
+        raise ArgumentError(
+            f"reward_funcs must have a function for {type(method).__name__}, which needs rewards, got none"
+        )
+    strategy = args.train_sampling_strategy
+    if strategy not in ("random", "sequential"):
+        raise ArgumentError(f"train_sampling_strategy must be 'random' or 'sequential', got {strategy!r}")
+    compared = method.target == "policy_gradient" or method.distillation_weight < 1
+    old = args.num_iterations > 1 or not isinstance(sampler, ModelSampler)
+    if compared and old and not (args.top_p == 1 and args.top_k is None):
+        raise ArgumentError(
+            "top_p must be 1 and top_k None where a policy gradient compares the student with who sampled "
+            f"(num_iterations > 1, or another engine), got {args.top_p} and {args.top_k}"
+        )
+    asked = compared or method.target == "tilt" or method.importance_clip is not None
+    if asked and args.sampling_temperature == 0:
+        raise ArgumentError(
+            f"sampling_temperature must not be 0 for {type(method).__name__}, which asks how likely a sample was, got 0"
+        )
+
+
+def check_engine(state: Any) -> None:
+    """Raises `UnsupportedModelError` for what accelerate, whose state this is, must not put around a model."""
+    if getattr(state, "deepspeed_plugin", None) is not None:
+        raise UnsupportedModelError(
+            "args must not ask for DeepSpeed, under which this trainer has not been tried: use DDP or FSDP2, or "
+            "distill_step with its engine in a loop of your own"
+        )
+    plugin = getattr(state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise UnsupportedModelError(
+            f"args must not ask for FSDP{plugin.fsdp_version}, which is accelerate's default: use FSDP2, by "
+            'fsdp_config={"version": 2} or `accelerate launch --fsdp_version 2`'
+        )
+
+
+def loaded(model: Any, tokenizer: Any, args: SelfDistillationConfig, peft_config: Any) -> tuple[Any, Any]:
+    """Model and tokenizer; those that are given by name, or not at all, are loaded. Raises what transformers raises."""
+    if isinstance(model, str):
+        remote = args.trust_remote_code
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, trust_remote_code=remote)
+        model = AutoModelForCausalLM.from_pretrained(model, dtype=args.model_dtype, trust_remote_code=remote)
+    if tokenizer is None:
+        if not model.config._name_or_path:
+            raise ArgumentError("processing_class must be the tokenizer of a model that has no name, got None")
+        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+    if peft_config is not None:
+        try:
+            from peft import get_peft_model
+        except ImportError as error:
+            raise ImportError("peft_config needs PEFT: pip install 'sdcore[peft]'") from error
+        set_seed(args.seed)  # of the adapter's random start
+        model = get_peft_model(model, peft_config)
+    return model, tokenizer
+
+
+def built(given: Any, build: Callable[..., Any], model: nn.Module, args: SelfDistillationConfig) -> Any:
+    """A teacher as it is given, or the method's own: of a module that is given, or of the model as it is now."""
+    if isinstance(given, nn.Module):
+        given = given.to(args.device).eval().requires_grad_(False)
+    elif given is not None:
+        return given
+    return build(model, device=args.teacher_device, reference=given)
+
+
+def examples_of(source: Any) -> list[Example] | None:
+    """What `read_examples` reads, or examples as they are. Refuses those that are more than text."""
+    if source is None:
+        return None
+    if isinstance(source, Sequence) and not isinstance(source, str) and all(isinstance(one, Example) for one in source):
+        found = list(source)
+    else:
+        found = read_examples(source)
+    require_text(found)
+    return found
+
+
+def eval_examples_of(source: Any) -> Any:
+    """The same for one data set, or for each of a dict of them."""
+    if isinstance(source, dict):
+        return {name: examples_of(part) for name, part in source.items()}
+    return examples_of(source)
+
+
+__all__ = ["built", "check", "check_engine", "eval_examples_of", "examples_of", "loaded"]

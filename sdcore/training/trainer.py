@@ -1,0 +1,398 @@
+"""Self-distillation on `transformers.Trainer`: rollouts, rewards, teacher and divergence in its loop.
+
+    trainer = SelfDistillationTrainer(
+        "Qwen/Qwen3-0.6B",
+        SelfDistillationConfig(output_dir="out", max_completion_length=512),
+        method=SDPO(),
+        train_dataset="train.jsonl",
+        reward_funcs=["rewards.py:exact"],
+    )
+    trainer.train()
+
+The arrow of an optimizer step is in two methods, which are what is overridden of Trainer's loop:
+
+    get_batch_samples   examples → prompt ids → sampler → rewards → context → plan and weights, for the whole step
+    training_step       one batch of it → distill_step (or another, by `method.target`) → metrics
+
+What differs from the obvious: all completions of a step, over its accumulation, are there before anything goes
+backward, because their losses are divided by a sum over all of them on all ranks; so any split into batches,
+accumulation and ranks gives the same loss. Seeds are made of `args.seed`, the step and the batch's number in it, and no
+global generator is used, so a run that was killed and resumed gives the same numbers. The completions that
+`num_iterations` steps share are kept in the checkpoint, as is the teacher's state.
+
+Not covered: DeepSpeed and FSDP1 (refused by name), data without a length, and LOMO optimizers.
+
+Letters: B groups, G completions of a group, N completion tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import speed_metrics
+
+from ..contexts import ContextBuilder, check_examples
+from ..diagnostics import RunLog
+from ..errors import ArgumentError
+from ..models import head_of
+from ..presets.methods import Method
+from ..rollouts.rewards import RewardFunction, prepare
+from ..rollouts.samplers import FollowsWeights, ModelSampler, Sampler, seed_of
+from ..rollouts.window import WindowOrder
+from ..step import StepOutput
+from ..teachers import Teacher, TrustRegion
+from ..types import Example, Group
+from .checkpoints import OwnState, saving_whole, to_resume, writing
+from .collect import Collector
+from .config import SelfDistillationConfig
+from .evaluation import stop_ids
+from .prepare import built, check, check_engine, eval_examples_of, examples_of, loaded
+from .samples import RichProgress, sample_rows, show
+from .update import Batch, Normalizers, Options, update
+from .watch import Tally, Watch, due, origin_of
+
+Data = Any  # what `read_examples` takes, or a list of Example
+
+
+class SelfDistillationTrainer(Trainer):
+    """Trains a causal language model by a `Method`.
+
+    Args:
+        model: a transformers model or its name; with `peft_config` an adapter is put on it.
+        args: None for the defaults.
+        method: what is learned from whom, such as `SDPO()`.
+        train_dataset: what `sdcore.data.read_examples` reads, or a list of `Example`.
+        eval_dataset: the same, or a dict of several; `evaluate` samples answers and judges them.
+        processing_class: the tokenizer; None: that of the model's name.
+        reward_funcs: functions, or "module:function"; see `rollouts.rewards`.
+        sampler: who draws completions; None: the model itself.
+        teacher, reference: None for the method's own; a module is the frozen one.
+        context: None for the method's own builder.
+        callbacks, optimizers: as in transformers.
+
+    Raises `ArgumentError`, `DataError` and `UnsupportedModelError` before any step.
+    """
+
+    control: Any  # transformers'
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str,
+        args: SelfDistillationConfig | None = None,
+        *,
+        method: Method,
+        train_dataset: Data = None,
+        eval_dataset: Data = None,
+        processing_class: Any = None,
+        reward_funcs: Sequence[RewardFunction | str] = (),
+        sampler: Sampler | None = None,
+        teacher: Teacher | TrustRegion | nn.Module | None = None,
+        reference: Teacher | nn.Module | None = None,
+        context: ContextBuilder | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
+    ) -> None:
+        args = SelfDistillationConfig() if args is None else args
+        if not isinstance(args, SelfDistillationConfig):
+            raise ArgumentError(f"args must be a SelfDistillationConfig, got {type(args).__name__}")
+        if not isinstance(method, Method):
+            raise ArgumentError(f"method must be a Method such as SDPO(), got {method!r:.80}")
+        self.method = method
+        self.rewards = prepare(reward_funcs, args.reward_weights)
+        self.sampler: Sampler = sampler or ModelSampler(prompts_at_a_time=args.generation_batch_size)
+        kwargs = cast("dict[str, Any] | None", args.chat_template_kwargs)
+        self.context = context or method.build_context(chat_template_kwargs=kwargs)
+        train_examples = examples_of(train_dataset)
+        check(args, method, self.rewards, self.sampler)
+        check_examples(self.context, train_examples or [])
+        model, processing_class = loaded(model, processing_class, args, peft_config)
+        head_of(model)  # refuses a model whose logits are not its states times a matrix, before any work
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=list,
+            train_dataset=train_examples,
+            eval_dataset=eval_examples_of(eval_dataset),
+            processing_class=processing_class,
+            callbacks=[_Hooks(self), *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        check_engine(self.accelerator.state)
+        for printing in (ProgressCallback, PrinterCallback):  # each prints all metrics of every step
+            self.remove_callback(printing)
+        if not args.disable_tqdm:
+            self.add_callback(RichProgress())
+        self.teacher: Any = built(teacher, method.build_teacher, self.model, args) if method.has_teacher else None
+        build = method.build_reference if method.needs_reference else None
+        self.reference: Any = built(reference, build, self.model, args) if build else None
+        self.watch = Watch(
+            method=method,
+            args=args,
+            tokenizer=processing_class,
+            context=self.context,
+            teacher=self.teacher,
+            origin=origin_of(self.model, args, self.teacher, self.reference),
+        )
+        self.collector = Collector(
+            method=method,
+            args=args,
+            tokenizer=processing_class,
+            sampler=self.sampler,
+            rewards=self.rewards,
+            stop_ids=tuple(args.stop_token_ids or stop_ids(self.model, processing_class)),
+        )
+        self._own = OwnState.of(args, teacher=self.teacher, reference=self.reference, origin=self.watch.origin)
+        self._tally = Tally()
+        self._window: list[list[Group]] = []  # the completions in use
+        self._seen = {"samples": 0, "tokens": 0}  # completions and their tokens, of all ranks
+        self._log_file: RunLog | None = None
+        self._early: list[dict[str, float]] = []  # measured before train()
+        self._resumed: Path | None = None
+        self._order: WindowOrder | None = None
+
+    # The arrow: examples → groups → batches → gradients.
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Normalizers | None]:
+        """The batches of an optimizer step, sampled, judged and planned, and what their losses are divided by."""
+        examples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not examples:
+            return [], None
+        if self.state.global_step % self.args.num_iterations == 0:
+            self._window = self._collected(examples)
+        else:
+            self._window = self._window or self._own.window(cast(Path, self._resumed), examples, self.collector.prompt)
+        batches = [self._batch(groups) for groups in self._window]
+        return batches, self._over_ranks(batches)
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Normalizers | None = None) -> Tensor:
+        """Gradients of one batch; returns its part of the step's loss."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        if self._is_first(inputs):
+            self._tally.add(self.watch.probes(model, inputs, self.state.global_step))
+        with self.compute_loss_context_manager():
+            out = update(
+                model,
+                inputs,
+                self.method,
+                normalizers=num_items_in_batch,
+                teacher=self.teacher,
+                reference=self.reference,
+                off_policy=self._off_policy,
+                sampling_temperature=self.args.sampling_temperature,
+                options=Options(self.args.micro_batch, self.args.strategy, self.args.verify),
+                backward=self.accelerator.backward,
+            )
+        self._observe(inputs, out)
+        return out.loss.to(self.args.device)
+
+    def _collected(self, batches: Sequence[Sequence[Example]]) -> list[list[Group]]:
+        """Groups of completions, judged."""
+        step, args = self.state.global_step, self.args
+        if isinstance(self.sampler, FollowsWeights):
+            self.sampler.follow(self.model_wrapped, step)
+        # Batches of all ranks are numbered in the order of the data, whatever the number of ranks.
+        seeds = [seed_of(args.seed, step, i * args.world_size + args.process_index) for i in range(len(batches))]
+        found = self.collector.collect(self.model_wrapped, batches, seeds)
+        self._tally.count(found.counts)
+        self._tally.add(found.means)
+        return found.groups
+
+    def _batch(self, groups: Sequence[Group]) -> Batch:
+        return Batch.of(
+            groups,
+            [self.context.condition(group, self.processing_class) for group in groups],
+            self.method,
+            device=self.args.device,
+            norm_length=self.args.max_completion_length,
+            must_be_judged=bool(self.rewards),
+            mask_truncated=self.args.mask_truncated_completions,
+        )
+
+    def _over_ranks(self, batches: Sequence[Batch]) -> Normalizers:
+        """The mean over ranks of what the losses are divided by, since gradients are averaged; counts what is new."""
+        fresh = self.state.global_step % self.args.num_iterations == 0
+        completions = sum(len(batch.lengths) for batch in batches) if fresh else 0
+        tokens = sum(batch.tokens for batch in batches) if fresh else 0
+        own = [sum(batch.normalizers[i] for batch in batches) for i in range(2)]
+        totals = torch.tensor([*own, completions, tokens], dtype=torch.float64, device=self.args.device)
+        divergence, policy, completions, tokens = self.accelerator.reduce(totals, "sum").tolist()
+        self._seen = {"samples": self._seen["samples"] + int(completions), "tokens": self._seen["tokens"] + int(tokens)}
+        ranks = self.args.world_size
+        return Normalizers(divergence / ranks, policy / ranks)
+
+    @property
+    def _off_policy(self) -> bool:
+        """Whether the log-probabilities of who sampled are needed: another engine, or an older student."""
+        return self.args.num_iterations > 1 or not isinstance(self.sampler, ModelSampler)
+
+    # What is known of it.
+
+    def _observe(self, batch: Batch, out: StepOutput) -> None:
+        """Into the tally, and the samples into their file."""
+        self._tally.add(self.watch.metrics(batch, out))
+        self._tally.count(batch.counts)
+        step = self.state.global_step
+        if self._log_file is not None and self._is_first(batch) and due(self.args.log_completions_every, step):
+            rows = sample_rows(batch, out, self.processing_class, limit=self.args.num_completions_shown)
+            self._log_file.samples(step + 1, rows)
+            if self.args.print_completions:
+                show(rows, step + 1)
+
+    def _is_first(self, batch: Batch) -> bool:
+        """Of the step, on this rank."""
+        return batch.groups[0] is self._window[0][0]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in transformers, with the metrics of the steps since the last line; and a line of metrics.jsonl."""
+        if "loss" in logs:
+            logs |= self._tally.drain()
+        super().log(logs, start_time)
+        if "train_runtime" in logs or not self.is_world_process_zero():
+            return
+        numbers = {name: value for name, value in logs.items() if isinstance(value, int | float)}
+        if self._log_file is None:
+            self._early.append(numbers)
+        else:
+            self._log_file.metrics(self.state.global_step, numbers, **self._seen)
+
+    def evaluate(
+        self, eval_dataset: Data = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Sample answers to the questions, with the same seeds each time, and judge them.
+
+        Metrics are those of `training.evaluation`, as `eval_reward_mean`. Random states and modes are left as they are.
+        What is measured before `train` is logged when that begins, in the first lines of a new run.
+        """
+        del ignore_keys
+        data = self.eval_dataset if eval_dataset is None else eval_examples_of(eval_dataset)
+        if data is None:
+            raise ArgumentError("eval_dataset must be given here or to the trainer, got None")
+        if isinstance(data, dict):
+            parts = [self.evaluate(part, None, f"{metric_key_prefix}_{name}") for name, part in data.items()]
+            return {name: value for part in parts for name, value in part.items()}
+        args, started = self.args, time.time()
+        if isinstance(self.sampler, FollowsWeights):
+            self.sampler.follow(self.model_wrapped, self.state.global_step)
+        result = self.collector.evaluate(self.model_wrapped, data)
+        found = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items()}
+        found |= speed_metrics(metric_key_prefix, started, num_samples=len(data) * args.eval_generations)
+        self.log(found)
+        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, found)
+        return found
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """Six per weight and token of the student, two of the teacher's; tokens that are shared are counted once."""
+        student = sum(tree.tokens(read_shared=False) for tree in inputs.plan.student)
+        teacher = sum(tree.tokens(read_shared=False) for tree in inputs.plan.teacher)
+        return (6 * student + 2 * teacher) * int(self.model.num_parameters(exclude_embeddings=True))
+
+    def _track_num_input_tokens(self, inputs: Batch) -> None:
+        """Completion tokens; what a batch is is ours."""
+        if self.args.include_num_input_tokens_seen != "no":
+            self.state.num_input_tokens_seen = self._seen["tokens"]
+
+    # Data order, checkpoints, resuming.
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> WindowOrder:
+        args = self.args
+        examples = self.train_dataset if train_dataset is None else train_dataset
+        self._order = WindowOrder(
+            len(examples),
+            window=self._train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            repeats=args.num_iterations,
+            seed=args.data_seed,
+            shuffle=args.train_sampling_strategy != "sequential",
+            drop_last=args.dataloader_drop_last and args.num_iterations > 1,
+        )
+        return self._order
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As in transformers; True resumes from the last checkpoint that was written to its end.
+
+        Raises `CheckpointError` where there is none.
+        """
+        self._resumed = None
+        if resume_from_checkpoint not in (None, False):
+            self._resumed = to_resume(self.args.output_dir, resume_from_checkpoint)
+        try:
+            return super().train(None if self._resumed is None else str(self._resumed), **kwargs)
+        finally:
+            self._resumed = None
+
+    def begin(self) -> None:
+        """Once model and optimizer are there, and loaded: take up a checkpoint's state of ours, open the run's log."""
+        self._window, self._seen, self._tally = [], {"samples": 0, "tokens": 0}, Tally()
+        step = self.state.global_step
+        if self._resumed is not None:
+            self._seen = self._own.load(self._resumed)
+            self._early = []  # the log that is gone on with has them, of the model as it was then
+        if self.is_world_process_zero():
+            self._log_file = RunLog(self.args.output_dir, resume_step=None if self._resumed is None else step)
+            self._log_file.describe(self._description())
+            for numbers in self._early:
+                self._log_file.metrics(step, numbers, **self._seen)
+            self._early = []
+
+    def begin_epoch(self) -> None:
+        if self._order is not None:  # accelerate does not tell it on resuming with several processes
+            self._order.set_epoch(int(self.state.epoch or 0))
+
+    def after_step(self) -> None:
+        """The teacher follows, before a checkpoint is written; not where the optimizer skipped the step."""
+        self._tally.step()
+        if not self.accelerator.optimizer_step_was_skipped:
+            for one in self._own.stateful.values():
+                one.update(self.model_wrapped, self.state.global_step)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """With ours first, since transformers' last file says that a checkpoint is whole."""
+        step = self.state.global_step
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
+        with writing(folder, main_process=self.args.should_save):
+            self._own.save(folder, step, seen=self._seen, window=self._window)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers, which writes nothing where checkpoints are of FSDP2's shards; here, the whole model."""
+        plugin = None if _internal_call else getattr(self.accelerator.state, "fsdp_plugin", None)
+        with saving_whole(plugin):
+            super().save_model(output_dir, _internal_call)
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "method": {"name": type(self.method).__name__, **vars(self.method)},
+            "config": self.args.to_dict(),
+            "model": getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__,
+            "examples": len(self.train_dataset),
+        }
+
+
+class _Hooks(TrainerCallback):
+    """Where Trainer's loop tells its callbacks what the trainer has to know."""
+
+    def __init__(self, trainer: SelfDistillationTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.begin()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.begin_epoch()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.after_step()
+
+
+__all__ = ["SelfDistillationTrainer"]

@@ -1,0 +1,299 @@
+"""From judged groups to gradients: what carries a loss, how much of it, and which step computes it.
+
+    batch = Batch.of(groups, conditioned, method, device=device)          # plan, masks, weights
+    normalizers = sum of batch.normalizers over accumulation and ranks
+    out = update(model, batch, method, normalizers=normalizers, teacher=teacher, backward=accelerator.backward)
+
+| `method.target` | step | carries a loss |
+|---|---|---|
+| divergence | `distill_step`, in mixtures with a policy gradient in the same pass | active completions |
+| token_tilt | `distill_step` with a `TokenTilt` of the advantages | active and judged completions |
+| tilt | `tilt_step` against the reference | judged completions |
+| policy_gradient | `policy_gradient_step` | judged completions |
+| imitation | `imitate_step` | all |
+
+What differs from the obvious: a batch is prepared as a whole, before anything goes backward, because what its losses
+are divided by is a sum over all batches of an optimizer step on all ranks.
+
+Not covered: sampling, rewards and the optimizer, which are the trainer's.
+
+Letters: B groups, S completions in all, N tokens of the completions that carry a loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..losses import PolicyTerm, Tilted, TokenTilt, group_advantages, token_weights
+from ..losses.aggregate import per_completion, spread
+from ..prefix import Plan
+from ..prefix import plan as plan_of
+from ..prefix.checks import Verify
+from ..prefix.choice import Strategy
+from ..presets.methods import Method
+from ..step import StepOutput, distill_step, imitate_step, policy_gradient_step, tilt_step, token_logprobs
+from ..step.parts import Backward
+from ..teachers import Teacher, TrustRegion
+from ..types import Conditioned, Group
+
+
+class Normalizers(NamedTuple):
+    """What the losses of a step are divided by; those of its parts add up."""
+
+    divergence: float = 0.0
+    policy: float = 0.0  # of the policy gradient, or of the tilt
+
+
+class Options(NamedTuple):
+    """How the passes of an update are run; see `distill_step`."""
+
+    micro_batch: int | None = None
+    strategy: Strategy = "auto"
+    verify: Verify = "once"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """Groups, and everything that an update on them needs. Tensors are on the model's device."""
+
+    groups: tuple[Group, ...]  # B
+    conditioned: tuple[Conditioned, ...]  # B
+    plan: Plan
+    lengths: tuple[int, ...]  # S, rows in the plan: 0 for a completion that carries no loss
+    tokens: int  # of all completions
+    rewards: Tensor  # (S,) float32; NaN where a completion was not judged
+    judged: Tensor  # (S,) bool
+    taught: Tensor  # (S,) bool: the divergence has something to say
+    divergence_weights: Tensor  # (N,) float32
+    policy_weights: Tensor  # (N,) float32
+    old_logprobs: Tensor | None  # (N,) float32; None for completions from data
+    normalizers: Normalizers  # this batch's own
+    counts: dict[str, int]  # for the log
+
+    @classmethod
+    def of(
+        cls,
+        groups: Sequence[Group],
+        conditioned: Sequence[Conditioned],
+        method: Method,
+        *,
+        device: torch.device | str = "cpu",
+        norm_length: int | None = None,
+        must_be_judged: bool = False,
+        mask_truncated: bool = False,
+    ) -> Batch:
+        """Plan the passes, and weigh the tokens.
+
+        `must_be_judged`: completions without a reward carry no loss (there were reward functions, and they failed).
+        `mask_truncated`: nor do those that were cut. `norm_length` is for the aggregation "sum-norm".
+        """
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        lengths = [len(rollout.completion_ids) for rollout in rollouts]
+        sizes = [len(group.rollouts) for group in groups]
+        rewards = torch.tensor([_number(rollout.reward) for rollout in rollouts])
+        whole = torch.tensor([rollout.finished or not mask_truncated for rollout in rollouts], dtype=torch.bool)
+        judged = ~rewards.isnan() & whole
+        active = torch.tensor([one for seen in conditioned for one in seen.active], dtype=torch.bool)
+        taught = active & whole & (judged if must_be_judged or method.target == "token_tilt" else True)
+        if method.target == "imitation":
+            taught = whole
+        positions = torch.cat([torch.arange(length) for length in lengths] or [torch.zeros(0, dtype=torch.int64)])
+        counted = positions >= method.skip_first_tokens  # (N,)
+        parts = []
+        for of_completion in (taught, judged):
+            mask = counted & spread(of_completion, lengths)
+            parts.append(token_weights(method.aggregation, lengths, mask, norm_length=norm_length))
+        (divergence_weights, of_divergence), (policy_weights, of_policy) = parts
+        if method.target == "tilt":
+            has_tokens = per_completion(policy_weights, lengths) > 0
+            of_policy = _tilted(method).num_groups(sizes, judged & has_tokens)
+        loss_weights = policy_weights if method.target in ("tilt", "policy_gradient") else divergence_weights
+        if method.distillation_weight < 1:
+            loss_weights = loss_weights + policy_weights
+        carries = per_completion((loss_weights != 0).float(), lengths) > 0
+        # What carries no loss is not computed at all: to the plan it is an empty completion.
+        planned = tuple(length * bool(one) for length, one in zip(lengths, carries.tolist(), strict=True))
+        rows = spread(carries, lengths)
+        old = [rollout.logprobs for rollout in rollouts]
+        known = [logprobs for logprobs in old if logprobs is not None]
+        return cls(
+            groups=tuple(groups),
+            conditioned=tuple(conditioned),
+            plan=_plan(groups, planned, conditioned if method.has_teacher else None, device),
+            lengths=planned,
+            tokens=len(rows),
+            rewards=rewards.to(device),
+            judged=judged.to(device),
+            taught=taught.to(device),
+            divergence_weights=divergence_weights[rows].to(device),
+            policy_weights=policy_weights[rows].to(device),
+            old_logprobs=torch.cat(known)[rows].to(device) if len(known) == len(old) else None,
+            normalizers=Normalizers(of_divergence, of_policy),
+            counts={
+                "completions/count": len(rollouts),
+                "completions/without_loss": int((~carries).sum()),
+                "completions/truncated_masked": int((~whole).sum()),
+            },
+        )
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(group.rollouts) for group in self.groups]
+
+    def weights(self, method: Method) -> Tensor:
+        """(N,) those of the loss that is logged per token."""
+        return self.policy_weights if method.target in ("tilt", "policy_gradient") else self.divergence_weights
+
+
+def update(
+    model: nn.Module,
+    batch: Batch,
+    method: Method,
+    *,
+    normalizers: Normalizers | None = None,
+    teacher: Teacher | TrustRegion | None = None,
+    reference: Teacher | None = None,
+    off_policy: bool = False,
+    sampling_temperature: float = 1.0,
+    options: Options | None = None,
+    backward: Backward = Tensor.backward,
+) -> StepOutput:
+    """Gradients of one batch.
+
+    Args:
+        normalizers: of the whole step; None: the batch is the whole step.
+        teacher, reference: from `method.build_teacher` and `method.build_reference`.
+        off_policy: the student has learned since it sampled, or something else sampled: the policy gradient then needs
+            the sampler's log-probabilities.
+        sampling_temperature: of the completions, for targets that are about the policy that sampled.
+
+    Raises what the step raises.
+    """
+    totals = batch.normalizers if normalizers is None else normalizers
+    how = (options or Options())._asdict()
+    if method.target == "divergence":
+        policy = None
+        if method.distillation_weight < 1:
+            policy = _policy(model, batch, method, totals, reference, off_policy, sampling_temperature, how)
+        return distill_step(
+            model,
+            batch.plan,
+            loss=method.build_loss(),
+            teacher=teacher,
+            token_weights=batch.divergence_weights,
+            old_logprobs=None if method.importance_clip is None else batch.old_logprobs,
+            normalizer=totals.divergence,
+            policy=policy,
+            backward=backward,
+            **how,
+        )
+    if method.target == "token_tilt":
+        return distill_step(
+            model,
+            batch.plan,
+            loss=method.build_loss(),
+            teacher=teacher,
+            token_weights=batch.divergence_weights,
+            normalizer=totals.divergence,
+            tilt=TokenTilt(exponents=method.inv_temperature * _advantages(batch, method)),
+            backward=backward,
+            **how,
+        )
+    if method.target == "tilt":
+        return tilt_step(
+            model,
+            batch.plan,
+            batch.rewards,
+            target=_tilted(method),
+            reference=reference,
+            completion_mask=batch.policy_weights != 0,
+            normalizer=totals.policy,
+            temperature=sampling_temperature,
+            backward=backward,
+            **how,
+        )
+    if method.target == "policy_gradient":
+        term = _policy(model, batch, method, totals, None, off_policy, sampling_temperature, how)
+        return policy_gradient_step(model, batch.plan, term, reference=reference, backward=backward, **how)
+    return imitate_step(
+        model,
+        batch.plan,
+        token_weights=batch.divergence_weights,
+        normalizer=totals.divergence,
+        backward=backward,
+        **how,
+    )
+
+
+def _policy(
+    model: nn.Module,
+    batch: Batch,
+    method: Method,
+    totals: Normalizers,
+    reference: Teacher | None,
+    off_policy: bool,
+    temperature: float,
+    how: dict[str, Any],
+) -> PolicyTerm:
+    mixed = method.target == "divergence"
+    logprobs = None
+    if method.kl_anchor and reference is not None:
+        logprobs = token_logprobs(model, batch.plan, teacher=reference, temperature=temperature, verify=how["verify"])
+    return PolicyTerm(
+        advantages=_advantages(batch, method),
+        old_logprobs=batch.old_logprobs if off_policy else None,
+        clip_low=method.clip_low,
+        clip_high=method.clip_high,
+        token_weights=batch.policy_weights,
+        normalizer=totals.policy,
+        kl_anchor=method.kl_anchor,
+        reference_logprobs=logprobs,
+        distillation_weight=method.distillation_weight if mixed else 0.0,
+        temperature=temperature,
+        completion_of=_completion_of(batch) if method.ratio_of == "completion" else None,
+    )
+
+
+def _completion_of(batch: Batch) -> Tensor:
+    """(N,) which of the S completions a token is of."""
+    return spread(torch.arange(len(batch.lengths), device=batch.rewards.device), batch.lengths)
+
+
+def _advantages(batch: Batch, method: Method) -> Tensor:
+    """(N,)"""
+    values = group_advantages(batch.rewards, batch.sizes, estimator=method.advantages, active=batch.judged)
+    return spread(values, batch.lengths)
+
+
+def _tilted(method: Method) -> Tilted:
+    return Tilted(inv_temperature=method.inv_temperature, logz=method.logz)
+
+
+def _number(reward: float | None) -> float:
+    return float("nan") if reward is None else reward
+
+
+def _plan(
+    groups: Sequence[Group], lengths: Sequence[int], conditioned: Sequence[Conditioned] | None, device: Any
+) -> Plan:
+    """Of the completions that have a length; a teacher's prompt that is that of the whole group is given once."""
+    prompts, left = [group.prompt_ids.to(device) for group in groups], iter(lengths)
+    completions = [[rollout.completion_ids[: next(left)].to(device) for rollout in group.rollouts] for group in groups]
+    if conditioned is None:
+        return plan_of(prompts, completions)
+    teachers: list[Tensor | list[Tensor]] = []
+    for seen in conditioned:
+        first = seen.teacher_prompts[0]
+        if all(prompt is first or torch.equal(prompt, first) for prompt in seen.teacher_prompts):
+            teachers.append(first.to(device))
+        else:
+            teachers.append([prompt.to(device) for prompt in seen.teacher_prompts])
+    return plan_of(prompts, completions, teachers)
+
+
+__all__ = ["Batch", "Normalizers", "Options", "update"]

@@ -1,0 +1,136 @@
+"""What a step says about itself, and what is measured beside it now and then.
+
+    probed = watch.probes(model, batch, step)         # before the update, on the first batch of a step
+    values = watch.metrics(batch, out)                # after it
+
+A probe costs passes of its own and is due every so many steps, the first one among them. All ranks take part.
+
+A `Tally` makes one line of the log of what several batches, steps and ranks say:
+
+    tally.add(values); ...; line = tally.drain()
+
+A count is added up over everything since the last line. The step's loss is added up over the batches of a step, since
+each is its part of it, and averaged over ranks and steps. Everything else is a mean over those that have it; batches
+are not weighed by their size, and batches of a step are of equal size but for the last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from accelerate.utils import gather_object  # type: ignore[import-untyped, unused-ignore]
+from torch import nn
+
+from ..contexts import ContextBuilder
+from ..contexts.builders import COUNTS
+from ..diagnostics import drift, leak, metrics, overlap
+from ..presets.methods import Method
+from ..step import StepOutput
+from ..teachers import AdapterOff, Snapshot
+from .config import SelfDistillationConfig
+from .update import Batch
+
+SUMS: Final = frozenset({*COUNTS, "loss/active_tokens"})
+# Parts of the step's loss: what the batches say adds up.
+LOSSES: Final = frozenset({"self_distillation/distillation_loss", "loss/distillation", "loss/policy"})
+OVERLAP_TOKENS = 20  # of the overlap probe, where the method has no top-k of its own
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Watch:
+    """What is needed for it."""
+
+    method: Method
+    args: SelfDistillationConfig
+    tokenizer: Any
+    context: ContextBuilder
+    teacher: Any
+    origin: Any  # the model before training, for the drift; None: it is not measured
+
+    def metrics(self, batch: Batch, out: StepOutput) -> dict[str, float]:
+        """See `diagnostics.metrics`; the active fraction is of all tokens, also those that were not computed."""
+        found = metrics(
+            batch.groups,
+            batch.conditioned,
+            out,
+            plan=batch.plan,
+            token_weights=batch.weights(self.method),
+            success_threshold=self.method.success_threshold,
+        )
+        return found | {"loss/active_fraction": found["loss/active_tokens"] / max(1, batch.tokens)}
+
+    def probes(self, model: nn.Module, batch: Batch, step: int) -> dict[str, float]:
+        """Those that are due after `step` optimizer steps."""
+        found: dict[str, float] = {}
+        method, args = self.method, self.args
+        strategy: Any = "auto" if args.strategy == "two_phase" else args.strategy
+        taught = {"teacher": self.teacher, "temperature": method.temperature, "strategy": strategy}
+        if method.has_teacher and due(args.leak_probe_every, step):
+            found |= leak(model, batch.groups, self.context, self.tokenizer, alpha=method.alpha, **taught)
+        if method.has_teacher and due(args.overlap_probe_every, step):
+            k, of = method.topk or OVERLAP_TOKENS, method.topk_of
+            found |= overlap(model, batch.groups, batch.conditioned, k=k, of=of, **taught)
+        if self.origin is not None and due(args.drift_probe_every, step):
+            found |= drift(model, batch.groups, self.origin, strategy=strategy)
+        return found
+
+
+def due(every: int, step: int) -> bool:
+    """Every so many steps, from step 0 on; never for 0."""
+    return every > 0 and step % every == 0
+
+
+def origin_of(model: nn.Module, args: SelfDistillationConfig, teacher: Any, reference: Any) -> Any:
+    """The model before training: the frozen teacher or the adapter's base where there is one, else a copy of it."""
+    if args.drift_probe_every == 0:
+        return None
+    for one in (reference, teacher, getattr(teacher, "reference", None)):
+        if type(one) in (Snapshot, AdapterOff):
+            return one
+    return AdapterOff() if hasattr(model, "disable_adapter") else Snapshot(model, device=args.teacher_device)
+
+
+class Tally:
+    """Adds up what is said between two lines of the log."""
+
+    def __init__(self, counts: Collection[str] = ()) -> None:
+        self._counts = SUMS | set(counts)
+        self._totals: dict[str, tuple[float, int]] = {}  # sum, number
+        self._steps = 0
+
+    def count(self, values: Mapping[str, int]) -> None:
+        """Numbers that are added up, whatever they are called."""
+        self._counts |= set(values)
+        self.add(values)
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """What a batch says."""
+        for name, value in values.items():
+            total, number = self._totals.get(name, (0.0, 0))
+            self._totals[name] = total + float(value), number + 1
+
+    def step(self) -> None:
+        """A step is over."""
+        self._steps += 1
+
+    def drain(self) -> dict[str, float]:
+        """One line of all ranks, which all must call this; empty afterwards."""
+        mine: list[Any] = [(self._totals, sorted(self._counts), self._steps)]
+        ranks = gather_object(mine)
+        self._totals, self._steps = {}, 0
+        counts = {name for _, names, _ in ranks for name in names}
+        steps = max(1, max(number for _, _, number in ranks))
+        line: dict[str, float] = {}
+        for name in dict.fromkeys(name for totals, _, _ in ranks for name in totals):
+            parts = [totals[name] for totals, _, _ in ranks if name in totals]
+            total = math.fsum(part for part, _ in parts) if all(math.isfinite(p) for p, _ in parts) else math.nan
+            if name in counts:
+                line[name] = total
+            elif name in LOSSES:
+                line[name] = total / (len(ranks) * steps)
+            else:
+                line[name] = total / sum(number for _, number in parts)
+        return line
