@@ -2,8 +2,8 @@
 
     python benchmarks/first_page.py
 
-prints the table and draws `docs/images/first-page.png`, with matplotlib. Both read files of one machine and one date, so that every
-number on the first page is of one version. `tests/test_docs.py` compares the table with the one that the README shows.
+prints the table and draws `docs/images/first-page.png`, with matplotlib. Both read files of one machine and one date, so
+that every number on the first page is of one version. `tests/test_docs.py` compares the table with the README's.
 """
 
 from __future__ import annotations
