@@ -2,7 +2,7 @@
 
     python benchmarks/first_page.py
 
-prints the table and draws `docs/images/first-page.png`, with matplotlib. Both read files of one machine and one date, so
+prints the table and draws `docs/images/first-page.png`, with matplotlib. Both read files of one machine and date, so
 that every number on the first page is of one version. `tests/test_docs.py` compares the table with the README's.
 """
 
