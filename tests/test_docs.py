@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
+from benchmarks import first_page
+
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```", re.MULTILINE | re.DOTALL)
@@ -43,6 +45,10 @@ def name(file: Path) -> str:
 
 def test_the_readme_has_an_example() -> None:
     assert python_blocks(ROOT / "README.md") != []
+
+
+def test_the_readmes_table_is_that_of_the_committed_results() -> None:
+    assert first_page.table() in (ROOT / "README.md").read_text(encoding="utf-8"), "run benchmarks/first_page.py"
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if python_blocks(f)], ids=name)
