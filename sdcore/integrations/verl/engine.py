@@ -94,7 +94,7 @@ def patch_forward(
     passes these two, FSDP's has to be told to. No logits are computed. `loss` None is forward KL with the tail. With
     `policy=False` log-probabilities and entropy carry no gradient and come with the distillation for nothing.
 
-    Returns what undoes it. Raises `UnsupportedModelError` for models whose logits are not understood (`models.head_of`).
+    Returns what undoes it. Raises `UnsupportedModelError` for models whose logits `models.head_of` does not understand.
     """
     body = find_body(model)
     causal_lm = body.causal_lm
