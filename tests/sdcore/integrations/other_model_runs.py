@@ -86,7 +86,7 @@ def build(kind: Any, output: Path, *, student: Any = None, of: Any = None, extra
 
 
 def labelled_batch(padding: str = "left", *, seed: int = 0) -> dict[str, Tensor]:
-    """Two prompts that stand several times, not beside each other; holes in the labels; a row without any."""
+    """Makes a batch in which two prompts stand twice, apart; labels have holes, and one row has none."""
     draw = torch.Generator().manual_seed(seed)
 
     def ids(count: int) -> list[int]:
@@ -115,7 +115,7 @@ def labelled_batch(padding: str = "left", *, seed: int = 0) -> dict[str, Tensor]
 
 
 def prompted_batch(*, tools: bool = False, count: int | None = None, seed: int = 3) -> dict[str, Tensor]:
-    """Prompts on the left, completions on the right; two prompts stand twice; one completion is empty."""
+    """Pads prompts on the left, completions on the right; two prompts stand twice; one completion is empty."""
     draw = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(3, VOCAB, (size,), generator=draw).tolist() for size in (9, 4, 6)]
     rows = [(0, 5), (1, 7), (0, 2), (1, 1), (2, 0)]
@@ -153,12 +153,12 @@ def gradients(trainer: Any, inputs: dict[str, Any], **options: Any) -> tuple[Ten
 
 
 def assert_same(
-    found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]], *, within: float
+    results: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]], *, within: float
 ) -> None:
     """Compares loss and every gradient, relative to their size."""
-    assert float(found[0]) == float(expected[0]) or abs(1 - float(found[0] / expected[0])) < within
-    assert found[1].keys() == expected[1].keys()
-    errors = {name: float((found[1][name] - grad).norm() / grad.norm()) for name, grad in expected[1].items()}
+    assert float(results[0]) == float(expected[0]) or abs(1 - float(results[0] / expected[0])) < within
+    assert results[1].keys() == expected[1].keys()
+    errors = {name: float((results[1][name] - grad).norm() / grad.norm()) for name, grad in expected[1].items()}
     assert {name: error for name, error in errors.items() if not error < within} == {}
 
 

@@ -1,4 +1,4 @@
-"""Servers as teachers: answers in the exact form of vLLM, SGLang and TRL, made of a small model's log-probabilities.
+"""Reads answers in the exact form of vLLM, SGLang and TRL, which are made of a small model's log-probabilities.
 
 And vLLM itself, where `SDCORE_VLLM` names a Python that has it (see tests/sdcore/rollouts/test_engine.py).
 """
