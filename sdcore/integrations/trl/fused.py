@@ -1,4 +1,4 @@
-"""What the four fused trainers have in common: their options, and what is refused before a step is made.
+"""Gives the four fused trainers what they have in common: options, and what is refused before a step is made.
 
     class FusedGKDTrainer(OtherModelMixin, GKDTrainer): ...          # both mixins are `FusedTrainer`s
 

@@ -15,7 +15,7 @@ __all__ = ["one_thread"]  # a fixture, for every test here
 
 @pytest.fixture(scope="module")
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved model of the module's `FAMILY`."""
+    """Saves a model of the module's `FAMILY`."""
     pytest.importorskip("trl")
     from tests.sdcore.integrations.trl_runs import save_model
 

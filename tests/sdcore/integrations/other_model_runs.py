@@ -153,12 +153,12 @@ def gradients(trainer: Any, inputs: dict[str, Any], **options: Any) -> tuple[Ten
 
 
 def assert_same(
-    results: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]], *, within: float
+    ours: tuple[Tensor, dict[str, Tensor]], theirs: tuple[Tensor, dict[str, Tensor]], *, within: float
 ) -> None:
     """Compares loss and every gradient, relative to their size."""
-    assert float(results[0]) == float(expected[0]) or abs(1 - float(results[0] / expected[0])) < within
-    assert results[1].keys() == expected[1].keys()
-    errors = {name: float((results[1][name] - grad).norm() / grad.norm()) for name, grad in expected[1].items()}
+    assert float(ours[0]) == float(theirs[0]) or abs(1 - float(ours[0] / theirs[0])) < within
+    assert ours[1].keys() == theirs[1].keys()
+    errors = {name: float((ours[1][name] - grad).norm() / grad.norm()) for name, grad in theirs[1].items()}
     assert {name: error for name, error in errors.items() if not error < within} == {}
 
 

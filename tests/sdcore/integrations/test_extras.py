@@ -130,10 +130,10 @@ def test_with_none_of_them_all_else_imports_and_each_use_names_what_to_install(r
 def test_without_one_all_else_imports_and_its_uses_name_what_to_install(
     name: str, run_python: Callable[..., str]
 ) -> None:
-    """Beside the others, which may ask for it."""
+    """The others, which may ask for it, are there."""
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed: see the test without all")
     report = without([name], run_python)
     check([name], report)
     if name != "trl" and importlib.util.find_spec("trl"):
-        assert any(one.startswith("sdcore.integrations.trl.") for one in report["imported"])
+        assert any(module.startswith("sdcore.integrations.trl.") for module in report["imported"])

@@ -42,7 +42,7 @@ trainers = pytest.mark.parametrize("name", TRAINERS)
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
-    """Ours and theirs, of the same models."""
+    """Constructs ours and theirs, of the same models."""
     made = {}
     for name, (ours, theirs) in TRAINERS.items():
         models: dict[str, Any] = {"student": model(1), "of": runs.teacher()}
@@ -84,7 +84,7 @@ def test_distillations_loss_gradients_and_entropy_are_trls(
 
 
 def test_the_temperature_of_gkds_sampling_is_not_the_losses(pairs: dict[str, Pair]) -> None:
-    """TRL 1.16 does not hand it on."""
+    """TRL 1.16 does not hand it on to its divergence."""
     pair = pairs["gkd"]
     assert [trainer.args.temperature for trainer in pair] == [0.9, 0.9]
     expected = gradients(pair[0], labelled_batch())
