@@ -31,9 +31,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"objective", "machine"},
         {"api"},
         {"testing", "compile_check", "__init__"},
-        {"machine_code"},
-        {"gpu_estimates"},
-        {"tuning", "roofline"},
+        {"tuning"},
     ],
     "sdcore": [
         {"errors"},

@@ -232,13 +232,6 @@ def compile_case(arch: str, case: Case) -> tuple[Any, str]:
     return compiled, log.getvalue()
 
 
-def cuobjdump() -> str:
-    """The path of the disassembler that ships in Triton's wheel."""
-    from triton import knobs
-
-    return str(knobs.nvidia.cuobjdump.path)
-
-
 def parse_assembler_log(log: str) -> dict[str, int]:
     """Registers per thread, and bytes of stack and of spills (stores and loads), from `ptxas -v`."""
     registers = re.search(r"Used (\d+) registers", log)
