@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdkernels import LogitTransform, elementwise, linear_divergence, linear_logprobs, linear_topk, logit_divergence
+from sdkernels import LogitTransform, linear_divergence, linear_logprobs, linear_topk, logit_divergence
 from sdkernels.live_bytes import FIRST_FACTOR, LiveBytes
 from sdkernels.testing import make_arguments, make_inputs, run_operation
+from sdkernels.tile import elementwise
 from sdkernels.types import Objective, TileRows
 
 N, H, V = 24, 16, 503  # two chunks of one block each, and no other tensor with V columns
@@ -145,7 +146,7 @@ def test_passes_over_the_logits_are_no_more_and_no_fewer(case: str) -> None:
         f"{case}: {float(found):g} passes over the logits, {expected:g} were agreed on. If the change is meant, show "
         "in the commit what it costs or saves in time (sdcore bench, before and after, one machine) and write the new "
         "number into PASSES. If it is not: an operator was added in torch_backend.py, elementwise.py, support.py or "
-        "walk.py, or widens or copies a block"
+        "chunks.py, or widens or copies a block"
     )
 
 
@@ -229,8 +230,8 @@ def test_the_triton_kernels_pass_over_the_logits_as_often_as_their_headers_say(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
-    from sdkernels import triton_backend
-    from sdkernels.triton_backend import buckets, divergence, softmax_gradient, statistics, topk
+    from sdkernels.tile import triton_backend
+    from sdkernels.tile.triton_backend import buckets, divergence, softmax_gradient, statistics, topk
 
     launches: list[tuple[str, dict[str, Any]]] = []
     for module in (statistics, divergence, softmax_gradient, buckets, topk):

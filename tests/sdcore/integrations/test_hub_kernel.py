@@ -167,7 +167,7 @@ def test_the_name_changes_with_the_sources(tmp_path: Path, monkeypatch: pytest.M
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(file.read_bytes())
     (sources / "py.typed").touch()
-    (sources / "tiling.py").write_text((sources / "tiling.py").read_text() + "# changed\n")
+    (sources / "types.py").write_text((sources / "types.py").read_text() + "# changed\n")
     monkeypatch.setattr(hub_kernel, "SOURCES", sources)
     changed = hub_kernel.lay_out(tmp_path / "changed")
     names = [json.loads((one / "build/torch-cpu/metadata.json").read_text())["id"] for one in (layout, again, changed)]
