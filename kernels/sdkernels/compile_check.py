@@ -169,7 +169,7 @@ def kernel_named(name: str) -> Any:
     for module in (statistics, divergence, softmax_gradient, buckets, topk):
         if hasattr(module, name):
             return getattr(module, name)
-    raise ValueError(f"kernel must be a function in sdkernels.triton_backend, got {name!r}")
+    raise ValueError(f"kernel must be a function in sdkernels.tile.triton_backend, got {name!r}")
 
 
 def check(arch: str, case: Case) -> Result:

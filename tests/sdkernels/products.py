@@ -6,7 +6,7 @@
 
 `LiveBytes` sees every product that goes through one of torch's operators, also in backward and inside a custom
 operator, where torch's own `FlopCounterMode` sees none. It cannot see one that goes past the dispatcher. So the methods
-of `sdkernels.tile.head.Head`, through which all products with a head go, are watched too: a call in which fewer FLOPs were
+of `tile.head.Head`, through which all products with a head go, are watched too: a call in which fewer FLOPs were
 seen than it was asked for is counted by what it was asked for, and listed in `opaque`.
 
 For a new kind of product: if it is an operator, tell `sdkernels.live_bytes` (FIRST_FACTOR), and it is seen; if it is no

@@ -117,10 +117,10 @@ def test_tables_hold_inside_the_block_only() -> None:
 
 INTERPRETED = """
 import torch
-from sdkernels import tuned
-from sdkernels.triton_backend import divergence, divergence_tile, softmax_gradient, statistics
-from sdkernels.triton_backend.configs import Config, config, untuned
-from sdkernels.tuned import KERNELS, KernelRow
+from sdkernels.tile import tuned
+from sdkernels.tile.triton_backend import divergence, divergence_tile, softmax_gradient, statistics
+from sdkernels.tile.triton_backend.configs import Config, config, untuned
+from sdkernels.tile.tuned import KERNELS, KernelRow
 from sdkernels.tuning import Trial, as_json, choose, chosen_of, merged, tune
 from sdkernels.types import Objective, TileRows
 
