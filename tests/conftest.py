@@ -45,7 +45,7 @@ def seed() -> int:
 def torch_backend() -> Iterator[None]:
     """As on a machine without a C compiler, where `backend="auto"` on a CPU is "torch"."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sdkernels.machine._can_compile", lambda: False)
+        patch.setattr("sdkernels.driver.call._can_compile", lambda: False)
         yield
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from sdkernels import LogitTransform, TopK, linear_divergence, matmul
-from sdkernels.matmul import fast_products, left_to_onednn
+from sdkernels import LogitTransform, TopK, linear_divergence
 from sdkernels.testing import make_arguments, make_inputs, relative_error, run_operation, run_reference
+from sdkernels.tile import head
+from sdkernels.tile.head import fast_products, left_to_onednn
 
 ALPHAS = (0.0, 0.5, 1.0)
 
@@ -21,7 +22,7 @@ def precision() -> str:
 
 @pytest.fixture
 def any_cpu_prefers_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "left_to_onednn", lambda: frozenset({"projection", "gradient"}))
+    monkeypatch.setattr(head, "left_to_onednn", lambda: frozenset({"projection", "gradient"}))
 
 
 @pytest.mark.usefixtures("any_cpu_prefers_onednn")
@@ -80,7 +81,7 @@ def test_bf16_gradients_agree_with_and_without_bf16_products(
     monkeypatch: pytest.MonkeyPatch, alpha: float, narrow: bool
 ) -> None:
     """Also on CPUs without the instructions, where small products are merely slow."""
-    monkeypatch.setattr(matmul, "prefers_bfloat16", lambda: narrow)
+    monkeypatch.setattr(head, "prefers_bfloat16", lambda: narrow)
     inputs = make_inputs(37, 24, 2003, masked=0.2, dtype=torch.bfloat16)
     bias = torch.randn(2003, generator=torch.Generator().manual_seed(1)).requires_grad_()
     arguments = make_arguments(inputs, "JSD", alpha=alpha, student_head=LogitTransform(bias=bias))

@@ -21,10 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sdkernels import linear_divergence, machine, native_backend, threads, torch_backend
-from sdkernels.native_backend import build
+from sdkernels import linear_divergence
+from sdkernels.driver import call
 from sdkernels.reference import divergence
 from sdkernels.testing import make_inputs, relative_error
+from sdkernels.tile import native_backend, threads, torch_backend
+from sdkernels.tile.native_backend import build
 from sdkernels.types import Objective, RowValues, TileRows
 
 needs_compiler = pytest.mark.skipif(not native_backend.is_available(), reason="this machine has no C compiler")
@@ -311,7 +313,7 @@ def test_auto_takes_it_on_a_cpu_but_not_for_float64() -> None:
     with pytest.raises(TypeError, match="backend='native' needs inputs of at most 32 bits"):
         linear_divergence(*(tensor.double() for tensor in inputs), backend="native")
     with pytest.raises(ValueError, match="backend='native' needs tensors on a CPU"):
-        machine.choose_backend("native", torch.empty(1, device="meta"))
+        call.choose_backend("native", torch.empty(1, device="meta"))
 
 
 @needs_compiler

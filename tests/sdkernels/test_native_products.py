@@ -12,10 +12,10 @@ from torch import Tensor
 
 from sdkernels import linear_divergence
 from sdkernels.live_bytes import LiveBytes
-from sdkernels.matmul import Head
-from sdkernels.native_backend import products
-from sdkernels.native_backend.products import NativeHead, make_head, takes
 from sdkernels.testing import make_arguments, make_inputs, relative_error, run_operation, run_reference
+from sdkernels.tile.head import Head
+from sdkernels.tile.native_backend import products
+from sdkernels.tile.native_backend.products import NativeHead, make_head, takes
 
 pytestmark = pytest.mark.skipif(products.compiled() is None, reason="this machine compiles no products")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -111,7 +111,7 @@ def test_what_is_not_finite_stays_in_its_row() -> None:
 def test_a_divergence_by_them_is_the_references(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, objective: str
 ) -> None:
-    monkeypatch.setattr("sdkernels.native_backend.make_head", NativeHead)
+    monkeypatch.setattr("sdkernels.tile.native_backend.make_head", NativeHead)
     inputs = make_inputs(50, 70, 900, dtype=dtype, masked=0.2)
     arguments = make_arguments(inputs, objective)
     actual, exact = run_operation(linear_divergence, **arguments), run_reference(**arguments)
@@ -126,7 +126,7 @@ def test_a_probe_sees_each_of_them_once_and_the_workspace_holds_their_scratch(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     """N=700, H=300, V=4001 in 24 MiB, three chunks."""
-    monkeypatch.setattr("sdkernels.native_backend.make_head", NativeHead)
+    monkeypatch.setattr("sdkernels.tile.native_backend.make_head", NativeHead)
     inputs = make_inputs(700, 300, 4001, dtype=dtype)
     left_out = (inputs.student_hidden.nbytes, inputs.student_weight.nbytes, 4 * inputs.student_weight.numel())
     with LiveBytes(uncounted_bytes=left_out) as probe:

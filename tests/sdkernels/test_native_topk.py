@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sdkernels import native_backend, torch_backend
 from sdkernels.reference import at, bucketed, bucketed_logprobs, divergence, entropy
+from sdkernels.tile import native_backend, torch_backend
 from sdkernels.types import Objective, RowValues, TileRows
 
 pytestmark = pytest.mark.skipif(not native_backend.is_available(), reason="this machine has no C compiler")

@@ -30,7 +30,7 @@ COMPILED = not INTERPRETED and torch.cuda.is_available()
 DEVICE = "cuda" if COMPILED else "cpu"
 
 if INTERPRETED or COMPILED:
-    from sdkernels import triton_backend
+    from sdkernels.tile import triton_backend
 
 in_this_process = pytest.mark.skipif(not (INTERPRETED or COMPILED), reason="runs in a process with TRITON_INTERPRET=1")
 
@@ -488,7 +488,7 @@ if INTERPRETED or COMPILED:
     import triton
     import triton.language as tl
 
-    from sdkernels.triton_backend import formulas
+    from sdkernels.tile.triton_backend import formulas
 
     @triton.jit
     def formula_kernel(p_x, p_y, n, NAME: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]

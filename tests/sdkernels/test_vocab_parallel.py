@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdkernels.moments import merge_exponentials, merge_topk
+from sdkernels.vocab_parallel.moments import merge_exponentials, merge_topk
 from tests.sdkernels.ranks import verdicts
 from tests.sdkernels.vocab_parallel_cases import cases, cases_of_four
 

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.library import custom_op, register_autograd
 
+from ..types import Gradients, Objective, Operands, Wanted
+from ..validation import check_values
 from .passes import Setting, Values, linear_divergence_pass, logit_divergence_pass, logprob_pass, topk_pass
-from .types import Objective
-from .validation import check_values
-from .walk import Gradients, Operands, Wanted
 
+# The first part of its dotted name: a copy may have another one.
+NAMESPACE = __name__.partition(".")[0]
 OPERANDS = tuple(Operands.__dataclass_fields__)
 OPERANDS_SCHEMA = "Tensor " + ", Tensor? ".join(OPERANDS)
 
@@ -103,7 +104,7 @@ def _fake_gradient_tensors(operands: Operands, letters: str) -> GradientTensors:
 
 
 @custom_op(
-    f"{__package__}::divergence",
+    f"{NAMESPACE}::divergence",
     mutates_args=(),
     schema=f"({LEADING_SCHEMA}, str reduction, str gradients, float normalizer, {MACHINE_SCHEMA}, "
     "bool raise_on_nonfinite) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -128,7 +129,7 @@ def _(*arguments: Any) -> Any:
 
 
 @custom_op(
-    f"{__package__}::divergence_backward",
+    f"{NAMESPACE}::divergence_backward",
     mutates_args=(),
     schema=f"({LEADING_SCHEMA}, Tensor upstream, str reduction, str gradients, float normalizer, {MACHINE_SCHEMA}) "
     "-> (Tensor, Tensor, Tensor)",
@@ -148,7 +149,7 @@ def _(*arguments: Any) -> Any:
     return _fake_gradient_tensors(operands, gradients)
 
 
-@custom_op(f"{__package__}::scale_gradient", mutates_args=())
+@custom_op(f"{NAMESPACE}::scale_gradient", mutates_args=())
 def scale_gradient(gradient: Tensor, upstream: Tensor, source: Tensor) -> Tensor:
     """`gradient` times `upstream`, () or one factor a row. `source` ties the result to the graph, see the end."""
     factor = upstream if upstream.dim() == 0 else upstream[:, None]
@@ -205,7 +206,7 @@ register_autograd(divergence, _divergence_gradients, setup_context=_divergence_c
 
 
 @custom_op(
-    f"{__package__}::logit_divergence",
+    f"{NAMESPACE}::logit_divergence",
     mutates_args=(),
     schema=f"({LEADING_SCHEMA}, str reduction, str backend, int workspace_bytes, "
     "bool raise_on_nonfinite) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -226,7 +227,7 @@ def _(*arguments: Any) -> Any:
 
 
 @custom_op(
-    f"{__package__}::logit_divergence_backward",
+    f"{NAMESPACE}::logit_divergence_backward",
     mutates_args=(),
     schema=f"({LEADING_SCHEMA}, Tensor upstream, str reduction, str backend, int workspace_bytes) -> Tensor",
 )
@@ -263,7 +264,7 @@ register_autograd(logit_divergence, _logit_gradients, setup_context=_logit_conte
 
 
 @custom_op(
-    f"{__package__}::logprobs",
+    f"{NAMESPACE}::logprobs",
     mutates_args=(),
     schema=f"({LEADING_SCHEMA}, {MACHINE_SCHEMA}) -> (Tensor, Tensor)",
 )
@@ -283,7 +284,7 @@ def _(*arguments: Any) -> Any:
 
 
 @custom_op(
-    f"{__package__}::logprobs_backward",
+    f"{NAMESPACE}::logprobs_backward",
     mutates_args=(),
     schema=f"({LEADING_SCHEMA}, Tensor? grad_logprobs, Tensor? grad_entropy, str gradients, {MACHINE_SCHEMA}) "
     "-> (Tensor, Tensor, Tensor)",
@@ -326,7 +327,7 @@ register_autograd(logprobs, _logprobs_gradients, setup_context=_logprobs_context
 
 
 @custom_op(
-    f"{__package__}::topk",
+    f"{NAMESPACE}::topk",
     mutates_args=(),
     schema=f"({LEADING_SCHEMA}, {MACHINE_SCHEMA}) -> (Tensor, Tensor)",
 )

@@ -1,6 +1,6 @@
 """Block sizes by kernel and architecture, and what else a launch needs from the host.
 
-A table that was measured (`sdkernels.tuned`) goes before the one here, of which no row was tuned by a measurement:
+A table that was measured (`tile/tuned.py`) goes before the one here, of which no row was tuned by a measurement:
 there was no GPU. The reasoning, for an H200 (132 multiprocessors, 4.8 TB/s, 21 bytes per clock and multiprocessor, 600
 to 800 ns from request to data, hence 25 to 30 KiB in flight per multiprocessor to be bound by bandwidth):
 

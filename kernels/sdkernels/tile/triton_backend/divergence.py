@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import Objective, TileRows
+from ...types import Objective, TileRows
 from .configs import FUSED_MULTIPLY_ADD, block_size, config, head_factors, on_device
 from .formulas import FORWARD_KL, JSD, REVERSE_KL, divergence_terms, final_logits, log_ratio
 from .statistics import LSE_STUDENT, LSE_TEACHER, REVERSE_KL_SUM, SHIFT, Statistics

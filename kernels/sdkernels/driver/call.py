@@ -1,8 +1,9 @@
-"""How a call is run, as opposed to what it computes: backend, workspace, and the groups of ranks that share it."""
+"""What a call computes, as scalars, and how it is run: backend, workspace, and the groups of ranks that share it."""
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,10 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .agreement import agree, check_group, normalizer_over
-from .tiling import DEFAULT_WORKSPACE_MB, MIB
-from .tuned import table_for
-from .types import LogitTransform
+from ..tile.tiling import DEFAULT_WORKSPACE_MB, MIB
+from ..tile.tuned import table_for
+from ..types import ImportanceClip, LogitTransform, Objective, TeacherMix, TopK, TopKLogprobs
+from ..vocab_parallel.agreement import agree, check_group, normalizer_over
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # not in every build of torch
@@ -23,7 +24,7 @@ TRITON_BUCKETS = 2048
 
 
 class Machine(NamedTuple):
-    """How an operator's pass over a head is run, in the order of its arguments; see `custom_ops.MACHINE_SCHEMA`."""
+    """How an operator's pass over a head is run, in the order of its arguments; see `operators.MACHINE_SCHEMA`."""
 
     backend: str
     workspace_bytes: int
@@ -64,7 +65,7 @@ def choose_backend(backend: str, *tensors: Tensor | None, buckets: int = 0) -> s
 
 @torch.compiler.assume_constant_result
 def _can_compile() -> bool:
-    from .native_backend import is_available
+    from ..tile.native_backend import is_available
 
     return is_available()
 
@@ -125,3 +126,50 @@ def workspace_bytes_for(workspace_mb: float | None, weight: Tensor | None, vocab
         return megabytes * MIB
     # On a GPU each chunk of rows passes once over the float32 gradient of the head: larger chunks, fewer passes.
     return max(default, rows * weight.shape[1] * 2)
+
+
+def teacher_transform(
+    student: LogitTransform, teacher: LogitTransform | None, teacher_weight: Tensor | None
+) -> LogitTransform:
+    """The teacher's transform; None given, the student's, without its bias where the teacher has its own weight."""
+    if teacher is not None:
+        return teacher
+    if teacher_weight is None:
+        return student
+    return LogitTransform(scale=student.scale, softcap=student.softcap, temperature=student.temperature)
+
+
+def transform_scalars(head: LogitTransform, temperature: float) -> tuple[float, float | None, float]:
+    """(scale, softcap, temperature) of a head, whose own temperature wins over the call's."""
+    own = temperature if head.temperature is None else head.temperature
+    return float(head.scale), None if head.softcap is None else float(head.softcap), float(own)
+
+
+def objective_of(
+    alpha: float,
+    normalize: bool,
+    temperature: float,
+    student_head: LogitTransform,
+    teacher_head: LogitTransform,
+    support: TopK | str | None,
+    teacher: TeacherMix | TopKLogprobs | None,
+    importance: ImportanceClip | None,
+    entry_clip: float | None,
+) -> Objective:
+    """What a call computes, its options having been checked; TopKLogprobs alone means a top-k support with a tail."""
+    if isinstance(teacher, TopKLogprobs) and support is None:
+        support = TopK(teacher.ids.shape[1], of="teacher")
+    restricted = support if isinstance(support, TopK) else None
+    return Objective(
+        alpha=float(alpha),
+        normalize=normalize,
+        support="topk" if restricted is not None else "full" if support is None else "sampled",
+        topk=0 if restricted is None else restricted.k,
+        topk_of="student" if restricted is None else restricted.of,
+        tail=restricted is None or restricted.tail,
+        entry_clip=None if entry_clip is None else float(entry_clip),
+        importance_clip=math.inf if importance is None else float(importance.clip),
+        mix_share=float(teacher.share) if isinstance(teacher, TeacherMix) else 0.0,
+        student=transform_scalars(student_head, temperature),
+        teacher=transform_scalars(teacher_head, temperature),
+    )

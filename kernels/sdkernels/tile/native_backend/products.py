@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..matmul import Head, cpu_vendor, prefers_bfloat16
+from ..head import Head, cpu_vendor, prefers_bfloat16
 from ..threads import run_all, shares
 from .build import BLOCK_COLUMNS, BLOCK_ROWS, DEPTH, TILE_COLUMNS, TILE_ROWS, library
 
@@ -95,7 +95,7 @@ class NativeHead(Head):
 
 # Operators, so that whoever counts products by torch's dispatcher sees these too.
 # The package's own name: a copy of it under another one may be loaded beside it.
-NAMESPACE = __package__.rpartition(".")[0]
+NAMESPACE = __name__.partition(".")[0]
 OPERATORS = torch.library.Library(NAMESPACE, "FRAGMENT")
 OPERATORS.define("native_project(Tensor[] sides, Tensor weight, Tensor(a!)[] outs) -> ()")
 OPERATORS.define("native_hidden_gradient(Tensor gradient, Tensor weight, Tensor(a!) out) -> ()")

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .shards import Shards
-from .types import Objective
-from .walk import Gradients, HeadGradients, HeadWalk, LogitGradient, LogitWalk, Operands, RowWalk, Wanted
+from ..types import Gradients, Objective, Operands, Wanted
+from ..vocab_parallel.shards import Shards
+from .chunks import HeadGradients, HeadWalk, LogitGradient, LogitWalk, RowWalk
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import os
 import torch
 from torch import Tensor
 
+from ...types import Objective, RowValues, TileRows
 from ..support import gradient_view
-from ..types import Objective, RowValues, TileRows
 from .buckets import topk_divergence
 from .divergence import full_divergence
 from .softmax_gradient import softmax_gradient

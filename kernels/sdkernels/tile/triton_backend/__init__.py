@@ -7,7 +7,7 @@ formulas.py; block sizes per architecture: configs.py.
 
 from __future__ import annotations
 
-from ..matmul import Head
+from ..head import Head
 from .tiles import divergence_tile, logprob_tile, scratch_bytes, topk_tile
 
 # What `HeadWalk` may project as the teacher: see `TileRows.teacher_is_gap`.

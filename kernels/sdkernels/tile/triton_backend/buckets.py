@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import Objective, TileRows
+from ...types import Objective, TileRows
 from .configs import FUSED_MULTIPLY_ADD, MOST_BUCKETS, bucket_config, head_factors, on_device
 from .divergence import family_of
 from .formulas import NEAR, divergence_terms, exp, log_ratio, phi_near, transformed

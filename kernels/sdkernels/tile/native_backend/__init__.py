@@ -16,12 +16,12 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from ...types import Objective, RowValues, TileRows
 from .. import torch_backend
 from ..elementwise import narrow_
 from ..support import gradient_view
 from ..threads import together
 from ..torch_backend import logprob_tile, topk_tile
-from ..types import Objective, RowValues, TileRows
 from .build import library
 from .job import Job
 from .products import make_head

@@ -1,6 +1,6 @@
 """The torch backend for a head that is sharded over the vocabulary: the same tiles, each rank with its own columns.
 
-Its functions are those of `torch_backend`, every rank calls them alike; the stages of a tile are in `shard_tile.py`.
+Its functions are those of `torch_backend`, every rank calls them alike; the stages of a tile are in `stages.py`.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import torch_backend
-from .shard_tile import Tile
+from ..tile import torch_backend
+from ..tile.support import gradient_view
+from ..types import Objective, RowValues, TileRows
 from .shards import Shards
-from .support import gradient_view
-from .types import Objective, RowValues, TileRows
+from .stages import Tile
 
 # Float64 numbers a row that a stage may send: sums of both sides, both sides at the target.
 NUMBERS_PER_ROW = 8

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import Objective, TileRows
+from ...types import Objective, TileRows
 from .configs import FUSED_MULTIPLY_ADD, block_size, config, head_factors, on_device
 from .formulas import NEAR, exp, final_logits, log_ratio, mass_times, phi_near, rho_near
 

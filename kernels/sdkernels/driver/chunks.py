@@ -9,94 +9,23 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .matmul import compute_dtype_of, fast_products
-from .shards import Shards
-from .support import gradient_view, transform_
-from .threads import populated
-from .tiling import MOST_ROWS, block_rows, plan_tiling
-from .types import Objective, TileRows
-from .vocab_parallel import VocabularyParallel
+from ..tile.head import fast_products
+from ..tile.support import gradient_view, transform_
+from ..tile.threads import populated
+from ..tile.tiling import MOST_ROWS, block_rows, plan_tiling
+from ..types import Gradients, Objective, Operands, TileRows, Wanted, is_same
+from ..vocab_parallel.backend import VocabularyParallel
+from ..vocab_parallel.shards import Shards
 
 Rows = slice | Tensor  # a chunk's rows: a slice where every row is active, else their indices
-
-
-@dataclass(frozen=True, kw_only=True)
-class Operands:
-    """The tensors of a call. A teacher weight of None is the student's, a mixed-in teacher's None is the teacher's.
-
-    Without a `student_weight`, what stands for hidden states are logits (N, V).
-    """
-
-    student_hidden: Tensor  # (N, H)
-    student_weight: Tensor | None = None  # (V, H)
-    student_bias: Tensor | None = None  # (V,)
-    teacher_hidden: Tensor | None = None  # (N, Ht)
-    teacher_weight: Tensor | None = None  # (V, Ht)
-    teacher_bias: Tensor | None = None  # (V,)
-    mix_hidden: Tensor | None = None  # (N, Hm)
-    mix_weight: Tensor | None = None  # (V, Hm)
-    token_weights: Tensor | None = None  # (N,)
-    target_ids: Tensor | None = None  # (N,)
-    old_logprobs: Tensor | None = None  # (N,)
-    teacher_ids: Tensor | None = None  # (N, K)
-    teacher_logprobs: Tensor | None = None  # (N, K)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the logits and of every row value."""
-        sides = (self.student_hidden, self.teacher_hidden, self.mix_hidden)
-        return compute_dtype_of(*sides, self.student_weight, self.teacher_weight, self.mix_weight)
-
-    @property
-    def vocab(self) -> int:
-        return self.student_hidden.shape[1] if self.student_weight is None else self.student_weight.shape[0]
-
-    @property
-    def weight(self) -> Tensor:
-        if self.student_weight is None:
-            raise TypeError("these operands are logits: they have no head")
-        return self.student_weight
-
-    def sides(self) -> list[tuple[Tensor, Tensor]]:
-        """(hidden, weight) of each distribution: student, teacher, mixed-in teacher."""
-        teacher_weight = self.teacher_weight
-        if teacher_weight is None or _is_same(teacher_weight, self.weight):
-            teacher_weight = self.weight
-        mix_weight = teacher_weight if self.mix_weight is None else self.mix_weight
-        sides = [(self.student_hidden, self.weight)]
-        if self.teacher_hidden is not None:
-            sides.append((self.teacher_hidden, teacher_weight))
-        if self.mix_hidden is not None:
-            sides.append((self.mix_hidden, mix_weight))
-        return sides
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Which of the student's gradients to form."""
-
-    hidden: bool = False
-    weight: bool = False
-    bias: bool = False
-
-    def __bool__(self) -> bool:
-        return self.hidden or self.weight or self.bias
-
-
-class Gradients(NamedTuple):
-    """In the shapes and dtypes of their inputs; None where not wanted."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
 
 
 class RowWalk:
@@ -230,7 +159,7 @@ class HeadWalk(RowWalk):
             and not self.mixing
             and objective.teacher == objective.student
             and objective.student[1] is None
-            and _is_same(operands.student_bias, operands.teacher_bias)
+            and is_same(operands.student_bias, operands.teacher_bias)
         )
 
     def student_rows(self, rows: Rows) -> Tensor:
@@ -326,7 +255,7 @@ class HeadGradients:
 
 def load_backend(name: str) -> ModuleType:
     """The module of a backend; triton is imported here and nowhere else."""
-    return importlib.import_module(f"{__package__}.{name}_backend")
+    return importlib.import_module(f"..tile.{name}_backend", __package__)
 
 
 def _active_rows(token_weights: Tensor | None) -> Tensor | None:
@@ -344,14 +273,6 @@ def _narrowed(gradient: Tensor, factors: Tensor | None, dtype: torch.dtype) -> T
         block = slice(start, start + step)
         view[block] = (gradient[block] if factors is None else gradient[block] * factors[block, None]).to(dtype)
     return view
-
-
-def _is_same(one: Tensor | None, other: Tensor | None) -> bool:
-    """Both absent, or one memory: a detached bias is its original."""
-    if one is None or other is None:
-        return one is other
-    same_layout = one.dtype == other.dtype and one.shape == other.shape and one.stride() == other.stride()
-    return same_layout and one.data_ptr() == other.data_ptr()
 
 
 def _part(tensor: Tensor | None, rows: Rows) -> Tensor | None:

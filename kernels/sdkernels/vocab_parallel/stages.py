@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .elementwise import (
+from ..tile.elementwise import (
     CLOSE,
     FAR,
     Scratch,
@@ -39,10 +39,10 @@ from .elementwise import (
     narrow_,
     slope_of,
 )
+from ..tile.support import bucket_divergence, tail_share, transform_, with_tail
+from ..types import Objective, TileRows
 from .moments import Normaliser, by_row, merge_exponentials, merge_topk
 from .shards import Places, Shards
-from .support import bucket_divergence, tail_share, transform_, with_tail
-from .types import Objective, TileRows
 
 
 class Merged(NamedTuple):

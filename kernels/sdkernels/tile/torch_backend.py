@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..types import Objective, RowValues, TileRows
 from .elementwise import (
     FAR,
     Scratch,
@@ -26,10 +27,9 @@ from .elementwise import (
     logprob_gradient_,
     narrow_,
 )
-from .matmul import Head
+from .head import Head
 from .support import bucket_divergence, clipped_divergence, gradient_view, tail_share, with_tail
 from .tiling import BLOCK_BYTES_PER_ENTRY, block_rows
-from .types import Objective, RowValues, TileRows
 
 # What `HeadWalk` may project as the teacher: see `TileRows.teacher_is_gap`.
 TAKES_GAP = True

@@ -28,12 +28,6 @@ FASTER_IN_ONEDNN: dict[str, frozenset[Product]] = {
 }
 
 
-def compute_dtype_of(*tensors: Tensor | None) -> torch.dtype:
-    """float64 if any operand has it, else float32."""
-    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32
-
-
 @cache
 def prefers_bfloat16() -> bool:
     """Whether a bfloat16 product on this CPU is faster than one in float32, and not a hundred times slower.

@@ -2,7 +2,7 @@
 
 One JSON file an architecture in `tables/`, written by `tuning`, says where and with what it was measured. What
 `backend="auto"` launches follows it where there is one, and the untuned numbers of `triton_backend/configs.py` and
-`machine.py` where there is none. No result depends on it beyond rounding.
+`driver/call.py` where there is none. No result depends on it beyond rounding.
 
 What differs from the obvious: files are read once, when the package is imported, so that a traced call reads none; a
 file that is not such a table makes that import fail, with what is wrong with it.
@@ -20,10 +20,10 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import torch
 
-FOLDER: Final = Path(__file__).resolve().parent / "tables"
+FOLDER: Final = Path(__file__).resolve().parents[1] / "tables"
 ARCHITECTURES: Final = ("sm_80", "sm_90", "sm_100", "rocm", "interpreter")
 KERNELS: Final = ("row_statistics", "divergence", "divergence_clipped", "softmax_gradient")
-# How far V and H may be from those that a workspace was measured at: elsewhere the rule of `machine.py` holds.
+# How far V and H may be from those that a workspace was measured at: elsewhere the rule of `driver/call.py` holds.
 NEAR: Final = 2.0
 
 
