@@ -1,9 +1,11 @@
-"""What an error is held against is a number: a truth or tolerance that is none stops the test, whatever was computed."""
+"""What an error is held against is a number: a truth or tolerance that is none stops the test, whatever came out."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -42,3 +44,14 @@ def test_an_error_beyond_its_tolerance_and_a_nan_are_said() -> None:
         with pytest.raises(AssertionError, match="loss: off by"):
             assert_within(actual, ONE, 2e-3 * ONE, name="loss")
     assert allowed_error([ONE, 1.5 * ONE], ONE, factor=3.0) == pytest.approx(1.5)
+
+
+def test_examples_are_fixed_or_many_as_the_profile_says_and_no_test_has_a_number_of_its_own() -> None:
+    fixed, many = (hypothesis.settings.get_profile(name) for name in ("fixed", "random"))
+    assert fixed.derandomize
+    assert not many.derandomize
+    assert many.max_examples >= 10 * fixed.max_examples
+    assert fixed.database is many.database is None
+    tests = Path(__file__).parent.parent
+    own = [path for path in tests.rglob("test_*.py") if "\n@settings(" in path.read_text(encoding="utf-8")]
+    assert own == []
