@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -72,7 +72,6 @@ def check(rows: int, vocab: int, width: int, dtype: torch.dtype, seed: int, gap:
 
 
 @shapes
-@settings(deadline=None, max_examples=60)
 def test_products_are_float64s_up_to_rounding(
     rows: int, vocab: int, width: int, dtype: torch.dtype, threads: int, seed: int
 ) -> None:
