@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 
 from sdcore.errors import ArgumentError
-from sdcore.reproduce import schedule, sdft, sdpo, tilt
-from sdcore.reproduce.experiment import Exam, base, draw_tasks
-from sdcore.reproduce.records import (
+from reproduce import schedule, sdft, sdpo, tilt
+from reproduce.experiment import Exam, base, draw_tasks
+from reproduce.records import (
     TUNING_SEED,
     Archive,
     Arm,
@@ -34,7 +34,7 @@ from sdcore.reproduce.records import (
     needed,
     sparing,
 )
-from sdcore.reproduce.table import Finding, run
+from reproduce.table import Finding, run
 from sdcore.world.episodes import Episode
 
 QUIET = Console(quiet=True)
