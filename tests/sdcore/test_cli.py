@@ -182,9 +182,9 @@ def test_one_question_is_solved_with_a_verifier_command() -> None:
     words = ["solve", "--question-file", "train.jsonl", "--verifier", verifier(answer), "--config", "world.yaml"]
     output = done(*words, "--learning-rate", 1e-3, "--max-samples", 80, "--output", "found.json")
     assert output.strip().endswith(answer)
-    solved = json.loads(Path("found.json").read_text())
-    assert (solved["solved"], solved["answer"]) == (True, answer)
-    assert f"solved after {solved['samples']} answers" in output
+    search = json.loads(Path("found.json").read_text())
+    assert (search["solved"], search["answer"]) == (True, answer)
+    assert f"solved after {search['samples']} answers" in output
     # Best-of-k from the same start: a guess is right once in 10^5.
     guessed = sdcore(*words, "--no-update", "--max-samples", 8)
     assert guessed.exit_code == 1
