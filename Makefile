@@ -48,10 +48,10 @@ bench: $(VENV)/installed-bench  ## compare with the public kernels: tables, JSON
 	$(PY) -m sdcore bench $(BENCH_ARGS)
 
 reproduce: $(VENV)/installed-plot  ## run the methods' claims again, with controls: half an hour (REPRODUCE_ARGS="--help" for its options)
-	$(PY) -m sdcore reproduce --output docs/reproduction $(REPRODUCE_ARGS)
+	$(PY) -m reproduce --output docs/reproduction $(REPRODUCE_ARGS)
 
 methods: $(VENV)/installed-dev  ## every method from the command line, against a goal: minutes
-	$(PY) -m sdcore.reproduce.commands --output docs/reproduction/commands.md
+	$(PY) -m reproduce.commands --output docs/reproduction/commands.md
 
 clean:  ## remove the environment
 	rm -rf $(VENV)

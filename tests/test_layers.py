@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE_ROOTS = {"sdkernels": ROOT / "kernels", "sdcore": ROOT}
+SOURCE_ROOTS = {"sdkernels": ROOT / "kernels", "sdcore": ROOT, "reproduce": ROOT}
 LAYERS: dict[str, list[set[str]]] = {
     "sdkernels": [
         {"types", "reference", "live_bytes"},
@@ -39,11 +39,20 @@ LAYERS: dict[str, list[set[str]]] = {
         {"training"},
         {"integrations"},
         {"__init__", "world"},
-        {"report", "reproduce"},
-        {"demo", "demo_report"},
+        {"report"},
+        {"demo"},
         {"bench"},
         {"cli"},
         {"__main__"},
+    ],
+    "reproduce": [
+        {"records"},
+        {"experiment"},
+        {"context", "sdft", "sdpo", "tilt"},
+        {"discovery"},
+        {"schedule"},
+        {"table"},
+        {"__init__", "__main__", "commands"},
     ],
 }
 BACKENDS = {"sdkernels.tile.torch_backend", "sdkernels.tile.triton_backend"}
@@ -110,6 +119,10 @@ def test_every_module_has_a_layer(package: str) -> None:
 def test_modules_import_downwards_only(package: str) -> None:
     ours = [f for f in IMPORTS if of(package, f) and f.target.split(".")[0] == package]
     assert [f for f in ours if layer(f.target) > layer(f.importer)] == []
+
+
+def test_what_is_installed_does_not_import_what_stays_in_the_repository() -> None:
+    assert [f for f in IMPORTS if of("sdcore", f) and f.target.split(".")[0] == "reproduce"] == []
 
 
 def test_sdkernels_imports_only_torch_triton_and_the_standard_library() -> None:

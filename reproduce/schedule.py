@@ -1,4 +1,4 @@
-"""Which runs a reproduction needs, in which order, and how they are made and kept.
+"""Decides which runs a reproduction needs and in which order, and makes and keeps them.
 
 First each arm runs with every learning rate of its grid on the tuning seed; then, with the chosen rate, on the reported
 seeds. A run that the archive has, with the same settings, is not made again, so that an interrupted reproduction goes
@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers.utils import logging
 
-from ..errors import ArgumentError
+from sdcore.errors import ArgumentError
+
 from . import context, discovery, sdft, sdpo, tilt
 from .records import TUNING_SEED, Archive, Arm, Job, Record, Study
 
@@ -34,7 +35,7 @@ CLAIMS = tuple(dict.fromkeys(study.claim for study in STUDIES.values()))
 
 @dataclass(frozen=True, kw_only=True)
 class Scope:
-    """What is to be run."""
+    """Says what is to be run."""
 
     studies: tuple[Study, ...]
     seeds: tuple[int, ...]
@@ -50,7 +51,7 @@ class Scope:
         return Job(study=study.name, arm=arm.name, learning_rate=rate, seed=seed, settings=self.settings(study))
 
     def grid(self, study: Study, arm: Arm) -> list[Job]:
-        """The tuning runs of an arm: none where there is nothing to choose."""
+        """Lists the tuning runs of an arm: none where there is nothing to choose."""
         if self.quick or arm.rate_of is not None or len(arm.learning_rates) == 1:
             return []
         return [self.job(study, arm, rate, TUNING_SEED) for rate in arm.learning_rates]
@@ -59,7 +60,7 @@ class Scope:
         return [job for study in self.studies for arm in self.arms(study) for job in self.grid(study, arm)]
 
     def rate(self, study: Study, arm: Arm, records: Mapping[str, Record]) -> float:
-        """The rate that an arm is reported with."""
+        """Returns the rate that an arm is reported with."""
         if self.quick and arm.quick_rate is not None:
             return arm.quick_rate
         if arm.rate_of is not None:
@@ -79,7 +80,7 @@ class Scope:
 
 
 def studies_of(claims: Sequence[str] | None) -> tuple[Study, ...]:
-    """The studies of these claims (None: all). Raises `ArgumentError` for a claim that does not exist."""
+    """Returns the studies of these claims (None: all). Raises `ArgumentError` for a claim that does not exist."""
     unknown = [claim for claim in claims or () if claim not in CLAIMS]
     if unknown:
         raise ArgumentError(f"claims must be among {', '.join(CLAIMS)}, got {', '.join(unknown)}")
@@ -87,7 +88,7 @@ def studies_of(claims: Sequence[str] | None) -> tuple[Study, ...]:
 
 
 def execute(job: Job, quick: bool) -> Record:
-    """Make one run, in this process."""
+    """Makes one run, in this process."""
     study = STUDIES[job.study]
     started = time.process_time()
     points = study.run(study.arm(job.arm), study.quick if quick else study.full, job.learning_rate, job.seed)
@@ -95,7 +96,7 @@ def execute(job: Job, quick: bool) -> Record:
 
 
 def work(scope: Scope, archive: Archive, *, workers: int, nice: int, console: Console) -> None:
-    """Make the runs that the archive lacks, and add each to it as soon as it is done."""
+    """Makes the runs that the archive lacks, and adds each to it as soon as it is done."""
     columns = (
         TextColumn("{task.description:>14}"),
         BarColumn(),
@@ -119,7 +120,7 @@ def work(scope: Scope, archive: Archive, *, workers: int, nice: int, console: Co
 
 @contextmanager
 def _runner(workers: int, nice: int) -> Iterator[Callable[[Sequence[Job], bool], Iterator[Record]]]:
-    """A function from jobs to their records, as they come."""
+    """Gives a function from jobs to their records, as they come."""
     if workers == 1:
         threads = torch.get_num_threads()
         _prepare(nice)
@@ -152,6 +153,3 @@ def _prepare(nice: int) -> None:
     logging.disable_progress_bar()  # a bar for loading 30 tensors
     if nice:
         os.nice(nice)
-
-
-__all__ = ["CLAIMS", "STUDIES", "Scope", "execute", "studies_of", "work"]

@@ -1,109 +1,76 @@
-"""The reproduction: what counts as reproduced, what is kept and made again, and a quick subset of the claims."""
+"""Tests the studies: what counts as reproduced, what is kept and made again, and a quick subset of the claims."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
+from reproduce import records, schedule, sdft, sdpo, table, tilt
+from reproduce.__main__ import app
+from reproduce.experiment import base, draw_tasks, exam_of
+from reproduce.records import Arm, Point, compare, estimate, final, matched, needed
 from sdcore.errors import ArgumentError
-from sdcore.reproduce import schedule, sdft, sdpo, tilt
-from sdcore.reproduce.experiment import Exam, base, draw_tasks
-from sdcore.reproduce.records import (
-    TUNING_SEED,
-    Archive,
-    Arm,
-    Column,
-    Job,
-    Panel,
-    Point,
-    Record,
-    Results,
-    Study,
-    compare,
-    estimate,
-    fastest,
-    final,
-    matched,
-    needed,
-    sparing,
-)
-from sdcore.reproduce.table import Finding, run
 from sdcore.world.episodes import Episode
 
-QUIET = Console(quiet=True)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the runs have it: fastest for this model."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+Runs = list[tuple[str, float, int]]  # arm, rate, seed
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # What counts as reproduced
 
 
-def results(**values: list[float | None]) -> Results:
-    """Runs whose only point has the quantity "x", or not."""
-    records = {
-        arm: {
-            seed: Record(job=Job(study="s", arm=arm, learning_rate=1.0, seed=seed, settings={}), points=[{"x": value}])
-            for seed, value in enumerate(numbers)
-        }
-        for arm, numbers in values.items()
-    }
-    return Results(records, resolution=0.01)  # type: ignore[arg-type]
+def results(**values: list[float | None]) -> records.Results:
+    """Makes runs whose only point has the quantity "x", or not."""
 
+    def record(arm: str, seed: int, value: Any) -> records.Record:
+        job = records.Job(study="s", arm=arm, learning_rate=1.0, seed=seed, settings={})
+        return records.Record(job=job, points=[{"x": value}])
 
-def x(points: Any) -> float | None:
-    return points[-1]["x"]
+    runs = {arm: {seed: record(arm, seed, x) for seed, x in enumerate(numbers)} for arm, numbers in values.items()}
+    return records.Results(runs, resolution=0.01)
 
 
 def test_a_standard_error_is_the_sample_deviation_over_the_root_of_n() -> None:
-    found = estimate([1.0, 2.0, None, 6.0])
-    assert found is not None
-    assert found.mean == pytest.approx(3.0)
-    assert found.error == pytest.approx((14 / 2) ** 0.5 / 3**0.5)
-    assert (found.found, found.of) == (3, 4)
+    known = estimate([1.0, 2.0, None, 6.0])
+    assert known is not None
+    assert known.mean == pytest.approx(3.0)
+    assert known.error == pytest.approx((14 / 2) ** 0.5 / 3**0.5)
+    assert (known.seeds, known.of) == (3, 4)
     assert estimate([None]) is None
 
 
-def test_arms_are_compared_seed_by_seed() -> None:
-    """Seeds differ by 10, the arms by 1 in each."""
-    found = results(a=[1.0, 11.0, 21.05], b=[0.0, 10.0, 20.0])
-    assert compare(found, "a > b", "a", "b", x).outcome == "reproduced"
-    assert compare(found, "b > a", "b", "a", x).outcome == "opposite"
-
-
-def test_less_than_three_standard_errors_are_not_reproduced() -> None:
-    # Differences 1 and 2 give 1.5 ± 0.5, which is exactly three; 1 and 2.1 are 2.8.
-    assert compare(results(a=[1.0, 2.0], b=[0.0, 0.0]), "", "a", "b", x).outcome == "reproduced"
-    assert compare(results(a=[1.0, 2.1], b=[0.0, 0.0]), "", "a", "b", x).outcome == "not reproduced"
-
-
-def test_an_effect_within_the_margin_is_not_reproduced() -> None:
-    found = results(a=[0.4, 0.4], b=[0.0, 0.0])
-    assert compare(found, "", "a", "b", x, margin=0.3).outcome == "reproduced"
-    assert compare(found, "", "a", "b", x, margin=0.5).outcome == "not reproduced"
-
-
-def test_equal_differences_are_not_known_better_than_one_answer() -> None:
-    assert compare(results(a=[0.02, 0.02], b=[0.0, 0.0]), "", "a", "b", x).outcome == "not reproduced"
-    assert compare(results(a=[0.04, 0.04], b=[0.0, 0.0]), "", "a", "b", x).outcome == "reproduced"
-
-
-def test_arms_without_common_seeds_are_undecided() -> None:
-    verdict = compare(results(a=[1.0, None], b=[None, 0.0]), "", "a", "b", x)
-    assert verdict.outcome == "undecided"
+@pytest.mark.parametrize(
+    ("a", "b", "margin", "outcome"),
+    [
+        # Arms are compared seed by seed: seeds differ by 10 here, the arms by 1 in each.
+        ([1.0, 11.0, 21.05], [0.0, 10.0, 20.0], 0.0, "reproduced"),
+        ([0.0, 10.0, 20.0], [1.0, 11.0, 21.05], 0.0, "opposite"),
+        # Three standard errors are enough: 1 and 2 give 1.5 ± 0.5, which is exactly three; 1 and 2.1 are 2.8.
+        ([1.0, 2.0], [0.0, 0.0], 0.0, "reproduced"),
+        ([1.0, 2.1], [0.0, 0.0], 0.0, "not reproduced"),
+        # An effect within the margin is none.
+        ([0.4, 0.4], [0.0, 0.0], 0.3, "reproduced"),
+        ([0.4, 0.4], [0.0, 0.0], 0.5, "not reproduced"),
+        # Equal differences are not known better than one answer.
+        ([0.02, 0.02], [0.0, 0.0], 0.0, "not reproduced"),
+        ([0.04, 0.04], [0.0, 0.0], 0.0, "reproduced"),
+        # Arms without common seeds cannot be compared.
+        ([1.0, None], [None, 0.0], 0.0, "undecided"),
+    ],
+)
+def test_a_difference_is_judged_by_its_standard_error(
+    a: list[float | None], b: list[float | None], margin: float, outcome: str
+) -> None:
+    assert compare(results(a=a, b=b), "", "a", "b", final("x"), margin=margin).outcome == outcome
 
 
 def test_matched_reads_the_first_checkpoint_at_the_level() -> None:
@@ -118,16 +85,16 @@ def test_rates_are_chosen_as_the_rules_say() -> None:
     def path(*rows: tuple[float, float, float]) -> list[Point]:
         return [{"samples": samples, "new": new, "kept": kept} for samples, new, kept in rows]
 
+    sparing, fastest = records.sparing("new", 0.9, ("kept",)), records.fastest("new", 0.9)
     runs = {
         0.1: path((10, 0.95, 0.30), (20, 1.0, 0.1)),
         0.2: path((10, 0.5, 0.9), (20, 0.95, 0.895)),
         0.3: path((10, 0.5, 0.9), (20, 0.5, 0.9), (30, 0.95, 0.90)),
         0.4: path((10, 0.1, 1.0)),
     }
-    assert sparing("new", 0.9, ("kept",))(runs) == 0.2
-    assert fastest("new", 0.9)(runs) == 0.1
+    assert (sparing(runs), fastest(runs)) == (0.2, 0.1)
     unreached = {0.1: path((10, 0.3, 0.0)), 0.2: path((10, 0.4, 0.0))}
-    assert sparing("new", 0.9, ("kept",))(unreached) == fastest("new", 0.9)(unreached) == 0.2
+    assert sparing(unreached) == fastest(unreached) == 0.2
 
 
 # What is run, kept and made again
@@ -139,9 +106,9 @@ class FakeSettings:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, int]]:
-    """The runs (arm, rate, seed) that were made of a study that takes no time. The score is ±rate."""
-    runs: list[tuple[str, float, int]] = []
+def made(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    """The runs that were made of a study that takes no time. The score is ±rate."""
+    runs: Runs = []
 
     def make(arm: Arm, settings: FakeSettings, rate: float, seed: int) -> list[Point]:
         runs.append((arm.name, rate, seed))
@@ -151,7 +118,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, int]]:
             {"step": 1.0, "samples": 32.0, "tokens": 9.0, "new": sign * rate + 0.001 * seed},
         ]
 
-    study = Study(
+    study = records.Study(
         name="fake",
         claim="fake",
         title="A fake study",
@@ -166,11 +133,11 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, int]]:
         run=make,
         rule="the highest",
         choose=lambda paths: max(paths, key=lambda rate: paths[rate][-1]["new"]),
-        columns=(Column("new", final("new")),),
-        panels=(Panel("new", "new"),),
-        judge=lambda found: [
-            compare(found, "High is higher than low", "high", "low", final("new")),
-            compare(found, "Low is higher than high", "low", "high", final("new")),
+        columns=(records.Column("new", final("new")),),
+        panels=(records.Panel("new", "new"),),
+        judge=lambda reported: [
+            compare(reported, "High is higher than low", "high", "low", final("new")),
+            compare(reported, "Low is higher than high", "low", "high", final("new")),
         ],
     )
     monkeypatch.setattr(schedule, "STUDIES", {"fake": study})
@@ -178,24 +145,20 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, int]]:
     return runs
 
 
-def reproduce(output: Path, **options: Any) -> list[Finding]:
-    return run(output, **({"seeds": 2, "workers": 1, "console": QUIET} | options))
+def reproduce(output: Path, **options: Any) -> list[table.Finding]:
+    return table.run(output, **({"seeds": 2, "workers": 1, "console": Console(quiet=True)} | options))
 
 
-def test_rates_are_chosen_on_a_seed_that_is_not_reported(made: list[tuple[str, float, int]], tmp_path: Path) -> None:
+def test_rates_are_chosen_on_a_seed_that_is_not_reported(made: Runs, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
     reproduce(tmp_path)
-    assert made[:4] == [(arm, rate, TUNING_SEED) for arm in ("high", "low") for rate in (0.1, 0.3)]
-    assert sorted(made[4:]) == [
-        ("control", 0.3, 0),
-        ("control", 0.3, 1),
-        ("high", 0.3, 0),
-        ("high", 0.3, 1),
-        ("low", 0.1, 0),
-        ("low", 0.1, 1),
-    ]
+    assert made[:4] == [(arm, rate, records.TUNING_SEED) for arm in ("high", "low") for rate in (0.1, 0.3)]
+    chosen = {"control": 0.3, "high": 0.3, "low": 0.1}
+    assert sorted(made[4:]) == [(arm, rate, seed) for arm, rate in chosen.items() for seed in (0, 1)]
+    assert torch.get_num_threads() == threads  # left alone
 
 
-def test_an_interrupted_reproduction_goes_on_where_it_was(made: list[tuple[str, float, int]], tmp_path: Path) -> None:
+def test_an_interrupted_reproduction_goes_on_where_it_was(made: Runs, tmp_path: Path) -> None:
     reproduce(tmp_path)
     whole = (tmp_path / "README.md").read_text()
     lines = (tmp_path / "fake.jsonl").read_text()
@@ -213,14 +176,14 @@ def test_an_interrupted_reproduction_goes_on_where_it_was(made: list[tuple[str, 
     assert len(made) == 10
 
 
-def test_more_seeds_keep_those_that_are_there(made: list[tuple[str, float, int]], tmp_path: Path) -> None:
+def test_more_seeds_keep_those_that_are_there(made: Runs, tmp_path: Path) -> None:
     reproduce(tmp_path)
     made.clear()
     reproduce(tmp_path, seeds=3)
     assert sorted(made) == [("control", 0.3, 2), ("high", 0.3, 2), ("low", 0.1, 2)]
 
 
-def test_runs_with_other_settings_are_not_reused(made: list[tuple[str, float, int]], tmp_path: Path) -> None:
+def test_runs_with_other_settings_are_not_reused(made: Runs, tmp_path: Path) -> None:
     reproduce(tmp_path, quick=True)
     assert made == [("high", 0.2, 0), ("high", 0.2, 1)]
     made.clear()
@@ -228,9 +191,7 @@ def test_runs_with_other_settings_are_not_reused(made: list[tuple[str, float, in
     assert len(made) == 10
 
 
-def test_what_was_done_is_kept_when_a_run_fails(
-    made: list[tuple[str, float, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_done_is_kept_when_a_run_fails(made: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = schedule.STUDIES["fake"]
 
     def fail(arm: Arm, settings: Any, rate: float, seed: int) -> list[Point]:
@@ -241,10 +202,10 @@ def test_what_was_done_is_kept_when_a_run_fails(
     monkeypatch.setitem(schedule.STUDIES, "fake", replace(study, run=fail))
     with pytest.raises(RuntimeError, match="no such luck"):
         reproduce(tmp_path)
-    assert len(Archive(tmp_path).records) == 2
+    assert len(records.Archive(tmp_path).records) == 2
 
 
-def test_what_did_not_reproduce_comes_first(made: list[tuple[str, float, int]], tmp_path: Path) -> None:
+def test_what_did_not_reproduce_comes_first(made: Runs, tmp_path: Path) -> None:
     findings = reproduce(tmp_path)
     assert [verdict.outcome for verdict in findings[0].verdicts] == ["reproduced", "opposite"]
     text = (tmp_path / "README.md").read_text()
@@ -253,12 +214,6 @@ def test_what_did_not_reproduce_comes_first(made: list[tuple[str, float, int]], 
     assert "| high | 0.3 | 0.30 ± 0.00 |" in text
     assert "| low | 0.1 | 0.90 | ✓ |" in text  # on the tuning seed
     assert (tmp_path / "fake.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_random_state_and_the_threads_are_left_alone(made: list[tuple[str, float, int]], tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    reproduce(tmp_path)
-    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize(
@@ -276,6 +231,32 @@ def test_arguments_without_meaning_are_refused_before_any_work(
     with pytest.raises(ArgumentError, match=message):
         reproduce(tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_hands_its_options_on_and_names_a_bad_one_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = CliRunner().invoke(app, ["--claim", "alchemy"])
+    assert refused.exit_code == 2
+    assert refused.output.startswith("reproduce: ")
+    assert "alchemy" in refused.output
+    assert refused.output.count("\n") == 1
+    got: dict[str, Any] = {}
+    monkeypatch.setattr(table, "run", lambda output, **options: got.update(options, output=output))
+    words = "--quick --claim sdft --claim tilt --seeds 2 --no-resume --output here"
+    assert CliRunner().invoke(app, words.split()).exit_code == 0
+    assert (got["output"], got["claims"], got["seeds"]) == (Path("here"), ["sdft", "tilt"], 2)
+    assert (got["quick"], got["resume"]) == (True, False)
+
+
+def test_help_teaches_and_imports_no_torch(run_python: Callable[..., str]) -> None:
+    code = """
+import sys
+from reproduce.__main__ import app
+app(["--help"], standalone_mode=False)
+print(sorted({"torch", "transformers", "numpy", "matplotlib", "datasets", "sdkernels"} & set(sys.modules)))
+"""
+    shown, _, heavy = run_python(code).strip().rpartition("\n")
+    assert "\n    python -m reproduce --" in shown  # an example to copy
+    assert heavy == "[]"
 
 
 def test_every_arm_has_a_rate_and_a_name_of_its_own() -> None:
@@ -340,7 +321,7 @@ def test_a_pairs_advantage_is_over_the_same_place_in_the_group(episode: Episode)
 def test_a_wrong_map_is_wrong_at_every_letter() -> None:
     for task in draw_tasks(random.Random(0), 5):
         assert all(right != wrong for right, wrong in zip(task.digits, task.wrong, strict=True))
-    exam = Exam(0, episodes=3)
+    exam = exam_of(0, episodes=3)
     for question in exam.new[0]:
         assert not set(sdft.with_map(question, exam.task.wrong).hints) & set(question.answer)
         assert sdft.with_map(question, exam.task.digits).hints == question.answer
@@ -362,7 +343,7 @@ def test_every_arm_of_sdpo_takes_a_step(arm: sdpo.SdpoArm) -> None:
 
 
 @pytest.mark.parametrize("study", tilt.STUDIES, ids=lambda study: study.name)
-def test_every_tilt_estimator_starts_at_the_reference(study: Study) -> None:
+def test_every_tilt_estimator_starts_at_the_reference(study: records.Study) -> None:
     starts = {arm.name: study.run(arm, replace(study.quick, steps=1), 1e-3, 0)[0]["kl"] for arm in study.arms}
     assert len(set(starts.values())) == 1
     assert min(starts.values()) > 0.5
@@ -373,10 +354,10 @@ def test_every_tilt_estimator_starts_at_the_reference(study: Study) -> None:
 
 def quickly(claim: str, output: Path) -> Callable[[str, str, str], float]:
     """`read(study, arm, name)`: the mean over the seeds of a quantity at the end, of one claim's quick subset."""
-    found = {each.study.name: each for each in reproduce(output, claims=[claim], quick=True)}
+    findings = {finding.study.name: finding for finding in reproduce(output, claims=[claim], quick=True)}
 
     def read(study: str, arm: str, name: str) -> float:
-        value = found[study].results.estimate(arm, final(name))
+        value = findings[study].results.estimate(arm, final(name))
         assert value is not None
         return value.mean
 
@@ -384,35 +365,35 @@ def quickly(claim: str, output: Path) -> Callable[[str, str, str], float]:
 
 
 def test_sdft_learns_the_task_and_keeps_in_context_ability_which_sft_loses(tmp_path: Path) -> None:
-    quick = quickly("sdft", tmp_path)
-    assert quick("sdft", "reverse-frozen", "new_strict") > 0.8
-    assert quick("sdft", "reverse-frozen", "in_context") > 0.6
-    assert quick("sdft", "sft", "new") > 0.6
-    assert quick("sdft", "sft", "in_context") < 0.3
-    assert quick("sdft", "wrong", "new") < 0.1
+    end = partial(quickly("sdft", tmp_path), "sdft")
+    assert end("reverse-frozen", "new_strict") > 0.8
+    assert end("reverse-frozen", "in_context") > 0.6
+    assert end("sft", "new") > 0.6
+    assert end("sft", "in_context") < 0.3
+    assert end("wrong", "new") < 0.1
 
 
 def test_sdpo_needs_fewer_samples_than_grpo_from_a_half_learned_start(tmp_path: Path) -> None:
-    quick = quickly("sdpo", tmp_path)
-    assert quick("sdpo_half", "ema", "new") > 0.75
-    assert quick("sdpo_half", "ema", "new") > quick("sdpo_half", "grpo", "new") + 0.2
-    assert quick("sdpo_half", "wrong", "new") < 0.1
+    end = partial(quickly("sdpo", tmp_path), "sdpo_half")
+    assert end("ema", "new") > 0.75
+    assert end("ema", "new") > end("grpo", "new") + 0.2
+    assert end("wrong", "new") < 0.1
 
 
 def test_the_group_variance_comes_closer_to_p_star_than_the_mean_reward(tmp_path: Path) -> None:
-    quick = quickly("tilt", tmp_path)
-    assert quick("tilt_toy", "group_var", "kl") < 0.01
-    assert quick("tilt_toy", "mean_reward", "kl") > quick("tilt_toy", "group_var", "kl") + 0.003
-    assert quick("tilt_model", "group_var", "kl") < 0.4
+    end = partial(quickly("tilt", tmp_path), name="kl")
+    assert end("tilt_toy", "group_var") < 0.01
+    assert end("tilt_toy", "mean_reward") > end("tilt_toy", "group_var") + 0.003
+    assert end("tilt_model", "group_var") < 0.4
 
 
 def test_training_on_a_question_finds_what_sampling_does_not(tmp_path: Path) -> None:
-    quick = quickly("discovery", tmp_path)
-    assert quick("discovery", "best", "solved") == 0.0
-    assert quick("discovery", "forward", "solved") >= 0.5
+    end = partial(quickly("discovery", tmp_path), "discovery")
+    assert end("best", "solved") == 0.0
+    assert end("forward", "solved") >= 0.5
 
 
 def test_an_instruction_is_distilled_and_a_wrong_one_is_not(tmp_path: Path) -> None:
-    quick = quickly("context", tmp_path)
-    assert quick("context", "reverse", "new_strict") > 0.7
-    assert quick("context", "wrong", "new") < 0.1
+    end = partial(quickly("context", tmp_path), "context")
+    assert end("reverse", "new_strict") > 0.7
+    assert end("wrong", "new") < 0.1

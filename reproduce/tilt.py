@@ -1,4 +1,4 @@
-"""Claim (c): RL is distillation from the reference tilted by the reward, where log Z is estimated well.
+"""Tests claim (c): RL is distillation from the reference tilted by the reward, where log Z is estimated well.
 
 The teacher is `p* = p_ref · exp(β r) / Z` over whole responses. Two studies, both small enough to enumerate every
 response, so that KL(π‖p*) is computed and not estimated: a table of 64 responses in float64, where nothing but the
@@ -22,15 +22,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..losses import Tilted
-from ..losses.aggregate import spread
-from ..losses.policy_gradient import PolicyTerm
-from ..losses.tilt import LogZ, self_normalized_weights
-from ..prefix import plan
-from ..step import policy_gradient_step, tilt_step, token_logprobs
-from ..teachers import Frozen
-from ..world.language import DIGITS
-from .experiment import Cost, Exam, base, train
+from sdcore.losses.aggregate import spread
+from sdcore.losses.policy_gradient import PolicyTerm
+from sdcore.prefix import plan
+from sdcore.step import policy_gradient_step, tilt_step, token_logprobs
+from sdcore.targets import Tilted
+from sdcore.targets.tilt import LogZ, self_normalized_weights
+from sdcore.teachers import Frozen
+from sdcore.world.language import DIGITS
+
+from .experiment import Cost, base, exam_of, sample, train
 from .records import Arm, Column, Panel, Point, Results, Study, Verdict, compare, final
 
 GROUP = 8
@@ -61,7 +62,7 @@ class ModelSettings:
 
 
 def toy(arm: TiltArm, settings: ToySettings, learning_rate: float, seed: int) -> list[Point]:
-    """Adam on a table of log-probabilities, two words per response; the rate falls linearly to zero."""
+    """Trains a table of log-probabilities, two words per response, with Adam; the rate falls linearly to zero."""
     random_numbers = torch.Generator().manual_seed(seed)
     words = settings.words
 
@@ -110,7 +111,7 @@ def toy_loss(
     *,
     log_z: Tensor,
 ) -> Tensor:
-    """All (S,), log_z (); the loss () in the graph."""
+    """Returns the arm's loss () in the graph, from tensors that are all (S,) but log_z ()."""
     if arm.estimator == "weights":
         # p_ref/π is what samples of the student must be weighted with; samples of p_ref need no weight.
         ratios = (reference - logprobs).detach() if arm.own else None
@@ -122,7 +123,7 @@ def toy_loss(
 
 
 class Bandit(NamedTuple):
-    """One question, two tokens of its answer, and what each pair of tokens is worth."""
+    """Holds one question, and what each pair of tokens is worth as the start of its answer."""
 
     prompt: list[int]
     rewards: Tensor  # (V, V) of first and second token
@@ -131,7 +132,7 @@ class Bandit(NamedTuple):
     inv_temperature: float
 
     def responses(self, model: PreTrainedModel) -> Tensor:
-        """(V, V) log-probabilities of all responses of two tokens."""
+        """Returns the (V, V) log-probabilities of all responses of two tokens."""
         vocabulary = self.rewards.shape[0]
         ids = torch.tensor([[*self.prompt, first] for first in range(vocabulary)])
         with torch.no_grad():
@@ -139,7 +140,7 @@ class Bandit(NamedTuple):
         return logprobs[0, 0][:, None] + logprobs[:, 1]
 
     def distance(self, model: PreTrainedModel) -> float:
-        """KL(π‖p*), exactly."""
+        """Computes KL(π‖p*) exactly."""
         student = self.responses(model)
         tilted = self.reference + self.inv_temperature * self.rewards - self.log_z
         return float((student.exp() * (student - tilted)).sum())
@@ -149,8 +150,8 @@ class Bandit(NamedTuple):
 
 
 def bandit(seed: int, inv_temperature: float) -> Bandit:
-    """The reward is the mean of the two pairs' digits, scaled to [0, 1]; 0 for pairs of other letters."""
-    exam = Exam(seed, episodes=1)
+    """Rewards the mean of the two pairs' digits, scaled to [0, 1]; 0 for pairs of other letters."""
+    exam = exam_of(seed, episodes=1)
     episode = exam.new[0][0]
     tokenizer = base().tokenizer
     worth = torch.zeros(2, len(tokenizer), dtype=torch.float64)
@@ -159,16 +160,16 @@ def bandit(seed: int, inv_temperature: float) -> Bandit:
             worth[place, tokenizer.convert_tokens_to_ids(letter + digit)] = int(digit) / 18
     both = (worth[0] > 0)[:, None] & (worth[1] > 0)[None, :]
     rewards = torch.where(both, worth[0][:, None] + worth[1][None, :], 0.0)
-    found = Bandit(base().prompts([episode])[0], rewards, torch.zeros(()), torch.zeros(()), inv_temperature)
-    reference = found.responses(base().model)
-    return found._replace(reference=reference, log_z=(reference + inv_temperature * rewards).flatten().logsumexp(0))
+    problem = Bandit(base().prompts([episode])[0], rewards, torch.zeros(()), torch.zeros(()), inv_temperature)
+    reference = problem.responses(base().model)
+    return problem._replace(reference=reference, log_z=(reference + inv_temperature * rewards).flatten().logsumexp(0))
 
 
 def step(student: PreTrainedModel, arm: TiltArm, settings: ModelSettings, problem: Bandit, rng: random.Random) -> Cost:
-    """Groups of attempts at the one question, and the gradients of the arm's loss. Draws nothing from `rng`."""
+    """Samples groups of attempts at the question and leaves the gradients of the arm's loss. Leaves `rng` alone."""
     frozen = Frozen(base().model)
     prompts = [problem.prompt] * settings.groups
-    completions, _ = base().sample(student if arm.own else base().model, prompts, count=arm.group, room=2)
+    completions = sample(student if arm.own else base().model, prompts, count=arm.group, room=2)
     flat = [ids for group in completions for ids in group]
     sizes, rewards = [arm.group] * settings.groups, torch.tensor([problem.reward(ids) for ids in flat])
     planned = plan(prompts, completions)
@@ -207,26 +208,26 @@ def nearest(runs: Mapping[float, Sequence[Point]]) -> float:
 
 
 def reaches(results: Results, arm: str, title: str) -> Verdict:
-    """Judge that an arm's last distance is below `NEAR`."""
-    found = results.estimate(arm, final("kl"))
-    assert found is not None  # every run has a last point
-    near = found.mean + 3 * found.error < NEAR
+    """Judges that an arm's last distance is below `NEAR`."""
+    end = results.estimate(arm, final("kl"))
+    assert end is not None  # every run has a last point
+    near = end.mean + 3 * end.error < NEAR
     return Verdict(
         "reproduced" if near else "not reproduced",
-        f"{title} reaches p*: KL(π‖p*) ends at {found.mean:.1e} ± {found.error:.0e}, below {NEAR:g} was claimed.",
+        f"{title} reaches p*: KL(π‖p*) ends at {end.mean:.1e} ± {end.error:.0e}, below {NEAR:g} was claimed.",
     )
 
 
 def misses(results: Results, arm: str, title: str) -> Verdict:
-    """Judge that an arm stays away from p*, and further than the group variance."""
+    """Judges that an arm stays away from p*, and further than the group variance."""
     effect = results.difference(arm, "group_var", final("kl"), resolution=1e-6)
-    found = results.estimate(arm, final("kl"))
+    end = results.estimate(arm, final("kl"))
     assert effect is not None  # every run has a last point
-    assert found is not None
+    assert end is not None
     distance = (effect.mean - NEAR) / effect.error
     return Verdict(
         "reproduced" if distance >= 3 else "not reproduced",
-        f"{title} does not reach p*: KL(π‖p*) ends at {found.mean:.1e} ± {found.error:.0e}, {effect.mean:+.1e} ± "
+        f"{title} does not reach p*: KL(π‖p*) ends at {end.mean:.1e} ± {end.error:.0e}, {effect.mean:+.1e} ± "
         f"{effect.error:.0e} from the group variance; more than {NEAR:g} was claimed.",
     )
 
@@ -257,7 +258,7 @@ def judge(results: Results) -> list[Verdict]:
 
 def arms(rates: tuple[float, ...], quick_rate: float, *, more: bool) -> tuple[TiltArm, ...]:
     make = partial(TiltArm, learning_rates=rates)
-    found = (
+    shared = (
         make(name="group_var", title="group variance", estimator="group_var", quick_rate=quick_rate),
         make(name="leave_one_out", title="leave-one-out policy gradient", estimator="leave_one_out"),
         make(name="exact", title="exact log Z", estimator="exact"),
@@ -267,9 +268,9 @@ def arms(rates: tuple[float, ...], quick_rate: float, *, more: bool) -> tuple[Ti
         make(name="weights_ref", title="softmax weights, samples of p_ref", estimator="weights", own=False),
     )
     if not more:
-        return found
+        return shared
     return (
-        *found,
+        *shared,
         make(name="off_policy", title="group variance, samples of p_ref", estimator="group_var", own=False),
         make(
             name="weights_64", title="softmax weights of 64, samples of p_ref", estimator="weights", own=False, group=64
@@ -318,5 +319,3 @@ STUDIES = (
         judge=judge,
     ),
 )
-
-__all__ = ["STUDIES", "Bandit", "ModelSettings", "TiltArm", "ToySettings", "bandit", "run_model", "toy"]

@@ -1,4 +1,4 @@
-"""`sdcore reproduce`: the methods' claims, run again on the small world with controls beside them."""
+"""Reads the options of `python -m reproduce`. Nothing heavy is imported before they are read."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from sdcore.cli.running import console, quiet_libraries, readable_errors
+from sdcore.cli.running import console, quiet_libraries
+from sdcore.errors import ArgumentError, SdcoreError
 
 
-def reproduce(
+def main(
     output: Annotated[Path, typer.Option(help="Directory for raw numbers, tables and plots.")] = Path("reproduction"),
     claim: Annotated[list[str] | None, typer.Option(help="Only this one; may be given several times.")] = None,
     seeds: Annotated[int, typer.Option(help="Runs of every arm.")] = 5,
@@ -24,19 +25,30 @@ def reproduce(
 
     \b
     Mean and standard error over seeds, and what did not reproduce stated first; under half an hour on two cores:
-      sdcore reproduce --output reproduction
+      python -m reproduce --output reproduction
     Three minutes, one claim:
-      sdcore reproduce --quick --claim sdft --seeds 2
+      python -m reproduce --quick --claim sdft --seeds 2
     """
-    with readable_errors("reproduce"), quiet_libraries():
-        from sdcore.reproduce.table import run
+    try:
+        with quiet_libraries():
+            from reproduce.table import run
 
-        run(
-            output,
-            seeds=seeds,
-            claims=claim,
-            quick=quick,
-            resume=resume,
-            workers=workers,
-            console=console(),
-        )
+            run(
+                output,
+                seeds=seeds,
+                claims=claim,
+                quick=quick,
+                resume=resume,
+                workers=workers,
+                console=console(),
+            )
+    except (SdcoreError, OSError, ImportError) as error:
+        typer.echo(f"reproduce: {error}", err=True)
+        raise typer.Exit(code=2 if isinstance(error, ArgumentError) else 1) from error
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app.command()(main)
+
+if __name__ == "__main__":
+    app(prog_name="python -m reproduce")

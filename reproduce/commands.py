@@ -1,14 +1,14 @@
-"""Every method as it is typed: from a data file by `sdcore train` to a checkpoint, by `sdcore eval` to a number.
+"""Runs every method as it is typed: from a data file by `sdcore train` to a checkpoint, by `sdcore eval` to a number.
 
-    python -m sdcore.reproduce.commands --output docs/reproduction/commands.md
+    python -m reproduce.commands --output docs/reproduction/commands.md
 
 Each case writes its rows and its configuration with `python -m sdcore.world.data`, trains the bundled model on them,
 and measures the checkpoint on questions that are in no training row, beside the model before. The table says what was
 typed; the exit code is 1 where a goal is missed. Nothing is called but the commands, each in a process of its own.
 
 What differs from the obvious: the goals say that a method works, with room for another machine's rounding, not how well
-it does; that, with controls and five seeds, is `sdcore reproduce`. A seed is of the task's map, of the questions and of
-everything sampled.
+it does; that, with controls and five seeds, is `python -m reproduce`. A seed is of the task's map, of the questions and
+of everything sampled.
 
 Not covered: real models, and several processes that train one model.
 """
@@ -31,8 +31,8 @@ from typing import Annotated, Final
 
 import typer
 
-from ..errors import SdcoreError
-from ..world.data import ROOM
+from sdcore.errors import SdcoreError
+from sdcore.world.data import ROOM
 
 ROWS: Final = 2000  # to learn from
 QUESTIONS: Final = 200  # to be measured on: a standard error of 0.03 at most
@@ -50,12 +50,12 @@ sys.exit(1)
 
 
 class CommandFailed(SdcoreError, RuntimeError):
-    """A command that did not end well, with what it said."""
+    """Is raised for a command that did not end well, with what it said."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A method, its rows, what it is told beside the world's own settings, and what it must reach."""
+    """Names a method, its rows, what it is told beside the world's own settings, and what it must reach."""
 
     method: str
     kind: str  # of rows
@@ -91,7 +91,7 @@ CASES: Final = (
 
 @dataclass(frozen=True, kw_only=True)
 class Reached:
-    """What a case came to."""
+    """Says what a case came to."""
 
     label: str
     typed: str  # the training, or the search
@@ -106,7 +106,7 @@ class Reached:
 
 
 def run_case(case: Case, seeds: range, folder: Path) -> Reached:
-    """Raises `CommandFailed`."""
+    """Trains and measures, seed by seed. Raises `CommandFailed`."""
     before, after, typed = [], [], ""
     for seed in seeds:
         here = folder / f"{case.method}-{seed}"
@@ -134,12 +134,12 @@ def run_case(case: Case, seeds: range, folder: Path) -> Reached:
 
 
 def run_search(seeds: range, folder: Path) -> Reached:
-    """Test-time discovery: the share of questions that are solved, beside best-of-k with as many answers."""
+    """Measures test-time discovery: the share of questions solved, beside best-of-k with as many answers."""
     before: list[float] = []
     after: list[float] = []
     typed = "sdcore solve --question-file question.jsonl --verifier 'python -S check.py' --config world.yaml"
     for seed in seeds:
-        for update, found in ((True, after), (False, before)):
+        for update, shares in ((True, after), (False, before)):
             solved = 0
             for number in range(SEARCHED):
                 here = folder / f"solve-{seed}-{number}-{update}"
@@ -155,7 +155,7 @@ def run_search(seeds: range, folder: Path) -> Reached:
                 words += ["--learning-rate", 1e-3, "--seed", seed, "--output", "found.json"]
                 _python(here, "-m", "sdcore", *words, *([] if update else ["--no-update"]), may_fail=True)
                 solved += json.loads((here / "found.json").read_text(encoding="utf-8"))["solved"]
-            found.append(solved / SEARCHED)
+            shares.append(solved / SEARCHED)
     return Reached(
         label="solve",
         typed=typed,
@@ -180,24 +180,24 @@ def _python(here: Path, *words: object, may_fail: bool = False) -> None:
         raise CommandFailed(f"{shlex.join(command[1:])} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
 
 
-def table(found: list[Reached], seeds: int, processor_minutes: float) -> Iterator[str]:
-    """Markdown."""
+def table(reached: list[Reached], seeds: int, processor_minutes: float) -> Iterator[str]:
+    """Yields the lines of the page, in Markdown."""
     yield "# The methods from the command line\n"
     yield (
-        f"Made by `make methods` (`python -m sdcore.reproduce.commands`): {seeds} seed{'s' if seeds > 1 else ''}, "
+        f"Made by `make methods` (`python -m reproduce.commands`): {seeds} seed{'s' if seeds > 1 else ''}, "
         f"{QUESTIONS} questions that are in no training row, {processor_minutes:.1f} processor minutes. "
         "Before is the bundled model, for `solve` best-of-k with as many answers. A goal says that the method works; "
         "how well it does, with controls, is in [README.md](README.md).\n"
     )
     yield "| method | judged by | before | after | goal |\n| --- | --- | --- | --- | --- |"
-    for one in found:
-        spread = f" ± {stdev(one.after) / len(one.after) ** 0.5:.2f}" if len(one.after) > 1 else ""
-        missed = "" if one.met else " **missed**"
-        after = f"{mean(one.after):.2f}{spread}"
-        yield f"| `{one.label}` | {one.judge} | {one.before:.2f} | {after} | {one.goal:g}{missed} |"
+    for case in reached:
+        spread = f" ± {stdev(case.after) / len(case.after) ** 0.5:.2f}" if len(case.after) > 1 else ""
+        missed = "" if case.met else " **missed**"
+        after = f"{mean(case.after):.2f}{spread}"
+        yield f"| `{case.label}` | {case.judge} | {case.before:.2f} | {after} | {case.goal:g}{missed} |"
     yield f"\nWhat was typed, after `python -m sdcore.world.data --kind KIND --rows {ROWS} --output train.jsonl"
     yield "--config world.yaml`:\n\n```sh"
-    yield from (one.typed for one in found)
+    yield from (case.typed for case in reached)
     yield f"sdcore eval --model run --data eval.jsonl --reward {REWARDS}:JUDGE --max-completion-length {ROOM}\n```\n"
 
 
@@ -214,16 +214,17 @@ def main(
         # The longest first.
         search = pool.submit(run_search, range(seeds), Path(name)) if searches else None
         runs = [pool.submit(run_case, case, range(seeds), Path(name)) for case in cases]
-        found = []
-        for one in (*runs, *([search] if search else [])):
-            found.append(one.result())
-            typer.echo(f"{found[-1].label}: {found[-1].before:.2f} -> {', '.join(f'{x:.2f}' for x in found[-1].after)}")
+        reached = []
+        for future in (*runs, *([search] if search else [])):
+            case = future.result()
+            reached.append(case)
+            typer.echo(f"{case.label}: {case.before:.2f} -> {', '.join(f'{share:.2f}' for share in case.after)}")
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    text = "\n".join(table(found, seeds, (used.ru_utime + used.ru_stime) / 60))
+    text = "\n".join(table(reached, seeds, (used.ru_utime + used.ru_stime) / 60))
     typer.echo(text)
     if output is not None:
         output.write_text(text, encoding="utf-8")
-    if not all(one.met for one in found):
+    if not all(case.met for case in reached):
         raise typer.Exit(code=1)
 
 

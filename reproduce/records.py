@@ -1,4 +1,4 @@
-"""What a study is, what a run of it leaves behind, and how numbers become a verdict.
+"""Says what a study is and what a run of it leaves behind, and turns numbers into a verdict.
 
 A *study* compares *arms* on the same seeds. A *job* is one arm with one learning rate and one seed; its *record* is a
 line of `<study>.jsonl` and holds what was measured at each checkpoint. Everything that is printed is computed from the
@@ -20,7 +20,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from ..errors import ArgumentError
+from sdcore.errors import ArgumentError
 
 # What was measured at a checkpoint: "step", "samples", "tokens" and the study's own quantities.
 Point: TypeAlias = dict[str, float]
@@ -33,7 +33,7 @@ ENOUGH = 3.0  # standard errors
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One of the things that a study compares. Each claim's file adds the fields that tell its arms apart."""
+    """Is one of the things that a study compares. Each claim's file adds the fields that tell its arms apart."""
 
     name: str  # in files
     title: str  # in tables
@@ -43,7 +43,7 @@ class Arm:
 
 
 class Column(NamedTuple):
-    """A column of the table: the mean over seeds of a quantity."""
+    """Puts the mean over seeds of a quantity into the table."""
 
     title: str
     quantity: Quantity
@@ -51,7 +51,7 @@ class Column(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """A plot of the study: the curves' mean over seeds, with their standard error as a band."""
+    """Plots the arms' means over seeds, with their standard error as a band."""
 
     title: str
     y: str  # name of a quantity in the points
@@ -62,7 +62,7 @@ class Panel(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A comparison, with all that is needed to run it, print it and judge it."""
+    """Compares arms, with all that is needed to run them, print them and judge them."""
 
     name: str
     claim: str  # what `--claims` selects by: "sdft", "sdpo", "tilt", "discovery", "context"
@@ -85,7 +85,7 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A run that is to be made, or was."""
+    """Names a run that is to be made, or was."""
 
     study: str
     arm: str
@@ -95,7 +95,7 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Equal for equal runs: other settings are another run."""
+        """Is equal for equal runs; other settings are another run."""
         return json.dumps(asdict(self) | {"settings": dict(self.settings)}, sort_keys=True)
 
 
@@ -106,7 +106,7 @@ class Record:
     cpu_seconds: float = field(compare=False, default=0.0)
 
     def to_json(self) -> str:
-        """One line; six significant digits are more than any standard error here."""
+        """Writes one line; six significant digits are more than any standard error here."""
         points = [{name: float(f"{value:.6g}") for name, value in point.items()} for point in self.points]
         line = asdict(self.job) | {"points": points, "cpu_seconds": round(self.cpu_seconds, 1)}
         return json.dumps(line, separators=(",", ":"))
@@ -119,7 +119,7 @@ class Record:
 
 
 class Archive:
-    """The records of a folder: one `<study>.jsonl` per study, appended to as runs are done."""
+    """Keeps the records of a folder: one `<study>.jsonl` per study, appended to as runs are done."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -141,13 +141,13 @@ class Archive:
             file.write(record.to_json() + "\n")
 
     def forget(self, studies: Iterable[str]) -> None:
-        """Drop all runs of these studies."""
+        """Drops all runs of these studies."""
         for study in studies:
             self.records = {key: record for key, record in self.records.items() if record.job.study != study}
             (self.folder / f"{study}.jsonl").unlink(missing_ok=True)
 
     def keep(self, keys: Iterable[str], studies: Iterable[str]) -> None:
-        """Of these studies drop all runs but these, and write them in this order."""
+        """Drops all runs of these studies but these, and writes them in this order."""
         kept = {key: self.records[key] for key in keys}
         for study in studies:
             self.forget([study])
@@ -157,27 +157,27 @@ class Archive:
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds with its standard error."""
+    """Is a mean over seeds with its standard error."""
 
     mean: float
     error: float
-    found: int  # seeds that have the quantity
-    of: int  # seeds
+    seeds: int  # that have the quantity
+    of: int  # seeds in all
 
 
 def estimate(values: Sequence[float | None]) -> Estimate | None:
-    """Mean and standard error (sample deviation / √n) of what is there; None where nothing is."""
-    found = [value for value in values if value is not None]
-    if not found:
+    """Computes mean and standard error (sample deviation / √n) of what is there; None where nothing is."""
+    known = [value for value in values if value is not None]
+    if not known:
         return None
-    mean = sum(found) / len(found)
-    variance = sum((value - mean) ** 2 for value in found) / max(1, len(found) - 1)
-    return Estimate(mean, sqrt(variance / len(found)), len(found), len(values))
+    mean = sum(known) / len(known)
+    variance = sum((value - mean) ** 2 for value in known) / max(1, len(known) - 1)
+    return Estimate(mean, sqrt(variance / len(known)), len(known), len(values))
 
 
 @dataclass(frozen=True)
 class Results:
-    """The reported runs of a study."""
+    """Holds the reported runs of a study."""
 
     records: dict[str, dict[int, Record]]  # arm → seed → record
     resolution: float  # the least standard error of a difference: what one answer more or less changes
@@ -191,10 +191,10 @@ class Results:
     def difference(
         self, first: str, second: str, quantity: Quantity, *, resolution: float | None = None
     ) -> Estimate | None:
-        """First minus second, seed by seed, over the seeds where both have the quantity."""
+        """Subtracts second from first, seed by seed, over the seeds where both have the quantity."""
         pairs = list(zip(self.values(first, quantity), self.values(second, quantity), strict=True))
-        found = estimate([None if a is None or b is None else a - b for a, b in pairs])
-        return None if found is None else found._replace(error=max(found.error, resolution or self.resolution))
+        effect = estimate([None if a is None or b is None else a - b for a, b in pairs])
+        return None if effect is None else effect._replace(error=max(effect.error, resolution or self.resolution))
 
 
 class Verdict(NamedTuple):
@@ -213,7 +213,7 @@ def compare(
     resolution: float | None = None,
     digits: int = 3,
 ) -> Verdict:
-    """Judge "first is greater than second by more than `margin`", seed by seed.
+    """Judges "first is greater than second by more than `margin`", seed by seed.
 
     `resolution` is the least standard error of the difference; None: one answer more or less.
 
@@ -226,7 +226,7 @@ def compare(
         "never reached" if value is None else f"{value.mean:.{digits}f} ± {value.error:.{digits}f}"
         for value in mean.values()
     )
-    if effect is None or effect.found < 2:
+    if effect is None or effect.seeds < 2:
         return Verdict("undecided", f"{statement}: {shown}; too few seeds reach what is to be compared.")
     distance = (effect.mean - margin) / effect.error
     if distance >= ENOUGH:
@@ -236,7 +236,7 @@ def compare(
     else:
         outcome = "not reproduced"
     sign = f"difference {effect.mean:+.{digits}f} ± {effect.error:.{digits}f}, {abs(effect.mean) / effect.error:.1f} SE"
-    seeds = "" if effect.found == effect.of else f", in the {effect.found} of {effect.of} seeds that have both"
+    seeds = "" if effect.seeds == effect.of else f", in the {effect.seeds} of {effect.of} seeds that have both"
     beyond = f", more than {margin:g} claimed" if margin else ""
     rates = [next(iter(results.records[name].values())).job.learning_rate for name in (first, second)]
     # Speed at unequal rates is the choice's doing as much as the method's, so it is said.
@@ -245,12 +245,12 @@ def compare(
 
 
 def first_at(points: Sequence[Point], name: str, level: float) -> Point | None:
-    """The first checkpoint where a quantity is at least `level`: where arms of unequal speed are compared."""
+    """Finds the first checkpoint where a quantity is at least `level`: there arms of unequal speed are compared."""
     return next((point for point in points if point[name] >= level), None)
 
 
 def matched(name: str, by: str, level: float) -> Quantity:
-    """A quantity at the first checkpoint where `by` is at least `level`."""
+    """Reads a quantity at the first checkpoint where `by` is at least `level`."""
 
     def read(points: Sequence[Point]) -> float | None:
         point = first_at(points, by, level)
@@ -260,12 +260,12 @@ def matched(name: str, by: str, level: float) -> Quantity:
 
 
 def final(name: str) -> Quantity:
-    """A quantity at the last checkpoint."""
+    """Reads a quantity at the last checkpoint."""
     return lambda points: points[-1][name]
 
 
 def needed(by: str, level: float, *, cost: str = "samples") -> Quantity:
-    """What it cost to reach the level; a run that never does counts as its whole budget, which is too kind to it."""
+    """Reads what reaching the level cost; a run that never does counts as its whole budget, which is too kind to it."""
 
     def read(points: Sequence[Point]) -> float:
         return (first_at(points, by, level) or points[-1])[cost]
@@ -274,15 +274,15 @@ def needed(by: str, level: float, *, cost: str = "samples") -> Quantity:
 
 
 def at_step(name: str, step: int) -> Quantity:
-    """A quantity after so many steps."""
+    """Reads a quantity after so many steps."""
     return lambda points: next((point[name] for point in points if point["step"] == step), None)
 
 
 def sparing(by: str, level: float, keeps: Sequence[str]) -> Callable[[Mapping[float, Sequence[Point]]], float]:
-    """Choose the rate that keeps most, in the mean of `keeps`, at the first checkpoint where `by` is at least `level`.
+    """Chooses the rate that keeps most, in the mean of `keeps`, at the first checkpoint where `by` is at least `level`.
 
-    Of the rates within 0.01 of the best the one that needs fewest samples; where none reaches the level, the one with
-    the highest `by` at its end.
+    Among rates within 0.01 of the best it is the one that needs fewest samples; where none reaches the level, the one
+    with the highest `by` at its end.
     """
 
     def choose(runs: Mapping[float, Sequence[Point]]) -> float:
@@ -297,7 +297,7 @@ def sparing(by: str, level: float, keeps: Sequence[str]) -> Callable[[Mapping[fl
 
 
 def fastest(by: str, level: float) -> Callable[[Mapping[float, Sequence[Point]]], float]:
-    """Choose the rate that first reaches the level; among equals, or where none does, the highest `by` at the end."""
+    """Chooses the rate that first reaches the level; among equals, or where none does, the highest `by` at the end."""
 
     def choose(runs: Mapping[float, Sequence[Point]]) -> float:
         def badness(rate: float) -> tuple[float, float]:
@@ -310,34 +310,7 @@ def fastest(by: str, level: float) -> Callable[[Mapping[float, Sequence[Point]]]
 
 
 def checked_seeds(seeds: int) -> tuple[int, ...]:
-    """The reported seeds. Raises `ArgumentError` for a number that has no standard error."""
+    """Returns the reported seeds. Raises `ArgumentError` for a number that has no standard error."""
     if not 2 <= seeds < TUNING_SEED:
         raise ArgumentError(f"seeds must be in [2, {TUNING_SEED}), a standard error needs two, got {seeds}")
     return tuple(range(seeds))
-
-
-__all__ = [
-    "TUNING_SEED",
-    "Archive",
-    "Arm",
-    "Column",
-    "Estimate",
-    "Job",
-    "Panel",
-    "Point",
-    "Quantity",
-    "Record",
-    "Results",
-    "Study",
-    "Verdict",
-    "at_step",
-    "checked_seeds",
-    "compare",
-    "estimate",
-    "fastest",
-    "final",
-    "first_at",
-    "matched",
-    "needed",
-    "sparing",
-]

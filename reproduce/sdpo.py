@@ -1,4 +1,4 @@
-"""Claim (b): SDPO turns feedback into a dense signal and learns from fewer samples than GRPO learns from rewards.
+"""Tests claim (b): SDPO turns feedback into a dense signal and learns from fewer samples than GRPO learns from rewards.
 
 Self-distillation policy optimisation (arXiv:2601.20802): eight attempts at each question; the teacher of an attempt is
 the same model with a successful attempt of the same group in view, or, where there is none, with what the environment
@@ -27,15 +27,31 @@ from typing import Literal, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from ..losses import FusedLinearDivergence
-from ..losses.aggregate import spread
-from ..losses.policy_gradient import PolicyTerm, group_advantages
-from ..prefix import plan
-from ..step import distill_step, imitate_step, policy_gradient_step
-from ..teachers import Frozen
-from ..world.episodes import QUESTION_LETTERS, Episode, mapped
-from ..world.language import EOS, HINT, LETTERS
-from .experiment import BATCH, GAP, Cost, Exam, TeacherKind, Teaching, base, teaching, total_length, train
+from sdcore.demo.experiment import Exam
+from sdcore.losses import FusedLinearDivergence
+from sdcore.losses.aggregate import spread
+from sdcore.losses.policy_gradient import PolicyTerm, group_advantages
+from sdcore.prefix import plan
+from sdcore.step import distill_step, imitate_step, policy_gradient_step
+from sdcore.teachers import Frozen
+from sdcore.world.episodes import QUESTION_LETTERS, Episode, mapped
+from sdcore.world.language import EOS, HINT, LETTERS
+
+from .experiment import (
+    BATCH,
+    GAP,
+    Cost,
+    TeacherKind,
+    Teaching,
+    base,
+    exam_of,
+    measure,
+    sample,
+    teaching,
+    text_of,
+    total_length,
+    train,
+)
 from .records import Arm, Column, Panel, Point, Results, Study, Verdict, compare, fastest, final, matched, needed
 
 LEVEL = 0.9  # of the new task, lenient
@@ -67,7 +83,7 @@ class Settings:
 
 
 class Attempt(NamedTuple):
-    """A completion, read pair by pair."""
+    """Reads a completion pair by pair."""
 
     pairs: tuple[str, ...]  # without decoration
     right: tuple[bool, ...]  # of each of the five places
@@ -90,7 +106,7 @@ def attempt(text: str, episode: Episode) -> Attempt:
 
 
 def feedback(episode: Episode, tried: Attempt, *, corrections: int, digits: str | None = None) -> tuple[str, ...]:
-    """The pairs that the environment names: the right ones, and the first wrong ones put right.
+    """Returns the pairs that the environment names: the right ones, and the first wrong ones put right.
 
     `digits` is another map to speak by: as many pairs for the same letters. Nothing for an attempt that is right.
     """
@@ -107,7 +123,7 @@ def feedback(episode: Episode, tried: Attempt, *, corrections: int, digits: str 
 def shown(
     arm: SdpoArm, episode: Episode, group: Sequence[Attempt], index: int, *, wrong_digits: str
 ) -> tuple[str, ...]:
-    """What the teacher of an attempt sees beyond the question; nothing: the attempt carries no loss."""
+    """Returns what an attempt's teacher sees beyond the question; nothing: the attempt carries no loss."""
     solved = any(other.exact for i, other in enumerate(group) if i != index)
     if arm.solution and solved:
         return episode.answer  # the question's only right answer, whoever gave it
@@ -120,13 +136,12 @@ def shown(
 def step(
     student: PreTrainedModel, arm: SdpoArm, exam: Exam, taught: Teaching, start: Frozen, rng: random.Random
 ) -> Cost:
-    """Sample four groups and leave the gradients of the arm's loss."""
+    """Samples four groups and leaves the gradients of the arm's loss."""
     episodes = exam.batch(rng, BATCH // GROUP)
     prompts = base().prompts(episodes)
-    completions, _ = base().sample(student, prompts, count=GROUP)
+    completions = sample(student, prompts, count=GROUP)
     tried = [
-        [attempt(base().text(ids), episode) for ids in group]
-        for group, episode in zip(completions, episodes, strict=True)
+        [attempt(text_of(ids), episode) for ids in group] for group, episode in zip(completions, episodes, strict=True)
     ]
     flat = [ids for group in completions for ids in group]
     passed = total_length([prompt for prompt in prompts for _ in range(GROUP)], flat)
@@ -151,7 +166,7 @@ def step(
         return Cost(BATCH, 2 * passed + total_length(*contexts, flat))
     if arm.learns == "correction":
         return Cost(BATCH, passed + corrected(student, arm, prompts, episodes, tried))
-    rewards = torch.tensor([float(one.exact) if arm.exact else one.share for group in tried for one in group])
+    rewards = torch.tensor([float(a.exact) if arm.exact else a.share for group in tried for a in group])
     if arm.learns == "each pair":
         advantages = pairwise_advantages(completions, tried)
     else:
@@ -169,15 +184,15 @@ def step(
 def pairwise_advantages(
     completions: Sequence[Sequence[Sequence[int]]], tried: Sequence[Sequence[Attempt]]
 ) -> torch.Tensor:
-    """(N,) how much better a pair is than those at the same place in the group; 0 for what is no pair of an answer."""
+    """Returns (N,) by how much a pair is better than those at its place in the group; 0 for other tokens."""
     rows = []
     for group, attempts in zip(completions, tried, strict=True):
-        right = torch.tensor([[float(x) for x in one.right] for one in attempts])  # (G, places)
+        right = torch.tensor([[float(x) for x in each.right] for each in attempts])  # (G, places)
         better = torch.stack([group_advantages(place, [len(group)]) for place in right.T], 1)
-        for ids, one in zip(group, better, strict=True):
+        for ids, advantages in zip(group, better, strict=True):
             # In a decorated answer places are not tokens; such an attempt has no credit to give to single tokens.
             plain = len(ids) == QUESTION_LETTERS + 1
-            rows.append(torch.cat([one, one.new_zeros(1)]) if plain else one.new_zeros(len(ids)))
+            rows.append(torch.cat([advantages, advantages.new_zeros(1)]) if plain else advantages.new_zeros(len(ids)))
     return torch.cat(rows)
 
 
@@ -188,11 +203,14 @@ def corrected(
     episodes: Sequence[Episode],
     tried: Sequence[Sequence[Attempt]],
 ) -> int:
-    """Cross-entropy on the attempts as the feedback corrects them, on the pairs that it names. Returns the tokens."""
+    """Leaves the gradients of cross-entropy on the attempts as the feedback corrects them, on the pairs that it names.
+
+    Returns the tokens that it took.
+    """
     answers, named = [], []
     for episode, group in zip(episodes, tried, strict=True):
-        known = [set(feedback(episode, one, corrections=arm.corrections)) for one in group]
-        filled = [one.pairs + episode.answer[len(one.pairs) :] for one in group]
+        known = [set(feedback(episode, each, corrections=arm.corrections)) for each in group]
+        filled = [each.pairs + episode.answer[len(each.pairs) :] for each in group]
         texts = [
             " ".join(right if right in told else guess for right, guess in zip(episode.answer, guesses, strict=False))
             for guesses, told in zip(filled, known, strict=True)
@@ -208,13 +226,13 @@ def corrected(
 
 @lru_cache(maxsize=8)
 def half_learned(seed: int, steps: int, learning_rate: float) -> PreTrainedModel:
-    """The base model after some cross-entropy on questions about six of the ten letters."""
-    task = Exam(seed, episodes=1).task
+    """Trains the base model with some cross-entropy on questions about six of the ten letters."""
+    task = exam_of(seed, episodes=1).task
     student = base().fresh()
 
     def imitate(rng: random.Random) -> Cost:
         episodes = [mapped(task.name, task.digits, rng, KNOWN) for _ in range(BATCH)]
-        answers = base().answers([one.native_answer for one in episodes])
+        answers = base().answers([episode.native_answer for episode in episodes])
         imitate_step(student, plan(base().prompts(episodes), [[answer] for answer in answers]))
         return Cost(0, 0)
 
@@ -223,8 +241,8 @@ def half_learned(seed: int, steps: int, learning_rate: float) -> PreTrainedModel
 
 
 def run(arm: SdpoArm, settings: Settings, learning_rate: float, seed: int) -> list[Point]:
-    """Teachers that are frozen, and the anchor, are the start."""
-    exam = Exam(seed, episodes=settings.episodes)
+    """Trains one arm; a frozen teacher, and the anchor, are the student as it starts."""
+    exam = exam_of(seed, episodes=settings.episodes)
     student = base().fresh()
     if settings.half_learned:
         student.load_state_dict(half_learned(seed, settings.start_steps, settings.start_rate).state_dict())
@@ -233,7 +251,7 @@ def run(arm: SdpoArm, settings: Settings, learning_rate: float, seed: int) -> li
     return train(
         student,
         partial(step, student, arm, exam, taught, start),
-        exam.measure,
+        partial(measure, exam),
         learning_rate=learning_rate,
         steps=settings.steps,
         seed=seed,
@@ -241,7 +259,7 @@ def run(arm: SdpoArm, settings: Settings, learning_rate: float, seed: int) -> li
     )
 
 
-# Of the arm that needs most: with `GAP`, how well a number of tokens can be known.
+# Of the arm that needs most; with `GAP`, how well a number of tokens can be known.
 TOKENS_PER_SAMPLE = 52
 
 
@@ -281,13 +299,13 @@ def judge(results: Results) -> list[Verdict]:
 
 
 def _tokens(points: Sequence[Point]) -> float | None:
-    """Thousands, to the level or all."""
+    """Returns the thousands of tokens to the level, or all that were spent."""
     spent = needed("new", LEVEL, cost="tokens")(points)
     return None if spent is None else spent / 1000
 
 
 def arms(study: str) -> tuple[SdpoArm, ...]:
-    """The same in both studies."""
+    """Lists the arms, which are the same in both studies."""
     make = SdpoArm
     return (
         make(name="ema", title="SDPO, EMA teacher", quick_rate=3e-4),
@@ -367,5 +385,3 @@ STUDIES = (
         half_learned=False,
     ),
 )
-
-__all__ = ["STUDIES", "Attempt", "SdpoArm", "Settings", "attempt", "feedback", "run", "shown", "step"]

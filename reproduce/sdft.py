@@ -1,4 +1,4 @@
-"""Claim (a): SDFT learns a new task from demonstrations and forgets less than imitating the same demonstrations.
+"""Tests claim (a): SDFT learns a new task from demonstrations and forgets less than imitating the same demonstrations.
 
 Self-distillation fine-tuning (arXiv:2601.19897): the student answers the bare question, the teacher is the same model
 with the demonstration in view, and the student learns, token by token, what the teacher says about its answer. Two
@@ -21,11 +21,27 @@ from functools import partial
 
 from transformers import PreTrainedModel
 
-from ..losses import FusedLinearDivergence
-from ..prefix import plan
-from ..step import distill_step, imitate_step
-from ..world.episodes import Episode
-from .experiment import BATCH, GAP, Cost, Exam, TeacherKind, Teaching, base, teaching, total_length, train
+from sdcore.demo.experiment import Exam
+from sdcore.losses import FusedLinearDivergence
+from sdcore.prefix import plan
+from sdcore.step import distill_step, imitate_step
+from sdcore.world.episodes import Episode
+from sdcore.world.language import LETTERS
+
+from .experiment import (
+    BATCH,
+    GAP,
+    Cost,
+    TeacherKind,
+    Teaching,
+    base,
+    exam_of,
+    measure,
+    sample,
+    teaching,
+    total_length,
+    train,
+)
 from .records import (
     Arm,
     Column,
@@ -64,17 +80,17 @@ class Settings:
 
 
 def step(student: PreTrainedModel, arm: SdftArm, exam: Exam, taught: Teaching, task: int, rng: random.Random) -> Cost:
-    """The gradients of one batch: the whole difference between the arms."""
-    episodes = exam.batch(rng, task=task)
+    """Leaves the gradients of one batch: the whole difference between the arms."""
+    episodes = exam.batch(rng, BATCH, task)
     prompts = base().prompts(episodes)
     if arm.learns != "distill":
         native = arm.learns == "native"
-        answers = base().answers([one.native_answer if native else one.demonstration for one in episodes])
+        answers = base().answers([episode.native_answer if native else episode.demonstration for episode in episodes])
         imitate_step(student, plan(prompts, [[answer] for answer in answers]))
         return Cost(BATCH, total_length(prompts, answers))
-    completions, _ = base().sample(student, prompts)
-    shown = [with_map(one, exam.tasks[task].wrong) if arm.wrong else one.with_demonstration() for one in episodes]
-    contexts = base().prompts(shown)
+    completions = sample(student, prompts)
+    wrong = exam.tasks[task].wrong
+    contexts = base().prompts([with_map(e, wrong) if arm.wrong else e.with_demonstration() for e in episodes])
     loss = FusedLinearDivergence(alpha=arm.alpha)
     distill_step(student, plan(prompts, completions, contexts), loss=loss, teacher=taught.teacher)
     answers = [completion for group in completions for completion in group]
@@ -83,18 +99,18 @@ def step(student: PreTrainedModel, arm: SdftArm, exam: Exam, taught: Teaching, t
 
 
 def with_map(episode: Episode, digits: str) -> Episode:
-    """The question with an answer by another map as its demonstration."""
-    return replace(episode, hints=tuple(pair[0] + digits["abcdefghij".index(pair[0])] for pair in episode.answer))
+    """Returns the question with an answer by another map as its demonstration."""
+    return replace(episode, hints=tuple(pair[0] + digits[LETTERS.index(pair[0])] for pair in episode.answer))
 
 
 def run(arm: SdftArm, settings: Settings, learning_rate: float, seed: int) -> list[Point]:
-    exam = Exam(seed, episodes=settings.episodes)
+    exam = exam_of(seed, episodes=settings.episodes)
     student = base().fresh()
     taught = teaching(arm.teacher, student, update_rate=settings.update_rate)
     return train(
         student,
         partial(step, student, arm, exam, taught, 0),
-        exam.measure,
+        partial(measure, exam),
         learning_rate=learning_rate,
         steps=settings.long_steps if arm.long else settings.steps,
         seed=seed,
@@ -103,18 +119,18 @@ def run(arm: SdftArm, settings: Settings, learning_rate: float, seed: int) -> li
 
 
 def run_sequence(arm: SdftArm, settings: Settings, learning_rate: float, seed: int) -> list[Point]:
-    """Each task until it is known, or for all steps; a point before, and after each task.
+    """Trains each task until it is known, or for all steps; a point before, and after each task.
 
     A frozen teacher stays the base model; an average goes on.
     """
-    exam = Exam(seed, episodes=settings.episodes, tasks=settings.tasks)
+    exam = exam_of(seed, episodes=settings.episodes, tasks=settings.tasks)
     student = base().fresh()
 
-    def measure(model: PreTrainedModel) -> Point:
-        known = {f"task {i}": exam.right(model, questions)[0] for i, questions in enumerate(exam.new, start=1)}
-        return exam.measure(model) | known
+    def point(model: PreTrainedModel) -> Point:
+        known = {f"task {i}": exam.right(model, questions).lenient for i, questions in enumerate(exam.new, start=1)}
+        return measure(exam, model) | known
 
-    points = [{"step": 0.0, "samples": 0.0, "tokens": 0.0, "tasks": 0.0, "learned": 0.0} | measure(student)]
+    points = [{"step": 0.0, "samples": 0.0, "tokens": 0.0, "tasks": 0.0, "learned": 0.0} | point(student)]
     learned = 0
     taught = teaching(arm.teacher, student, update_rate=settings.update_rate)
     for task in range(settings.tasks):
@@ -130,12 +146,12 @@ def run_sequence(arm: SdftArm, settings: Settings, learning_rate: float, seed: i
         )
         learned += path[-1]["current"] >= LEVEL
         spent = {name: points[-1][name] + path[-1][name] for name in ("step", "samples", "tokens")}
-        points.append(spent | {"tasks": task + 1.0, "learned": float(learned)} | measure(student))
+        points.append(spent | {"tasks": task + 1.0, "learned": float(learned)} | point(student))
     return points
 
 
 def _current(exam: Exam, task: int, model: PreTrainedModel) -> Point:
-    return {"current": exam.right(model, exam.new[task])[0]}
+    return {"current": exam.right(model, exam.new[task]).lenient}
 
 
 def _thousands(points: Sequence[Point]) -> float | None:
@@ -292,5 +308,3 @@ SEQUENCE = Study(
 
 
 STUDIES = (ONE_TASK, SEQUENCE)
-
-__all__ = ["STUDIES", "SdftArm", "Settings", "run", "run_sequence", "step"]

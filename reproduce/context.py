@@ -1,4 +1,4 @@
-"""Claim (e): a long instruction can be distilled into the weights, and the prompt does without it afterwards.
+"""Tests claim (e): a long instruction can be distilled into the weights, and the prompt does without it afterwards.
 
 Context distillation (arXiv:2209.15189) and its on-policy form: the instruction is the whole map of a new task as ten
 hints, in a random order each time. The teacher reads it before every question, the student never does.
@@ -20,12 +20,26 @@ from typing import Literal
 
 from transformers import PreTrainedModel
 
-from ..losses import FusedLinearDivergence
-from ..prefix import plan
-from ..step import distill_step, imitate_step
-from ..world.episodes import Episode
-from ..world.language import LETTERS
-from .experiment import BATCH, Cost, Exam, TeacherKind, Teaching, base, teaching, total_length, train
+from sdcore.demo.experiment import Exam
+from sdcore.losses import FusedLinearDivergence
+from sdcore.prefix import plan
+from sdcore.step import distill_step, imitate_step
+from sdcore.world.episodes import Episode
+from sdcore.world.language import LETTERS
+
+from .experiment import (
+    BATCH,
+    Cost,
+    TeacherKind,
+    Teaching,
+    base,
+    exam_of,
+    measure,
+    sample,
+    teaching,
+    total_length,
+    train,
+)
 from .records import Arm, Column, Panel, Point, Results, Study, Verdict, compare, final, matched, sparing
 
 LEVEL = 0.9  # of the new task, without the instruction
@@ -46,20 +60,20 @@ class Settings:
 
 
 def instructed(episode: Episode, digits: str, rng: random.Random) -> Episode:
-    """The question after the whole map, in random order."""
+    """Puts the question after the whole map, in random order."""
     return replace(episode, hints=tuple(letter + digits[LETTERS.index(letter)] for letter in rng.sample(LETTERS, 10)))
 
 
 def step(student: PreTrainedModel, arm: ContextArm, exam: Exam, taught: Teaching, rng: random.Random) -> Cost:
-    """The gradients of one batch."""
-    episodes = exam.batch(rng)
+    """Leaves the gradients of one batch."""
+    episodes = exam.batch(rng, BATCH)
     prompts = base().prompts(episodes)
     digits = exam.task.wrong if arm.wrong else exam.task.digits
     contexts = base().prompts([instructed(episode, digits, rng) for episode in episodes])
     by_student = arm.answers == "student"
     # The teacher that writes is the frozen one: it is the checkpoint itself.
     writer, read = (student, prompts) if by_student else (base().model, contexts)
-    completions, _ = base().sample(writer, read)
+    completions = sample(writer, read)
     answers = [completion for group in completions for completion in group]
     cost = total_length(read, answers) + total_length(prompts, answers)
     if arm.alpha is None:
@@ -71,16 +85,16 @@ def step(student: PreTrainedModel, arm: ContextArm, exam: Exam, taught: Teaching
 
 
 def run(arm: ContextArm, settings: Settings, learning_rate: float, seed: int) -> list[Point]:
-    """The points have the ceiling too: "taught" is the base model with the instruction in view."""
-    exam = Exam(seed, episodes=settings.episodes)
+    """Trains one arm; its points have the ceiling too: "taught" is the base model with the instruction in view."""
+    exam = exam_of(seed, episodes=settings.episodes)
     student = base().fresh()
     taught = teaching(arm.teacher, student)
     rng = random.Random(seed)
-    ceiling = exam.right(base().model, [instructed(one, exam.task.digits, rng) for one in exam.new[0]])[1]
+    ceiling = exam.right(base().model, [instructed(each, exam.task.digits, rng) for each in exam.new[0]]).strict
     return train(
         student,
         partial(step, student, arm, exam, taught),
-        lambda model: exam.measure(model) | {"taught": ceiling},
+        lambda model: measure(exam, model) | {"taught": ceiling},
         learning_rate=learning_rate,
         steps=settings.steps,
         seed=seed,
@@ -89,7 +103,7 @@ def run(arm: ContextArm, settings: Settings, learning_rate: float, seed: int) ->
 
 
 def short_of_teacher(points: Sequence[Point]) -> float:
-    """How far the student without the instruction is below the teacher with it, at the end; strict."""
+    """Returns how far the student without the instruction ends below the teacher with it; strict."""
     return points[-1]["taught"] - points[-1]["new_strict"]
 
 
@@ -173,5 +187,3 @@ STUDIES = (
         notes="The instruction costs 20 tokens in front of each question; the distilled model reads none of them.",
     ),
 )
-
-__all__ = ["STUDIES", "ContextArm", "Settings", "instructed", "run", "step"]

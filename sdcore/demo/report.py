@@ -1,4 +1,4 @@
-"""What the demo reports, and its three forms: a table on the terminal, a JSON of the numbers, a PNG of the curves."""
+"""Shows what the demo measured: a table on the terminal, a JSON of the numbers, a PNG of the curves."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from sdcore.demo.experiment import Skill, Task
 from sdcore.world.verifier import Accuracy
 
 Learner = Literal["sdft", "sft", "oracle"]
-Skill = Literal["new", "prior", "in_context"]
 
 TITLES: Final[dict[Learner, str]] = {"sdft": "SDFT", "sft": "SFT", "oracle": "oracle"}
 COLUMNS: Final = ("new, lenient", "new, strict", "prior", "in-context")
@@ -31,22 +31,15 @@ LEGEND: Final = (
 )
 
 
-class Task(NamedTuple):
-    """The task to learn: an open name with a map that is nowhere in the weights."""
-
-    name: str
-    digits: str
-
-
 class Point(NamedTuple):
-    """What a model can do after `step` training steps."""
+    """Says what a model can do after `step` training steps."""
 
     step: int
     skills: dict[Skill, Accuracy]
 
 
 class Sample(NamedTuple):
-    """A question of the new task and sampled answers to it, `<eos>` included."""
+    """Holds a question of the new task and sampled answers to it, `<eos>` included."""
 
     question: str
     right: str
@@ -63,7 +56,7 @@ class DemoReport:
     samples: list[Sample]
 
     def to_json(self) -> str:
-        """The numbers, without times and output paths: two runs with one seed give the same text."""
+        """Returns the numbers without times and output paths: two runs with one seed give the same text."""
         curves = {
             learner: [
                 {"step": point.step} | {skill: value._asdict() for skill, value in point.skills.items()}
@@ -73,7 +66,7 @@ class DemoReport:
         }
         parts = {
             "settings": self.settings,
-            "task": self.task._asdict(),
+            "task": {"name": self.task.name, "digits": self.task.digits},
             "teacher": self.teacher._asdict(),
             "curves": curves,
             "samples": [sample._asdict() for sample in self.samples],
@@ -82,7 +75,7 @@ class DemoReport:
 
 
 def table_points(report: DemoReport) -> list[tuple[str, Point]]:
-    """The rows of the table: the start, then every learner at its end, SFT also after as many steps as SDFT."""
+    """Returns the table's rows: the start, then every learner at its end, SFT also after as many steps as SDFT."""
     sdft, sft, oracle = (report.curves[learner] for learner in TITLES)
     rows = [("before", sdft[0]), ("SDFT", sdft[-1])]
     if sft[-1].step != sdft[-1].step:
@@ -91,7 +84,7 @@ def table_points(report: DemoReport) -> list[tuple[str, Point]]:
 
 
 def print_report(report: DemoReport, console: Console) -> None:
-    """Two tables that fit 80 columns, and a legend of every row and column."""
+    """Prints two tables that fit 80 columns, and a legend of every row and column."""
     count = report.teacher.answers
     error = 0.5 / count**0.5
     console.print(f"\nShares of right answers, {count} sampled for each, standard error at most {error:.3f}")
@@ -122,13 +115,13 @@ def print_report(report: DemoReport, console: Console) -> None:
 
 
 def require_matplotlib() -> None:
-    """Raise `ImportError` with what to install when matplotlib is missing."""
+    """Raises `ImportError` with what to install when matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("the curves need matplotlib: pip install 'sdcore[plot]', or run with --no-plot")
 
 
 def plot_curves(report: DemoReport, path: Path) -> None:
-    """Write one panel per ability as a PNG; a dotted line marks the teacher on the new task."""
+    """Writes one panel per ability as a PNG; a dotted line marks the teacher on the new task."""
     from matplotlib.figure import Figure
 
     panels: tuple[tuple[str, Skill, Literal["lenient", "strict"]], ...] = (

@@ -1,4 +1,4 @@
-"""Claim (d): on one hard question, training at test time finds an answer that sampling does not.
+"""Tests claim (d): on one hard question, training at test time finds an answer that sampling does not.
 
 Test-time discovery (arXiv:2601.20802, section 5): a question that the model answers rightly about once in a hundred
 thousand attempts, a verifier, and a budget of attempts. Self-distillation trains on the question itself: each attempt's
@@ -24,13 +24,14 @@ from typing import Literal, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from ..losses import FusedLinearDivergence
-from ..losses.aggregate import spread
-from ..losses.policy_gradient import PolicyTerm, group_advantages
-from ..prefix import plan
-from ..step import distill_step, policy_gradient_step
-from ..world.episodes import Episode
-from .experiment import Exam, TeacherKind, Teaching, base, teaching, total_length
+from sdcore.losses import FusedLinearDivergence
+from sdcore.losses.aggregate import spread
+from sdcore.losses.policy_gradient import PolicyTerm, group_advantages
+from sdcore.prefix import plan
+from sdcore.step import distill_step, policy_gradient_step
+from sdcore.world.episodes import Episode
+
+from .experiment import TeacherKind, Teaching, base, exam_of, measure, sample, teaching, text_of, total_length
 from .records import Arm, Column, Panel, Point, Results, Study, Verdict, compare, final
 from .sdpo import Attempt, attempt, feedback
 
@@ -56,7 +57,7 @@ class Settings:
 
 
 class Search(NamedTuple):
-    """How a search ended."""
+    """Says how a search ended."""
 
     attempts: int | None  # until the first right answer; None: not within the budget
     tokens: int
@@ -64,8 +65,8 @@ class Search(NamedTuple):
 
 
 def search(arm: DiscoveryArm, settings: Settings, learning_rate: float, seed: int) -> Search:
-    """Rounds of attempts at the first question of the seed's exam until one is right or the budget is spent."""
-    exam = Exam(seed, episodes=settings.episodes)
+    """Makes rounds of attempts at the first question of the seed's exam until one is right or the budget is spent."""
+    exam = exam_of(seed, episodes=settings.episodes)
     question = exam.new[0][0]
     trains = arm.does in {"distill", "reward"}
     student = base().fresh() if trains else base().model
@@ -73,17 +74,17 @@ def search(arm: DiscoveryArm, settings: Settings, learning_rate: float, seed: in
     optimizer = torch.optim.AdamW(student.parameters(), lr=learning_rate, weight_decay=0.0) if trains else None
     torch.manual_seed(seed)
     known: list[tuple[str, ...]] = [()] * arm.width  # of each conversation
-    tokens, found = 0, None
+    tokens, attempts = 0, None
     for made in range(0, settings.budget, arm.width):
         prompts = base().prompts([replace(question, hints=seen) for seen in known])
-        completions = [group[0] for group in base().sample(student, prompts)[0]]
+        completions = [group[0] for group in sample(student, prompts)]
         tokens += total_length(prompts, completions)
-        tried = [attempt(base().text(ids), question) for ids in completions]
-        found = next((made + i + 1 for i, one in enumerate(tried) if one.exact), None)
-        if found is not None:
+        tried = [attempt(text_of(ids), question) for ids in completions]
+        attempts = next((made + i for i, each in enumerate(tried, start=1) if each.exact), None)
+        if attempts is not None:
             break
         digits = exam.task.wrong if arm.wrong else None
-        said = [feedback(question, one, corrections=settings.corrections, digits=digits) for one in tried]
+        said = [feedback(question, each, corrections=settings.corrections, digits=digits) for each in tried]
         if arm.does == "multi-turn":
             known = [remember(question, old, new, arm) for old, new in zip(known, said, strict=True)]
         if optimizer is not None and taught is not None:
@@ -92,11 +93,11 @@ def search(arm: DiscoveryArm, settings: Settings, learning_rate: float, seed: in
             optimizer.step()
             optimizer.zero_grad()
             taught.after()
-    return Search(found, tokens, exam.measure(student)["kept"])
+    return Search(attempts, tokens, measure(exam, student)["kept"])
 
 
 def remember(question: Episode, old: tuple[str, ...], new: tuple[str, ...], arm: DiscoveryArm) -> tuple[str, ...]:
-    """The pairs in the next turn's context, in the question's order."""
+    """Returns the pairs in the next turn's context, in the question's order."""
     if arm.memory == "last":
         return new
     return tuple(pair for pair in question.answer if pair in {*old, *new})
@@ -112,11 +113,11 @@ def learn(
     said: Sequence[tuple[str, ...]],
     taught: Teaching,
 ) -> int:
-    """The gradients of one round; returns the tokens that it took."""
+    """Leaves the gradients of one round; returns the tokens that it took."""
     lengths = [len(ids) for ids in completions]
     read = total_length([prompt] * len(completions), completions)
     if arm.does == "reward":
-        advantages = group_advantages(torch.tensor([one.share for one in tried]), [len(tried)])
+        advantages = group_advantages(torch.tensor([each.share for each in tried]), [len(tried)])
         policy_gradient_step(student, plan([prompt], [completions]), PolicyTerm(advantages=spread(advantages, lengths)))
         return read
     contexts = base().prompts([replace(question, hints=seen) for seen in said])
@@ -133,20 +134,20 @@ def learn(
 
 
 def run(arm: DiscoveryArm, settings: Settings, learning_rate: float, seed: int) -> list[Point]:
-    """The share of questions that are solved after so many attempts; the last point has the means of the searches."""
+    """Returns the share of questions solved after so many attempts; the last point has the means of the searches."""
     rng = random.Random(seed)
     seeds = [rng.randrange(10**6) for _ in range(settings.questions)]
-    searches = [search(arm, settings, learning_rate, one) for one in seeds]
-    ends = [settings.budget if one.attempts is None else one.attempts for one in searches]
+    searches = [search(arm, settings, learning_rate, question) for question in seeds]
+    ends = [settings.budget if each.attempts is None else each.attempts for each in searches]
     means = {
         "attempts": sum(ends) / len(ends),
-        "thousand tokens": sum(one.tokens for one in searches) / len(searches) / 1000,
-        "kept": sum(one.kept for one in searches) / len(searches),
+        "thousand tokens": sum(each.tokens for each in searches) / len(searches) / 1000,
+        "kept": sum(each.kept for each in searches) / len(searches),
     }
     marks = [mark for mark in (1, 2, 5, 10, 20, 40, 80, 160, 320, 640) if mark <= settings.budget]
     points: list[Point] = []
     for mark in marks:
-        solved = sum(one.attempts is not None and one.attempts <= mark for one in searches) / len(searches)
+        solved = sum(each.attempts is not None and each.attempts <= mark for each in searches) / len(searches)
         points.append({"step": float(mark), "samples": float(mark), "tokens": 0.0, "solved": solved})
     points[-1] |= means
     return points
@@ -176,7 +177,7 @@ NONE = (0.0,)  # nothing is trained
 
 
 def arms(study: str) -> tuple[DiscoveryArm, ...]:
-    """The same in both studies."""
+    """Lists the arms, which are the same in both studies."""
     distills = partial(DiscoveryArm, does="distill", learning_rates=RATES)
     talks = partial(DiscoveryArm, does="multi-turn", learning_rates=NONE)
     return (
@@ -230,5 +231,3 @@ STUDIES = (
         corrections=0,
     ),
 )
-
-__all__ = ["STUDIES", "DiscoveryArm", "Search", "Settings", "learn", "run", "search"]

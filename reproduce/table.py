@@ -1,4 +1,4 @@
-"""Run the reproduction and write what it found: verdicts, tables and plots, from the records of the runs.
+"""Runs the reproduction and writes what it found: verdicts, tables and plots, from the records of the runs.
 
     run(Path("docs/reproduction"), seeds=5, claims=None, quick=False, resume=True, console=Console())
 
@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from math import sqrt
 from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
 
-from ..errors import ArgumentError
+from sdcore.errors import ArgumentError
+
 from .records import (
     TUNING_SEED,
     Archive,
-    Column,
     Estimate,
     Panel,
     Record,
@@ -42,7 +41,7 @@ HEADINGS = {
 
 
 class Finding(NamedTuple):
-    """A study with its reported runs and what they say."""
+    """Holds a study with its reported runs and what they say."""
 
     study: Study
     scope: Scope
@@ -61,7 +60,7 @@ def run(
     workers: int = 2,
     nice: int = 0,
 ) -> list[Finding]:
-    """Make the missing runs of these claims (None: all), judge them, and write tables and plots into `output`.
+    """Makes the missing runs of these claims (None: all), judges them, and writes tables and plots into `output`.
 
     `resume=False` makes all runs anew. `quick` is a subset of arms with smaller settings and fixed learning rates: it
     tells whether the code works, not what is true. `workers` processes with one thread each, at priority `nice`; a
@@ -84,7 +83,7 @@ def run(
     jobs = [*scope.tuning(), *scope.reported(archive.records)]
     archive.keep([job.key for job in jobs], [study.name for study in scope.studies])
     whole = Scope(studies=studies_of(None), seeds=scope.seeds, quick=quick)
-    findings = [found for study in whole.studies if (found := find(study, whole, archive)) is not None]
+    findings = [finding for study in whole.studies if (finding := find(study, whole, archive)) is not None]
     for finding in findings:
         if finding.study in scope.studies:
             plot(finding, output / f"{finding.study.name}.png")
@@ -99,7 +98,7 @@ def run(
 
 
 def find(study: Study, scope: Scope, archive: Archive) -> Finding | None:
-    """The study's reported runs, judged; None if some are missing."""
+    """Judges the study's reported runs; None if some are missing."""
     own = Scope(studies=(study,), seeds=scope.seeds, quick=scope.quick)
     try:
         jobs = own.reported(archive.records)
@@ -117,7 +116,7 @@ def find(study: Study, scope: Scope, archive: Archive) -> Finding | None:
 
 
 def page(findings: Sequence[Finding], archive: Archive, *, quick: bool) -> str:
-    """The README: verdicts first, worst first; then how it was measured; then a section per study."""
+    """Writes the README: verdicts, worst first; then how it was measured; then a section per study."""
     lines = ["# Reproduction on the small world", ""]
     if quick:
         lines += ["**A quick subset: smaller settings, untuned learning rates, no verdicts.**", ""]
@@ -203,18 +202,18 @@ def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def cell(value: Estimate | None, digits: int) -> str:
-    """`0.97 ± 0.01`, with the number of seeds where not all have it; a single run has no error."""
+    """Formats as `0.97 ± 0.01`, with the number of seeds where not all have it; a single run has no error."""
     if value is None:
         return "never"
     text = f"{value.mean:.{digits}f}"
     if value.of > 1:
-        text += f" ± {value.error:.{digits}f}" if value.found > 1 else ""
-        text += f" ({value.found}/{value.of})" if value.found < value.of else ""
+        text += f" ± {value.error:.{digits}f}" if value.seeds > 1 else ""
+        text += f" ({value.seeds}/{value.of})" if value.seeds < value.of else ""
     return text
 
 
 def plot(finding: Finding, path: Path) -> None:
-    """A panel per quantity; the mean over seeds with a band of one standard error."""
+    """Draws a panel per quantity: the mean over seeds with a band of one standard error."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -249,22 +248,17 @@ def plot(finding: Finding, path: Path) -> None:
 
 
 def curve(records: Sequence[Record], panel: Panel) -> tuple[list[float], list[float], list[float]]:
-    """Means over the runs, checkpoint by checkpoint, as far as every run has come."""
+    """Averages over the runs, checkpoint by checkpoint, as far as every run has come: x, means, standard errors."""
     xs, means, errors = [], [], []
     for points in zip(*(record.points for record in records), strict=False):
-        values = [point[panel.y] for point in points if panel.y in point]
-        if not values:
-            continue
-        mean = sum(values) / len(values)
-        xs.append(sum(point[panel.x] for point in points) / len(points))
-        means.append(mean)
-        errors.append(sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1) / len(values)))
+        value = estimate([point.get(panel.y) for point in points])
+        if value is not None:
+            xs.append(sum(point[panel.x] for point in points) / len(points))
+            means.append(value.mean)
+            errors.append(value.error)
     return xs, means, errors
 
 
 def _anchor(title: str) -> str:
-    """As GitHub makes it."""
+    """Makes a heading's anchor as GitHub does."""
     return "".join(c for c in title.lower().replace(" ", "-") if c.isalnum() or c in "-_")
-
-
-__all__ = ["Column", "Finding", "cell", "curve", "find", "markdown", "page", "plot", "run"]
