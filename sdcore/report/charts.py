@@ -191,7 +191,7 @@ def figure_of(
         for axes, panel in zip(grid.flat, panels, strict=False):
             _draw(axes, panel)
             handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-            labelled = handles | labelled
+            labelled |= {label: handle for label, handle in handles.items() if label not in labelled}
             if legend == "panels" and len(handles) > 1:
                 axes.legend(handles.values(), handles, fontsize=7)
         if legend == "below" and labelled:
