@@ -34,9 +34,9 @@ COLOURS: Final = {
     "temporary": "#dcd0e8",
 }
 PHASE_COLOURS: Final = {
-    "student forward": "#2f7ebc",
+    "student forward": "#1d3a5f",
     "teacher forward": "#5aa469",
-    "loss": "#e3b23c",
+    "loss": "#a6761d",
     "backward": "#8a5fa8",
     "optimizer": "#6b6b6b",
     "rest": "#eeeeee",
