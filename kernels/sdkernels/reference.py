@@ -290,8 +290,8 @@ def linear_divergence_reference(
     elif topk is not None:
         tail = tail and topk < log_p.shape[-1]
         ids = (student_logits if topk_of == "student" else teacher_logits).detach().topk(topk, -1).indices
-        buckets = (bucketed(logits, ids, tail) for logits in (student_logits, teacher_logits))
-        value = divergence_of(*buckets, alpha, normalize)
+        student_buckets, teacher_buckets = bucketed(student_logits, ids, tail), bucketed(teacher_logits, ids, tail)
+        value = divergence_of(student_buckets, teacher_buckets, alpha, normalize)
     elif entry_clip is not None:
         value = clipped_divergence(log_p, log_q, alpha, entry_clip, normalize)
     else:
