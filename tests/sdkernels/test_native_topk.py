@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -94,6 +94,7 @@ def exact(case: Case, alpha: float, topk: int, topk_of: str, tail: bool) -> tupl
     spread=st.floats(0.1, 8.0),
     seed=st.integers(0, 9999),
 )
+@example(rows=3, vocab=2, share=0.4, topk_of="teacher", tail=True, log_noise=-2.31483321, spread=0.1, seed=6389)
 def test_a_tile_is_what_float64_makes_of_the_same_logits(
     teacher: str,
     alpha: float,
@@ -116,6 +117,8 @@ def test_a_tile_is_what_float64_makes_of_the_same_logits(
     # loss is half its mean square, about.
     given = case.gap.abs() if teacher == "gap" else torch.maximum(case.student.abs(), (case.student + case.gap).abs())
     rounding = 4e-7 * given.double().amax(1)
+    if teacher != "gap":  # the masses of both sides are sums of exponentials, each off by a rounding of its own
+        rounding = rounding.clamp(min=2**-23)
     assert_within(values.loss, loss, 1e-6 * loss + rounding * (2 * loss).sqrt() + rounding**2)
     # Each entry is its probability times a mean of log-ratios, whose parts may cancel.
     p = case.student.double().softmax(-1)
