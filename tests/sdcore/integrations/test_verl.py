@@ -180,6 +180,13 @@ def laid_out(batch: Batch, layout: str) -> dict[str, Any]:
     }
 
 
+def call(function: Any, batch: Batch, layout: str = "packed", *, mask: Tensor | None = None, **options: Any) -> Any:
+    """Calls a loss with a batch in a layout, and returns the loss and its metrics."""
+    given = laid_out(batch, layout) | options
+    student = given.pop("student_hidden"), batch.weight, given.pop("responses")
+    return function(*student, batch.mask if mask is None else mask, **given)
+
+
 layouts = pytest.mark.parametrize("layout", ["padded", "packed", "rmpad", "nested"])
 
 
@@ -190,15 +197,12 @@ def test_the_loss_of_teacher_states_is_that_of_plain_logits(layout: str, mode: s
     batch = make_batch()
     weight = batch.weight.requires_grad_()
     states = [rows.requires_grad_() for rows in batch.states]
-    given = laid_out(batch, layout)
     teacher = taught(batch, batch.weight.detach() * 1.1)
     if layout == "padded":
         padded = Responses.padded(attention_mask(TEACHER_PROMPTS), T)
         teacher = Hidden(pad_rows(batch.teacher_states, TEACHER_PROMPTS), padded, teacher.weight)
-    loss, metrics = distillation_loss(
-        given["student_hidden"], weight, given["responses"], batch.mask, teacher=teacher, input_ids=given["input_ids"],
-        loss=FusedLinearDivergence(alpha=alpha, temperature=1.7), loss_agg_mode=mode,
-    )  # fmt: skip
+    divergence = FusedLinearDivergence(alpha=alpha, temperature=1.7)
+    loss, metrics = call(distillation_loss, batch, layout, teacher=teacher, loss=divergence, loss_agg_mode=mode)
     log_p = padded_logits(states, weight, 1.7).log_softmax(-1)
     log_q = padded_logits(batch.teacher_states, teacher.weight, 1.7).log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
@@ -219,7 +223,6 @@ def test_the_loss_of_a_servers_rows_is_verls_sum_over_k_tokens_and_the_rest(layo
     batch = make_batch()
     weight = batch.weight.requires_grad_()
     scored = server_rows(batch)
-    given = laid_out(batch, layout)
     teacher = scored
     if layout == "padded":
         teacher = Scored(*(pad_rows([*values.unbind()], PROMPTS) for values in scored))
@@ -227,10 +230,8 @@ def test_the_loss_of_a_servers_rows_is_verls_sum_over_k_tokens_and_the_rest(layo
         teacher = Scored(*(rows.values() for rows in scored))
     elif layout == "rmpad":
         teacher = Scored(*(rows.values()[None] for rows in scored))
-    loss, metrics = distillation_loss(
-        given["student_hidden"], weight, given["responses"], nested_mask(batch) if layout == "nested" else batch.mask,
-        teacher=teacher, input_ids=given["input_ids"],
-    )  # fmt: skip
+    mask = nested_mask(batch) if layout == "nested" else batch.mask
+    loss, metrics = call(distillation_loss, batch, layout, mask=mask, teacher=teacher)
     ids, logprobs = replies_of(scored)
     losses, tail = plain_kl_with_tail(padded_logits(batch.states, weight), ids, logprobs)
     expected = plain_agg(losses, batch.mask, "token-mean")
@@ -247,15 +248,13 @@ def nested_mask(batch: Batch) -> Tensor:
 
 def test_importance_and_rollout_weights_multiply_the_tokens() -> None:
     batch = make_batch()
-    given = laid_out(batch, "packed")
     log_p = padded_logits(batch.states, batch.weight).log_softmax(-1)
     chosen = log_p.gather(-1, replies(batch)[..., None])[..., 0]
     old, rollout = chosen + torch.linspace(-1.5, 1.5, T), torch.linspace(0.5, 2.0, B * T).view(B, T)
-    loss, _ = distillation_loss(
-        given["student_hidden"], batch.weight, given["responses"], batch.mask,
-        teacher=taught(batch), input_ids=given["input_ids"],
-        loss=FusedLinearDivergence(alpha=1.0, importance_clip=2.0), old_log_probs=old, rollout_is_weights=rollout,
-    )  # fmt: skip
+    clipped = FusedLinearDivergence(alpha=1.0, importance_clip=2.0)
+    loss, _ = call(
+        distillation_loss, batch, teacher=taught(batch), loss=clipped, old_log_probs=old, rollout_is_weights=rollout
+    )
     log_q = padded_logits(batch.teacher_states, batch.weight).log_softmax(-1)
     losses = (log_p.exp() * (log_p - log_q)).sum(-1) * (chosen - old).exp().clamp(max=2.0) * rollout
     torch.testing.assert_close(loss, plain_agg(losses, batch.mask, "token-mean"), rtol=1e-6, atol=1e-8)
@@ -502,11 +501,8 @@ def test_sdpos_loss_is_its_formulas_from_log_probabilities_and_from_states(confi
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-8)
     assert_same_gradients(loss, expected, weight, rtol=1e-5, atol=1e-7)
 
-    given = laid_out(batch, "packed")
-    fused, _ = self_distillation_loss(
-        given["student_hidden"], weight, given["responses"], batch.mask, config,
-        teacher=taught(batch), input_ids=given["input_ids"], temperature=0.9, **common,
-    )  # fmt: skip
+    common |= {"teacher": taught(batch), "temperature": 0.9}
+    fused, _ = call(self_distillation_loss, batch, self_distillation_config=config, **common)
     torch.testing.assert_close(fused, expected, rtol=1e-6, atol=1e-8)
     assert_same_gradients(fused, expected, weight, rtol=1e-5, atol=1e-7)
 
@@ -514,11 +510,9 @@ def test_sdpos_loss_is_its_formulas_from_log_probabilities_and_from_states(confi
 def test_a_batch_without_a_target_has_loss_0_and_gradients_0() -> None:
     batch = make_batch()
     states = torch.cat(batch.states).requires_grad_()
-    given, none = laid_out(batch, "packed"), torch.zeros(B)
-    loss, metrics = self_distillation_loss(
-        states, batch.weight, given["responses"], batch.mask, Settings(is_clip=None),
-        teacher=taught(batch), input_ids=given["input_ids"],
-        self_distillation_mask=none,
+    loss, metrics = call(
+        self_distillation_loss, batch, student_hidden=states, self_distillation_config=Settings(is_clip=None),
+        teacher=taught(batch), self_distillation_mask=torch.zeros(B),
     )  # fmt: skip
     assert loss == 0
     assert not torch.autograd.grad(loss, states)[0].any()
@@ -594,10 +588,7 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
 
 
 def test_the_support_of_the_loss_may_be_stated() -> None:
-    batch, given = make_batch(), laid_out(make_batch(), "packed")
-    arguments: Any = (given["student_hidden"], batch.weight, given["responses"], batch.mask)
-    keywords: dict[str, Any] = {"teacher": server_rows(batch), "input_ids": given["input_ids"]}
-    stated, _ = distillation_loss(
-        *arguments, **keywords, loss=FusedLinearDivergence(alpha=0.0, support=TopK(K, of="teacher"))
-    )
-    assert torch.equal(stated, distillation_loss(*arguments, **keywords)[0])
+    batch = make_batch()
+    loss = FusedLinearDivergence(alpha=0.0, support=TopK(K, of="teacher"))
+    stated, _ = call(distillation_loss, batch, teacher=server_rows(batch), loss=loss)
+    assert torch.equal(stated, call(distillation_loss, batch, teacher=server_rows(batch))[0])
