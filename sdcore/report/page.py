@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -25,8 +26,8 @@ from .series import (
     changes_of,
     charts_by_topic,
     constants_of,
+    draw,
     key_for,
-    panel_of,
     shown,
 )
 
@@ -101,7 +102,7 @@ def page(runs: Runs) -> str:
 def _drawn(chart: Chart, axis: Axis) -> Markup:
     """Draws a chart without its title and its legend, which are the page's."""
     names = ", ".join(series.label for series in chart.series)
-    figure = figure_of([panel_of(chart, axis)], size=(3.8, 2.0), legend="none", margins=(0.13, 0.2, 0.98, 0.97))
+    figure = figure_of([partial(draw, chart, axis)], size=(3.8, 2.0), legend="none", margins=(0.13, 0.2, 0.98, 0.97))
     name = f"{chart.title} over {AXIS_TITLES[axis]}: {names}"
     return Markup(inline_svg(figure, name, colours=VARIABLES))  # escaped there
 
