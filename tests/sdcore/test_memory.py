@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +36,8 @@ from sdcore.memory import (
 from sdcore.memory.measured import predictions
 from sdcore.presets import preset
 from sdkernels.live_bytes import LiveBytes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZES: dict[str, Any] = {
     "vocab_size": 3000,
@@ -80,15 +82,6 @@ LARGE = Qwen3Config(
     dtype="bfloat16",
 )
 LARGE_LOAD = Load(prompt_tokens=1024, context_tokens=512, completion_tokens=512, completions=8)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Faster than two for matrices this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # The torch backend has the scratch that the estimate is about; of tiny models it is a part that counts.
