@@ -55,7 +55,7 @@ class Tiles(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The tokens of a step, and the settings of all contenders."""
+    """Holds the tokens of a step, and the settings of all contenders."""
 
     plan: Plan
     student_ids: Tensor  # (B·G, P + R)
@@ -67,7 +67,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One contender's step. Without `lives` it did not run, and `reason` says why."""
+    """Holds one contender's step. Without `lives` it did not run, and `reason` says why."""
 
     contender: str
     lives: Lives | None = None
@@ -81,7 +81,7 @@ Run = Callable[[nn.Module, Batch, Callable[[str], None]], Tensor]
 
 
 class Contender(NamedTuple):
-    """One way to do the step."""
+    """Names one way to do the step."""
 
     name: str
     run: Run  # forward and backward: model, batch and the time line's `enter` to the detached loss

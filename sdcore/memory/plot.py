@@ -58,12 +58,12 @@ PREDICTED: Final = {"weights": ("weights", "teacher weights")} | {
 }
 
 
-def save_plot(found: Mapping[str, Measurement], path: Path | str, *, title: str = "") -> Path:
+def save_plot(measurements: Mapping[str, Measurement], path: Path | str, *, title: str = "") -> Path:
     """Writes a picture of all contenders that ran. Raises `ImportError` without matplotlib, `ValueError` for none."""
     require_matplotlib("a plot")
-    ran = {name: lives for name, measured in found.items() if (lives := measured.lives)}
+    ran = {name: lives for name, measured in measurements.items() if (lives := measured.lives)}
     if not ran:
-        raise ValueError("found must hold a contender that ran, got none")
+        raise ValueError("measurements must hold a contender that ran, got none")
     highest = max(lives.peak for lives in ran.values()) / MIB
     curves = [partial(_curves, name, lives, highest) for name, lives in ran.items()]
     stripes = [partial(_stripes, lives) for lives in ran.values()]
@@ -128,7 +128,9 @@ def _by_phase(lives: Lives) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def measured_table(
-    found: Mapping[str, Measurement], predicted: Mapping[str, Prediction] | None = None, title: str = "Measured peak"
+    measurements: Mapping[str, Measurement],
+    predicted: Mapping[str, Prediction] | None = None,
+    title: str = "Measured peak",
 ) -> Table:
     """Says on a terminal what each contender's peak is made of, with the estimate of the same step behind it."""
     from rich.table import Table
@@ -136,7 +138,7 @@ def measured_table(
     estimates = predicted or {}
     table = Table(title=title, title_justify="left")
     table.add_column("at the peak")
-    for name in found:
+    for name in measurements:
         table.add_column(NAMES.get(name, name), justify="right")
         if name in estimates:
             table.add_column("estimate", justify="right", style="dim")
@@ -145,7 +147,7 @@ def measured_table(
         label: str, measured: Callable[[Lives], str], estimated: Callable[[Prediction], str], style: str = ""
     ) -> None:
         cells = []
-        for name, measurement in found.items():
+        for name, measurement in measurements.items():
             cells.append(measured(measurement.lives) if measurement.lives else "–")
             cells += [estimated(estimates[name])] if name in estimates else []
         table.add_row(label, *cells, style=style)
@@ -163,10 +165,10 @@ def measured_table(
     return table
 
 
-def as_json(found: Mapping[str, Measurement]) -> dict[str, Any]:
+def as_json(measurements: Mapping[str, Measurement]) -> dict[str, Any]:
     """Writes what `save_plot` draws and the table says for other programs."""
     written: dict[str, Any] = {}
-    for name, measured in found.items():
+    for name, measured in measurements.items():
         written[name] = {"describes": CONTENDERS[name].describes}
         lives = measured.lives
         if lives is None:

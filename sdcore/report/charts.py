@@ -62,7 +62,7 @@ RC: Final[Any] = {  # matplotlib names every setting in a type of its own
 
 
 class Bar(NamedTuple):
-    """A bar, of which a lower part may be pale."""
+    """Describes a bar, of which a lower part may be pale."""
 
     height: float
     colour: str

@@ -54,7 +54,7 @@ ARROWS: Final = {"up": "↑ is better", "down": "↓ is better", "watch": "watch
 
 
 class Fact(NamedTuple):
-    """A setting of a run."""
+    """Names a setting of a run."""
 
     name: str
     value: str
@@ -88,10 +88,7 @@ def page(runs: Runs) -> str:
         shades=[
             (shade, shown(shown_samples.darkest * (shade / SHADES) ** 2)) for shade in range(0, SHADES + 1, SHADES // 5)
         ],
-        changes=changes_of(single) if single else [],
-        keys=[
-            key_for(name) for name in dict.fromkeys(change.key.name for _, run in runs for change in changes_of(run))
-        ],
+        metrics=list({change.key.name: change for _, run in runs for change in changes_of(run)}.values()),
         descriptions=[(label, sections_of(run)) for label, run in runs],
         arrows=ARROWS,
         lines=len(COLOURS),

@@ -78,7 +78,7 @@ TOGETHER: Final[dict[str, dict[str, str]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One metric of one run."""
+    """Holds one metric of one run."""
 
     name: str
     label: str
@@ -92,7 +92,7 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """Series that are read together."""
+    """Holds the series that are read together."""
 
     title: str
     unit: str
@@ -101,12 +101,12 @@ class Chart:
 
     @property
     def axes(self) -> list[Axis]:
-        """What it can be drawn over."""
+        """Lists what it can be drawn over."""
         return [axis for axis in AXES if all(axis in series.x for series in self.series)]
 
 
 class Point(NamedTuple):
-    """A bucket of consecutive values."""
+    """Averages a bucket of consecutive values."""
 
     x: float
     y: float  # mean
@@ -115,7 +115,7 @@ class Point(NamedTuple):
 
 
 class Change(NamedTuple):
-    """A metric at the start and at the end of a run."""
+    """Holds a metric at the start and at the end of a run."""
 
     key: Key
     first: float
@@ -172,7 +172,7 @@ def constants_of(runs: Sequence[tuple[str, RunData]]) -> list[Change]:
 
 
 def changes_of(run: RunData) -> list[Change]:
-    """Holds the first of every metric against its last, in the order of the table."""
+    """Compares the first of every metric with its last, in the order of the table."""
     order = {topic: i for i, topic in enumerate((*TOPICS, OTHER))}
     changes = [
         Change(key_for(name), *first_and_last(series.y), len(series.y)) for name, series in series_of(run).items()
@@ -213,7 +213,7 @@ def draw(chart: Chart, axis: Axis, axes: Axes) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """True for a finite number, which True and False are not."""
+    """Is true for a finite number, which True and False are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -226,7 +226,7 @@ def test_the_plot_and_the_numbers_behind_it_are_written(step: dict[str, Measurem
         totals = np.sum(list(curves.values()), axis=0)
         assert totals.max() == written[name]["peak_bytes"] == lives_of(measured).peak
         assert np.all(np.diff(written[name]["ticks"]) >= 0)
-    with pytest.raises(ValueError, match="found must hold a contender that ran"):
+    with pytest.raises(ValueError, match="measurements must hold a contender that ran"):
         save_plot({"trl": Measurement(contender="trl", reason="not installed")}, tmp_path / "none.png")
 
 
