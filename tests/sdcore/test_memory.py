@@ -237,7 +237,7 @@ def test_the_table_names_every_part_and_its_sum() -> None:
     "setting", [Setting(), Setting(strategy="two_phase", micro_batch=1), Setting(strategy="naive", fused=False)]
 )
 def test_the_largest_fits_and_one_more_does_not(quantity: str, setting: Setting) -> None:
-    available = int(100 * GIB)
+    available = int(130 * GIB)
     found = largest(LARGE, LARGE_LOAD, setting, quantity, available=available, parameters=COUNTED)
     if found.value is None:
         smallest = replace(LARGE_LOAD, **{quantity: QUANTITIES[quantity][1]})  # type: ignore[arg-type]
