@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from ..report.charts import areas, figure_of, require_matplotlib, save
+from ..charts import areas, figure_of, require_matplotlib, save
 from .estimate import MIB, Prediction, shown_bytes
 from .measured import CONTENDERS, Measurement
 from .timeline import CATEGORIES, Lives

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from ..charts import figure_of, save
 from ..diagnostics import RunData
-from .charts import figure_of, save
 from .notes import notes_of
 from .page import Runs, compared, headline, sections_of, subtitle_of, title_of
 from .samples import Sample, samples_of

@@ -12,9 +12,9 @@ from typing import Any, Final, NamedTuple
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
 
+from ..charts import COLOURS, GRID, INK, figure_of, inline_svg
 from ..diagnostics import RunData
 from ..diagnostics.keys import COST, OTHER
-from .charts import COLOURS, GRID, INK, figure_of, inline_svg
 from .notes import notes_of
 from .samples import SHADES, samples_of
 from .series import (

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
+from ..charts import count_on_x, line
 from ..diagnostics import RunData, key_of
 from ..diagnostics.keys import OTHER, TOPICS, Key
 from ..diagnostics.runlog import RESERVED
-from .charts import count_on_x, line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

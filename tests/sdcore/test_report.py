@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from sdcore.charts import COLOURS, Bar, areas, bars, figure_of, inline_svg, line, log_scale, save
 from sdcore.diagnostics import RunLog, RunLogError
 from sdcore.diagnostics.runlog import RunData, read_run
 from sdcore.errors import ArgumentError
 from sdcore.report import series, write_report
-from sdcore.report.charts import COLOURS, Bar, areas, bars, figure_of, inline_svg, line, log_scale, save
 from sdcore.report.notes import notes_of
 from sdcore.report.samples import Token, samples_of, spaced
 
