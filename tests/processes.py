@@ -1,20 +1,27 @@
-"""Test cases that run in processes which talk to each other: started once, each leaves a file with its verdicts."""
+"""Runs test cases in processes that talk to each other: started once, each leaves a file of what it found."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch.distributed
 import torch.multiprocessing as mp
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def verdicts_of(
     work: Callable[..., None], folder: Path, *arguments: Any, ranks: int, seconds: float
 ) -> list[dict[str, str]]:
-    """Run `work(rank, *arguments)` in as many processes; of each, what it left in `folder` as `{rank}.json`.
+    """Runs `work(rank, *arguments)` in as many processes; returns what each left in `folder` as `{rank}.json`.
 
     That is "" for a case that is right, else why not. A case that was not reached in this time is missing: the ranks
     hung, or died.
@@ -29,3 +36,41 @@ def verdicts_of(
             process.kill()
     files = [folder / f"{rank}.json" for rank in range(ranks)]
     return [json.loads(file.read_text()) if file.exists() else {} for file in files]
+
+
+def launch(script: str, folder: Path, *arguments: str, ranks: int, seconds: float) -> None:
+    """Runs a script in as many processes by torchrun; fails the test if it fails, or is not done in this time."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), script,
+         str(folder), *arguments],
+        cwd=folder,
+        env=os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels"))),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "CI": "1",  # TRL sends no telemetry
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+    try:
+        said, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # the launcher, which ends its workers: they are in sessions of their own
+        said, _ = process.communicate(timeout=60)
+        pytest.fail(f"hung: {said[-3000:]}")
+    if process.returncode:
+        pytest.fail(said[-6000:])
+
+
+def leave() -> None:
+    """Ends a rank that has written what it found, without the interpreter's shutdown.
+
+    Now and then that aborts a process, beside torch's threads.
+    """
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)

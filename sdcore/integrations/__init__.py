@@ -1,4 +1,4 @@
-"""Drop-in pieces for other people's trainers: each renames, reshapes and calls what the rest of the library computes.
+"""Brings the library into other people's trainers: each module renames and reshapes what the rest computes.
 
-Not imported by anything else, and nothing is imported here: each module needs its own optional dependency.
+Nothing else imports these modules, and nothing is imported here, since each needs its own optional dependency.
 """

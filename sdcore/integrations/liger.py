@@ -1,4 +1,4 @@
-"""Liger's `LigerFusedLinearJSDLoss` on our kernels: the constructor and the call of the class in liger-kernel 0.8.5.
+"""Computes Liger's `LigerFusedLinearJSDLoss` on our kernels, with the arguments of the class in liger-kernel 0.8.5.
 
     from sdcore.integrations.liger import LigerFusedLinearJSDLoss      # was: from liger_kernel.chunked_loss import ...
 
@@ -35,7 +35,7 @@ from ..errors import ArgumentError
 
 
 class LigerFusedLinearJSDLoss(nn.Module):
-    """Cross-entropy with the labels and generalised Jensen-Shannon divergence from a teacher, without logits.
+    """Adds up cross-entropy with the labels and Jensen-Shannon divergence from a teacher, without logits.
 
     Args:
         weight_hard_loss, weight_soft_loss: of the cross-entropy and of the divergence. A part of weight 0 is computed
@@ -90,7 +90,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
         student_bias: Tensor | None = None,
         teacher_bias: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """States (N, H) and (N, Ht), heads (V, H) and (V, Ht), labels (N,) int64 to a loss (), float32 or better.
+        """Takes states (N, H), (N, Ht), heads (V, H), (V, Ht) and labels (N,) int64 to a loss (), float32 or better.
 
         Both states may be (B, L, ·), with labels (B, L). A teacher's head may have more rows than the student's, for
         the same tokens and padding: what is beyond V is ignored. Nothing of the teacher gets a gradient. Raises
@@ -159,7 +159,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
 
 
 def _rows(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, L, ·) as (N, ·)."""
+    """Flattens (B, L, ·) to (N, ·)."""
     if not (isinstance(student, Tensor) and student.dim() == 3):
         return student, teacher, labels
     shape = tuple(student.shape[:2])

@@ -1,4 +1,4 @@
-"""A teacher that is a server: what vLLM, SGLang or TRL's client say of given completions, as `TopKLogprobs`.
+"""Makes a teacher of a server: reads what vLLM, SGLang or TRL's client say of completions as `TopKLogprobs`.
 
     plan = sdcore.prefix.plan(prompts, completions, teacher_prompts)
     server = VLLMServer("http://localhost:8000", model="teacher")
@@ -46,7 +46,7 @@ VLLM_LOG_ZERO = -9999.0
 
 
 class Scored(NamedTuple):
-    """What a server is asked about: a teacher's prompt and a completion."""
+    """Holds what a server is asked about: a teacher's prompt and a completion."""
 
     name: str  # for errors: `completions[g][i]`
     ids: list[int]
@@ -54,7 +54,7 @@ class Scored(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One token of a position."""
+    """Holds one token of a position."""
 
     token: int
     logprob: float
@@ -63,24 +63,24 @@ class Entry(NamedTuple):
 
 @dataclass(kw_only=True)
 class SGLangServer(Server):
-    """An SGLang server's own protocol, `/generate`. Raises `EngineError` where it fails."""
+    """Speaks an SGLang server's own protocol, `/generate`. Raises `EngineError` where it fails."""
 
 
 def sequences(plan: Plan) -> list[Scored]:
-    """Every completion with the teacher's prompt before it, or the student's for a plan without; empty ones left out.
+    """Lists every completion behind the teacher's prompt, or the student's for a plan without; leaves out empty ones.
 
-    What `from_vllm` and the others expect an answer to each of, in this order.
+    `from_vllm` and the others expect an answer to each of them, in this order.
     """
-    found = []
+    asked = []
     for g, (tree, slices) in enumerate(zip(plan.teacher or plan.student, plan.rows, strict=True)):
         for i in tree.active:
             ids = [*tree.sequence(i).tolist(), int(plan.target_ids[slices[i].stop - 1])]
-            found.append(Scored(f"completions[{g}][{i}]", ids, tree.rows[i]))
-    return found
+            asked.append(Scored(f"completions[{g}][{i}]", ids, tree.rows[i]))
+    return asked
 
 
 def score(server: Server, plan: Plan, k: int) -> TopKLogprobs:
-    """Ask a `VLLMServer` or `SGLangServer` for (N, k), one request a completion. Raises `EngineError`.
+    """Asks a `VLLMServer` or `SGLangServer` for (N, k), one request a completion. Raises `EngineError`.
 
     vLLM must be started with `--max-logprobs` of at least k (its default is 20), and must be 0.10.2 or later.
     """
@@ -94,26 +94,26 @@ def score(server: Server, plan: Plan, k: int) -> TopKLogprobs:
             "prompt_logprobs": k,
             "return_token_ids": True,
         }
-        answers = server.post_all("/v1/completions", [common | {"prompt": one.ids} for one in asked])
-        return from_vllm([_only_choice(answer, one) for answer, one in zip(answers, asked, strict=True)], plan, k)
+        answers = server.post_all("/v1/completions", [common | {"prompt": sequence.ids} for sequence in asked])
+        return from_vllm([_only_choice(*pair) for pair in zip(answers, asked, strict=True)], plan, k)
     if isinstance(server, SGLangServer):
         bodies = [
             {
-                "input_ids": one.ids,
+                "input_ids": sequence.ids,
                 "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
                 "return_logprob": True,
                 # An entry before the completion, because the first one that is sent is always empty.
-                "logprob_start_len": len(one.ids) - one.rows - 1,
+                "logprob_start_len": len(sequence.ids) - sequence.rows - 1,
                 "top_logprobs_num": k,
             }
-            for one in asked
+            for sequence in asked
         ]
         return from_sglang(server.post_all("/generate", bodies), plan, k)
     raise ArgumentError(f"server must be a VLLMServer or an SGLangServer, got {type(server).__name__}")
 
 
 def from_vllm(answers: Sequence[Any], plan: Plan, k: int) -> TopKLogprobs:
-    """Of vLLM's answers, one per entry of `sequences(plan)`: `RequestOutput`s, or choices of the completions endpoint.
+    """Reads vLLM's answers to `sequences(plan)`: `RequestOutput`s, or choices of the completions endpoint.
 
     Each has `prompt_logprobs`, with an entry per token (None for the first), and `prompt_token_ids`. Without the
     latter, of older versions, the tokens are known by their own entries, which vLLM always adds.
@@ -122,7 +122,7 @@ def from_vllm(answers: Sequence[Any], plan: Plan, k: int) -> TopKLogprobs:
 
 
 def from_sglang(answers: Sequence[Mapping[str, Any]], plan: Plan, k: int) -> TopKLogprobs:
-    """Of SGLang's answers, one per entry of `sequences(plan)`, with `return_logprob` and `top_logprobs_num=k`.
+    """Reads SGLang's answers to `sequences(plan)`, made with `return_logprob` and `top_logprobs_num=k`.
 
     Each has `meta_info` with `input_token_logprobs` and `input_top_logprobs`: (logprob, id, text) of the last tokens of
     the sequence, from `logprob_start_len` on, the first of them without a log-probability.
@@ -131,7 +131,7 @@ def from_sglang(answers: Sequence[Mapping[str, Any]], plan: Plan, k: int) -> Top
 
 
 def from_trl(answer: Mapping[str, Sequence[Any]], plan: Plan, k: int) -> TopKLogprobs:
-    """Of what TRL's `VLLMClient.get_sequence_logprobs(ids, prompt_lengths, top_logprobs=k)` returns for `sequences`.
+    """Reads what TRL's `VLLMClient.get_sequence_logprobs(ids, prompt_lengths, top_logprobs=k)` returns for `sequences`.
 
     `logprobs`, `logprob_token_ids` and `actual_token_ids`, each with a list per sequence and completion token. TRL pads
     positions of which the server said less with -inf, which is refused here.
@@ -155,22 +155,22 @@ def _collect(answers: Sequence[Any], plan: Plan, k: int, positions: Positions) -
     logprobs: list[list[float]] = []
     for answer, sequence in zip(answers, asked, strict=True):
         try:
-            found = list(positions(answer, sequence))
+            entries_at = list(positions(answer, sequence))
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise EngineError(
                 f"the answer for {sequence.name} is not of the form that is read here; {type(error).__name__}: {error}"
             ) from error
-        for position, entries in enumerate(found):
+        for position, entries in enumerate(entries_at):
             kept = _most_likely(entries, k, sequence, position)
             ids.append([entry.token for entry in kept])
             logprobs.append([entry.logprob for entry in kept])
-    made = torch.tensor(logprobs, dtype=torch.float32).reshape(-1, k), torch.tensor(ids).long().reshape(-1, k)
-    _check_rows(*made, asked)
-    return TopKLogprobs(made[1].to(plan.device), made[0].to(plan.device))
+    rows = TopKLogprobs(torch.tensor(ids).long().reshape(-1, k), torch.tensor(logprobs).float().reshape(-1, k))
+    _check_rows(rows.logprobs, rows.ids, asked)
+    return TopKLogprobs(rows.ids.to(plan.device), rows.logprobs.to(plan.device))
 
 
 def _most_likely(entries: list[Entry], k: int, sequence: Scored, position: int) -> list[Entry]:
-    """The k entries of highest log-probability, which must be the k most likely tokens of all."""
+    """Returns the k entries of highest log-probability, which must be the k most likely tokens of all."""
     if any(math.isnan(entry.logprob) for entry in entries):
         raise EngineError(f"{_where(sequence, position)} must have finite log-probabilities, got NaN")
     ranked = sorted(entries, key=lambda entry: (-entry.logprob, entry.rank or 0))[:k]
@@ -184,7 +184,7 @@ def _most_likely(entries: list[Entry], k: int, sequence: Scored, position: int) 
 
 
 def _check_rows(logprobs: Tensor, ids: Tensor, asked: Sequence[Scored]) -> None:
-    """What all rows must be; the first that is not so is named."""
+    """Raises `EngineError` for the first row that is no list of distinct tokens with probabilities, by its name."""
     ordered = ids.sort(dim=-1).values
     mass = logprobs.exp().sum(-1)
     wrong = {
@@ -195,7 +195,7 @@ def _check_rows(logprobs: Tensor, ids: Tensor, asked: Sequence[Scored]) -> None:
         "must have ids of at least 0": (ids < 0).any(-1),
         "must have probabilities that add up to at most 1, of the full vocabulary": mass > MOST_MASS,
     }
-    starts = torch.tensor([one.rows for one in asked]).cumsum(0)
+    starts = torch.tensor([sequence.rows for sequence in asked]).cumsum(0)
     for claim, rows in wrong.items():
         if bool(rows.any()):
             row = int(rows.nonzero()[0, 0])
@@ -234,7 +234,7 @@ def _vllm_positions(answer: Any, sequence: Scored) -> Iterator[list[Entry]]:
 
 
 def _vllm_entry(token: int | str, value: Any) -> Entry:
-    """`Logprob` of the engine, or the same as JSON."""
+    """Reads a `Logprob` of the engine, or the same as JSON."""
     if isinstance(value, Mapping):
         return Entry(int(token), float(value["logprob"]), value.get("rank"))
     return Entry(int(token), float(value.logprob), value.rank)
@@ -271,7 +271,7 @@ def _check_tokens(came: list[int], sent: list[int], sequence: Scored) -> None:
     if came == sent:
         return
     pairs = enumerate(zip(came, sent, strict=False))
-    index = next((i for i, (one, other) in pairs if one != other), min(len(came), len(sent)))
+    index = next((i for i, (back, out) in pairs if back != out), min(len(came), len(sent)))
     raise EngineError(
         f"the server must have read the {len(sent)} tokens of {sequence.name} that were sent, got {len(came)}; "
         f"from index {index} on {sent[index : index + 4]} was sent and {came[index : index + 4]} came back"

@@ -1,4 +1,4 @@
-"""A Hugging Face model that returns its last hidden states in place of logits, for code that makes its loss of them.
+"""Makes a Hugging Face model return its last hidden states in place of logits, for code that makes its loss of them.
 
     with sdcore.patch(model):
         states = model(input_ids=ids).last_hidden_state          # (B, L, H); no logits are computed
@@ -39,7 +39,7 @@ ABSENT = ("logits", "loss")
 
 
 def patch(model: nn.Module) -> Patched:
-    """Make a causal language model return hidden states until this is undone.
+    """Makes a causal language model return hidden states until this is undone.
 
         with sdcore.patch(model): ...                            # or: handle = sdcore.patch(model); handle.undo()
 
@@ -56,14 +56,14 @@ def patch(model: nn.Module) -> Patched:
 
 
 class Patched:
-    """A patch that can be undone; undoing twice is undoing once."""
+    """Holds a patch that can be undone; undoing twice is undoing once."""
 
     def __init__(self, applied: _Patch) -> None:
         self._applied: _Patch | None = applied
         applied.acquire()
 
     def undo(self) -> None:
-        """Take this patch back. The model returns logits again when no other patch of it is left."""
+        """Takes this patch back. The model returns logits again when no other patch of it is left."""
         applied, self._applied = self._applied, None
         if applied is not None:
             applied.release()
@@ -79,7 +79,7 @@ class Patched:
 
 @dataclass(init=False, eq=False, repr=False)
 class StatesOutput(ModelOutput):
-    """What a patched model returns: a `ModelOutput` without `logits` and `loss`.
+    """Is what a patched model returns: a `ModelOutput` without `logits` and `loss`.
 
     Read by name only: by position, the first entry of what the model returned before was its logits.
     """
@@ -125,7 +125,7 @@ def _absent(name: str) -> str:
 
 
 class _Patch:
-    """The replaced methods of one model, and how many patches want them replaced.
+    """Replaces the methods of one model, and counts how many patches want them replaced.
 
     They are bound methods of plain functions, because accelerate takes methods apart, a copy of a model binds them to
     itself and a pickle stores their names. So the functions look at the model that they are called on.
@@ -174,7 +174,7 @@ class _Patch:
                 setattr(model, name, self.before[name])
 
     def own(self, model: nn.Module, name: str) -> Callable[..., Any]:
-        """What the method was, of the model or of a copy of it."""
+        """Returns what the method was, of the model or of a copy of it."""
         inner = self.inner[name]
         function = getattr(inner, "__func__", None)
         return inner if model is self.body.causal_lm or function is None else MethodType(function, model)
@@ -217,5 +217,3 @@ class _Patch:
 
 # Weak on both sides: a patch lives in its model's methods.
 _PATCHES: WeakKeyDictionary[nn.Module, ReferenceType[_Patch]] = WeakKeyDictionary()
-
-__all__ = ["Patched", "StatesOutput", "patch"]

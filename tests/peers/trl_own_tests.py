@@ -28,7 +28,7 @@ TEXTS = ["Beautiful is better than ugly.", "Explicit is better than implicit.", 
 
 
 class StandIns:
-    """A pytest plugin: local models under the names of TRL's, and their classes replaced by ours."""
+    """Is a pytest plugin: puts local models under the names of TRL's, and our classes in place of theirs."""
 
     def __init__(self, folder: Path, *, theirs: bool) -> None:
         self.folder = folder
@@ -94,8 +94,8 @@ class StandIns:
             utils.is_joblib_available = lambda: False  # type: ignore[attr-defined]
 
         def local(name: Any) -> Any:
-            found = self.folder / str(name).removeprefix("trl-internal-testing/")
-            return str(found) if found.exists() else name
+            model = self.folder / str(name).removeprefix("trl-internal-testing/")
+            return str(model) if model.exists() else name
 
         for owner in (
             transformers.AutoConfig,
@@ -133,7 +133,7 @@ class StandIns:
 
 
 def _zen(name: str, kind: str, split: str | None = None, streaming: bool = False, **_: Any) -> Any:
-    """A dataset with the columns of `trl-internal-testing/zen`."""
+    """Makes a dataset with the columns of `trl-internal-testing/zen`."""
     from datasets import Dataset, DatasetDict, IterableDatasetDict
 
     words = [text.split(" ", 1) for text in TEXTS] * 6
@@ -158,8 +158,8 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         raise SystemExit(f"usage: {sys.argv[0]} TRL_CHECKOUT [--theirs] [pytest options]")
     tests = Path(arguments[0]).resolve() / "tests"
-    rest = [one for one in arguments[1:] if one != "--theirs"]
-    files = [str(found) for name in FILES for found in sorted(tests.rglob(f"test_{name}.py"))]
+    rest = [argument for argument in arguments[1:] if argument != "--theirs"]
+    files = [str(file) for name in FILES for file in sorted(tests.rglob(f"test_{name}.py"))]
     if not files:
         raise SystemExit(f"TRL_CHECKOUT must hold tests/**/test_{FILES[0]}.py, got {arguments[0]}")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""TRL's trainers with fused losses: two lines in a script that has one, or another class in its place.
+"""Gives TRL's trainers fused losses: two lines in a script that has a trainer, or another class in its place.
 
     from sdcore.integrations.trl import patch
     patch(trainer)                                   # before trainer.train(); options are those of `FusedOptions`
@@ -13,7 +13,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .guard import require_trl
+from .patching import patch, require_trl
 
 if TYPE_CHECKING:
     from .distillation import FusedDistillationTrainer
@@ -45,17 +45,3 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     require_trl()
     return getattr(import_module(f".{_MODULES[name]}", __name__), name)
-
-
-def patch(trainer: Any, **options: Any) -> Any:
-    """Make a trainer of TRL that is already constructed the fused one; returns it.
-
-    `options` are those of `FusedOptions`, of which GKD and Distillation take some. To be called before training. A
-    subclass keeps what it adds. Raises `TypeError` for what is no trainer of the four, or for a subclass that overrides
-    a method which is replaced here, by its name; `ArgumentError` and `UnsupportedModelError` as the fused class's
-    constructor does, and then the trainer is as it was.
-    """
-    require_trl()
-    from .patching import patched
-
-    return patched(trainer, options)

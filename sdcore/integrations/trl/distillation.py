@@ -1,13 +1,12 @@
-"""TRL's `DistillationTrainer` with its loss computed over each prompt once, and with the loss kernels of `sdkernels`.
+"""Gives TRL's `DistillationTrainer` a loss that reads each prompt once and is computed by `sdkernels`.
 
     trainer = FusedDistillationTrainer(model, teacher_model=teacher, args=DistillationConfig(...), ...)
 
 `compute_loss` is what is replaced. Data, sampling, tools, logging, the entropy metric and the training step are TRL's.
 
-What differs from the obvious: TRL's own loss makes no logits either. What is gained is that prompts which stand several
-times in a batch are read once by each model, that no padding is computed, and that rows without a loss cost nothing
-after their last token with one. Both models are called through their wrappers, so TRL's forward redirection is not
-needed.
+What differs from the obvious: TRL's own loss makes no logits either. What is gained here: a prompt that stands several
+times in a batch is read once by each model, no padding is computed, and nothing after a row's last token with a loss.
+Both models are called through their wrappers, so TRL's forward redirection is not needed.
 
 Not covered: batches with images, which TRL's own loss does, after one warning.
 """
@@ -20,26 +19,24 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from trl import DistillationTrainer
 
-from .fused import FusedOptions
 from .other_model import OtherModelMixin
 
 READ = frozenset({"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask", "num_items_in_batch"})
 
 
 class FusedDistillationTrainer(OtherModelMixin, DistillationTrainer):
-    """`DistillationTrainer`, and `fused`: strategy, verification and workspace of `FusedOptions`.
+    """Takes `DistillationTrainer`'s arguments, and `fused`: strategy, verification, workspace of `FusedOptions`.
 
     The loss and its gradients are TRL's, for every `beta` and `temperature`. Raises `ArgumentError` for models and
     options that cannot be treated exactly.
     """
 
-    CALLS: ClassVar[tuple[str, ...]] = ("compute_loss", "_compute_loss")
-    fused: FusedOptions
+    REPLACES: ClassVar[tuple[str, ...]] = ("_compute_loss",)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The sum over the completions' tokens, divided by what TRL divides it by; `(loss, None)` for outputs."""
+        """Returns the sum over the completions' tokens, divided as TRL divides it; `(loss, None)` for outputs."""
         if others := sorted(set(inputs) - READ):
             warnings.warn(
                 f"batches with {', '.join(others)} are left to TRL's own loss: only ids and masks are planned for",
@@ -68,9 +65,6 @@ class FusedDistillationTrainer(OtherModelMixin, DistillationTrainer):
         return (out.loss, None) if return_outputs else out.loss
 
     def _log_entropy(self, entropy: Tensor, count: Tensor, mode: str) -> None:
-        """The mean over the tokens of all ranks."""
-        gathered = [self.accelerator.gather_for_metrics(one).sum() for one in (count, entropy)]
-        self._metrics[mode]["entropy"].append(float(gathered[1] / gathered[0]) if gathered[0] > 0 else 0.0)
-
-
-__all__ = ["FusedDistillationTrainer"]
+        """Logs the mean over the tokens of all ranks."""
+        tokens, total = (self.accelerator.gather_for_metrics(values).sum() for values in (count, entropy))
+        self._metrics[mode]["entropy"].append(float(total / tokens) if tokens > 0 else 0.0)

@@ -1,4 +1,4 @@
-"""TRL's `GKDTrainer` with its loss computed from hidden states: no logits, and equal prompts read once.
+"""Gives TRL's `GKDTrainer` a loss from hidden states: it makes no logits, and equal prompts are read once.
 
     trainer = FusedGKDTrainer(model, teacher_model=teacher, args=GKDConfig(...), ...)       # TRL's own arguments
 
@@ -22,26 +22,25 @@ from torch import Tensor, nn
 from trl.experimental.gkd import GKDTrainer
 
 from ...errors import ArgumentError, PlanError
-from .fused import FusedOptions
 from .other_model import OtherModelMixin
+from .padded import require_none
 
 IGNORED = -100
 
 
 class FusedGKDTrainer(OtherModelMixin, GKDTrainer):
-    """`GKDTrainer`, and `fused`: strategy, verification and workspace of `FusedOptions`.
+    """Takes `GKDTrainer`'s arguments, and `fused`: strategy, verification and workspace of `FusedOptions`.
 
     The loss and its gradients are those of TRL's `generalized_jsd_loss` with `args.beta`. Raises `ArgumentError` for
     models and options that cannot be treated exactly.
     """
 
-    CALLS: ClassVar[tuple[str, ...]] = ("compute_loss", "generalized_jsd_loss")
-    fused: FusedOptions
+    REPLACES: ClassVar[tuple[str, ...]] = ("generalized_jsd_loss",)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """The sum over labels, divided by `num_items_in_batch` or, where that is None, by how many there are."""
+        """Returns the sum over labels, divided by `num_items_in_batch`, or by how many there are where that is None."""
         if return_outputs:
             raise ArgumentError(
                 "return_outputs must be False: FusedGKDTrainer has no logits to return. Evaluate without "
@@ -62,7 +61,7 @@ class FusedGKDTrainer(OtherModelMixin, GKDTrainer):
 
 
 class SplitBatch(NamedTuple):
-    """Prompts (B, P), padded on the left, and completions (B, C), padded on the right, as `plan_padded` takes them."""
+    """Holds prompts (B, P), padded on the left, and completions (B, C), padded on the right, as for `plan_padded`."""
 
     prompt_ids: Tensor
     prompt_mask: Tensor
@@ -72,7 +71,7 @@ class SplitBatch(NamedTuple):
 
 
 def split_labels(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> SplitBatch:
-    """Cut each row before its first label.
+    """Cuts each row before its first label.
 
     All three are (B, L); a row is one run of tokens with padding on either side or both. Its prompt is what precedes
     the first label, its completion reaches to the last one, and tokens between them without a label are read and carry
@@ -89,8 +88,8 @@ def split_labels(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> S
     on = attention_mask != 0
     starts, ends = _first(on), length - _first(on.flip(1))  # (B,)
     labelled = labels != IGNORED
-    _require_none("attention_mask", (positions >= starts[:, None]) & (positions < ends[:, None]) & ~on, "have no holes")
-    _require_none("labels", labelled & ~on, f"be {IGNORED} on padding")
+    require_none("attention_mask", (positions >= starts[:, None]) & (positions < ends[:, None]) & ~on, "have no holes")
+    require_none("labels", labelled & ~on, f"be {IGNORED} on padding")
     # The state before the row is that of padding, or of nothing.
     labelled = labelled & (positions > starts[:, None])
     some = labelled.any(dim=1)
@@ -111,14 +110,5 @@ def split_labels(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> S
 
 
 def _first(on: Tensor) -> Tensor:
-    """(B,) the first position of each row that is on; L where none is."""
+    """Returns, (B,), the first position of each row that is on; L where none is."""
     return torch.where(on.any(dim=1), on.to(torch.uint8).argmax(dim=1), on.shape[1])
-
-
-def _require_none(name: str, wrong: Tensor, wanted: str) -> None:
-    if bool(wrong.any()):
-        row, position = wrong.nonzero()[0].tolist()
-        raise PlanError(f"{name} must {wanted}; row {row} does not, at position {position}")
-
-
-__all__ = ["FusedGKDTrainer", "SplitBatch", "split_labels"]

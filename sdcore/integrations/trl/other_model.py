@@ -1,4 +1,4 @@
-"""What the fused trainers have in common whose teacher is another model: one divergence over a padded batch.
+"""Computes the divergence from another model over a padded batch, for the GKD and Distillation trainers.
 
     out = self.distill(model, prompt_ids, prompt_mask, completion_ids, completion_mask, loss_mask=mask,
                        alpha=self.beta, temperature=1.0, normalizer=count)
@@ -16,7 +16,6 @@ Not covered: bounded memory (`FusedOptions(micro_batch=...)`), since TRL's train
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,36 +25,34 @@ from ...losses import FusedLinearDivergence
 from ...models import find_body, head_of
 from ...step import StepOutput, distill_step
 from ...teachers import Frozen, Live
-from .fused import FusedOptions, check_model, checked_options
-from .guard import require_methods
+from .fused import FusedOptions, FusedTrainer
 from .padded import plan_padded
 
 # The rest of FusedOptions is for trainers whose teacher is made of the student.
 HONOURED = frozenset({"strategy", "verify", "workspace_mb"})
 
 
-class OtherModelMixin:
-    """Before TRL's trainer among the bases."""
-
-    CALLS: ClassVar[tuple[str, ...]]  # of TRL's trainer, what is overridden or called
-    fused: FusedOptions
-    teacher_model: Any
-
-    def __init__(self, *args: Any, fused: FusedOptions | None = None, **kwargs: Any) -> None:
-        self.check_trl()
-        options = _honoured(type(self), fused)
-        super().__init__(*args, **kwargs)
-        self.adopt(options)
+class OtherModelMixin(FusedTrainer):
+    """Gives a trainer whose teacher is another model its loss, `distill`."""
 
     @classmethod
-    def check_trl(cls) -> None:
-        """Raises `ImportError` where the installed TRL's trainer lacks what is overridden or called."""
-        require_methods(cls.__mro__[cls.__mro__.index(OtherModelMixin) + 1], cls.CALLS)
+    def checked(cls, fused: FusedOptions | None) -> FusedOptions:
+        options = super().checked(fused)
+        ignored = [
+            field.name
+            for field in fields(options)
+            if field.name not in HONOURED and getattr(options, field.name) != field.default
+        ]
+        if ignored or options.bounded:
+            named = ignored[0] if ignored else "strategy"
+            raise ArgumentError(
+                f"{named} must be left as it is for {cls.__name__}, which honours {', '.join(sorted(HONOURED))} and "
+                f"needs all completions in flight, got {getattr(options, named)!r}"
+            )
+        return options
 
-    def adopt(self, fused: FusedOptions | None) -> None:
-        """Be set up as by the constructor, for a trainer that was TRL's own; see `patch`."""
-        self.fused = _honoured(type(self), fused)
-        check_model(self)
+    def _set_up(self) -> None:
+        self.check_model()
         head_of(self.teacher_model)
 
     def distill(
@@ -71,11 +68,14 @@ class OtherModelMixin:
         temperature: float,
         normalizer: float | None,
     ) -> StepOutput:
-        """The step over a batch as `plan_padded` takes it; `normalizer` None: the tokens in `loss_mask` (B, C)."""
+        """Makes the step over a batch as `plan_padded` takes it.
+
+        `normalizer` None divides by the number of tokens in `loss_mask` (B, C).
+        """
         # Equal prompts become neighbours, which are one group. The loss is a sum, so nothing has to be put back.
         order = _by_prompt(prompt_ids, prompt_mask)
         prompt_ids, prompt_mask, completion_ids, completion_mask, loss_mask = (
-            one[order] for one in (prompt_ids, prompt_mask, completion_ids, completion_mask, loss_mask)
+            rows[order] for rows in (prompt_ids, prompt_mask, completion_ids, completion_mask, loss_mask)
         )
         padded = plan_padded(
             prompt_ids,
@@ -100,24 +100,7 @@ class OtherModelMixin:
         )
 
 
-def _honoured(kind: type, fused: FusedOptions | None) -> FusedOptions:
-    options = checked_options(fused)
-    ignored = [
-        one.name for one in fields(options) if one.name not in HONOURED and getattr(options, one.name) != one.default
-    ]
-    if ignored or options.bounded:
-        named = ignored[0] if ignored else "strategy"
-        raise ArgumentError(
-            f"{named} must be left as it is for {kind.__name__}, which honours {', '.join(sorted(HONOURED))} and needs "
-            f"all completions in flight, got {getattr(options, named)!r}"
-        )
-    return options
-
-
 def _by_prompt(prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
-    """(B,) an order of the rows in which equal prompts are neighbours."""
+    """Returns an order (B,) of the rows in which equal prompts are neighbours."""
     keys = torch.where(prompt_mask != 0, prompt_ids, -1)
     return keys.unique(dim=0, return_inverse=True)[1].argsort(stable=True)
-
-
-__all__ = ["HONOURED", "OtherModelMixin"]

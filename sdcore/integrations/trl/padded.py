@@ -1,4 +1,4 @@
-"""TRL's padded batches as plans: which positions have a loss, what they read, and where their values go back to.
+"""Turns TRL's padded batches into plans: which positions have a loss, what they read, where values go back to.
 
     padded = plan_padded(prompt_ids, prompt_mask, completion_ids, completion_mask, loss_mask=loss_mask,
                          teacher_input_ids=teacher_ids, teacher_attention_mask=teacher_mask)
@@ -32,7 +32,7 @@ from ...prefix.planner import Plan, plan
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PaddedPlan:
-    """A plan, and which of a batch's positions its rows are."""
+    """Holds a plan, and which of a batch's positions its rows are."""
 
     plan: Plan
     shape: tuple[int, int]  # (B, C)
@@ -41,20 +41,20 @@ class PaddedPlan:
     sizes: tuple[int, ...]  # how many neighbouring rows each group of the plan has
 
     def gather(self, values: Tensor) -> Tensor:
-        """(B, C) → (N,), in the order of `plan.target_ids`; in the graph."""
+        """Takes (B, C) to (N,), in the order of `plan.target_ids`; in the graph."""
         return values.reshape(-1)[self.index]
 
     @property
     def completion_of(self) -> Tensor:
-        """(N,) int64: which of the B completions each token is of."""
+        """Says, (N,) int64, which of the B completions each token is of."""
         return self.index // self.shape[1]
 
     def gather_completions(self, values: Tensor) -> Tensor:
-        """(B,) → (N,): to each token its completion's value."""
+        """Takes (B,) to (N,): to each token its completion's value."""
         return values[self.completion_of]
 
     def scatter(self, rows: Tensor) -> Tensor:
-        """(N,) → (B, C), 0 where nothing was computed; in the graph."""
+        """Takes (N,) to (B, C), 0 where nothing was computed; in the graph."""
         return rows.new_zeros(self.shape[0] * self.shape[1]).index_put((self.index,), rows).view(self.shape)
 
 
@@ -68,7 +68,7 @@ def plan_padded(
     teacher_input_ids: Tensor | None = None,
     teacher_attention_mask: Tensor | None = None,
 ) -> PaddedPlan:
-    """Plan what a padded batch has to compute.
+    """Plans what a padded batch has to compute.
 
     Args:
         prompt_ids, prompt_mask: (B, P), padded on the left.
@@ -106,23 +106,23 @@ def plan_padded(
         masks.append(teacher_attention_mask != 0)
         given += [teacher_input_ids, completion_ids]
     # All at once to the host, where the planner works too.
-    widths = [one.shape[1] for one in (*masks, *given)]
-    host = torch.cat([one.to(torch.int64) for one in (*masks, *given)], dim=1).cpu().split(widths, dim=1)
-    prompt_on, completion_on, loss_on = (one.bool() for one in host[:3])
+    widths = [tensor.shape[1] for tensor in (*masks, *given)]
+    host = torch.cat([tensor.to(torch.int64) for tensor in (*masks, *given)], dim=1).cpu().split(widths, dim=1)
+    prompt_on, completion_on, loss_on = (mask.bool() for mask in host[:3])
     starts = _left_padded("prompt_mask", prompt_on)
     _right_padded("completion_mask", completion_on)
-    _require_none("loss_mask", loss_on & ~completion_on, "be 0 wherever completion_mask is")
+    require_none("loss_mask", loss_on & ~completion_on, "be 0 wherever completion_mask is")
     lengths = _last(loss_on)
 
     teachers: list[Tensor] = []
     if teacher_input_ids is not None:
         teacher_on, (_, teacher_ids, completions) = host[3].bool(), host[4:]
         width = teacher_ids.shape[1] - shape[1]
-        _require_none(
+        require_none(
             "teacher_attention_mask", teacher_on[:, width:] != completion_on, "end with completion_mask, row by row"
         )
         read = (teacher_ids[:, width:] != completions) & completion_on
-        _require_none("teacher_input_ids", read, "end with the completions that the student reads")
+        require_none("teacher_input_ids", read, "end with the completions that the student reads")
         begins = _left_padded("teacher_attention_mask", teacher_on[:, :width])
         teachers = [teacher_input_ids[row, begin:width] for row, begin in enumerate(begins)]
 
@@ -141,7 +141,7 @@ def plan_padded(
 
 
 def _groups(prompts: Tensor, starts: list[int]) -> Iterator[range]:
-    """Runs of rows whose prompts are the same tokens; on the CPU."""
+    """Yields runs of rows whose prompts are the same tokens; on the CPU."""
     first = 0
     for row in range(1, len(starts) + 1):
         if row < len(starts) and torch.equal(prompts[row, starts[row] :], prompts[first, starts[first] :]):
@@ -157,16 +157,16 @@ def _require_like(name: str, mask: Tensor, ids: Tensor) -> None:
         )
 
 
-def _require_none(name: str, wrong: Tensor, wanted: str) -> None:
-    """`wrong` is (B, ·) bool, on the CPU."""
+def require_none(name: str, wrong: Tensor, wanted: str) -> None:
+    """Raises `PlanError`, which names the first row and position that is `wrong`, (B, ·) bool."""
     if bool(wrong.any()):
         row, position = wrong.nonzero()[0].tolist()
         raise PlanError(f"{name} must {wanted}; row {row} does not, at position {position}")
 
 
 def _left_padded(name: str, on: Tensor) -> list[int]:
-    """Where each row starts; its tokens reach to the end."""
-    _require_none(name, on[:, :-1] & ~on[:, 1:], "be padded on the left only, without holes")
+    """Returns where each row starts; its tokens reach to the end."""
+    require_none(name, on[:, :-1] & ~on[:, 1:], "be padded on the left only, without holes")
     starts = (on.shape[1] - on.sum(dim=1)).tolist()
     empty = next((row for row, start in enumerate(starts) if start == on.shape[1]), None)
     if empty is not None:
@@ -175,13 +175,10 @@ def _left_padded(name: str, on: Tensor) -> list[int]:
 
 
 def _right_padded(name: str, on: Tensor) -> None:
-    _require_none(name, on[:, 1:] & ~on[:, :-1], "be padded on the right only, without holes")
+    require_none(name, on[:, 1:] & ~on[:, :-1], "be padded on the right only, without holes")
 
 
 def _last(on: Tensor) -> list[int]:
-    """How many positions of each row there are up to the last that is on."""
+    """Counts the positions of each row up to the last that is on."""
     positions = torch.arange(1, on.shape[1] + 1)
     return (on * positions).amax(dim=1).tolist() if on.shape[1] else [0] * on.shape[0]
-
-
-__all__ = ["PaddedPlan", "plan_padded"]

@@ -1,19 +1,23 @@
-"""How a constructed trainer becomes the fused one: another class, and what that one's constructor would have set.
+"""Makes a trainer of TRL that is already constructed the fused one, where TRL is installed.
 
-A fused class is `class FusedX(Mixin, X)`. It has `adopt(fused)`, which sets an X up, and names the methods of X that it
-puts its own in place of (`OVERRIDES`) and those that are not called any more (`REPLACES`); or `CALLS`, of everything
-that it overrides or calls. A subclass of X that overrides one of them would be overridden in turn, and is refused.
+It gets another class, and what that class's constructor would have set (`FusedTrainer.adopt`). A fused class names the
+methods of TRL's that it puts its own in place of (`OVERRIDES`) and those that are not called any more (`REPLACES`): a
+subclass of TRL's trainer that overrides one of them would be overridden in turn, and is refused.
+
+What differs from the obvious: nothing here imports torch or TRL before somebody asks for a trainer, because
+`sdcore.integrations.trl` imports this.
 
 Not covered: trainers that have trained already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+import warnings
+from functools import cache
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
-
-from .fused import FusedOptions
 
 # TRL's class → module here, and class in it.
 PATCHABLE = {
@@ -24,10 +28,42 @@ PATCHABLE = {
 }
 
 
-def patched(trainer: Any, options: Mapping[str, Any]) -> Any:
-    """See `sdcore.integrations.trl.patch`."""
+def require_trl() -> None:
+    """Raises `ImportError`, which says what to install, where TRL is missing; warns of a version that is not tested."""
+    if importlib.util.find_spec("trl") is None:
+        raise ImportError('sdcore.integrations.trl needs TRL: pip install "sdcore[trl]"')
+    _warn_of_version()
+
+
+@cache
+def _warn_of_version() -> None:
+    from .fused import TESTED
+
+    try:
+        installed = version("trl")
+    except PackageNotFoundError:  # on the path, not installed
+        installed = "of an unknown version"
+    if not installed.startswith(f"{TESTED}."):
+        warnings.warn(
+            f"trl {installed} is not tested with sdcore.integrations.trl, which is for trl {TESTED}.*: compare a step "
+            "with TRL's own before you rely on it",
+            stacklevel=3,
+        )
+
+
+def patch(trainer: Any, **options: Any) -> Any:
+    """Makes a trainer of TRL that is already constructed the fused one; returns it.
+
+    `options` are those of `FusedOptions`, of which GKD and Distillation take some. To be called before training. A
+    subclass keeps what it adds. Raises `TypeError` for anything but one of the four trainers, and for a subclass that
+    overrides a method which is replaced here, by its name; `ArgumentError` and `UnsupportedModelError` as the fused
+    class's constructor does, and then the trainer is as it was.
+    """
+    require_trl()
+    from .fused import FusedOptions
+
     own = type(trainer)
-    theirs = next((one for one in own.__mro__ if one.__name__ in PATCHABLE and one.__module__.startswith("trl.")), None)
+    theirs = next((kind for kind in own.__mro__ if kind.__name__ in PATCHABLE and _is_trls(kind)), None)
     if theirs is None:
         raise TypeError(f"trainer must be one of TRL's {', '.join(PATCHABLE)}, got {own.__module__}.{own.__name__}")
     module, name = PATCHABLE[theirs.__name__]
@@ -37,8 +73,7 @@ def patched(trainer: Any, options: Mapping[str, Any]) -> Any:
     if issubclass(own, fused):
         raise TypeError(f"trainer is a {name} already")
     fused.check_trl()
-    names = (*fused.OVERRIDES, *fused.REPLACES) if hasattr(fused, "OVERRIDES") else fused.CALLS
-    refuse_overridden(own, theirs, names)
+    _refuse_overridden(own, theirs, (*fused.OVERRIDES, *fused.REPLACES))
     chosen = FusedOptions(**options)
     before = dict(vars(trainer))
     trainer.__class__ = fused if own is theirs else type(f"Fused{own.__name__}", (fused, own), {})
@@ -52,15 +87,16 @@ def patched(trainer: Any, options: Mapping[str, Any]) -> Any:
     return trainer
 
 
-def refuse_overridden(own: type, theirs: type, names: tuple[str, ...]) -> None:
+def _is_trls(kind: type) -> bool:
+    return kind.__module__.startswith("trl.")
+
+
+def _refuse_overridden(own: type, theirs: type, names: tuple[str, ...]) -> None:
     """Raises `TypeError` for methods of a subclass `own` of TRL's class `theirs` that would be lost."""
     below = own.__mro__[: own.__mro__.index(theirs)]
-    lost = sorted({name for one in below for name in names if name in vars(one)})
+    lost = sorted({name for kind in below for name in names if name in vars(kind)})
     if lost:
         raise TypeError(
             f"trainer's class {own.__name__} overrides {', '.join(lost)}, which patch would replace: derive it from "
             "the fused class, or leave these to TRL's"
         )
-
-
-__all__ = ["PATCHABLE", "patched", "refuse_overridden"]

@@ -1,10 +1,10 @@
-"""TRL's SDFT trainer with a fused loss and teachers of the weights in memory.
+"""Gives TRL's SDFT trainer a fused loss, and teachers of the weights in memory.
 
     trainer = FusedSDFTTrainer(model, args=SDFTConfig(...), train_dataset=data)     # prompt, privileged_context
     trainer.train()
 
-Arguments and configuration are those of `trl.experimental.sdft.SDFTTrainer`, plus `fused`; see `fused`, and
-`docs/integrations/trl.md` for what is the same and what is added.
+Arguments and configuration are those of `trl.experimental.sdft.SDFTTrainer`, plus `fused`; see `FusedOptions`,
+and `docs/integrations/trl.md` for what is the same and what is added.
 
 Not covered: what TRL's trainer does not do either, such as iterable data.
 """
@@ -19,54 +19,46 @@ from trl.experimental.sdft import SDFTTrainer
 from trl.experimental.sdft.sdft_trainer import DemonstrationTeacherContextBuilder
 
 from ...errors import ArgumentError
-from .feedback import PromptLengths, log_truncated
-from .fused import FusedMixin
+from .self_distillation import SelfDistillationMixin
 
 
 class _ContextBuilder(DemonstrationTeacherContextBuilder):
-    """TRL's, which tells what was cut."""
+    """Builds the teacher's prompts as TRL does, and logs what was cut of them."""
 
     def build(self, *args: Any, **kwargs: Any) -> Any:
-        found = super().build(*args, **kwargs)
-        lengths = self.trainer.prompt_lengths  # of the prompts that were tokenized last, which are the teacher's
-        log_truncated(self.trainer, lengths.truncated(self.trainer.max_prompt_length, "max_prompt_length"))
-        return found
+        context = super().build(*args, **kwargs)
+        self.trainer.log_truncated(self.trainer.max_prompt_length, "max_prompt_length")
+        return context
 
 
-class _FusedSDFT(FusedMixin):
-    """What is SDFT's own."""
+class _FusedSDFT(SelfDistillationMixin):
+    """Adds what is SDFT's own: tokens without a loss, and a limit for all prompts."""
 
-    OVERRIDES: ClassVar[tuple[str, ...]] = (*FusedMixin.OVERRIDES, "_tokenize_prompts")
+    OVERRIDES: ClassVar[tuple[str, ...]] = (*SelfDistillationMixin.OVERRIDES, "_tokenize_prompts")
 
-    def _set_up_contexts(self) -> None:
-        trainer: Any = self
-        if type(trainer.teacher_context_builder) is not DemonstrationTeacherContextBuilder:
+    def _set_up(self) -> None:
+        super()._set_up()
+        if type(self.teacher_context_builder) is not DemonstrationTeacherContextBuilder:
             raise ArgumentError(
                 "teacher_context_builder must be TRL's own, which is extended here, got "
-                f"{type(trainer.teacher_context_builder).__name__}"
+                f"{type(self.teacher_context_builder).__name__}"
             )
-        self.prompt_lengths = PromptLengths()
-        trainer.teacher_context_builder = _ContextBuilder(self)
+        self.teacher_context_builder = _ContextBuilder(self)
 
     def _loss_mask(self, inputs: dict[str, Any]) -> Tensor:
-        trainer: Any = self
         mask: Tensor = inputs["completion_mask"]
         positions = torch.arange(mask.shape[1], device=mask.device)
-        return mask * (positions >= trainer.num_loss_tokens_to_skip)
+        return mask * (positions >= self.num_loss_tokens_to_skip)
 
     def _tokenize_prompts(self, prompts: Any) -> Any:
-        trainer: Any = self
-        limit, trainer.max_prompt_length = trainer.max_prompt_length, None
+        limit, self.max_prompt_length = self.max_prompt_length, None
         try:
-            found = super()._tokenize_prompts(prompts)  # type: ignore[misc]
+            ids_B = super()._tokenize_prompts(prompts)  # type: ignore[misc]
         finally:
-            trainer.max_prompt_length = limit
-        self.prompt_lengths.seen(found)
-        return found if limit is None else [ids[-limit:] for ids in found]
+            self.max_prompt_length = limit
+        self.prompt_lengths.seen(ids_B)
+        return ids_B if limit is None else [ids[-limit:] for ids in ids_B]
 
 
 class FusedSDFTTrainer(_FusedSDFT, SDFTTrainer):
-    """`SDFTTrainer` without logits. Takes its arguments, and `fused`, a `FusedOptions`."""
-
-
-__all__ = ["FusedSDFTTrainer"]
+    """Trains as `SDFTTrainer` does, without logits. Takes its arguments, and `fused`, a `FusedOptions`."""

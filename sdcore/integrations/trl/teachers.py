@@ -1,4 +1,4 @@
-"""TRL's teachers from the weights in memory: built of the student, kept in step with it, and in its checkpoints.
+"""Builds TRL's teachers from the weights in memory, keeps them in step with the student and in its checkpoints.
 
 | `teacher_model_kind`   | full training            | with an adapter                           |
 |------------------------|--------------------------|-------------------------------------------|
@@ -28,8 +28,7 @@ from ...errors import ArgumentError
 from ...teachers import EMA, AdapterOff, Live, Snapshot, Teacher, TrustRegion
 from ...teachers.ema import FILE_NAME
 
-# Of a checkpoint.
-FOLDER = "sdcore_teacher"
+FOLDER = "sdcore_teacher"  # of a checkpoint
 
 
 def build_teacher(
@@ -41,7 +40,7 @@ def build_teacher(
     trust_share: float | None = None,
     device: Any = None,
 ) -> Teacher | TrustRegion:
-    """The teacher of one of TRL's kinds; `trust_share` None: no trust region. Raises `ArgumentError`."""
+    """Builds the teacher of one of TRL's kinds; `trust_share` None: no trust region. Raises `ArgumentError`."""
     if kind not in ("live", "base", "ema"):
         raise ArgumentError(f"teacher_model_kind must be 'live', 'base' or 'ema', got {kind!r}")
     teacher: Teacher
@@ -72,12 +71,12 @@ class TeacherSync(TrainerCallback):
 
 
 def save_teacher(teacher: Any, checkpoint: Path) -> None:
-    """To be called on every rank."""
+    """Writes the teacher into a checkpoint; to be called on every rank."""
     teacher.save(checkpoint / FOLDER)
 
 
 def load_teacher(teacher: Any, checkpoint: Path) -> None:
-    """As it was at `save_teacher`; a teacher that only the student determines has nothing to load."""
+    """Reads the teacher back as it was at `save_teacher`, unless the student alone determines it."""
     if not isinstance(teacher.reference if isinstance(teacher, TrustRegion) else teacher, Snapshot):
         return
     if not (checkpoint / FOLDER / FILE_NAME).is_file():
@@ -88,6 +87,3 @@ def load_teacher(teacher: Any, checkpoint: Path) -> None:
         )
         return
     teacher.load(checkpoint / FOLDER)
-
-
-__all__ = ["FOLDER", "TeacherSync", "build_teacher", "load_teacher", "save_teacher"]

@@ -1,4 +1,4 @@
-"""verl's distillation losses without its logits: for hidden states, packed batches and a rollout server's top-k.
+"""Computes verl's distillation losses without its logits: from hidden states, packed batches, a server's top-k.
 
     responses = Responses.packed(input_ids.offsets(), response_mask.offsets().diff().tolist())
     loss, metrics = distillation_loss(hidden_states, lm_head.weight, responses, response_mask, input_ids=input_ids,

@@ -1,11 +1,11 @@
-"""What verl's engine calls around a model's forward: the logits processor, the fused forward, and the loss's collector.
+"""Gives verl's engine what it calls around a model's forward: logits processor, fused forward, the loss's collector.
 
     undo = patch_forward(model, loss=FusedLinearDivergence(alpha=0.0))           # hidden states, no logits
     register("forward_kl_topk_tail")                                             # loss_mode, in every worker
 
-What differs from the obvious: a packed batch has teacher's rows that say nothing, the last of each sequence; verl fills
-them with one id repeated, by which they are known and left out. With K = 1 they cannot be told, and need not be: no
-response token is there, so their gradient is 0.
+What differs from the obvious: in a packed batch the teacher's last row of each sequence says nothing. verl fills it
+with one id repeated; such rows are left out. With K = 1 they look like all others, which does no harm: no response
+token is there, so their gradient is 0.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ...losses import FusedLinearDivergence
 from ...models import find_body, head_of
 from .layout import Scored, flat, responses_of
 
-# Elements of the head that are gathered at a time, for a metric: 64 MiB.
+# How many elements of the head are gathered at a time, for a metric: 64 MiB.
 GATHERED = 2**24
 
 
@@ -40,7 +40,7 @@ def compute_forward_kl_topk(
     config: Any = None,
     data_format: str = "thd",
 ) -> dict[str, Tensor]:
-    """verl's logits processor of that name, with the tail: forward KL of (1, total, V) logits, each entry (1, total).
+    """Is verl's logits processor of that name, with the tail: takes (1, total, V) logits to forward KL, (1, total).
 
     `teacher_topk_log_probs` and `teacher_topk_ids` are nested (B, j, K), as verl's `left_right_2_no_padding` leaves
     them. `config` and `data_format` are verl's, and not read: nothing is clamped, and both formats have these shapes.
@@ -68,7 +68,7 @@ def compute_forward_kl_topk(
 # Both are `ModelOutput`s, whose tensors FSDP2 finds: its backward starts from them.
 @dataclass
 class FusedAux(ModelOutput):
-    """`fused_linear_aux` of a forward that was given a teacher's rows, each (1, total)."""
+    """Is the `fused_linear_aux` of a forward that was given a teacher's rows, each (1, total)."""
 
     distillation_losses: Tensor | None = None  # in the graph
     student_mass: Tensor | None = None
@@ -77,7 +77,7 @@ class FusedAux(ModelOutput):
 
 @dataclass
 class FusedOutput(ModelOutput):
-    """What a patched forward returns, by the names that verl's engines read."""
+    """Holds what a patched forward returns, by the names that verl's engines read."""
 
     log_probs: Tensor | None = None  # (1, total)
     entropy: Tensor | None = None  # (1, total)
@@ -87,14 +87,14 @@ class FusedOutput(ModelOutput):
 def patch_forward(
     model: nn.Module, *, loss: FusedLinearDivergence | None = None, policy: bool = True
 ) -> Callable[[], None]:
-    """Give a Hugging Face causal language model the forward that verl calls with `use_fused_kernels`; returns the undo.
+    """Gives a Hugging Face causal language model the forward that verl calls with `use_fused_kernels`.
 
-    The output has `log_probs` and `entropy` (1, total) of `shift_labels` at `temperature`, and, for
-    `teacher_topk_ids` and `teacher_topk_log_probs` (1, total, K), which VeOmni's engine passes and FSDP's has to be
-    told to, `fused_linear_aux` with the distillation losses. No logits are computed. `loss` None is forward KL with the
-    tail. `policy=False`: log-probabilities and entropy carry no gradient and come with the distillation for nothing.
+    The output has `log_probs` and `entropy` (1, total) of `shift_labels` at `temperature`. Given `teacher_topk_ids` and
+    `teacher_topk_log_probs` (1, total, K), it also has `fused_linear_aux` with the distillation losses; VeOmni's engine
+    passes these two, FSDP's has to be told to. No logits are computed. `loss` None is forward KL with the tail. With
+    `policy=False` log-probabilities and entropy carry no gradient and come with the distillation for nothing.
 
-    Raises `UnsupportedModelError` for models whose logits are not understood (`models.head_of`).
+    Returns what undoes it. Raises `UnsupportedModelError` for models whose logits `models.head_of` does not understand.
     """
     body = find_body(model)
     causal_lm = body.causal_lm
@@ -117,7 +117,7 @@ def patch_forward(
     ) -> FusedOutput:
         del return_dict
         states = self.base_model(input_ids=input_ids, **inputs).last_hidden_state
-        given = next((one for one in (shift_labels, labels, input_ids) if one is not None), None)
+        given = next((ids for ids in (shift_labels, labels, input_ids) if ids is not None), None)
         if given is None:
             raise ArgumentError("input_ids, labels or shift_labels must be given, got none of them")
         shifted = given if shift_labels is not None else torch.roll(given, -1, dims=-1)
@@ -163,7 +163,7 @@ def patch_forward(
 def collect(
     config: Any, distillation_config: Any, model_output: Mapping[str, Any], data: Any
 ) -> tuple[Tensor, dict[str, float]]:
-    """A `DistillationLossFn`: the losses (B, T) of what `compute_forward_kl_topk` or a patched forward left.
+    """Is a `DistillationLossFn`: returns the losses (B, T) that `compute_forward_kl_topk` or a patched forward left.
 
     `model_output` has `distillation_losses`, `student_mass` and `teacher_mass`, nested (B, j); `data` is verl's
     micro-batch, of which prompts, responses, response_mask and, where they are not nested, attention_mask are read.
@@ -174,18 +174,18 @@ def collect(
     mask = responses.take("response_mask", data["response_mask"]).bool()
     metrics: dict[str, float] = {}
     for name in ("student_mass", "teacher_mass"):
-        seen = rows[name].detach()[mask]
-        if seen.numel():
+        mass = rows[name].detach()[mask]
+        if mass.numel():
             metrics |= {
-                f"distillation/{name}": float(seen.mean()),
-                f"distillation/{name}_min": float(seen.min()),
-                f"distillation/{name}_max": float(seen.max()),
+                f"distillation/{name}": float(mass.mean()),
+                f"distillation/{name}_min": float(mass.min()),
+                f"distillation/{name}_max": float(mass.max()),
             }
     return responses.pad(rows["distillation_losses"]), metrics
 
 
 def register(name: str = "forward_kl_topk_tail") -> None:
-    """Register `collect` with verl as a `loss_mode`, and make its logits processor `compute_forward_kl_topk` from here.
+    """Registers `collect` with verl as a `loss_mode`, and replaces its logits processor `compute_forward_kl_topk`.
 
     To be called in every worker; name a module that does in `actor_rollout_ref.model.external_lib`. Raises
     `ImportError` where verl, or its `trainer.distillation`, is missing.
@@ -201,17 +201,19 @@ def register(name: str = "forward_kl_topk_tail") -> None:
 
 
 class _Rows(NamedTuple):
+    """Holds a teacher's rows of a packed batch."""
+
     rows: TopKLogprobs  # (total, K), fillers replaced by something harmless
     weights: Tensor  # (total,) 0 for fillers, else 1
 
     def mass(self) -> Tensor:
-        """(total,) the teacher's probability of its k tokens."""
+        """Returns, (total,), the teacher's probability of its k tokens."""
         return self.rows.logprobs.exp().sum(-1) * self.weights
 
 
 def _scored_rows(teacher: Scored) -> _Rows:
-    """All rows of a packed batch; fillers, which repeat an id, get weight 0."""
-    ids, logprobs = (flat("teacher_topk", one, 1) for one in teacher)
+    """Returns all rows of a packed batch; fillers, which repeat an id, get weight 0."""
+    ids, logprobs = (flat("teacher_topk", tensor, 1) for tensor in teacher)
     ids = ids.long()
     ordered = ids.sort(dim=-1).values
     filler = (ordered[:, 1:] == ordered[:, :-1]).any(-1)
@@ -221,22 +223,22 @@ def _scored_rows(teacher: Scored) -> _Rows:
     return _Rows(TopKLogprobs(ids, logprobs.float()), (~filler).float())
 
 
-def _mass(listed: Tensor, one: Tensor, its_logprob: Tensor, scored: _Rows) -> Tensor:
-    """(total,) the student's probability of tokens with logits (total, K): one known logit tells the normaliser."""
-    return (listed.float() - (one.float() - its_logprob)[:, None]).exp().sum(-1) * scored.weights
+def _mass(listed: Tensor, known: Tensor, its_logprob: Tensor, scored: _Rows) -> Tensor:
+    """Returns, (total,), the student's probability of tokens with logits (total, K).
+
+    A known logit and its log-probability, both (total,), tell the normaliser.
+    """
+    return (listed.float() - (known.float() - its_logprob)[:, None]).exp().sum(-1) * scored.weights
 
 
 @torch.no_grad()
 def _logits_at(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scalars: tuple[float, float | None, float], ids: Tensor
 ) -> Tensor:
-    """(total, K) the logits of K tokens a row alone, in float32."""
-    found = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
+    """Computes, (total, K) in float32, the logits of K tokens a row and no others."""
+    logits = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
     step = max(1, GATHERED // (ids.shape[1] * hidden.shape[1]))
-    for rows, some, into in zip(hidden.split(step), ids.split(step), found.split(step), strict=True):
+    for rows, some, into in zip(hidden.split(step), ids.split(step), logits.split(step), strict=True):
         into.copy_((weight[some].float() @ rows.float()[:, :, None])[:, :, 0])
         transform_(into, scalars, None if bias is None else bias[some].float())
-    return found
-
-
-__all__ = ["FusedAux", "FusedOutput", "collect", "compute_forward_kl_topk", "patch_forward", "register"]
+    return logits

@@ -1,4 +1,4 @@
-"""Where responses are in verl's batches, packed or padded, and what weighs their tokens in the loss.
+"""Says where responses are in verl's batches, packed or padded, and what their tokens weigh in the loss.
 
     responses = Responses.packed(input_ids.offsets(), lengths)      # or .padded(attention_mask, width)
     hidden = flat("hidden_states", hidden_states, 1)[responses.rows]                 # (N, H)
@@ -31,14 +31,14 @@ AGGREGATIONS = {
 
 
 class Scored(NamedTuple):
-    """A teacher's top-k of a rollout server, row by row beside the hidden states: row i is about token i + 1."""
+    """Holds a teacher's top-k from a rollout server, beside the hidden states: row i is about token i + 1."""
 
     ids: Tensor  # nested (B, j, K), or (total, K)
     logprobs: Tensor  # likewise
 
 
 class Hidden(NamedTuple):
-    """A teacher's states, where its own prompt stands before the same responses."""
+    """Holds a teacher's states, where its own prompt stands before the same responses."""
 
     states: Tensor  # as the student's
     responses: Responses
@@ -47,9 +47,10 @@ class Hidden(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Responses:
-    """Which rows of a batch predict response tokens. Letters: B sequences, T width of the padded responses, N tokens.
+    """Says which rows of a batch predict response tokens.
 
-    Rows are those of the flattened hidden states: (total, H) of a packed batch, or (B·L, H) of a padded one.
+    Letters: B sequences, T width of the padded responses, N tokens. Rows are those of the flattened hidden states:
+    (total, H) of a packed batch, or (B·L, H) of a padded one.
     """
 
     rows: Tensor  # (N,) int64, in the order sequence, position
@@ -58,7 +59,7 @@ class Responses:
 
     @classmethod
     def packed(cls, cu_seqlens: Tensor, lengths: Sequence[int], *, width: int | None = None) -> Responses:
-        """Of sequences that begin at `cu_seqlens` (B + 1,), such as `input_ids.offsets()`, and end with a response."""
+        """Takes sequences that begin at `cu_seqlens` (B + 1,), as in `input_ids.offsets()`, and end with a response."""
         ends, sizes = cu_seqlens[1:].tolist(), cu_seqlens.diff().tolist()
         if len(lengths) != len(sizes) or any(not 0 <= n < size for n, size in zip(lengths, sizes, strict=True)):
             raise ArgumentError(
@@ -70,7 +71,7 @@ class Responses:
 
     @classmethod
     def padded(cls, attention_mask: Tensor, width: int) -> Responses:
-        """Of (B, L) sequences, prompts padded on the left and responses, in the last `width` columns, on the right."""
+        """Takes (B, L): prompts padded on the left, and responses, in the last `width` columns, on the right."""
         columns = attention_mask.shape[1]
         if not 0 < width < columns:
             raise ArgumentError(f"width must be in [1, {columns - 1}], less than the columns, got {width}")
@@ -94,7 +95,7 @@ class Responses:
         )
 
     def take(self, name: str, padded: Tensor) -> Tensor:
-        """Of (B, T, ...), padded on the right, or nested, the (N, ...) that are not padding."""
+        """Takes (B, T, ...), padded on the right or nested, to the (N, ...) that are not padding."""
         if padded.is_nested:
             lengths = padded.offsets().diff().tolist()  # type: ignore[attr-defined]  # of jagged tensors
             if tuple(lengths) != self.lengths:
@@ -107,12 +108,12 @@ class Responses:
         return padded[self.inside(padded.device)]
 
     def pad(self, rows: Tensor) -> Tensor:
-        """From (N,) to (B, T), zeros elsewhere; in the graph."""
+        """Takes (N,) to (B, T), zeros elsewhere; in the graph."""
         padded = rows.new_zeros(len(self.lengths), self.width)
         return padded.masked_scatter(self.inside(rows.device), rows)
 
     def inside(self, device: torch.device) -> Tensor:
-        """(B, T) bool: what is no padding."""
+        """Marks, (B, T) bool, what is no padding."""
         lengths = torch.tensor(self.lengths, device=device)
         return torch.arange(self.width, device=device) < lengths[:, None]
 
@@ -128,7 +129,7 @@ def loss_weights(
     loss_scale_factor: float | None = None,
     norm_counts_sequences: bool = True,
 ) -> Tensor:
-    """(N,) float32, with which `(weights * per_token).sum()` is verl's `agg_loss`; `mask` (N,) bool.
+    """Returns (N,) float32, with which `(weights * per_token).sum()` is verl's `agg_loss`; `mask` (N,) bool.
 
     The keywords are verl's `global_batch_info`; None counts this micro-batch. `norm_counts_sequences=False` is the
     `seq-mean-token-sum-norm` of older versions, 0.7 among them, which did not divide by the number of sequences.
@@ -151,7 +152,7 @@ def loss_weights(
 
 
 def responses_of(data: Any) -> Responses:
-    """Of verl's micro-batch, as its `no_padding_2_padding` reads it: rows of the packed sequences."""
+    """Finds the responses' rows in verl's micro-batch, as its `no_padding_2_padding` reads it."""
     prompts, replies = data["prompts"], data["responses"]
     if prompts.is_nested:
         before, after = prompts.offsets().diff(), replies.offsets().diff()
@@ -168,7 +169,7 @@ def responses_of(data: Any) -> Responses:
 
 
 def flat(name: str, tensor: Tensor, trailing: int) -> Tensor:
-    """All rows of a batch: nested, (B, L, ...), or flat already; `trailing` dimensions are a row's own."""
+    """Returns all rows of a batch that is nested, (B, L, ...) or flat; `trailing` dimensions are a row's own."""
     if tensor.is_nested:
         return tensor.values()
     if tensor.dim() == trailing + 2:
@@ -178,6 +179,3 @@ def flat(name: str, tensor: Tensor, trailing: int) -> Tensor:
             f"{name} must be nested or have {trailing + 1} or {trailing + 2} dimensions, got {tuple(tensor.shape)}"
         )
     return tensor
-
-
-__all__ = ["Hidden", "Responses", "Scored", "flat", "loss_weights", "responses_of"]

@@ -1,11 +1,11 @@
-"""Distillation losses of verl's batches: from hidden states, and lasgroup/SDPO's from log-probabilities.
+"""Computes distillation losses of verl's batches: from hidden states, and lasgroup/SDPO's from log-probabilities.
 
     loss, metrics = distillation_loss(states, lm_head.weight, responses, response_mask, teacher=..., input_ids=ids)
     loss, _ = compute_self_distillation_loss(log_probs, teacher_log_probs, response_mask, config, ...)
 
 What differs from the obvious: weights, masks and normalizers are known before the loss is, so they go in as weights of
-the tokens, and the gradient is formed with the loss. What it is of a token is `linear_divergence` and
-`logit_divergence`: a list of k log-probabilities and what remains is a softmax of k + 1 tokens.
+the tokens, and the gradient is formed with the loss. A token's loss is that of `linear_divergence` or
+`logit_divergence`: k log-probabilities and what remains are a softmax of k + 1 tokens.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def distillation_loss(
     loss_scale_factor: float | None = None,
     norm_counts_sequences: bool = True,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The loss () in the graph and its metrics, as verl's `distillation_loss` returns them, without any logits.
+    """Returns the loss () in the graph and its metrics, as verl's `distillation_loss` does, without any logits.
 
     Args:
         student_hidden: (total, H), (1, total, H) or (B, L, H), the last states of the whole batch.
@@ -86,7 +86,7 @@ def distillation_loss(
             )
         of_teacher, weight = flat("teacher.states", teacher.states, 1)[teacher.responses.rows], teacher.weight
     else:
-        scored = TopKLogprobs(*(flat("teacher", one, 1)[rows] for one in teacher))
+        scored = TopKLogprobs(*(flat("teacher", tensor, 1)[rows] for tensor in teacher))
         scored = TopKLogprobs(scored.ids.long(), scored.logprobs)
     out = loss(
         hidden,
@@ -124,7 +124,7 @@ def compute_self_distillation_loss(
     loss_agg_mode: str = "token-mean",
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """lasgroup/SDPO's function: arguments (B, T) and (B, T, K) or (B, T, V), result (loss, {}).
+    """Is lasgroup/SDPO's function: takes (B, T) and (B, T, K) or (B, T, V), returns (loss, {}).
 
     The log-probabilities exist already, so this saves the intermediate tensors of the loss; `self_distillation_loss`
     saves them too. `self_distillation_config` has alpha, full_logit_distillation, distillation_topk,
@@ -148,13 +148,13 @@ def compute_self_distillation_loss(
     options: dict[str, Any] = {"alpha": float(config.alpha)}
     if not config.full_logit_distillation:
         # Two tokens, the sampled one and all the others.
-        student, teacher = (_with_tail(one.unsqueeze(-1), True) for one in (student_log_probs, teacher_log_probs))
+        student, teacher = (_with_tail(chosen.unsqueeze(-1), True) for chosen in (student_log_probs, teacher_log_probs))
         options |= {"support": "sampled", "target_ids": torch.zeros_like(mask, dtype=torch.int64)}
     elif config.distillation_topk is None:
         student, teacher = _both("all", student_all_log_probs, teacher_all_log_probs)
     else:
         pair = _both("topk", student_topk_log_probs, teacher_topk_log_probs)
-        student, teacher = (_with_tail(one, bool(config.distillation_add_tail)) for one in pair)
+        student, teacher = (_with_tail(top, bool(config.distillation_add_tail)) for top in pair)
     out = logit_divergence(
         student.flatten(0, 1), teacher.flatten(0, 1), token_weights=weights, reduction="sum", **options
     )
@@ -177,7 +177,7 @@ def self_distillation_loss(
     rollout_is_weights: Tensor | None = None,
     student_head: LogitTransform | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """`compute_self_distillation_loss` from hidden states: of the same configuration the same loss, without logits.
+    """Computes `compute_self_distillation_loss` from hidden states: for a configuration the same loss, without logits.
 
     Arguments as in `distillation_loss`; `temperature` is the sampling temperature, by which that actor divides both
     sides' logits. `old_log_probs` of an on-policy batch are the current ones, detached, as there: give those.
@@ -213,9 +213,9 @@ def _masked(response_mask: Tensor, self_distillation_mask: Tensor | None) -> Ten
 
 
 def _with_tail(logprobs: Tensor, tail: bool) -> Tensor:
-    """(B, T, K) to (B, T, K + 1) or, renormalised, (B, T, K)."""
-    made = with_tail(logprobs.flatten(0, 1).double(), None, tail)
-    return made.view(*logprobs.shape[:2], -1)
+    """Takes (B, T, K) to (B, T, K + 1) or, renormalised, (B, T, K)."""
+    rows = with_tail(logprobs.flatten(0, 1).double(), None, tail)
+    return rows.view(*logprobs.shape[:2], -1)
 
 
 def _both(which: str, student: Tensor | None, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -223,6 +223,3 @@ def _both(which: str, student: Tensor | None, teacher: Tensor | None) -> tuple[T
         missing = "student" if student is None else "teacher"
         raise ArgumentError(f"{missing}_{which}_log_probs must be given for this configuration, got None")
     return student, teacher
-
-
-__all__ = ["compute_self_distillation_loss", "distillation_loss", "self_distillation_loss"]

@@ -1,4 +1,4 @@
-"""Tiny students, teachers and data for TRL's trainers whose teacher is another model; two ranks of them, when run.
+"""Builds tiny students, teachers and data for TRL's trainers whose teacher is another model; when run, on two ranks.
 
 python -m torch.distributed.run --standalone --nproc_per_node 2 other_model_runs.py OUTPUT
 """
@@ -13,24 +13,35 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
+from trl import DistillationConfig, DistillationTrainer
+from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-import sdcore.world
+from sdcore.demo import CHECKPOINT
+from sdcore.integrations.trl import FusedDistillationTrainer, FusedGKDTrainer
+from tests.processes import leave
+from tests.sdcore.integrations.trl_runs import logged
 
+# Ours and TRL's.
+TRAINERS = {"gkd": (FusedGKDTrainer, GKDTrainer), "distillation": (FusedDistillationTrainer, DistillationTrainer)}
 # More than ids of the tokenizer, and more than any other dimension.
 VOCAB = 523
 QUESTIONS = ["tiko a e g d f", "luma b b c", "tiko a e g d f", "pi h i j a", "luma b b c", "reverse e f g h a"]
 ANSWERS = ["a3 e1 g7 d2 f0", "b4 b4", "a3 e1", "h0 i2 j8 a1", "b4 b4 c9", "a3"]
 
 
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(Path(sdcore.world.__file__).parent / "checkpoint")
+COMMON: dict[str, Any] = {
+    "max_steps": 3, "learning_rate": 5e-2, "lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 0.0,
+    "per_device_train_batch_size": 6, "per_device_eval_batch_size": 6, "logging_steps": 1, "report_to": [],
+    "save_strategy": "no", "use_cpu": True, "bf16": False, "disable_tqdm": True, "gradient_checkpointing": False,
+}  # fmt: skip
 
 
 def model(seed: int, *, hidden: int = 16) -> PreTrainedModel:
-    """Weights large enough that positions and masks matter."""
+    """Makes a model with weights so large that positions and masks matter."""
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=hidden, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=128, initializer_range=0.15, pad_token_id=0, bos_token_id=1, eos_token_id=2,
@@ -41,13 +52,11 @@ def model(seed: int, *, hidden: int = 16) -> PreTrainedModel:
 
 
 def teacher(seed: int = 9) -> PreTrainedModel:
-    """Of another width."""
+    """Makes a model of another width."""
     return model(seed, hidden=24)
 
 
 def messages() -> Any:
-    from datasets import Dataset
-
     turns = [
         [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         for question, answer in zip(QUESTIONS, ANSWERS, strict=True)
@@ -56,65 +65,85 @@ def messages() -> Any:
 
 
 def prompts() -> Any:
-    from datasets import Dataset
-
     return Dataset.from_dict({"prompt": [[{"role": "user", "content": question}] for question in QUESTIONS * 4]})
 
 
-def arguments(config: Any, output: Path, **options: Any) -> Any:
-    common: dict[str, Any] = {
-        "max_steps": 3, "learning_rate": 5e-2, "lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 0.0,
-        "per_device_train_batch_size": 6, "per_device_eval_batch_size": 6, "logging_steps": 1, "report_to": [],
-        "save_strategy": "no", "use_cpu": True, "bf16": False, "disable_tqdm": True, "gradient_checkpointing": False,
-    }  # fmt: skip
-    return config(output_dir=str(output), **(common | options))
-
-
-def gkd(kind: Any, output: Path, *, student: Any = None, of: Any = None, extra: Any = None, **options: Any) -> Any:
-    """A `GKDTrainer` of this kind, with `extra` arguments of its constructor."""
-    from trl.experimental.gkd import GKDConfig
-
-    options = {"lmbda": 0.0, "max_length": 64, "max_new_tokens": 8} | options
+def build(kind: Any, output: Path, *, student: Any = None, of: Any = None, extra: Any = None, **options: Any) -> Any:
+    """Constructs a trainer of TRL's, or of ours, with `extra` arguments of its constructor."""
+    is_gkd = issubclass(kind, GKDTrainer)
+    config = GKDConfig if is_gkd else DistillationConfig
+    own = {"lmbda": 0.0, "max_length": 64, "max_new_tokens": 8} if is_gkd else {"max_completion_length": 8}
+    rows = messages() if is_gkd else prompts()
     return kind(
         model(1) if student is None else student,
         teacher_model=teacher() if of is None else of,
-        args=arguments(GKDConfig, output, **options),
-        train_dataset=messages(),
-        eval_dataset=messages(),
-        processing_class=tokenizer(),
+        args=config(output_dir=str(output), **(COMMON | own | options)),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(CHECKPOINT),
         **(extra or {}),
     )
 
 
-def distillation(
-    kind: Any, output: Path, *, student: Any = None, of: Any = None, extra: Any = None, **options: Any
-) -> Any:
-    from trl import DistillationConfig
+def labelled_batch(padding: str = "left", *, seed: int = 0) -> dict[str, Tensor]:
+    """Makes a batch in which two prompts stand twice, apart; labels have holes, and one row has none."""
+    draw = torch.Generator().manual_seed(seed)
 
-    return kind(
-        model(1) if student is None else student,
-        teacher_model=teacher() if of is None else of,
-        args=arguments(DistillationConfig, output, **({"max_completion_length": 8} | options)),
-        train_dataset=prompts(),
-        eval_dataset=prompts(),
-        processing_class=tokenizer(),
-        **(extra or {}),
-    )
+    def ids(count: int) -> list[int]:
+        return torch.randint(3, VOCAB, (count,), generator=draw).tolist()
+
+    long, short = ids(9), ids(4)
+    rows = [(long, ids(5)), (short, ids(7)), (long, ids(2)), (short, ids(1)), (ids(6), ids(3))]
+    length = 17
+    fields: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for number, (prompt, completion) in enumerate(rows):
+        labels = [-100] * len(prompt) + completion
+        if number == 1:
+            labels[len(prompt) + 2] = labels[len(prompt) + 3] = labels[-1] = -100
+        if number == 4:
+            labels = [-100] * len(labels)
+        # What `generate` leaves: prompts padded on the left to one width, completions on the right.
+        left = {"left": length - len(labels), "right": 0, "both": 9 - len(prompt)}[padding]
+        right = length - len(labels) - left
+        for name, values, filler in (
+            ("input_ids", prompt + completion, 0),
+            ("attention_mask", [1] * len(labels), 0),
+            ("labels", labels, -100),
+        ):
+            fields[name].append([filler] * left + values + [filler] * right)
+    return {name: torch.tensor(values) for name, values in fields.items()}
+
+
+def prompted_batch(*, tools: bool = False, count: int | None = None, seed: int = 3) -> dict[str, Tensor]:
+    """Pads prompts on the left, completions on the right; two prompts stand twice; one completion is empty."""
+    draw = torch.Generator().manual_seed(seed)
+    prompts = [torch.randint(3, VOCAB, (size,), generator=draw).tolist() for size in (9, 4, 6)]
+    rows = [(0, 5), (1, 7), (0, 2), (1, 1), (2, 0)]
+    fields: dict[str, Any] = {"prompt_ids": [], "prompt_mask": [], "completion_ids": [], "completion_mask": []}
+    for which, size in rows:
+        pads = 9 - len(prompts[which])
+        fields["prompt_ids"].append([0] * pads + prompts[which])
+        fields["prompt_mask"].append([0] * pads + [1] * (9 - pads))
+        fields["completion_ids"].append(torch.randint(3, VOCAB, (size,), generator=draw).tolist() + [0] * (7 - size))
+        fields["completion_mask"].append([1] * size + [0] * (7 - size))
+    fields = {name: torch.tensor(values) for name, values in fields.items()}
+    if tools:
+        fields["tool_mask"] = torch.ones(5, 7, dtype=torch.int64)
+        fields["tool_mask"][0, 1:3] = fields["tool_mask"][1, 5:] = 0
+    if count is not None:
+        fields["num_items_in_batch"] = torch.tensor(count)
+    return fields
 
 
 def trained(trainer: Any) -> Any:
-    """From the same random state, whatever ran before."""
+    """Trains from the same random state, whatever ran before."""
     set_seed(5)
     trainer.train()
     return trainer
 
 
-def logged(trainer: Any, name: str = "loss") -> list[float]:
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
 def gradients(trainer: Any, inputs: dict[str, Any], **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a batch, and what it gives the student's parameters."""
+    """Returns the loss of a batch, and what it gives the student's parameters."""
     trainer.model.zero_grad()
     loss = trainer.compute_loss(trainer.model, dict(inputs), **options)
     loss.backward()
@@ -124,12 +153,12 @@ def gradients(trainer: Any, inputs: dict[str, Any], **options: Any) -> tuple[Ten
 
 
 def assert_same(
-    found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]], *, within: float
+    ours: tuple[Tensor, dict[str, Tensor]], theirs: tuple[Tensor, dict[str, Tensor]], *, within: float
 ) -> None:
-    """Loss and every gradient, relative to their size."""
-    assert float(found[0]) == float(expected[0]) or abs(1 - float(found[0] / expected[0])) < within
-    assert found[1].keys() == expected[1].keys()
-    errors = {name: float((found[1][name] - grad).norm() / grad.norm()) for name, grad in expected[1].items()}
+    """Compares loss and every gradient, relative to their size."""
+    assert float(ours[0]) == float(theirs[0]) or abs(1 - float(ours[0] / theirs[0])) < within
+    assert ours[1].keys() == theirs[1].keys()
+    errors = {name: float((ours[1][name] - grad).norm() / grad.norm()) for name, grad in theirs[1].items()}
     assert {name: error for name, error in errors.items() if not error < within} == {}
 
 
@@ -139,8 +168,8 @@ def shard(model: Any) -> Any:
     return fully_shard(model)
 
 
-def steps(kind: Any, build: Any, output: Path) -> dict[str, Any]:
-    """Three steps, accumulated over two batches, on two ranks with their own rows."""
+def steps(kind: Any, output: Path) -> dict[str, Any]:
+    """Makes three steps, accumulated over two batches, on two ranks with their own rows."""
     trainer = trained(build(kind, output, per_device_train_batch_size=2, gradient_accumulation_steps=2))
     assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
     weights = [weight.detach().double() for weight in trainer.model.parameters()]
@@ -152,46 +181,33 @@ def steps(kind: Any, build: Any, output: Path) -> dict[str, Any]:
     }
 
 
-def sharded(kind: Any, build: Any, batches: list[Any], output: Path) -> dict[str, Any]:
-    """One loss of each rank under FSDP2, and how far its gradients are from the mean of those of whole models."""
+def sharded(kind: Any, batches: list[Any], output: Path) -> dict[str, Any]:
+    """Makes one loss of each rank under FSDP2; says how far its gradients are from the mean of whole models'."""
     trainer = build(kind, output)
-    found = [gradients(trainer, batch) for batch in batches]
-    wanted = {name: sum(grads[name] for _, grads in found) / len(found) for name in found[0][1]}
+    whole = [gradients(trainer, batch) for batch in batches]
+    wanted = {name: sum(grads[name] for _, grads in whole) / len(whole) for name in whole[0][1]}
     trainer.model.zero_grad()
     shard(trainer.model)
     shard(trainer.teacher_model)
-    loss, grads = gradients(trainer, batches[dist.get_rank()])
-    whole = {name: grad.full_tensor() for name, grad in grads.items()}
-    errors = [float((whole[name] - grad).norm() / grad.norm()) for name, grad in wanted.items()]
-    return {"loss": float(loss), "wanted": float(found[dist.get_rank()][0]), "error": max(errors)}
+    loss, shards = gradients(trainer, batches[dist.get_rank()])
+    errors = [float((shards[name].full_tensor() - grad).norm() / grad.norm()) for name, grad in wanted.items()]
+    return {"loss": float(loss), "wanted": float(whole[dist.get_rank()][0]), "error": max(errors)}
 
 
 def main(output: Path) -> None:
-    """Of each trainer, TRL's and ours, steps on two ranks; and of ours, one with models that are sharded."""
-    from trl import DistillationTrainer
-    from trl.experimental.gkd import GKDTrainer
-
-    from sdcore.integrations.trl import FusedDistillationTrainer, FusedGKDTrainer
-    from tests.sdcore.integrations import test_trl_distillation, test_trl_gkd
-
+    """Trains with TRL's trainers and ours on two ranks, and makes a loss of ours with models that are sharded."""
     torch.set_num_threads(1)
     batches = {
-        "gkd": [test_trl_gkd.batch("left", seed=rank) for rank in range(2)],
-        "distillation": [test_trl_distillation.batch(seed=rank) for rank in range(2)],
+        "gkd": [labelled_batch(seed=rank) for rank in range(2)],
+        "distillation": [prompted_batch(seed=rank) for rank in range(2)],
     }
-    found: dict[str, Any] = {}
-    for name, build, theirs, ours in (
-        ("gkd", gkd, GKDTrainer, FusedGKDTrainer),
-        ("distillation", distillation, DistillationTrainer, FusedDistillationTrainer),
-    ):
-        found[f"{name} theirs"] = steps(theirs, build, output / name)
-        found[f"{name} ours"] = steps(ours, build, output / name)
-        found[f"{name} sharded"] = sharded(ours, build, batches[name], output / name)
-    (output / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-    # All is written; the interpreter's shutdown beside torch's threads aborts a process now and then.
-    os._exit(0)
+    results: dict[str, Any] = {}
+    for name, (ours, theirs) in TRAINERS.items():
+        results[f"{name} theirs"] = steps(theirs, output / name)
+        results[f"{name} ours"] = steps(ours, output / name)
+        results[f"{name} sharded"] = sharded(ours, batches[name], output / name)
+    (output / f"{os.environ['RANK']}.json").write_text(json.dumps(results))
+    leave()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Optional dependencies: without any of them all else imports, and what needs one says what to install."""
+"""Without optional dependencies all else imports, and what needs one of them says what to install."""
 
 from __future__ import annotations
 
@@ -103,11 +103,11 @@ def without(names: list[str], run_python: Callable[..., str]) -> dict[str, Any]:
     return json.loads(run_python(CODE, json.dumps(names), json.dumps(uses)).splitlines()[-1])
 
 
-def check(names: list[str], found: dict[str, Any]) -> None:
+def check(names: list[str], report: dict[str, Any]) -> None:
     own = tuple(module for name in names for module in ITS_OWN.get(name, ()))
-    assert {name: error for name, error in found["failed"].items() if not name.startswith(own)} == {}
+    assert {name: error for name, error in report["failed"].items() if not name.startswith(own)} == {}
     wanted = [words for name in names for _, words in USES.get(name, [])]
-    for said, want in zip(found["words"], wanted, strict=True):
+    for said, want in zip(report["words"], wanted, strict=True):
         kind, _, message = said.replace("'", '"').partition(": ")
         assert kind in ("ImportError", "ModuleNotFoundError"), said
         assert want in message
@@ -118,7 +118,7 @@ def check(names: list[str], found: dict[str, Any]) -> None:
         "sdcore.integrations.verl",
         "sdkernels.api",
     ):
-        assert name in found["imported"]
+        assert name in report["imported"]
 
 
 def test_with_none_of_them_all_else_imports_and_each_use_names_what_to_install(run_python: Callable[..., str]) -> None:
@@ -131,10 +131,10 @@ def test_with_none_of_them_all_else_imports_and_each_use_names_what_to_install(r
 def test_without_one_all_else_imports_and_its_uses_name_what_to_install(
     name: str, run_python: Callable[..., str]
 ) -> None:
-    """Beside the others, which may ask for it."""
+    """The others, which may ask for it, are there."""
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed: see the test without all")
-    found = without([name], run_python)
-    check([name], found)
+    report = without([name], run_python)
+    check([name], report)
     if name != "trl" and importlib.util.find_spec("trl"):
-        assert any(one.startswith("sdcore.integrations.trl.") for one in found["imported"])
+        assert any(module.startswith("sdcore.integrations.trl.") for module in report["imported"])

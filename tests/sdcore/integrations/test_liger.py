@@ -1,4 +1,4 @@
-"""Our `LigerFusedLinearJSDLoss` beside Liger's: the same where Liger is right, and each of its faults shown.
+"""Compares our `LigerFusedLinearJSDLoss` with Liger's: the same where Liger is right, and each of its faults shown.
 
 Liger runs uncompiled. Truth, where the two differ, is the plain computation in float64.
 """
@@ -39,7 +39,7 @@ def inputs(
     rows: int = N,
     vocab: int = V,
 ) -> Inputs:
-    """`gap`: how far the teacher is from the student; below 1 they share a head."""
+    """Draws states, heads and labels; `gap` says how far the teacher is from the student, below 1 they share a head."""
     draw = torch.Generator().manual_seed(5)
 
     def normal(*shape: int) -> Tensor:
@@ -51,17 +51,17 @@ def inputs(
     teacher, teacher_weight = other if gap == 1 else (student + gap * normal(rows, H), weight)
     biases = (normal(vocab), normal(vocab)) if bias else (None, None)
     given = (student, weight, teacher, teacher_weight, labels, *biases)
-    return Inputs(*(one.to(dtype) if one is not None and one.is_floating_point() else one for one in given))
+    return Inputs(*(x.to(dtype) if x is not None and x.is_floating_point() else x for x in given))
 
 
 def run(loss: Any, given: Inputs, upstream: float = 1.0) -> tuple[Tensor, ...]:
-    """The value, and the gradients of student, head and bias."""
-    leaves = [one.clone().requires_grad_() for one in given[:2]]
+    """Returns the value, and the gradients of student, head and bias."""
+    leaves = [tensor.clone().requires_grad_() for tensor in given[:2]]
     bias = None if given.student_bias is None else given.student_bias.clone().requires_grad_()
     value = loss(*leaves, *given[2:5], bias, given.teacher_bias)
     value = value[0] if isinstance(value, tuple) else value
     (upstream * value).backward()
-    return (value.detach(), *(one.grad for one in (*leaves, bias) if one is not None))
+    return (value.detach(), *(leaf.grad for leaf in (*leaves, bias) if leaf is not None))
 
 
 def theirs(**options: Any) -> Any:
@@ -70,8 +70,8 @@ def theirs(**options: Any) -> Any:
 
 
 def truth(given: Inputs, *, beta: float = 0.5, hard: float = 0.5, soft: float = 0.5, temperature: float = 1.0) -> Any:
-    """The definition in float64, on the given numbers."""
-    wide = Inputs(*(one.double() if one is not None and one.is_floating_point() else one for one in given))
+    """Computes the definition in float64, on the given numbers."""
+    wide = Inputs(*(x.double() if x is not None and x.is_floating_point() else x for x in given))
 
     def definition(
         student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, labels: Tensor, bias: Any, other: Any
@@ -93,8 +93,8 @@ def truth(given: Inputs, *, beta: float = 0.5, hard: float = 0.5, soft: float = 
     return run(definition, wide)
 
 
-def error(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
+def error(value: Tensor, exact: Tensor) -> float:
+    return float((value.double() - exact).norm() / exact.norm())
 
 
 def test_the_constructor_and_the_call_are_ligers() -> None:
@@ -102,8 +102,8 @@ def test_the_constructor_and_the_call_are_ligers() -> None:
     for name in ("__init__", "forward"):
         ours, other = (list(inspect.signature(getattr(kind, name)).parameters.values())
                        for kind in (LigerFusedLinearJSDLoss, peer))  # fmt: skip
-        positional = [one for one in ours if one.kind is one.POSITIONAL_OR_KEYWORD]
-        assert [(one.name, one.default) for one in positional] == [(one.name, one.default) for one in other]
+        positional = [argument for argument in ours if argument.kind is argument.POSITIONAL_OR_KEYWORD]
+        assert [(a.name, a.default) for a in positional] == [(a.name, a.default) for a in other]
     assert set(vars(theirs())) - set(vars(torch.nn.Module())) <= set(vars(LigerFusedLinearJSDLoss()))
 
 
@@ -122,12 +122,12 @@ def test_value_and_gradients_are_ligers(
         "temperature": temperature,
     }
     given = inputs(bias=bias)
-    found = run(LigerFusedLinearJSDLoss(**options), given, upstream=3.0)
+    results = run(LigerFusedLinearJSDLoss(**options), given, upstream=3.0)
     expected = run(theirs(**options, chunk_size=16), given, upstream=3.0)
     exact = truth(given, beta=beta, hard=weights[0], soft=weights[1], temperature=temperature)
     # Liger adds up its loss in float32 whatever the inputs are, and makes its cross-entropy in it.
-    assert float(found[0]) == pytest.approx(float(expected[0]), rel=1e-6)
-    for ours, other, wanted in zip(found[1:], expected[1:], exact[1:], strict=True):
+    assert float(results[0]) == pytest.approx(float(expected[0]), rel=1e-6)
+    for ours, other, wanted in zip(results[1:], expected[1:], exact[1:], strict=True):
         assert error(ours, other) < (1e-6 if weights[0] else 1e-10)
         assert error(ours, 3.0 * wanted) < 1e-10
 
@@ -135,11 +135,11 @@ def test_value_and_gradients_are_ligers(
 @pytest.mark.parametrize("labels", ["all", "none"])
 def test_where_all_rows_are_ignored_the_loss_is_0_and_so_are_gradients(labels: str) -> None:
     given = inputs(ignored=1.1 if labels == "none" else 0.0)
-    found, expected = (run(kind, given) for kind in (LigerFusedLinearJSDLoss(), theirs()))
-    assert float(found[0]) == pytest.approx(float(expected[0]), rel=1e-6)
-    for ours, other in zip(found[1:], expected[1:], strict=True):
+    results, expected = (run(kind, given) for kind in (LigerFusedLinearJSDLoss(), theirs()))
+    assert float(results[0]) == pytest.approx(float(expected[0]), rel=1e-6)
+    for ours, other in zip(results[1:], expected[1:], strict=True):
         assert torch.allclose(ours, other, rtol=1e-5, atol=1e-7)
-    assert labels == "all" or not any(bool(one.any()) for one in found)
+    assert labels == "all" or not any(bool(value.any()) for value in results)
 
 
 def test_another_ignore_index_is_honoured() -> None:
@@ -153,8 +153,8 @@ def test_another_ignore_index_is_honoured() -> None:
 def test_soft_and_hard_loss_are_returned_before_their_weights() -> None:
     given = inputs()
     options = {"weight_hard_loss": 0.0, "weight_soft_loss": 0.3, "return_soft_hard_loss": True}
-    found, expected = (kind(*given) for kind in (LigerFusedLinearJSDLoss(**options), theirs(**options)))
-    assert [float(one) for one in found] == pytest.approx([float(one) for one in expected], rel=1e-6)
+    results, expected = (kind(*given) for kind in (LigerFusedLinearJSDLoss(**options), theirs(**options)))
+    assert [float(loss) for loss in results] == pytest.approx([float(loss) for loss in expected], rel=1e-6)
 
 
 def test_batches_with_a_length_are_taken_as_liger_takes_them() -> None:
@@ -164,10 +164,10 @@ def test_batches_with_a_length_are_taken_as_liger_takes_them() -> None:
         teacher=given.teacher[:36].view(4, 9, HT),
         labels=given.labels[:36].view(4, 9),
     )
-    found, expected = (run(kind, shaped) for kind in (LigerFusedLinearJSDLoss(), theirs()))
-    assert found[1].shape == (4, 9, H)
-    assert error(found[1], expected[1]) < 1e-6
-    assert error(found[2], expected[2]) < 1e-6
+    results, expected = (run(kind, shaped) for kind in (LigerFusedLinearJSDLoss(), theirs()))
+    assert results[1].shape == (4, 9, H)
+    assert error(results[1], expected[1]) < 1e-6
+    assert error(results[2], expected[2]) < 1e-6
 
 
 def test_options_may_be_set_between_calls() -> None:
@@ -189,8 +189,8 @@ def test_a_teacher_near_the_student_in_bf16_is_exact_to_rounding_where_ligers_is
     given = inputs(dtype=torch.bfloat16, bias=False, gap=0.005)
     options: dict[str, Any] = {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0, "beta": beta}
     exact = truth(given, beta=beta, hard=0.0, soft=1.0)
-    found, peer = (run(kind(**options), given) for kind in (LigerFusedLinearJSDLoss, theirs))
-    ours, other = ([error(a, b) for a, b in zip(one, exact, strict=True)] for one in (found, peer))
+    results, peer = (run(kind(**options), given) for kind in (LigerFusedLinearJSDLoss, theirs))
+    ours, other = ([error(a, b) for a, b in zip(values, exact, strict=True)] for values in (results, peer))
     # The gradients that are returned are bfloat16 themselves: half a unit in the last place is 2^-9.
     assert ours[0] < 1e-3
     assert max(ours[1:]) < 2**-7
@@ -216,8 +216,8 @@ def test_what_ignored_rows_hold_does_not_matter_where_it_spoils_ligers_gradients
     row = int((given.labels == IGNORE).nonzero()[0, 0])
     expected = run(LigerFusedLinearJSDLoss(), given)
     given.student[row] = torch.nan
-    found, peer = run(LigerFusedLinearJSDLoss(), given), run(theirs(), given)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    results, peer = run(LigerFusedLinearJSDLoss(), given), run(theirs(), given)
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
     assert peer[2].isnan().all()
 
 
@@ -225,15 +225,15 @@ def test_the_weights_gradient_is_added_up_in_float32_where_ligers_is_rounded_per
     given = inputs(dtype=torch.bfloat16, bias=False, ignored=0.0, rows=800, vocab=211)
     exact = truth(given)
     # Several chunks of rows for both; below 19 MiB not one block fits.
-    found, peer = run(LigerFusedLinearJSDLoss(workspace_mb=20), given), run(theirs(chunk_size=16), given)
-    assert error(found[2], exact[2]) < 2**-8 < error(peer[2], exact[2])
+    results, peer = run(LigerFusedLinearJSDLoss(workspace_mb=20), given), run(theirs(chunk_size=16), given)
+    assert error(results[2], exact[2]) < 2**-8 < error(peer[2], exact[2])
 
 
 def test_the_loss_of_float64_inputs_is_float64_where_ligers_is_float32() -> None:
     given = inputs()
-    found, peer = run(LigerFusedLinearJSDLoss(), given)[0], run(theirs(), given)[0]
-    assert found.dtype == torch.float64
-    assert error(found, truth(given)[0]) < 1e-12
+    results, peer = run(LigerFusedLinearJSDLoss(), given)[0], run(theirs(), given)[0]
+    assert results.dtype == torch.float64
+    assert error(results, truth(given)[0]) < 1e-12
     assert peer.dtype == torch.float32
 
 
@@ -259,8 +259,8 @@ def test_a_teachers_padded_vocabulary_is_left_out_where_liger_gives_the_student_
         teacher_bias=torch.cat([given.teacher_bias, torch.full((more,), -1e4).double()]),
     )
     exact = truth(given)
-    found, peer = run(LigerFusedLinearJSDLoss(), padded), run(theirs(), padded)
-    assert max(error(a, b) for a, b in zip(found, exact, strict=True)) < 1e-10
+    results, peer = run(LigerFusedLinearJSDLoss(), padded), run(theirs(), padded)
+    assert max(error(a, b) for a, b in zip(results, exact, strict=True)) < 1e-10
     assert error(peer[0], exact[0]) > 1e-3
 
 

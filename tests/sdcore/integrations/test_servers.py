@@ -1,4 +1,4 @@
-"""Servers as teachers: answers in the exact form of vLLM, SGLang and TRL, made of a small model's log-probabilities.
+"""Reads answers in the exact form of vLLM, SGLang and TRL, which are made of a small model's log-probabilities.
 
 And vLLM itself, where `SDCORE_VLLM` names a Python that has it (see tests/sdcore/rollouts/test_engine.py).
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def plan() -> Any:
 
 @dataclass
 class Logprob:
-    """Of vllm/logprobs.py."""
+    """Is that of vllm/logprobs.py."""
 
     logprob: float
     rank: int | None = None
@@ -76,31 +76,31 @@ class Logprob:
 
 
 def log_softmax_of(model: LlamaForCausalLM, ids: list[int]) -> Tensor:
-    """(L, V): row i is about token i; the first is NaN, since nothing stands before it."""
+    """Returns (L, V): row i is about token i; the first is NaN, since nothing stands before it."""
     with torch.no_grad():
         rows = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
     return torch.cat([torch.full((1, V), float("nan")), rows[:-1]])
 
 
 def vllm_position(row: Tensor, own: int, k: int) -> dict[int, Logprob]:
-    """As `append_logprobs_for_next_position` makes it: the own token first, then the k most likely."""
+    """Makes it as `append_logprobs_for_next_position` does: the own token first, then the k most likely."""
     top = row.topk(k)
     rank = int((row >= row[own]).sum())
-    found = {own: Logprob(float(row[own]), rank, f"<{own}>")}
+    entries = {own: Logprob(float(row[own]), rank, f"<{own}>")}
     for place, (value, token) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True), 1):
-        found[token] = Logprob(value, place, f"<{token}>")
-    return found
+        entries[token] = Logprob(value, place, f"<{token}>")
+    return entries
 
 
 def vllm_output(model: LlamaForCausalLM, ids: list[int], k: int) -> Any:
-    """A `RequestOutput`, as far as it is read."""
+    """Makes a `RequestOutput`, as far as it is read."""
     rows = log_softmax_of(model, ids)
     positions = [None, *(vllm_position(rows[i], ids[i], k) for i in range(1, len(ids)))]
     return SimpleNamespace(prompt_token_ids=list(ids), prompt_logprobs=positions)
 
 
 def vllm_choice(model: LlamaForCausalLM, ids: list[int], k: int) -> dict[str, Any]:
-    """A choice of `/v1/completions` as JSON, whose keys are strings."""
+    """Makes a choice of `/v1/completions` as JSON, whose keys are strings."""
     output = vllm_output(model, ids, k)
     positions = [
         None if entries is None else {str(token): vars(value) for token, value in entries.items()}
@@ -123,57 +123,57 @@ def sglang_answer(model: LlamaForCausalLM, ids: list[int], k: int, start: int = 
 
 
 def trl_answer(model: LlamaForCausalLM, asked: list[Scored], k: int) -> dict[str, Any]:
-    """What TRL's own client makes of a vLLM server's answer."""
+    """Returns what TRL's own client makes of a vLLM server's answer."""
     client = pytest.importorskip("trl.generation.vllm_client").VLLMClient
     results = [
-        client._format_sequence_logprobs(vllm_choice(model, one.ids, k), one.ids, len(one.ids) - one.rows, k)
-        for one in asked
+        client._format_sequence_logprobs(
+            vllm_choice(model, sequence.ids, k), sequence.ids, len(sequence.ids) - sequence.rows, k
+        )
+        for sequence in asked
     ]
     return {key: [result[key] for result in results] for key in results[0]}
 
 
-def scored_by_vllm_engine(model: LlamaForCausalLM, plan: Any, k: int) -> TopKLogprobs:
-    return from_vllm([vllm_output(model, one.ids, k) for one in sequences(plan)], plan, k)
+class Format(NamedTuple):
+    """Answers as a server does, and reads the answers."""
+
+    answer: Callable[[LlamaForCausalLM, list[Scored], int], Any]
+    read: Callable[[Any, Any, int], TopKLogprobs]
+
+    def scores(self, model: LlamaForCausalLM, plan: Any, k: int, said: int | None = None) -> TopKLogprobs:
+        """Reads k log-probabilities of a server that has sent `said` of them, as a rule k."""
+        return self.read(self.answer(model, sequences(plan), said or k), plan, k)
 
 
-def scored_by_vllm_json(model: LlamaForCausalLM, plan: Any, k: int) -> TopKLogprobs:
-    return from_vllm([vllm_choice(model, one.ids, k) for one in sequences(plan)], plan, k)
+def one_by_one(answer: Callable[[LlamaForCausalLM, list[int], int], Any]) -> Callable[..., list[Any]]:
+    return lambda model, asked, k: [answer(model, sequence.ids, k) for sequence in asked]
 
 
-def scored_by_sglang_whole(model: LlamaForCausalLM, plan: Any, k: int) -> TopKLogprobs:
-    return from_sglang([sglang_answer(model, one.ids, k) for one in sequences(plan)], plan, k)
+def sglang_parts(model: LlamaForCausalLM, asked: list[Scored], k: int) -> list[Any]:
+    return [sglang_answer(model, sequence.ids, k, len(sequence.ids) - sequence.rows - 1) for sequence in asked]
 
 
-def scored_by_sglang_part(model: LlamaForCausalLM, plan: Any, k: int) -> TopKLogprobs:
-    answers = [sglang_answer(model, one.ids, k, len(one.ids) - one.rows - 1) for one in sequences(plan)]
-    return from_sglang(answers, plan, k)
-
-
-def scored_by_trl(model: LlamaForCausalLM, plan: Any, k: int) -> TopKLogprobs:
-    return from_trl(trl_answer(model, sequences(plan), k), plan, k)
-
-
-Format = Callable[[LlamaForCausalLM, Any, int], TopKLogprobs]
-FORMATS: list[Format] = [
-    scored_by_vllm_engine,
-    scored_by_vllm_json,
-    scored_by_sglang_whole,
-    scored_by_sglang_part,
-    scored_by_trl,
-]
-formats = pytest.mark.parametrize("scored", FORMATS, ids=lambda one: one.__name__.removeprefix("scored_by_"))
+FORMATS = {
+    "vllm_engine": Format(one_by_one(vllm_output), from_vllm),
+    "vllm_json": Format(one_by_one(vllm_choice), from_vllm),
+    "sglang_whole": Format(one_by_one(sglang_answer), from_sglang),
+    "sglang_part": Format(sglang_parts, from_sglang),
+    "trl": Format(trl_answer, from_trl),
+}
+formats = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+vllm_outputs, vllm_choices = FORMATS["vllm_engine"].answer, FORMATS["vllm_json"].answer
 
 
 def linear_scores(model: LlamaForCausalLM, plan: Any, k: int) -> TopKLogprobs:
-    """The same rows by the library's own passes."""
+    """Computes the same rows by the library's own passes."""
     hidden = run(tiny_model(2), plan, teacher=Frozen(model)).teacher_hidden
     head = head_of(model)
-    found = linear_topk(hidden, head.weight, k, head=head.transform)
-    return TopKLogprobs(found.ids, found.logprobs)
+    top = linear_topk(hidden, head.weight, k, head=head.transform)
+    return TopKLogprobs(top.ids, top.logprobs)
 
 
 def test_a_sequence_is_the_teachers_prompt_and_a_completion_that_is_not_empty(plan: Any) -> None:
-    assert [(one.name, one.ids, one.rows) for one in sequences(plan)] == [
+    assert [tuple(sequence) for sequence in sequences(plan)] == [
         ("completions[0][0]", [3, 7, 40, 41, 9, 5, 8, 2, 6], 4),
         ("completions[0][2]", [3, 7, 40, 41, 9, 9], 1),
         ("completions[1][0]", [11, 50, 4, 1, 2, 3], 3),
@@ -184,19 +184,17 @@ def test_a_sequence_is_the_teachers_prompt_and_a_completion_that_is_not_empty(pl
 
 @formats
 @pytest.mark.parametrize("k", [1, K, V])
-def test_every_format_gives_the_rows_of_linear_topk(
-    scored: Format, k: int, plan: Any, teacher: LlamaForCausalLM
-) -> None:
-    found, expected = scored(teacher, plan, k), linear_scores(teacher, plan, k)
-    assert torch.equal(found.ids, expected.ids)
-    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
-    assert found.logprobs.shape == (plan.num_rows, k)
+def test_every_format_gives_the_rows_of_linear_topk(form: Format, k: int, plan: Any, teacher: LlamaForCausalLM) -> None:
+    scores, expected = form.scores(teacher, plan, k), linear_scores(teacher, plan, k)
+    assert torch.equal(scores.ids, expected.ids)
+    torch.testing.assert_close(scores.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
+    assert scores.logprobs.shape == (plan.num_rows, k)
 
 
 @formats
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_every_format_gives_the_loss_of_the_teachers_own_states(
-    scored: Format, alpha: float, plan: Any, teacher: LlamaForCausalLM
+    form: Format, alpha: float, plan: Any, teacher: LlamaForCausalLM
 ) -> None:
     student = tiny_model(2)
     hidden = run(student, plan).student_hidden.detach()
@@ -205,20 +203,20 @@ def test_every_format_gives_the_loss_of_the_teachers_own_states(
     expected = linear_divergence(
         hidden, weight, states, teacher_weight, alpha=alpha, support=TopK(K, of="teacher", tail=True)
     )
-    found = linear_divergence(hidden, weight, alpha=alpha, teacher=scored(teacher, plan, K))
-    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    out = linear_divergence(hidden, weight, alpha=alpha, teacher=form.scores(teacher, plan, K))
+    torch.testing.assert_close(out.loss, expected.loss, rtol=1e-5, atol=1e-6)
 
 
 def test_the_own_token_of_vllm_is_left_out_where_it_is_not_among_the_most_likely(
     plan: Any, teacher: LlamaForCausalLM
 ) -> None:
     asked = sequences(plan)
-    answers = [vllm_output(teacher, one.ids, 1) for one in asked]
-    counts = [len(p) for a, one in zip(answers, asked, strict=True) for p in a.prompt_logprobs[-one.rows :]]
+    answers = vllm_outputs(teacher, asked, 1)
+    counts = [len(p) for a, sequence in zip(answers, asked, strict=True) for p in a.prompt_logprobs[-sequence.rows :]]
     assert set(counts) == {1, 2} or counts == [2] * len(counts)
-    found = from_vllm(answers, plan, 1)
-    assert found.ids.shape == (plan.num_rows, 1)
-    assert torch.equal(found.ids, linear_scores(teacher, plan, 1).ids)
+    scores = from_vllm(answers, plan, 1)
+    assert scores.ids.shape == (plan.num_rows, 1)
+    assert torch.equal(scores.ids, linear_scores(teacher, plan, 1).ids)
 
 
 def test_the_own_token_does_not_stand_in_for_one_that_the_server_left_out(teacher: LlamaForCausalLM) -> None:
@@ -232,14 +230,15 @@ def test_the_own_token_does_not_stand_in_for_one_that_the_server_left_out(teache
 
 
 def test_a_server_may_say_more_than_is_wanted(plan: Any, teacher: LlamaForCausalLM) -> None:
-    answers = [vllm_output(teacher, one.ids, 12) for one in sequences(plan)]
-    assert torch.equal(from_vllm(answers, plan, K).ids, linear_scores(teacher, plan, K).ids)
+    assert torch.equal(
+        FORMATS["vllm_engine"].scores(teacher, plan, K, said=12).ids, linear_scores(teacher, plan, K).ids
+    )
 
 
 def test_flat_logprobs_and_old_answers_without_the_prompts_ids_are_read_too(
     plan: Any, teacher: LlamaForCausalLM
 ) -> None:
-    answers = [vllm_output(teacher, one.ids, K) for one in sequences(plan)]
+    answers = vllm_outputs(teacher, sequences(plan), K)
     for answer in answers:
         answer.prompt_token_ids = None
         answer.prompt_logprobs[0] = {}  # FlatLogprobs has an empty position for None
@@ -247,7 +246,7 @@ def test_flat_logprobs_and_old_answers_without_the_prompts_ids_are_read_too(
 
 
 def change(answers: list[Any], what: str) -> None:
-    """Break the second answer."""
+    """Breaks the second answer."""
     answer = answers[1]
     position = answer["prompt_logprobs"][-1]
     first = next(iter(position))
@@ -300,36 +299,28 @@ def test_an_answer_that_is_wrong_is_refused_by_completion_and_position(
     what: str, message: str, plan: Any, teacher: LlamaForCausalLM
 ) -> None:
     k = V if what == "log 0" else K
-    answers = [vllm_choice(teacher, one.ids, k) for one in sequences(plan)]
+    answers = vllm_choices(teacher, sequences(plan), k)
     change(answers, what)
     with pytest.raises(EngineError, match=message):
         from_vllm(answers, plan, k)
 
 
 @formats
-def test_fewer_log_probabilities_than_wanted_are_refused(scored: Format, plan: Any, teacher: LlamaForCausalLM) -> None:
-    """As of a server with too small a `--max-logprobs`; the own token's entry does not make up for one."""
-    asked = sequences(plan)
-    builders: dict[str, Callable[[], TopKLogprobs]] = {
-        "scored_by_vllm_engine": lambda: from_vllm([vllm_output(teacher, one.ids, K) for one in asked], plan, K + 1),
-        "scored_by_vllm_json": lambda: from_vllm([vllm_choice(teacher, one.ids, K) for one in asked], plan, K + 1),
-        "scored_by_sglang_whole": lambda: from_sglang([sglang_answer(teacher, one.ids, K) for one in asked], plan, 6),
-        "scored_by_sglang_part": lambda: from_sglang([sglang_answer(teacher, one.ids, K) for one in asked], plan, 6),
-        "scored_by_trl": lambda: from_trl(trl_answer(teacher, asked, K), plan, K + 1),
-    }
+def test_fewer_log_probabilities_than_wanted_are_refused(form: Format, plan: Any, teacher: LlamaForCausalLM) -> None:
+    """A server with too small a `--max-logprobs` sends so many; the own token's entry does not make up for one."""
     with pytest.raises(
         EngineError, match=r"position 0 of completions\[0\]\[0\] must have the 6 most likely tokens, got 5"
     ):
-        builders[scored.__name__]()
+        form.scores(teacher, plan, K + 1, said=K)
 
 
 def test_what_sglang_sends_of_other_tokens_or_too_late_is_refused(plan: Any, teacher: LlamaForCausalLM) -> None:
     asked = sequences(plan)
-    answers = [sglang_answer(teacher, one.ids, K) for one in asked]
+    answers = FORMATS["sglang_whole"].answer(teacher, asked, K)
     answers[0]["meta_info"]["input_token_logprobs"][3][1] = 0
     with pytest.raises(EngineError, match=r"tokens of completions\[0\]\[0\] that were sent.*index 3 on \[41"):
         from_sglang(answers, plan, K)
-    late = [sglang_answer(teacher, one.ids, K, len(one.ids) - one.rows) for one in asked]
+    late = [sglang_answer(teacher, sequence.ids, K, len(sequence.ids) - sequence.rows) for sequence in asked]
     with pytest.raises(
         EngineError, match=r"must have 5 to 9 entries .*got 4 and 4; ask for logprob_start_len of at most 4"
     ):
@@ -360,7 +351,7 @@ def test_an_answer_short_or_a_k_that_is_no_number_is_refused(plan: Any, teacher:
 
 
 class FakeServer:
-    """Both protocols, answered by the model."""
+    """Answers in both protocols, by the model."""
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         self.model = model
@@ -384,9 +375,9 @@ def server(teacher: LlamaForCausalLM) -> Iterator[Any]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             fake.requests.append((self.path, body))
-            found = fake.answer(self.path, body)
-            text = json.dumps(found).encode() if found else b"Requested prompt logprobs of 6, greater than max of 5"
-            self.send_response(200 if found else 400)
+            answer = fake.answer(self.path, body)
+            text = json.dumps(answer).encode() if answer else b"Requested prompt logprobs of 6, greater than max of 5"
+            self.send_response(200 if answer else 400)
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
             self.wfile.write(text)
@@ -408,11 +399,11 @@ def test_a_server_scores_the_completions_of_a_plan(
     kind: str, server: Any, plan: Any, teacher: LlamaForCausalLM
 ) -> None:
     client: Server = SGLangServer(server.url) if kind == "sglang" else VLLMServer(server.url, model="teacher")
-    found, expected = score(client, plan, K), linear_scores(teacher, plan, K)
-    assert torch.equal(found.ids, expected.ids)
-    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
+    scores, expected = score(client, plan, K), linear_scores(teacher, plan, K)
+    assert torch.equal(scores.ids, expected.ids)
+    torch.testing.assert_close(scores.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
     assert sorted(body.get("prompt", body.get("input_ids")) for _, body in server.fake.requests) == sorted(
-        one.ids for one in sequences(plan)
+        sequence.ids for sequence in sequences(plan)
     )
     if kind == "vllm":
         assert all(body["temperature"] == 1.0 and body["return_token_ids"] for _, body in server.fake.requests)
@@ -423,16 +414,16 @@ def test_vllm_itself_scores_as_the_librarys_own_passes(served: Any) -> None:
     model = with_wider_heads()
     planned = plan_of([[3, 7, 9], [11, 4]], [[[5, 8, 20, 60], [], [9]], [[100, 101, 3]]], TEACHER_PROMPTS)
     client = VLLMServer(served.url, model="policy")
-    found = score(client, planned, 20)
+    scores = score(client, planned, 20)
     hidden, head = run(model, planned).teacher_hidden, head_of(model)
     expected = linear_topk(hidden, head.weight, 20, head=head.transform)
-    assert torch.equal(found.ids, expected.ids)
-    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=1e-4, atol=1e-4)
+    assert torch.equal(scores.ids, expected.ids)
+    torch.testing.assert_close(scores.logprobs, expected.logprobs, rtol=1e-4, atol=1e-4)
     with pytest.raises(EngineError, match="prompt logprobs of 21, which is greater than max allowed: 20"):
         score(client, planned, 21)
     # The temperature is for what is sampled, whatever the server's --logprobs-mode.
-    one = sequences(planned)[0]
-    body = {"model": "policy", "prompt": one.ids, "max_tokens": 1, "prompt_logprobs": 3, "return_token_ids": True}
+    ids = sequences(planned)[0].ids
+    body = {"model": "policy", "prompt": ids, "max_tokens": 1, "prompt_logprobs": 3, "return_token_ids": True}
     hot, cold = (
         client.post("/v1/completions", body | {"temperature": temperature})["choices"][0]["prompt_logprobs"]
         for temperature in (1.0, 0.5)
@@ -463,19 +454,18 @@ def test_a_step_with_scores_is_the_step_with_the_teachers_weights(
     common: dict[str, Any] = {"token_weights": weights, "strategy": strategy}
     loss = FusedLinearDivergence(alpha=0.5, support=TopK(K, of="teacher"))
     expected, gradients = losses(student, plan, loss=loss, teacher=Frozen(teacher), **common)
-    scores = scored_by_vllm_engine(teacher, plan, K)
-    found, others = losses(student, plan, loss=loss, teacher=scores, **common)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    for one, other in zip(others, gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    scores = FORMATS["vllm_engine"].scores(teacher, plan, K)
+    served, others = losses(student, plan, loss=loss, teacher=scores, **common)
+    torch.testing.assert_close(served, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(others, gradients, rtol=1e-4, atol=1e-6)
     # The plan needs no teacher's prompts then, and their pass is not run.
     alone, again = losses(student, plan_of(PROMPTS, COMPLETIONS), loss=loss, teacher=scores, **common)
-    torch.testing.assert_close(alone, found)
+    torch.testing.assert_close(alone, served)
     torch.testing.assert_close(again, others)
 
 
 def test_a_step_with_scores_reports_no_pass_and_no_entropy_of_the_teacher(plan: Any, teacher: LlamaForCausalLM) -> None:
-    out = distill_step(tiny_model(2), plan, teacher=scored_by_sglang_part(teacher, plan, K))
+    out = distill_step(tiny_model(2), plan, teacher=FORMATS["sglang_part"].scores(teacher, plan, K))
     assert out.report.teacher is None
     assert "teacher/entropy" not in out.metrics
     assert out.metrics["student/entropy"] > 0
@@ -483,14 +473,14 @@ def test_a_step_with_scores_reports_no_pass_and_no_entropy_of_the_teacher(plan: 
 
 def test_a_step_with_scores_mixes_with_a_policy_gradient(plan: Any, teacher: LlamaForCausalLM) -> None:
     policy = PolicyTerm(advantages=torch.linspace(-1, 1, plan.num_rows), distillation_weight=0.25)
-    scores = scored_by_trl(teacher, plan, K)
+    scores = FORMATS["trl"].scores(teacher, plan, K)
     mixed = distill_step(tiny_model(2), plan, teacher=scores, policy=policy)
     alone = distill_step(tiny_model(2), plan, teacher=scores)
     torch.testing.assert_close(mixed.metrics["loss/distillation"], alone.loss)
 
 
 def test_scores_that_do_not_fit_a_step_are_refused(plan: Any, teacher: LlamaForCausalLM) -> None:
-    scores = scored_by_vllm_engine(teacher, plan, K)
+    scores = FORMATS["vllm_engine"].scores(teacher, plan, K)
     short = TopKLogprobs(scores.ids[1:], scores.logprobs[1:])
     with pytest.raises(
         ArgumentError, match=r"teacher must have ids and logprobs of one shape \(N=8, K\), got \(7, 5\)"

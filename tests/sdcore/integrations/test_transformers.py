@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import json
 import pickle
-import time
-from collections.abc import Iterator
+import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -30,17 +29,10 @@ from sdcore.models import find_body, head_of
 from sdcore.prefix import plan
 from sdkernels import linear_logprobs
 from sdkernels.live_bytes import LiveBytes
+from tests.processes import verdicts_of
 from tests.sdcore.prefix.models import CONFIGS, HEADS, VOCAB, tiny
 
 B, L = 2, 7
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def batch() -> dict[str, Tensor]:
@@ -74,9 +66,9 @@ def test_the_states_are_the_last_hidden_states_bit_for_bit(name: str) -> None:
     model = tiny(name)
     expected = last_states(model)
     with patch(model):
-        found = model(**batch()).last_hidden_state
-    assert torch.equal(found, expected)
-    assert found.requires_grad
+        states = model(**batch()).last_hidden_state
+    assert torch.equal(states, expected)
+    assert states.requires_grad
     assert_plain(model)
 
 
@@ -106,11 +98,10 @@ def test_a_loss_of_the_states_has_the_gradients_of_the_logits() -> None:
 
 def test_no_logits_are_computed() -> None:
     model = tiny("llama").float()
-    wide = tiny("llama").float()
     with torch.no_grad(), patch(model), LiveBytes() as probe:
         model(**batch())
     with torch.no_grad(), LiveBytes() as control:
-        wide(**batch())
+        model(**batch())
     assert probe.largest_numel < B * L * VOCAB <= control.largest_numel
     assert not [product for product in probe.matmuls if VOCAB in (product.m, product.n) and product.m * product.n]
 
@@ -138,7 +129,7 @@ def test_everything_but_logits_and_loss_comes_as_the_family_gives_it() -> None:
 
 
 def test_a_cache_is_read_on() -> None:
-    """As code does that samples by hand."""
+    """Code that samples by hand does so."""
     model = tiny("llama")
     expected = last_states(model)[:, -1:]
     ids, mask = batch()["input_ids"], batch()["attention_mask"]
@@ -221,7 +212,7 @@ def test_patches_count() -> None:
 
 
 def test_a_forward_that_somebody_replaced_before_is_called_and_put_back() -> None:
-    """As accelerate's autocast does."""
+    """accelerate's autocast does so."""
     model, calls = tiny("llama"), []
     original = model.forward
 
@@ -304,8 +295,7 @@ def test_a_step_on_a_patched_model_is_the_step_on_the_model() -> None:
     planned = plan([[1, 2, 3]], [[[4, 5], [6, 7, 8]]], [[9, 9, 1, 2, 3]])
     expected = sdcore.distill_step(model, planned, backward=None).loss
     with patch(model):
-        found = sdcore.distill_step(model, planned, backward=None).loss
-    assert torch.equal(found, expected)
+        assert torch.equal(sdcore.distill_step(model, planned, backward=None).loss, expected)
 
 
 def test_the_signature_is_the_models_own() -> None:
@@ -335,8 +325,12 @@ def test_a_model_that_cannot_leave_out_its_logits_is_refused() -> None:
     assert "forward" not in vars(model)
 
 
+def labelled_rows() -> list[dict[str, list[int]]]:
+    return [{"input_ids": list(row), "labels": [-100, *row[1:]]} for row in batch()["input_ids"].tolist()]
+
+
 class Distilling(Trainer):
-    """The subclass of the documentation."""
+    """Is the subclass of the documentation."""
 
     def __init__(self, *args: Any, teacher: PreTrainedModel, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -356,8 +350,7 @@ class Distilling(Trainer):
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_trainers_steps_are_those_of_a_loop_on_logits(when: str, bf16: bool, tmp_path: Path) -> None:
-    """Patched before accelerate prepares the model or after it; with bf16 accelerate replaces `forward` itself."""
-    rows = [{"input_ids": list(row), "labels": [-100, *row[1:]]} for row in batch()["input_ids"].tolist()]
+    """It does not matter whether accelerate prepares the model before; with bf16 it replaces `forward` itself."""
 
     def arguments() -> TrainingArguments:
         return TrainingArguments(
@@ -379,7 +372,7 @@ def test_trainers_steps_are_those_of_a_loop_on_logits(when: str, bf16: bool, tmp
     def losses(kind: Any, patched: bool) -> list[float]:
         model, teacher = tiny("llama").float(), tiny("llama", seed=1).float().eval()
         handles = [patch(model), patch(teacher)] if patched and when == "before" else []
-        trainer = kind(model, arguments(), train_dataset=rows, teacher=teacher)
+        trainer = kind(model, arguments(), train_dataset=labelled_rows(), teacher=teacher)
         handles += [patch(model), patch(teacher)] if patched and when == "after" else []
         trainer.train()
         for handle in handles:
@@ -387,19 +380,18 @@ def test_trainers_steps_are_those_of_a_loop_on_logits(when: str, bf16: bool, tmp
         assert model(**batch()).logits.shape == (B, L, VOCAB)
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
-    found, expected = losses(Distilling, True), losses(Plain, False)
-    assert len(found) == 3
-    assert found[0] != found[2]
-    assert found == pytest.approx(expected, rel=3e-2 if bf16 else 1e-4)
+    states, expected = losses(Distilling, True), losses(Plain, False)
+    assert len(states) == 3
+    assert states[0] != states[2]
+    assert states == pytest.approx(expected, rel=3e-2 if bf16 else 1e-4)
 
 
 def test_evaluation_of_such_a_trainer_has_a_loss(tmp_path: Path) -> None:
-    rows = [{"input_ids": list(row), "labels": [-100, *row[1:]]} for row in batch()["input_ids"].tolist()]
     model, teacher = tiny("llama").float(), tiny("llama", seed=1).float().eval()
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True)
     with patch(model), patch(teacher):
-        found = Distilling(model, arguments, eval_dataset=rows, teacher=teacher).evaluate()
-    assert found["eval_loss"] > 0
+        metrics = Distilling(model, arguments, eval_dataset=labelled_rows(), teacher=teacher).evaluate()
+    assert metrics["eval_loss"] > 0
 
 
 def test_the_body_of_a_patched_model_is_found() -> None:
@@ -413,22 +405,18 @@ def test_the_body_of_a_patched_model_is_found() -> None:
 RANKS, SECONDS = 2, 240  # a hang is a failure within this time
 
 
-def ddp(model: Any) -> Any:
-    return DistributedDataParallel(model)
-
-
 def fsdp(model: Any) -> Any:
     for layer in model.model.layers:
         fully_shard(layer)
     return fully_shard(model)
 
 
-WRAPPERS = {"ddp": ddp, "fsdp": fsdp}
+WRAPPERS = {"ddp": lambda model: DistributedDataParallel(model), "fsdp": fsdp}
 CASES = [f"{name} {when}" for name in WRAPPERS for when in ("patched before", "patched after")]
 
 
 def rank_loss(model: Any, rank: int) -> Tensor:
-    """Of a patched model: each rank has rows of its own, and another number of them."""
+    """Makes a patched model's loss: each rank has rows of its own, and another number of them."""
     ids = batch()["input_ids"][rank : rank + 1, : L - rank]
     states = model(input_ids=ids).last_hidden_state[0, :-1]
     head = head_of(model)
@@ -436,53 +424,51 @@ def rank_loss(model: Any, rank: int) -> Tensor:
     return -logprobs.mean()  # type: ignore[union-attr]
 
 
+def check_case(case: str, rank: int, wanted: dict[str, Tensor]) -> None:
+    wrap, _, when = case.split()
+    model = tiny("llama")
+    handle = patch(model) if when == "before" else None
+    model = WRAPPERS[wrap](model)
+    with handle or patch(model):
+        rank_loss(model, rank).backward()
+    errors = {}
+    for name, weight in model.named_parameters():
+        grad = weight.grad.full_tensor() if isinstance(weight.grad, DTensor) else weight.grad
+        expected = wanted[name.removeprefix("module.")]
+        errors[name.removeprefix("module.")] = float((grad - expected).norm() / expected.norm())
+    assert errors.keys() == wanted.keys()
+    assert {name: error for name, error in errors.items() if not error < 1e-9} == {}
+    assert model(input_ids=batch()["input_ids"]).logits.shape == (B, L, VOCAB)
+
+
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    model = tiny("llama")
+    with patch(model):
+        torch.stack([rank_loss(model, other) for other in range(RANKS)]).mean().backward()
+    wanted = {name: weight.grad for name, weight in model.named_parameters()}
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=RANKS, timeout=timedelta(seconds=20)
     )
-    found = {}
+    verdicts = {}
     for case in CASES:
-        wrap, _, when = case.split()
-        model = tiny("llama")
-        handle = patch(model) if when == "before" else None
-        model = WRAPPERS[wrap](model)
-        with handle or patch(model):
-            rank_loss(model, rank).backward()
-        grads = {
-            name.removeprefix("module."): weight.grad.full_tensor() if isinstance(weight.grad, DTensor) else weight.grad
-            for name, weight in model.named_parameters()
-        }
-        again = model(input_ids=batch()["input_ids"])
-        found[case] = (grads, tuple(again.logits.shape))
-        torch.save(found, Path(folder, f"{rank}.pt"))
+        try:
+            check_case(case, rank, wanted)
+            verdicts[case] = ""
+        except Exception:
+            verdicts[case] = traceback.format_exc()
+        Path(folder, f"{rank}.json").write_text(json.dumps(verdicts))
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     folder = tmp_path_factory.mktemp("ranks")
-    context = mp.start_processes(work, args=(str(folder),), nprocs=RANKS, join=False, start_method="spawn")
-    end = time.monotonic() + SECONDS
-    try:
-        for process in context.processes:
-            process.join(max(0.0, end - time.monotonic()))
-    finally:
-        for process in context.processes:
-            process.kill()
-    files = [folder / f"{rank}.pt" for rank in range(RANKS)]
-    return [torch.load(file) if file.exists() else {} for file in files]
+    return verdicts_of(work, folder, str(folder), ranks=RANKS, seconds=SECONDS)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_get_the_gradients_of_one_process(case: str, ranks: list[Any]) -> None:
-    model = tiny("llama")
-    with patch(model):
-        torch.stack([rank_loss(model, rank) for rank in range(RANKS)]).mean().backward()
-    for found in ranks:
-        assert case in found, "it was not reached: the ranks hung, or died, in a case before"
-        grads, shape = found[case]
-        assert shape == (B, L, VOCAB)
-        assert grads.keys() == dict(model.named_parameters()).keys()
-        errors = {n: float((grads[n] - w.grad).norm() / w.grad.norm()) for n, w in model.named_parameters()}
-        assert {name: error for name, error in errors.items() if not error < 1e-9} == {}
+def test_ranks_get_the_gradients_of_one_process(case: str, ranks: list[dict[str, str]]) -> None:
+    for verdicts in ranks:
+        assert case in verdicts, "it was not reached: the ranks hung, or died, in a case before"
+        assert verdicts[case] == ""

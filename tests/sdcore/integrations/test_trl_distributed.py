@@ -6,30 +6,27 @@ The processes run this file and leave the losses that the tests read.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.processes import launch, leave
+
 pytest.importorskip("trl")
 
-ROOT = Path(__file__).resolve().parents[3]
 SECONDS = 200  # a hang is a failure within this time
-LAUNCH = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-          "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
 METRICS = ("loss", "self_distillation/distillation_loss", "self_distillation/reward_mean", "grad_norm")
 
 
 def sometimes(prompts: list[str], completion_ids: list[list[int]], **columns: object) -> list[float]:
-    """No completion of half of the questions succeeds: on some ranks and steps nothing is active."""
+    """Lets no completion of half of the questions succeed: on some ranks and steps nothing is active."""
     return [float("a" not in prompt) for prompt in prompts]
 
 
 def main(output: Path, cases: list[str]) -> None:
-    """What each of the processes runs."""
+    """Is what each of the processes runs."""
     import torch
 
     from sdcore.integrations.trl import FusedOptions
@@ -51,54 +48,23 @@ def main(output: Path, cases: list[str]) -> None:
             "dont_reprompt_on_self_success": False,
             **runs.MODES["full jsd"],
         }
-        trainer = runs.sdpo(trainer_class, runs.load_model(output / "qwen2"), output / "run", **options, **changes)
+        trainer = runs.build(trainer_class, runs.load_model(output / "qwen2"), output / "run", **options, **changes)
         trainer.train()
         if trainer.is_world_process_zero():
             lines = [{key: line[key] for key in METRICS} for line in trainer.state.log_history if "loss" in line]
             (output / f"{kind}_{name}.json").write_text(json.dumps(lines))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    # Now and then the interpreter's shutdown beside torch's threads aborts a process, when all is written.
-    os._exit(0)
+    leave()
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.sdcore.integrations import trl_runs as runs
-
-    folder = tmp_path_factory.mktemp("ranks")
-    runs.save_model(folder)
+def output(folder: Path) -> Path:
     cases = ["theirs dense", "ours dense", "bounded dense", "ours sparse", "bounded sparse"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", *LAUNCH, __file__, str(folder), *cases],
-        cwd=folder,
-        env=os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels"))),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "CI": "1",  # TRL sends no telemetry
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # the workers end with it
-    )
-    try:
-        said, _ = process.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        said, _ = process.communicate()
-        pytest.fail(f"hung: {said[-3000:]}")
-    if process.returncode:
-        pytest.fail(said[-6000:])
-    return folder
+    launch(__file__, folder.parent, *cases, ranks=2, seconds=SECONDS)
+    return folder.parent
 
 
 def lines(output: Path, name: str) -> list[dict[str, float]]:
-    found: list[dict[str, float]] = json.loads((output / f"{name}.json").read_text())
-    return found
+    return json.loads((output / f"{name}.json").read_text())
 
 
 @pytest.mark.slow
@@ -113,8 +79,8 @@ def test_a_rank_without_an_active_sample_trains_on(output: Path) -> None:
     own, bounded = lines(output, "ours_sparse"), lines(output, "bounded_sparse")
     assert len(own) == 3
     assert any(line["loss"] > 0 for line in own)
-    for one, other in zip(own, bounded, strict=True):
-        assert one == pytest.approx(other, abs=1e-4)
+    for whole, in_parts in zip(own, bounded, strict=True):
+        assert whole == pytest.approx(in_parts, abs=1e-4)
 
 
 if __name__ == "__main__":

@@ -19,75 +19,61 @@ from transformers import Trainer
 from trl.experimental.gkd import GKDTrainer
 
 from sdcore.errors import ArgumentError, UnsupportedModelError
-from sdcore.integrations.trl import FusedOptions, guard, patch
-from sdcore.integrations.trl.feedback import TRUNCATED, PromptLengths, TextCollector, merged
+from sdcore.integrations.trl import FusedOptions, patch, patching
+from sdcore.integrations.trl.sdpo import TextCollector, merged
+from sdcore.integrations.trl.self_distillation import TRUNCATED, PromptLengths
 from sdcore.teachers import EMA, AdapterOff, Live, Snapshot
 from tests.sdcore.integrations import trl_runs as runs
 from tests.sdcore.integrations.trl_runs import (
     MODES,
-    FusedSDFTTrainer,
     FusedSDPOTrainer,
     SDFTTrainer,
     SDPOTrainer,
     load_model,
     logged,
-    save_model,
+    losses,
 )
-from tests.sdcore.trainer_runs import one_thread
 
-__all__ = ["one_thread"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
+Make = Callable[..., Any]
 
 
 # patch
 
 
-@pytest.mark.parametrize(
-    ("make", "theirs", "fused"),
-    [(runs.sdpo, SDPOTrainer, FusedSDPOTrainer), (runs.sdft, SDFTTrainer, FusedSDFTTrainer)],
-    ids=["sdpo", "sdft"],
-)
+@pytest.mark.parametrize(("theirs", "fused"), [runs.SDPO, runs.SDFT], ids=["sdpo", "sdft"])
 @pytest.mark.parametrize("kind", ["live", "base", "ema"])
-def test_a_patched_trainer_is_the_fused_one(
-    folder: Path, tmp_path: Path, make: Callable[..., Any], theirs: type, fused: type, kind: str
-) -> None:
+def test_a_patched_trainer_is_the_fused_one(make: Make, theirs: type, fused: type, kind: str) -> None:
     changes = {"teacher_model_kind": kind, "teacher_update_rate": 0.5, **MODES["full jsd"]}
-    trainer = make(theirs, load_model(folder), tmp_path, **changes)
+    trainer = make(theirs, **changes)
     copied = trainer.teacher_model
     assert patch(trainer) is trainer
     assert type(trainer) is fused
     assert type(trainer.teacher) is {"live": Live, "base": Snapshot, "ema": EMA}[kind]
     assert trainer.teacher_model is trainer.model
-    names = [type(one).__name__ for one in trainer.callback_handler.callbacks]
+    names = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
     assert "SyncTeacherModelCallback" not in names
     assert names.count("TeacherSync") == (kind == "ema")
     assert copied is trainer.model or kind != "live"
-    constructed = make(fused, load_model(folder), tmp_path, **changes)
-    expected = runs.losses(constructed)
+    expected = losses(make(fused, **changes))
     torch.manual_seed(trainer.args.seed)
-    again = make(theirs, load_model(folder), tmp_path, **changes)
-    assert runs.losses(patch(again)) == pytest.approx(expected, abs=1e-6)
+    again = make(theirs, **changes)
+    assert losses(patch(again)) == pytest.approx(expected, abs=1e-6)
     assert TRUNCATED in again.state.log_history[0]
 
 
-def test_options_are_those_of_the_fused_class(folder: Path, tmp_path: Path) -> None:
-    trainer = patch(runs.sdft(SDFTTrainer, load_model(folder), tmp_path), micro_batch=2, teacher="trust_region")
+def test_options_are_those_of_the_fused_class(make: Make) -> None:
+    trainer = patch(make(SDFTTrainer), micro_batch=2, teacher="trust_region")
     assert trainer.fused == FusedOptions(micro_batch=2, teacher="trust_region")
-    assert len(runs.losses(trainer)) == 3
+    assert len(losses(trainer)) == 3
 
 
-def test_an_adapters_average_is_taken_over_from_trl(folder: Path, tmp_path: Path) -> None:
+def test_an_adapters_average_is_taken_over_from_trl(make: Make) -> None:
     config = LoraConfig(r=2, target_modules=["q_proj"])
-    trainer = runs.sdft(SDFTTrainer, load_model(folder), tmp_path, peft_config=config, teacher_model_kind="ema")
-    patch(trainer)
-    runs.losses(trainer)
+    trainer = patch(make(SDFTTrainer, peft_config=config, teacher_model_kind="ema"))
+    losses(trainer)
     assert type(trainer.teacher) is EMA
     assert list(trainer.model.peft_config) == ["default"]
-    base = runs.sdft(SDFTTrainer, load_model(folder), tmp_path, peft_config=config, teacher_model_kind="base")
+    base = make(SDFTTrainer, peft_config=config, teacher_model_kind="base")
     assert type(patch(base).teacher) is AdapterOff
 
 
@@ -106,23 +92,23 @@ class OwnLoss(SDPOTrainer):
         return super()._compute_policy_loss(*args, **kwargs)
 
 
-def test_a_subclass_keeps_what_it_adds(folder: Path, tmp_path: Path) -> None:
-    trainer = patch(runs.sdpo(Extended, load_model(folder), tmp_path))
+def test_a_subclass_keeps_what_it_adds(make: Make) -> None:
+    trainer = patch(make(Extended))
     assert isinstance(trainer, FusedSDPOTrainer)
     assert isinstance(trainer, Extended)
     assert type(trainer).__name__ == "FusedExtended"
-    runs.losses(trainer)
+    losses(trainer)
     assert logged(trainer, "extended")[:3] == [1.0] * 3
 
 
-def test_a_subclass_with_its_own_loss_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
-    trainer = runs.sdpo(OwnLoss, load_model(folder), tmp_path)
+def test_a_subclass_with_its_own_loss_is_refused_by_name(make: Make) -> None:
+    trainer = make(OwnLoss)
     with pytest.raises(TypeError, match=r"OwnLoss overrides _compute_policy_loss, compute_loss, which patch"):
         patch(trainer)
     assert type(trainer) is OwnLoss
 
 
-def test_other_trainers_are_refused_with_the_names_of_those_that_can_be(tmp_path: Path) -> None:
+def test_other_trainers_are_refused_with_the_names_of_those_that_can_be() -> None:
     for other in (object(), nn.Linear(2, 2), Trainer):
         with pytest.raises(TypeError, match=r"SDPOTrainer, SDFTTrainer, GKDTrainer, DistillationTrainer, got"):
             patch(other)
@@ -137,23 +123,23 @@ def test_a_name_alone_is_not_a_trainer_of_trl() -> None:
     assert GKDTrainer.__module__.startswith("trl.")
 
 
-def test_what_is_fused_already_is_refused(folder: Path, tmp_path: Path) -> None:
-    trainer = patch(runs.sdft(SDFTTrainer, load_model(folder), tmp_path))
+def test_what_is_fused_already_is_refused(make: Make) -> None:
+    trainer = patch(make(SDFTTrainer))
     with pytest.raises(TypeError, match="FusedSDFTTrainer already"):
         patch(trainer)
 
 
-def test_a_trainer_that_has_trained_is_refused(folder: Path, tmp_path: Path) -> None:
-    trainer = runs.sdft(SDFTTrainer, load_model(folder), tmp_path, max_steps=1)
+def test_a_trainer_that_has_trained_is_refused(make: Make) -> None:
+    trainer = make(SDFTTrainer, max_steps=1)
     trainer.train()
     with pytest.raises(ArgumentError, match="before it trains, got one after 1 steps"):
         patch(trainer)
     assert type(trainer) is SDFTTrainer
 
 
-def test_what_cannot_be_treated_leaves_the_trainer_as_it_was(folder: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_treated_leaves_the_trainer_as_it_was(folder: Path, make: Make) -> None:
     model = load_model(folder)
-    trainer = runs.sdpo(SDPOTrainer, model, tmp_path)
+    trainer = make(SDPOTrainer, model=model)
     before, callbacks = dict(vars(trainer)), list(trainer.callback_handler.callbacks)
     model.lm_head = nn.Sequential(model.lm_head)
     with pytest.raises(UnsupportedModelError):
@@ -171,7 +157,7 @@ def test_what_cannot_be_treated_leaves_the_trainer_as_it_was(folder: Path, tmp_p
 
 
 def shown(trainer: Any) -> list[str]:
-    """What the teacher was shown in the first step, in words."""
+    """Returns what the teacher was shown in the first step, in words."""
     seen: list[str] = []
     build = trainer.teacher_context_builder._tokenize_teacher_messages
 
@@ -185,7 +171,7 @@ def shown(trainer: Any) -> list[str]:
 
 
 def tell(completion_ids: list[list[int]], **columns: object) -> list[Any]:
-    """Never a success, and of each kind of answer one."""
+    """Answers in every form there is, and never with a success."""
     return [(0.0, "a1"), (0.5, None), None, (0.0, " ")]
 
 
@@ -196,8 +182,8 @@ def tell_more(completion_ids: list[list[int]], **columns: object) -> list[Any]:
 FEEDBACK: dict[str, Any] = {"include_environment_feedback": True, "max_steps": 1}
 
 
-def test_each_completions_text_is_shown_to_its_teacher(folder: Path, tmp_path: Path) -> None:
-    trainer = runs.sdpo(FusedSDPOTrainer, load_model(folder), tmp_path, reward_funcs=[tell, tell_more], **FEEDBACK)
+def test_each_completions_text_is_shown_to_its_teacher(make: Make) -> None:
+    trainer = make(FusedSDPOTrainer, reward_funcs=[tell, tell_more], **FEEDBACK)
     texts = shown(trainer)
     assert texts[0].endswith(" H a1\nb2")
     assert texts[2].endswith(" H c3")
@@ -207,33 +193,33 @@ def test_each_completions_text_is_shown_to_its_teacher(folder: Path, tmp_path: P
     assert logged(trainer, "self_distillation/feedback_used_fraction")[0] == 1.0
 
 
-def test_texts_are_not_shown_unless_feedback_is_included(folder: Path, tmp_path: Path) -> None:
-    trainer = runs.sdpo(FusedSDPOTrainer, load_model(folder), tmp_path, reward_funcs=[tell], max_steps=1)
+def test_texts_are_not_shown_unless_feedback_is_included(make: Make) -> None:
+    trainer = make(FusedSDPOTrainer, reward_funcs=[tell], max_steps=1)
     assert not any("a1" in text for text in shown(trainer))
     assert logged(trainer, "self_distillation/feedback_available_fraction")[0] == 1.0
 
 
-def test_without_texts_rewards_are_trls(folder: Path, tmp_path: Path) -> None:
+def test_without_texts_rewards_are_trls(make: Make) -> None:
     def score(completion_ids: list[list[int]], **columns: object) -> list[Any]:
         return [None if sum(ids) % 3 == 0 else float(sum(ids) % 2) for ids in completion_ids]
 
-    found = []
-    for kind in (SDPOTrainer, FusedSDPOTrainer):
-        trainer = runs.sdpo(kind, load_model(folder), tmp_path, reward_funcs=[score, runs.parity], **FEEDBACK)
+    logs = []
+    for kind in runs.SDPO:
+        trainer = make(kind, reward_funcs=[score, runs.parity], **FEEDBACK)
         trainer.train()
-        found.append([line for line in trainer.state.log_history if "loss" in line])
-    for theirs, ours in zip(*found, strict=True):
+        logs.append([line for line in trainer.state.log_history if "loss" in line])
+    for theirs, ours in zip(*logs, strict=True):
         assert {name: ours[name] for name in theirs} == pytest.approx(theirs, abs=1e-4)
 
 
-def test_reward_functions_are_called_as_trl_calls_them(folder: Path, tmp_path: Path) -> None:
+def test_reward_functions_are_called_as_trl_calls_them(make: Make) -> None:
     seen: list[dict[str, Any]] = []
 
     def look(prompts: Any, completions: Any, completion_ids: Any, **columns: Any) -> list[float]:
         seen.append(columns)
         return [1.0] * len(prompts)
 
-    trainer = runs.sdpo(FusedSDPOTrainer, load_model(folder), tmp_path, reward_funcs=look, max_steps=1)
+    trainer = make(FusedSDPOTrainer, reward_funcs=look, max_steps=1)
     trainer.train()
     assert set(seen[0]) == {"privileged_context", "trainer_state"}
     assert trainer.reward_funcs == [look]
@@ -254,15 +240,13 @@ def test_a_completions_own_text_takes_the_place_of_its_prompts() -> None:
 # Prompts that are cut
 
 
-def test_sdpos_cut_teacher_prompts_are_counted(folder: Path, tmp_path: Path) -> None:
-    trainer = runs.sdpo(
-        FusedSDPOTrainer, load_model(folder), tmp_path, max_reprompt_len=9, include_environment_feedback=True
-    )
+def test_sdpos_cut_teacher_prompts_are_counted(make: Make) -> None:
+    trainer = make(FusedSDPOTrainer, max_reprompt_len=9, include_environment_feedback=True)
     with pytest.warns(UserWarning, match=r"teacher prompts were longer than max_reprompt_len=9"):
         trainer.train()
-    found = logged(trainer, TRUNCATED)
-    assert len(found) == 3
-    assert max(found) > 0
+    fractions = logged(trainer, TRUNCATED)
+    assert len(fractions) == 3
+    assert max(fractions) > 0
 
 
 def test_a_limit_is_reached_by_what_is_longer() -> None:
@@ -304,14 +288,14 @@ except ImportError as error:
 
 
 def test_another_version_of_trl_is_warned_about_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "version", lambda _: "1.17.0")
-    guard._warn_of_version.cache_clear()
+    monkeypatch.setattr(patching, "version", lambda _: "1.17.0")
+    patching._warn_of_version.cache_clear()
     with pytest.warns(UserWarning, match=r"trl 1\.17\.0 is not tested.*trl 1\.16\.\*"):
-        guard.require_trl()
+        patching.require_trl()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        guard.require_trl()
-    guard._warn_of_version.cache_clear()
+        patching.require_trl()
+    patching._warn_of_version.cache_clear()
 
 
 def test_a_method_that_trl_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,15 @@ from peft import LoraConfig, get_peft_model
 
 from sdcore.errors import ArgumentError
 from sdcore.integrations.trl import FusedOptions
-from sdcore.integrations.trl.feedback import TRUNCATED
+from sdcore.integrations.trl.self_distillation import TRUNCATED
 from sdcore.integrations.trl.teachers import FOLDER
-from sdcore.teachers import EMA, AdapterOff, Frozen, Live, Snapshot, TrustRegion
+from sdcore.teachers import EMA, AdapterOff, Live, Snapshot, TrustRegion
 from tests.sdcore.integrations import trl_runs as runs
-from tests.sdcore.integrations.trl_runs import MODES, FusedSDFTTrainer, SDFTTrainer, load_model, logged, save_model
+from tests.sdcore.integrations.trl_runs import MODES, FusedSDFTTrainer, SDFTTrainer, load_model, logged, losses
 from tests.sdcore.prefix.models import double_precision
-from tests.sdcore.trainer_runs import one_thread
 
-__all__ = ["one_thread"]
-
+FAMILY = "llama"
+Make = Callable[..., Any]
 LORA: dict[str, Any] = {
     "r": 4,
     "lora_alpha": 8,
@@ -37,30 +36,12 @@ LORA: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"), "llama")
-
-
-@pytest.fixture(scope="module")
 def pair(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """TRL's trainer and ours, of one float64 model each and the same teacher of other weights."""
-    output = tmp_path_factory.mktemp("pair")
-    with torch.random.fork_rng():
-        theirs, ours = (
-            runs.sdft(kind, load_model(folder, torch.float64), output, teacher_model_kind="live")
-            for kind in (SDFTTrainer, FusedSDFTTrainer)
-        )
-        teacher = copy.deepcopy(theirs.model).requires_grad_(False).eval()
-        for weight in teacher.parameters():
-            weight.add_(0.1 * torch.randn_like(weight))
-    theirs.teacher_model, ours.teacher = teacher, Frozen(teacher)
-    for trainer in (theirs, ours):
-        trainer.current_gradient_accumulation_steps = 1
-    return theirs, ours
+    return runs.same_teacher(runs.SDFT, folder, tmp_path_factory.mktemp("pair"))
 
 
 def outcome(trainer: Any, **arguments: Any) -> tuple[Tensor, Tensor, list[float]]:
-    """Loss, all gradients and the logged loss of one `compute_loss` in float64, with these arguments."""
+    """Returns loss, all gradients and the logged loss of one `compute_loss` in float64, with these arguments."""
     for name, value in arguments.items():
         setattr(trainer.args, name, value)
         setattr(trainer, name, value)
@@ -90,72 +71,49 @@ def test_every_mode_and_number_of_skipped_tokens_has_trls_loss(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_three_steps_have_trls_losses(folder: Path, tmp_path: Path, mode: str) -> None:
-    found = [
-        runs.losses(runs.sdft(kind, load_model(folder), tmp_path, num_loss_tokens_to_skip=1, **MODES[mode]))
-        for kind in (SDFTTrainer, FusedSDFTTrainer)
-    ]
-    assert len(set(found[0])) == 3
-    assert found[1] == pytest.approx(found[0], abs=1e-4)
+def test_three_steps_have_trls_losses(make: Make, mode: str) -> None:
+    theirs, ours = (losses(make(kind, num_loss_tokens_to_skip=1, **MODES[mode])) for kind in runs.SDFT)
+    assert len(set(theirs)) == 3
+    assert ours == pytest.approx(theirs, abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["live", "base", "ema"])
+@pytest.mark.parametrize("teacher", ["live", "base", "ema"])
 @pytest.mark.parametrize("sync_steps", [1, 2])
-def test_each_of_trls_teachers_is_updated_when_trls_is(
-    folder: Path, tmp_path: Path, kind: str, sync_steps: int
-) -> None:
-    """A rate as large that an update before the optimizer's step, or a missed one, would show."""
-    changes = {"teacher_model_kind": kind, "teacher_update_rate": 0.6, "teacher_sync_steps": sync_steps, "max_steps": 4}
-    found = [
-        runs.losses(runs.sdft(one, load_model(folder), tmp_path, **changes, **MODES["full jsd"]))
-        for one in (SDFTTrainer, FusedSDFTTrainer)
-    ]
-    assert found[1] == pytest.approx(found[0], abs=1e-4)
+def test_each_of_trls_teachers_is_updated_when_trls_is(make: Make, teacher: str, sync_steps: int) -> None:
+    """The rate is so large that an update before the optimizer's step, or a missed one, would show."""
+    changes = {"teacher_model_kind": teacher, "teacher_update_rate": 0.6, "teacher_sync_steps": sync_steps}
+    theirs, ours = (losses(make(kind, max_steps=4, **changes, **MODES["full jsd"])) for kind in runs.SDFT)
+    assert ours == pytest.approx(theirs, abs=1e-4)
 
 
-def test_with_an_adapter_base_and_live_are_trls(folder: Path, tmp_path: Path) -> None:
-    for kind in ("base", "live"):
-        found = [
-            runs.losses(
-                runs.sdft(
-                    one,
-                    load_model(folder),
-                    tmp_path,
-                    peft_config=LoraConfig(**LORA),
-                    teacher_model_kind=kind,
-                    learning_rate=1e-2,
-                    **MODES["full reverse"],
-                )
-            )
-            for one in (SDFTTrainer, FusedSDFTTrainer)
-        ]
-        assert found[1] == pytest.approx(found[0], abs=1e-4)
+@pytest.mark.parametrize("teacher", ["base", "live"])
+def test_with_an_adapter_base_and_live_are_trls(make: Make, teacher: str) -> None:
+    changes = {"teacher_model_kind": teacher, "learning_rate": 1e-2, **MODES["full reverse"]}
+    theirs, ours = (losses(make(kind, peft_config=LoraConfig(**LORA), **changes)) for kind in runs.SDFT)
+    assert ours == pytest.approx(theirs, abs=1e-4)
 
 
 @pytest.mark.parametrize("options", [FusedOptions(strategy="two_phase"), FusedOptions(teacher_device="cpu")], ids=str)
-def test_options_change_no_loss(folder: Path, tmp_path: Path, options: FusedOptions) -> None:
-    found = [
-        runs.losses(runs.sdft(FusedSDFTTrainer, load_model(folder), tmp_path, fused=fused, **MODES["full jsd"]))
-        for fused in (None, options)
-    ]
-    assert found[1] == pytest.approx(found[0], abs=1e-5)
+def test_options_change_no_loss(make: Make, options: FusedOptions) -> None:
+    plain, changed = (losses(make(FusedSDFTTrainer, fused=fused, **MODES["full jsd"])) for fused in (None, options))
+    assert changed == pytest.approx(plain, abs=1e-5)
 
 
 # The teachers.
 
 
-def test_the_teacher_is_of_the_weights_in_memory(folder: Path, tmp_path: Path) -> None:
+def test_the_teacher_is_of_the_weights_in_memory(folder: Path, tmp_path: Path, make: Make) -> None:
     """TRL reads the model's name again: what was changed since is not in its teacher, and a name that is gone fails."""
     model = load_model(folder)
     with torch.no_grad():
         model.lm_head.weight.mul_(2)
     changed = model.lm_head.weight.detach().clone()
-    theirs = runs.sdft(SDFTTrainer, model, tmp_path, teacher_model_kind="base")
+    theirs = make(SDFTTrainer, model=model, teacher_model_kind="base")
     assert not torch.equal(theirs.teacher_model.lm_head.weight, changed)
     model.config._name_or_path = str(tmp_path / "gone")
     with pytest.raises(Exception, match="gone"):
-        runs.sdft(SDFTTrainer, model, tmp_path, teacher_model_kind="base")
-    ours = runs.sdft(FusedSDFTTrainer, model, tmp_path, teacher_model_kind="base")
+        make(SDFTTrainer, model=model, teacher_model_kind="base")
+    ours = make(FusedSDFTTrainer, model=model, teacher_model_kind="base")
     ours.train()
     assert ours.teacher_model is ours.model
     with ours.teacher.weights(ours.model) as teacher:
@@ -177,67 +135,45 @@ def test_the_teacher_is_of_the_weights_in_memory(folder: Path, tmp_path: Path) -
     ],
 )
 def test_each_kind_of_teacher_is_built_and_trains(
-    folder: Path, tmp_path: Path, kind: str, peft: bool, options: dict[str, Any], expected: type
+    make: Make, kind: str, peft: bool, options: dict[str, Any], expected: type
 ) -> None:
-    trainer = runs.sdft(
-        FusedSDFTTrainer,
-        load_model(folder),
-        tmp_path,
-        peft_config=LoraConfig(**LORA) if peft else None,
-        teacher_model_kind=kind,
-        fused=FusedOptions(**options),
-    )
+    config = LoraConfig(**LORA) if peft else None
+    trainer = make(FusedSDFTTrainer, peft_config=config, teacher_model_kind=kind, fused=FusedOptions(**options))
     assert type(trainer.teacher) is expected
-    assert len(runs.losses(trainer)) == 3
+    assert len(losses(trainer)) == 3
     if expected is TrustRegion:
         assert trainer.teacher.share == options.get("trust_share", 0.5)
         assert type(trainer.teacher.reference) is (EMA if kind == "ema" else Snapshot)
 
 
-def test_a_live_teacher_has_no_reference_for_a_trust_region(folder: Path, tmp_path: Path) -> None:
+def test_a_live_teacher_has_no_reference_for_a_trust_region(make: Make) -> None:
     with pytest.raises(ArgumentError, match="teacher_model_kind must be 'base' or 'ema' for a trust region"):
-        runs.sdft(
-            FusedSDFTTrainer,
-            load_model(folder),
-            tmp_path,
-            teacher_model_kind="live",
-            fused=FusedOptions(teacher="trust_region"),
-        )
+        make(FusedSDFTTrainer, teacher_model_kind="live", fused=FusedOptions(teacher="trust_region"))
 
 
-def test_a_trust_region_lies_between_the_reference_and_the_student(folder: Path, tmp_path: Path) -> None:
-    """A share of 0 is the reference itself."""
-    found = {}
-    for name, options in (
-        ("base", {}),
-        ("0", {"teacher": "trust_region", "trust_share": 0.0}),
-        ("1", {"teacher": "trust_region", "trust_share": 1.0}),
-    ):
-        found[name] = runs.losses(
-            runs.sdft(
-                FusedSDFTTrainer,
-                load_model(folder),
-                tmp_path,
-                teacher_model_kind="base",
-                fused=FusedOptions(**options),
-                **MODES["full jsd"],
-            )
-        )
-    found["live"] = runs.losses(
-        runs.sdft(FusedSDFTTrainer, load_model(folder), tmp_path, teacher_model_kind="live", **MODES["full jsd"])
-    )
-    assert found["0"] == pytest.approx(found["base"], abs=1e-5)
-    assert found["1"] == pytest.approx(found["live"], abs=1e-5)
-    assert found["0"][2] != pytest.approx(found["1"][2], abs=1e-5)
+def test_a_trust_region_lies_between_the_reference_and_the_student(make: Make) -> None:
+    """With a share of 0 it is the reference itself, with one of 1 the student."""
+
+    def trained(kind: str, **options: Any) -> list[float]:
+        fused = FusedOptions(**options)
+        return losses(make(FusedSDFTTrainer, teacher_model_kind=kind, fused=fused, **MODES["full jsd"]))
+
+    none, all_of_it = (trained("base", teacher="trust_region", trust_share=share) for share in (0.0, 1.0))
+    assert none == pytest.approx(trained("base"), abs=1e-5)
+    assert all_of_it == pytest.approx(trained("live"), abs=1e-5)
+    assert none[2] != pytest.approx(all_of_it[2], abs=1e-5)
 
 
 def adapter(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    kept = {n: w.detach().clone() for n, w in model.named_parameters() if "lora_" in n and f".{name}." in n}
-    return {n.replace(f".{name}.", "."): w for n, w in kept.items()}
+    return {
+        n.replace(f".{name}.", "."): w.detach().clone()
+        for n, w in model.named_parameters()
+        if "lora_" in n and f".{name}." in n
+    }
 
 
 class Adapters:
-    """The student's adapter after every step; a callback."""
+    """Records the student's adapter after every step; a callback."""
 
     def __init__(self) -> None:
         from transformers import TrainerCallback
@@ -252,30 +188,23 @@ class Adapters:
         self.callback = Recorder()
 
 
-def test_the_average_of_an_adapter_starts_from_the_adapter(folder: Path, tmp_path: Path) -> None:
-    """By hand: an average of what the student's factors were, from where they began. TRL's starts from zero."""
+def test_the_average_of_an_adapter_starts_from_the_adapter(make: Make) -> None:
+    """It is, by hand, an average of what the student's factors were, from where they began. TRL's starts from zero."""
     rate, recorder = 0.25, Adapters()
     changes = {"teacher_model_kind": "ema", "teacher_update_rate": rate, "learning_rate": 1e-2, **MODES["full jsd"]}
-    ours = runs.sdft(
-        FusedSDFTTrainer,
-        load_model(folder),
-        tmp_path,
-        peft_config=LoraConfig(**LORA),
-        callbacks=[recorder.callback],
-        **changes,
-    )
+    ours = make(FusedSDFTTrainer, peft_config=LoraConfig(**LORA), callbacks=[recorder.callback], **changes)
     expected = adapter(ours.model)
     ours.train()
     for seen in recorder.seen:
         expected = {name: (1 - rate) * old + rate * seen[name] for name, old in expected.items()}
     with ours.teacher.weights(ours.model) as teacher:
-        found = adapter(teacher)
-    assert found.keys() == expected.keys()
-    assert found
+        average = adapter(teacher)
+    assert average.keys() == expected.keys()
+    assert average
     for name, weight in expected.items():
-        assert torch.allclose(found[name], weight, atol=1e-6), name
+        assert torch.allclose(average[name], weight, atol=1e-6), name
 
-    theirs = runs.sdft(SDFTTrainer, load_model(folder), tmp_path, peft_config=LoraConfig(**LORA), **changes)
+    theirs = make(SDFTTrainer, peft_config=LoraConfig(**LORA), **changes)
     theirs.train()
     of_trl = adapter(theirs.model, "teacher")
     drawn = next(name for name in expected if "lora_A" in name)
@@ -301,9 +230,9 @@ def test_a_resumed_run_has_the_losses_of_one_that_went_on(folder: Path, tmp_path
         if case == "lora ema":
             torch.manual_seed(1)
             model = get_peft_model(model, LoraConfig(**LORA))
-        return runs.sdft(FusedSDFTTrainer, model, output, fused=options, **changes)
+        return runs.build(FusedSDFTTrainer, model, output, fused=options, **changes)
 
-    whole = runs.losses(trainer(load_model(folder), tmp_path / "out"))
+    whole = losses(trainer(load_model(folder), tmp_path / "out"))
     again = trainer(load_model(folder), tmp_path / "out")
     assert (tmp_path / "out" / "checkpoint-2" / FOLDER).is_dir()
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
@@ -318,32 +247,31 @@ def test_a_resumed_run_has_the_losses_of_one_that_went_on(folder: Path, tmp_path
     assert same == (changes["teacher_model_kind"] == "base")
 
 
-def test_the_loss_type_has_to_be_configured_to_be_followed(folder: Path, tmp_path: Path) -> None:
+def test_the_loss_type_has_to_be_configured_to_be_followed(make: Make) -> None:
     with pytest.raises(ArgumentError, match="SDFTConfig has not"):
-        runs.sdft(FusedSDFTTrainer, load_model(folder), tmp_path, fused=FusedOptions(loss_type="as_configured"))
+        make(FusedSDFTTrainer, fused=FusedOptions(loss_type="as_configured"))
 
 
 # What is counted.
 
 
-def test_teacher_prompts_that_were_cut_are_counted_and_warned_about_once(folder: Path, tmp_path: Path) -> None:
+def test_teacher_prompts_that_were_cut_are_counted_and_warned_about_once(make: Make) -> None:
     """With a context they have 7 to 11 tokens, alone at most 7."""
-    trainer = runs.sdft(FusedSDFTTrainer, load_model(folder), tmp_path, max_prompt_length=8)
+    trainer = make(FusedSDFTTrainer, max_prompt_length=8)
     with pytest.warns(UserWarning, match="teacher prompts were longer than max_prompt_length=8") as caught:
         trainer.train()
-    assert len([one for one in caught if "max_prompt_length" in str(one.message)]) == 1
-    found = logged(trainer, TRUNCATED)
+    assert len([warning for warning in caught if "max_prompt_length" in str(warning.message)]) == 1
+    fractions = logged(trainer, TRUNCATED)
     lengths = [
         len(trainer._tokenizer(f"{q} {h}")["input_ids"]) for q, h in zip(runs.QUESTIONS, runs.HINTS, strict=True)
     ]
-    assert all(0 <= one <= 1 for one in found)
-    assert sum(found) > 0
+    assert all(0 <= fraction <= 1 for fraction in fractions)
+    assert sum(fractions) > 0
     assert 0 < sum(length > 8 for length in lengths) < 4
-    same = runs.sdft(SDFTTrainer, load_model(folder), tmp_path, max_prompt_length=8)
-    assert runs.losses(same) == pytest.approx(logged(trainer, "loss"), abs=1e-4)
+    assert losses(make(SDFTTrainer, max_prompt_length=8)) == pytest.approx(logged(trainer), abs=1e-4)
 
 
-def test_nothing_is_counted_where_nothing_was_cut(folder: Path, tmp_path: Path) -> None:
-    trainer = runs.sdft(FusedSDFTTrainer, load_model(folder), tmp_path, max_prompt_length=None)
+def test_nothing_is_counted_where_nothing_was_cut(make: Make) -> None:
+    trainer = make(FusedSDFTTrainer, max_prompt_length=None)
     trainer.train()
     assert logged(trainer, TRUNCATED) == [0.0] * 3

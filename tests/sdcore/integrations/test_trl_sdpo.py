@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,41 +14,20 @@ pytest.importorskip("trl")
 
 from sdcore.errors import ArgumentError, UnsupportedModelError
 from sdcore.integrations.trl import FusedOptions
-from sdcore.integrations.trl.feedback import TRUNCATED
-from sdcore.teachers import Frozen
+from sdcore.integrations.trl.self_distillation import TRUNCATED
 from sdkernels.live_bytes import LiveBytes
 from tests.sdcore.integrations import trl_runs as runs
-from tests.sdcore.integrations.trl_runs import MODES, FusedSDPOTrainer, SDPOTrainer, load_model, logged, save_model
+from tests.sdcore.integrations.trl_runs import MODES, FusedSDPOTrainer, SDPOTrainer, load_model, logged, losses
 from tests.sdcore.prefix.models import double_precision
-from tests.sdcore.trainer_runs import one_thread
 
-__all__ = ["one_thread"]
-
+Make = Callable[..., Any]
 DISTILLATION = "self_distillation/distillation_loss"
 POLICY = "self_distillation/policy_loss"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def pair(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """TRL's trainer and ours, of one float64 model each and the same teacher of other weights."""
-    output = tmp_path_factory.mktemp("pair")
-    with torch.random.fork_rng():
-        theirs, ours = (
-            runs.sdpo(kind, load_model(folder, torch.float64), output, teacher_model_kind="live")
-            for kind in (SDPOTrainer, FusedSDPOTrainer)
-        )
-        teacher = copy.deepcopy(theirs.model).requires_grad_(False).eval()
-        for weight in teacher.parameters():
-            weight.add_(0.1 * torch.randn_like(weight))
-    theirs.teacher_model, ours.teacher = teacher, Frozen(teacher)
-    for trainer in (theirs, ours):
-        trainer.current_gradient_accumulation_steps = 1
-    return theirs, ours
+    return runs.same_teacher(runs.SDPO, folder, tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture
@@ -74,28 +52,25 @@ def set_up(pair: tuple[Any, Any]) -> Iterator[Callable[..., tuple[Any, Any]]]:
             vars(own).update(before)
 
 
-def outcome(
-    trainer: Any, batch: dict[str, Tensor], *, train: bool = True
-) -> tuple[Tensor, list[Tensor], dict[str, list[float]]]:
-    """Loss, gradients and logged metrics of one `compute_loss`, in float64."""
-    model = trainer.model.train(train)
+def outcome(trainer: Any, batch: dict[str, Tensor]) -> tuple[Tensor, list[Tensor], dict[str, list[float]]]:
+    """Returns loss, gradients and logged metrics of one `compute_loss`, in float64."""
+    model = trainer.model.train()
     model.zero_grad()
-    mode = "train" if train else "eval"
-    trainer._metrics[mode].clear()
+    trainer._metrics["train"].clear()
     with double_precision():
         loss = trainer.compute_loss(model, dict(batch))
         loss.backward()
     gradients = [w.grad.clone() for w in model.parameters()]
-    return loss.detach(), gradients, dict(trainer._metrics[mode])
+    return loss.detach(), gradients, dict(trainer._metrics["train"])
 
 
 def assert_equal(pair: tuple[Any, Any], batch: dict[str, Tensor], *, rtol: float = 1e-6) -> Tensor:
-    """The weights of the tokens are float32 in both, so that nothing is equal beyond their digits."""
+    """Compares two outcomes; tokens' weights are float32 in both, so nothing is equal beyond their digits."""
     (loss, gradients, metrics), (own, own_gradients, own_metrics) = (outcome(trainer, batch) for trainer in pair)
     assert torch.allclose(own, loss.to(own.dtype), rtol=rtol, atol=1e-9)
-    scale = max(float(one.abs().max()) for one in gradients)
-    for one, other in zip(own_gradients, gradients, strict=True):
-        assert torch.allclose(one, other, rtol=0, atol=rtol * scale + 1e-12)
+    scale = max(float(gradient.abs().max()) for gradient in gradients)
+    for ours, theirs in zip(own_gradients, gradients, strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=rtol * scale + 1e-12)
     assert own_metrics.keys() == metrics.keys()
     for name, values in metrics.items():
         assert own_metrics[name] == pytest.approx(values, rel=1e-5, abs=1e-7), name
@@ -169,7 +144,7 @@ def test_without_a_token_at_all_every_weight_gets_a_gradient_of_zero(set_up: Any
     for weight in (1.0, 0.5, 0.0):
         loss, gradients, _ = outcome(set_up(distillation_weight=weight)[1], batch)
         assert loss == 0
-        assert all(not one.any() for one in gradients)
+        assert all(not gradient.any() for gradient in gradients)
 
 
 @pytest.mark.parametrize("strategy", ["packed", "cached", "naive"])
@@ -188,7 +163,7 @@ def test_bounded_memory_goes_backward_itself_with_the_same_gradients(set_up: Any
     before = [w.grad.clone() for w in ours.model.parameters()]
     assert loss.requires_grad
     loss.backward()
-    assert all(torch.equal(w.grad, one) for w, one in zip(ours.model.parameters(), before, strict=True))
+    assert all(torch.equal(w.grad, grad) for w, grad in zip(ours.model.parameters(), before, strict=True))
 
 
 def test_a_loss_is_divided_by_the_accumulation_steps_only_while_training(set_up: Any) -> None:
@@ -229,18 +204,17 @@ def test_as_configured_the_loss_type_is_the_distillation_losss_too(set_up: Any, 
         FusedOptions(loss_type="as_configured"), loss_type=loss_type, distillation_is_clip=None, **MODES["full jsd"]
     )
     with double_precision(), torch.no_grad():
-        found = ours.compute_loss(ours.model.train(), dict(batch))
+        loss = ours.compute_loss(ours.model.train(), dict(batch))
         logits = theirs._compute_teacher_student_logits(theirs.model.train(), theirs.teacher_model, batch)
     per_token = compute_full_logit_self_distillation_loss(
         logits.student_logits, logits.teacher_logits, distillation_alpha=0.3
     )
-    assert found.item() == pytest.approx(
-        expected(per_token, logits.loss_mask, ours.max_completion_length).item(), rel=1e-5
-    )
+    wanted = expected(per_token, logits.loss_mask, ours.max_completion_length)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
 def test_no_tensor_is_as_large_as_the_completions_logits(tmp_path: Path) -> None:
-    """Of a training step and of the sampler's log-probabilities; TRL's step holds several."""
+    """It holds in a training step and for the sampler's log-probabilities; TRL's step holds several such tensors."""
     vocab, rows = 4096, (12, 12, 12, 12)
     from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -248,15 +222,15 @@ def test_no_tensor_is_as_large_as_the_completions_logits(tmp_path: Path) -> None
     batch = runs.batch(lengths=rows, prompts=(5, 5, 5, 5))
     batch["self_distillation_mask"][:] = 1
     largest = {}
-    for kind, options in ((SDPOTrainer, {}), (FusedSDPOTrainer, {"fused": FusedOptions(workspace_mb=20)})):
-        trainer = runs.sdpo(
+    for kind, fused in ((SDPOTrainer, None), (FusedSDPOTrainer, FusedOptions(workspace_mb=20))):
+        trainer = runs.build(
             kind,
             model,
             tmp_path,
             teacher_model_kind="live",
             gradient_accumulation_steps=1,
             num_iterations=2,
-            **options,
+            fused=fused,
             **MODES["full jsd"],
         )
         trainer.current_gradient_accumulation_steps = 1
@@ -288,15 +262,15 @@ class Server:
         self, sequences: list[list[int]], prompt_lengths: list[int], top_logprobs: int, temperature: float
     ) -> dict[str, list[Any]]:
         self.asked += 1
-        found: dict[str, list[Any]] = {"actual_logprobs": [], "logprobs": [], "logprob_token_ids": []}
+        answer: dict[str, list[Any]] = {"actual_logprobs": [], "logprobs": [], "logprob_token_ids": []}
         for ids, start in zip(sequences, prompt_lengths, strict=True):
             row = torch.tensor(ids)
             logprobs = (self.model(row[None]).logits[0, start - 1 : -1] / temperature).log_softmax(-1)
             top = logprobs.topk(top_logprobs)
-            found["actual_logprobs"].append(logprobs.gather(1, row[start:, None]).tolist())
-            found["logprobs"].append(top.values.tolist())
-            found["logprob_token_ids"].append(top.indices.tolist())
-        return found
+            answer["actual_logprobs"].append(logprobs.gather(1, row[start:, None]).tolist())
+            answer["logprobs"].append(top.values.tolist())
+            answer["logprob_token_ids"].append(top.indices.tolist())
+        return answer
 
 
 @pytest.mark.parametrize("clip", [None, 1.2])
@@ -340,14 +314,11 @@ def test_what_is_left_to_trls_own_code_is_said(set_up: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_three_steps_have_trls_losses(folder: Path, tmp_path: Path, mode: str) -> None:
-    found = [
-        runs.losses(runs.sdpo(kind, load_model(folder), tmp_path, **MODES[mode]))
-        for kind in (SDPOTrainer, FusedSDPOTrainer)
-    ]
-    assert len(found[0]) == 3
-    assert len(set(found[0])) == 3
-    assert found[1] == pytest.approx(found[0], abs=1e-4)
+def test_three_steps_have_trls_losses(make: Make, mode: str) -> None:
+    theirs, ours = (losses(make(kind, **MODES[mode])) for kind in runs.SDPO)
+    assert len(theirs) == 3
+    assert len(set(theirs)) == 3
+    assert ours == pytest.approx(theirs, abs=1e-4)
 
 
 MIXED: dict[str, Any] = {
@@ -365,14 +336,12 @@ MIXED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("fused", [FusedOptions(), FusedOptions(micro_batch=2)], ids=["whole", "bounded"])
-def test_reused_samples_policy_loss_and_accumulation_log_what_trl_logs(
-    folder: Path, tmp_path: Path, fused: FusedOptions
-) -> None:
+def test_reused_samples_policy_loss_and_accumulation_log_what_trl_logs(make: Make, fused: FusedOptions) -> None:
     """Two steps per generation, twice each, so that the sampler's log-probabilities are old ones."""
     changes = MIXED | {"gradient_accumulation_steps": 2, "max_steps": 4, "max_completion_length": 12}
     trainers = []
-    for kind, own in ((SDPOTrainer, {}), (FusedSDPOTrainer, {"fused": fused})):
-        trainers.append(runs.sdpo(kind, load_model(folder), tmp_path, **own, **changes))
+    for kind, options in ((SDPOTrainer, None), (FusedSDPOTrainer, fused)):
+        trainers.append(make(kind, fused=options, **changes))
         trainers[-1].train()  # seeded at construction
     theirs, ours = trainers
     names = {name for line in theirs.state.log_history for name in line}
@@ -384,25 +353,24 @@ def test_reused_samples_policy_loss_and_accumulation_log_what_trl_logs(
     assert new == {TRUNCATED}
 
 
-def test_evaluation_logs_what_trl_logs(folder: Path, tmp_path: Path) -> None:
-    for fused in (FusedOptions(), FusedOptions(micro_batch=1)):
-        found = []
-        for kind, options in ((SDPOTrainer, {}), (FusedSDPOTrainer, {"fused": fused})):
-            torch.manual_seed(0)
-            found.append(runs.sdpo(kind, load_model(folder), tmp_path, **options).evaluate())
-        assert found[1]["eval_loss"] == pytest.approx(found[0]["eval_loss"], abs=1e-5)
+def test_evaluation_logs_what_trl_logs(make: Make) -> None:
+    values = []
+    for kind, fused in ((SDPOTrainer, None), (FusedSDPOTrainer, None), (FusedSDPOTrainer, FusedOptions(micro_batch=1))):
+        torch.manual_seed(0)
+        values.append(make(kind, fused=fused).evaluate()["eval_loss"])
+    assert values[1:] == pytest.approx([values[0]] * 2, abs=1e-5)
 
 
 # What is refused.
 
 
-def test_dropout_is_refused_where_trl_would_keep_it(folder: Path, tmp_path: Path) -> None:
+def test_dropout_is_refused_where_trl_would_keep_it(folder: Path, make: Make) -> None:
     model = load_model(folder)
     model.model.layers[0].mlp.act_fn = torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Dropout(0.1))
-    runs.sdpo(FusedSDPOTrainer, model, tmp_path)
+    make(FusedSDPOTrainer, model=model)
     model.model.layers[0].mlp.act_fn[1].p = 0.1  # TRL has turned it off
     with pytest.raises(UnsupportedModelError, match="disable_dropout must be True, got False"):
-        runs.sdpo(FusedSDPOTrainer, model, tmp_path, disable_dropout=False)
+        make(FusedSDPOTrainer, model=model, disable_dropout=False)
 
 
 @pytest.mark.parametrize(
@@ -421,13 +389,13 @@ def test_options_are_refused_by_name(options: Any, message: str) -> None:
         FusedOptions(**options)
 
 
-def test_options_of_another_type_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_options_of_another_type_are_refused(make: Make) -> None:
     with pytest.raises(ArgumentError, match="fused must be a FusedOptions or None, got dict"):
-        runs.sdpo(FusedSDPOTrainer, load_model(folder), tmp_path, fused={"micro_batch": 1})
+        make(FusedSDPOTrainer, fused={"micro_batch": 1})
 
 
-def test_a_model_that_is_not_states_times_a_matrix_is_refused_at_construction(folder: Path, tmp_path: Path) -> None:
+def test_a_model_that_is_not_states_times_a_matrix_is_refused_at_construction(folder: Path, make: Make) -> None:
     model = load_model(folder)
     model.lm_head = torch.nn.Sequential(model.lm_head)
     with pytest.raises(UnsupportedModelError, match="output layer"):
-        runs.sdpo(FusedSDPOTrainer, model, tmp_path)
+        make(FusedSDPOTrainer, model=model)

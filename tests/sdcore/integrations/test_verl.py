@@ -1,4 +1,4 @@
-"""verl's losses against plain PyTorch on logits, on batches of the shapes that verl's actors make; verl is not run."""
+"""Holds verl's losses against plain PyTorch on logits, for batches as verl's actors make them; verl is not run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-no
 
 
 class Batch(NamedTuple):
-    """One batch in both layouts, with the same rows."""
+    """Holds one batch, of which both layouts have the same rows."""
 
     ids: list[Tensor]  # B of (prompt + response,)
     states: list[Tensor]  # B of (prompt + response, H)
@@ -48,17 +48,17 @@ class Batch(NamedTuple):
 
 
 def make_batch(seed: int = 0, dtype: torch.dtype = torch.float64) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=dtype)
+        return torch.randn(*shape, generator=draw, dtype=dtype)
 
     lengths = [p + r for p, r in zip(PROMPTS, REPLIES, strict=True)]
     longer = [p + r for p, r in zip(TEACHER_PROMPTS, REPLIES, strict=True)]
     mask = torch.arange(T) < torch.tensor(REPLIES)[:, None]
     mask[0, 1] = mask[2, 4] = False  # such as tool output
     return Batch(
-        [torch.randint(0, V, (n,), generator=generator) for n in lengths],
+        [torch.randint(0, V, (n,), generator=draw) for n in lengths],
         [normal(n, H) for n in lengths],
         [normal(n, H) for n in longer],
         normal(V, H) / 2,
@@ -75,7 +75,7 @@ def nested(parts: list[Tensor]) -> Tensor:
 
 
 def pad_rows(parts: list[Tensor], prompts: list[int]) -> Tensor:
-    """(B, widest prompt + T, ...): prompts padded on the left, responses on the right, with NaN or -1."""
+    """Returns (B, widest prompt + T, ...): prompts padded on the left, responses on the right, with NaN or -1."""
     widest = max(prompts)
     rows = []
     for part, before in zip(parts, prompts, strict=True):
@@ -91,24 +91,19 @@ def attention_mask(prompts: list[int]) -> Tensor:
     return torch.cat([left, torch.arange(T) < torch.tensor(REPLIES)[:, None]], 1).long()
 
 
-def reply_rows(parts: list[Tensor]) -> list[Tensor]:
-    return [part[-reply - 1 : -1] for part, reply in zip(parts, REPLIES, strict=True)]
-
-
 def padded_logits(parts: list[Tensor], weight: Tensor, temperature: float = 1.0) -> Tensor:
-    """(B, T, V), as verl slices them: of the rows that predict the responses."""
-    logits = [rows @ weight.T / temperature for rows in reply_rows(parts)]
-    return torch.stack([F.pad(one, (0, 0, 0, T - len(one))) for one in logits])
+    """Returns (B, T, V), as verl slices them: of the rows that predict the responses."""
+    predicting = [part[-reply - 1 : -1] for part, reply in zip(parts, REPLIES, strict=True)]
+    return torch.stack([F.pad(rows @ weight.T / temperature, (0, 0, 0, T - len(rows))) for rows in predicting])
 
 
 def replies(batch: Batch) -> Tensor:
-    """(B, T)"""
-    parts = [ids[-n:] for ids, n in zip(batch.ids, REPLIES, strict=True)]
-    return torch.stack([F.pad(one, (0, T - len(one))) for one in parts])
+    """Returns the responses' ids, (B, T)."""
+    return torch.stack([F.pad(ids[-n:], (0, T - n)) for ids, n in zip(batch.ids, REPLIES, strict=True)])
 
 
 def plain_agg(losses: Tensor, mask: Tensor, mode: str, old: bool = False, **info: Any) -> Tensor:
-    """What verl's `agg_loss` says it computes, sequence by sequence; `old`: up to 0.7."""
+    """Computes what verl's `agg_loss` says it computes, sequence by sequence; `old`: up to 0.7."""
     dp_size, scale = info.get("dp_size", 1), info.get("loss_scale_factor") or losses.shape[1]
     sums = [(row * m).sum() for row, m in zip(losses, mask, strict=True) if m.any()]
     means = [(row * m).sum() / m.sum() for row, m in zip(losses, mask, strict=True) if m.any()]
@@ -125,7 +120,7 @@ def plain_agg(losses: Tensor, mask: Tensor, mode: str, old: bool = False, **info
 
 
 def plain_kl_with_tail(logits: Tensor, ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """Forward KL over k tokens and the rest (...), and the part of the rest (...)."""
+    """Computes forward KL over k tokens and the rest (...), and the part of the rest (...)."""
     listed = logits.log_softmax(-1).gather(-1, ids)
     inside = (logprobs.exp() * (logprobs - listed)).sum(-1)
     q, p = 1 - logprobs.exp().sum(-1), 1 - listed.exp().sum(-1)
@@ -134,7 +129,7 @@ def plain_kl_with_tail(logits: Tensor, ids: Tensor, logprobs: Tensor) -> tuple[T
 
 
 def server_rows(batch: Batch) -> Scored:
-    """Of the teacher's logits over the student's sequences, as verl lays them: shifted, with a filler at the end."""
+    """Takes a teacher's logits over the student's sequences, as verl lays them: shifted, with a filler at the end."""
     generator = torch.Generator().manual_seed(5)
     ids, logprobs = [], []
     for states in batch.states:
@@ -147,7 +142,7 @@ def server_rows(batch: Batch) -> Scored:
 
 
 def replies_of(scored: Scored) -> tuple[Tensor, Tensor]:
-    """(B, T, K) each, harmless where there is no response."""
+    """Returns (B, T, K) each, harmless where there is no response."""
     rows = Responses.packed(scored.ids.offsets(), REPLIES).rows
     ids, logprobs = scored.ids.values()[rows].long(), scored.logprobs.values()[rows].double()
     whole_ids = torch.arange(K).repeat(B, T, 1)
@@ -157,17 +152,19 @@ def replies_of(scored: Scored) -> tuple[Tensor, Tensor]:
     return whole_ids, whole
 
 
-def gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, leaves))
+def taught(batch: Batch, weight: Tensor | None = None) -> Hidden:
+    """Packs the teacher's states, which stand behind its own, longer prompts."""
+    rows = Responses.packed(offsets([len(states) for states in batch.teacher_states]), REPLIES)
+    return Hidden(torch.cat(batch.teacher_states), rows, weight)
 
 
-def assert_same(found: list[Tensor], expected: list[Tensor], **tolerance: float) -> None:
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, **(tolerance or {"rtol": 1e-8, "atol": 1e-10}))
+def assert_same_gradients(found: Tensor, expected: Tensor, *leaves: Tensor, rtol: float, atol: float) -> None:
+    pair = [torch.autograd.grad(loss, leaves, retain_graph=True) for loss in (found, expected)]
+    torch.testing.assert_close(*pair, rtol=rtol, atol=atol)
 
 
 def laid_out(batch: Batch, layout: str) -> dict[str, Any]:
-    """The arguments that depend on the layout."""
+    """Returns the arguments that depend on the layout."""
     sizes = [len(ids) for ids in batch.ids]
     if layout == "padded":
         return {
@@ -192,19 +189,18 @@ layouts = pytest.mark.parametrize("layout", ["padded", "packed", "rmpad", "neste
 def test_the_loss_of_teacher_states_is_that_of_plain_logits(layout: str, mode: str, alpha: float) -> None:
     batch = make_batch()
     weight = batch.weight.requires_grad_()
-    states = [one.requires_grad_() for one in batch.states]
+    states = [rows.requires_grad_() for rows in batch.states]
     given = laid_out(batch, layout)
-    teacher_rows = Responses.packed(offsets([len(one) for one in batch.teacher_states]), REPLIES)
-    teacher = Hidden(torch.cat(batch.teacher_states), teacher_rows, batch.weight.detach() * 1.1)
+    teacher = taught(batch, batch.weight.detach() * 1.1)
     if layout == "padded":
         padded = Responses.padded(attention_mask(TEACHER_PROMPTS), T)
-        teacher = Hidden(pad_rows(batch.teacher_states, TEACHER_PROMPTS), padded, batch.weight.detach() * 1.1)
+        teacher = Hidden(pad_rows(batch.teacher_states, TEACHER_PROMPTS), padded, teacher.weight)
     loss, metrics = distillation_loss(
         given["student_hidden"], weight, given["responses"], batch.mask, teacher=teacher, input_ids=given["input_ids"],
         loss=FusedLinearDivergence(alpha=alpha, temperature=1.7), loss_agg_mode=mode,
     )  # fmt: skip
     log_p = padded_logits(states, weight, 1.7).log_softmax(-1)
-    log_q = padded_logits(batch.teacher_states, batch.weight.detach() * 1.1, 1.7).log_softmax(-1)
+    log_q = padded_logits(batch.teacher_states, teacher.weight, 1.7).log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
     if alpha in (0.0, 1.0):
         losses = (q * (log_q - log_p) if alpha == 0 else p * (log_p - log_q)).sum(-1)
@@ -213,7 +209,7 @@ def test_the_loss_of_teacher_states_is_that_of_plain_logits(layout: str, mode: s
         losses = (0.5 * q * (log_q - log_m) + 0.5 * p * (log_p - log_m)).sum(-1)
     expected = plain_agg(losses, batch.mask, mode)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)
-    assert_same(gradients(loss, weight, *states), gradients(expected, weight, *states), rtol=1e-6, atol=1e-8)
+    assert_same_gradients(loss, expected, weight, *states, rtol=1e-6, atol=1e-8)
     assert metrics["distillation/active_tokens"] == batch.mask.sum()
     assert metrics["distillation/loss_max"] == pytest.approx(float(losses.detach()[batch.mask].max()), rel=1e-5)
 
@@ -226,12 +222,11 @@ def test_the_loss_of_a_servers_rows_is_verls_sum_over_k_tokens_and_the_rest(layo
     given = laid_out(batch, layout)
     teacher = scored
     if layout == "padded":
-        parts = [[*one.unbind()] for one in scored]
-        teacher = Scored(*(pad_rows(part, PROMPTS) for part in parts))
+        teacher = Scored(*(pad_rows([*values.unbind()], PROMPTS) for values in scored))
     elif layout == "packed":
-        teacher = Scored(*(one.values() for one in scored))
+        teacher = Scored(*(rows.values() for rows in scored))
     elif layout == "rmpad":
-        teacher = Scored(*(one.values()[None] for one in scored))
+        teacher = Scored(*(rows.values()[None] for rows in scored))
     loss, metrics = distillation_loss(
         given["student_hidden"], weight, given["responses"], nested_mask(batch) if layout == "nested" else batch.mask,
         teacher=teacher, input_ids=given["input_ids"],
@@ -240,7 +235,7 @@ def test_the_loss_of_a_servers_rows_is_verls_sum_over_k_tokens_and_the_rest(layo
     losses, tail = plain_kl_with_tail(padded_logits(batch.states, weight), ids, logprobs)
     expected = plain_agg(losses, batch.mask, "token-mean")
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-8)
-    assert_same(gradients(loss, weight), gradients(expected, weight), rtol=1e-6, atol=1e-8)
+    assert_same_gradients(loss, expected, weight, rtol=1e-6, atol=1e-8)
     assert (tail[batch.mask] != 0).all()
     mass = logprobs.exp().sum(-1)[batch.mask].mean()
     assert metrics["distillation/teacher_mass"] == pytest.approx(float(mass), rel=1e-6)
@@ -256,10 +251,9 @@ def test_importance_and_rollout_weights_multiply_the_tokens() -> None:
     log_p = padded_logits(batch.states, batch.weight).log_softmax(-1)
     chosen = log_p.gather(-1, replies(batch)[..., None])[..., 0]
     old, rollout = chosen + torch.linspace(-1.5, 1.5, T), torch.linspace(0.5, 2.0, B * T).view(B, T)
-    rows = Responses.packed(offsets([len(one) for one in batch.teacher_states]), REPLIES)
     loss, _ = distillation_loss(
         given["student_hidden"], batch.weight, given["responses"], batch.mask,
-        teacher=Hidden(torch.cat(batch.teacher_states), rows), input_ids=given["input_ids"],
+        teacher=taught(batch), input_ids=given["input_ids"],
         loss=FusedLinearDivergence(alpha=1.0, importance_clip=2.0), old_log_probs=old, rollout_is_weights=rollout,
     )  # fmt: skip
     log_q = padded_logits(batch.teacher_states, batch.weight).log_softmax(-1)
@@ -285,8 +279,8 @@ def test_the_weights_of_tokens_are_verls_aggregation(mode: str, info: dict[str, 
     losses = torch.rand(B, T)
     options = {} if old is False else {"norm_counts_sequences": False}
     weights = loss_weights(mode, responses, responses.take("mask", mask), **info, **options)
-    found = (weights * responses.take("losses", losses)).sum()
-    torch.testing.assert_close(found, plain_agg(losses, mask, mode, old, **info))
+    weighed = (weights * responses.take("losses", losses)).sum()
+    torch.testing.assert_close(weighed, plain_agg(losses, mask, mode, old, **info))
 
 
 @given(sizes=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)), min_size=1, max_size=5))
@@ -327,8 +321,7 @@ def test_the_logits_processor_has_verls_arguments_and_result() -> None:
     mass = logits[0].softmax(-1).gather(-1, scored.ids.values().long()).sum(-1)
     torch.testing.assert_close(out["student_mass"][0][others], mass[others])
     torch.testing.assert_close(out["teacher_mass"][0][others], scored.logprobs.values().exp().sum(-1)[others])
-    found, expected = gradients(out["distillation_losses"].sum(), logits), gradients(losses[others].sum(), logits)
-    assert_same(found, expected, rtol=1e-4, atol=1e-5)
+    assert_same_gradients(out["distillation_losses"].sum(), losses[others].sum(), logits, rtol=1e-4, atol=1e-5)
 
 
 def model_of(kind: str) -> nn.Module:
@@ -348,7 +341,7 @@ def test_a_patched_forward_gives_what_verls_engine_reads(kind: str, policy: bool
     model, batch = model_of(kind), make_batch(dtype=torch.float32)
     scored = server_rows(batch)
     ids = torch.cat(batch.ids)[None]
-    positions = torch.cat([torch.arange(len(one)) for one in batch.ids])[None]
+    positions = torch.cat([torch.arange(len(ids)) for ids in batch.ids])[None]
     rolled = torch.roll(ids, -1, dims=1)
     plain = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     undo = patch_forward(model, policy=policy)
@@ -374,16 +367,14 @@ def test_a_patched_forward_gives_what_verls_engine_reads(kind: str, policy: bool
     mass = log_p[0].exp().gather(-1, scored.ids.values().long()).sum(-1)
     torch.testing.assert_close(aux.student_mass[0][others], mass[others], rtol=1e-4, atol=1e-5)
     parameters = list(model.parameters())
-    found = torch.autograd.grad(aux.distillation_losses.sum(), parameters)
-    expected = torch.autograd.grad(losses[others].sum(), parameters)
-    assert_same(list(found), list(expected), rtol=1e-3, atol=1e-4)
+    assert_same_gradients(aux.distillation_losses.sum(), losses[others].sum(), *parameters, rtol=1e-3, atol=1e-4)
     undo()
     assert "forward" not in vars(model)
     assert torch.equal(model(input_ids=ids, position_ids=positions, use_cache=False).logits, plain)
 
 
 def mask_of(out: Any, policy: bool, scored: Scored) -> Tensor:
-    """By-products of the divergence are 0 in the fillers' rows, which it leaves out."""
+    """Marks rows but the fillers', where by-products of the divergence are 0 because it leaves them out."""
     mask = torch.ones_like(out.log_probs)
     if not policy:
         mask[0, scored.ids.offsets()[1:] - 1] = 0
@@ -403,7 +394,7 @@ def test_a_patched_forward_without_a_teacher_gives_log_probabilities_of_the_next
 
 
 def micro_batch(batch: Batch, layout: str) -> dict[str, Any]:
-    """What verl's `no_padding_2_padding` reads."""
+    """Makes what verl's `no_padding_2_padding` reads."""
     if layout == "nested":
         prompts = nested([ids[:-n] for ids, n in zip(batch.ids, REPLIES, strict=True)])
         answers = nested([ids[-n:] for ids, n in zip(batch.ids, REPLIES, strict=True)])
@@ -454,8 +445,8 @@ SETTINGS = [
 
 
 def sdpo_plain(log_p: Tensor, log_q: Tensor, ids: Tensor, config: Settings, old: Tensor) -> Tensor:
-    """(B, T) token losses of SDPO's formulas, on full log-probabilities."""
-    chosen, other = (one.gather(-1, ids[..., None])[..., 0] for one in (log_p, log_q))
+    """Computes (B, T) token losses by SDPO's formulas, on full log-probabilities."""
+    chosen, other = (side.gather(-1, ids[..., None])[..., 0] for side in (log_p, log_q))
     if not config.full_logit_distillation:
         losses = (chosen - other).detach() * chosen
     else:
@@ -464,7 +455,7 @@ def sdpo_plain(log_p: Tensor, log_q: Tensor, ids: Tensor, config: Settings, old:
             log_p, log_q = log_p.gather(-1, top), log_q.gather(-1, top)
             if config.distillation_add_tail:
                 log_p, log_q = (
-                    torch.cat([one, (1 - one.exp().sum(-1, keepdim=True)).log()], -1) for one in (log_p, log_q)
+                    torch.cat([top, (1 - top.exp().sum(-1, keepdim=True)).log()], -1) for top in (log_p, log_q)
                 )
             log_p, log_q = log_p.log_softmax(-1), log_q.log_softmax(-1)
         p, q, a = log_p.exp(), log_q.exp(), config.alpha
@@ -490,15 +481,13 @@ def test_sdpos_loss_is_its_formulas_from_log_probabilities_and_from_states(confi
     rollout = torch.linspace(0.5, 1.5, B * T).view(B, T)
     mask = batch.mask & target[:, None]
     expected = plain_agg(sdpo_plain(log_p, log_q, ids, config, old) * rollout, mask, mode, old=True)
-    (gradient,) = torch.autograd.grad(expected, weight, retain_graph=True)
-
     top = log_p.topk(config.distillation_topk or 1, -1).indices
     use_all, use_topk = config.distillation_topk is None, config.distillation_topk is not None
     common: dict[str, Any] = {
         "old_log_probs": old, "self_distillation_mask": target.float(), "loss_agg_mode": mode,
         "rollout_is_weights": rollout,
     }  # fmt: skip
-    found, metrics = compute_self_distillation_loss(
+    loss, metrics = compute_self_distillation_loss(
         student_log_probs=log_p.gather(-1, ids[..., None])[..., 0],
         teacher_log_probs=log_q.gather(-1, ids[..., None])[..., 0],
         response_mask=batch.mask.long(),
@@ -510,31 +499,29 @@ def test_sdpos_loss_is_its_formulas_from_log_probabilities_and_from_states(confi
         **common,
     )
     assert metrics == {}
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
-    assert_same(gradients(found, weight), [gradient], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-8)
+    assert_same_gradients(loss, expected, weight, rtol=1e-5, atol=1e-7)
 
     given = laid_out(batch, "packed")
-    rows = Responses.packed(offsets([len(one) for one in batch.teacher_states]), REPLIES)
     fused, _ = self_distillation_loss(
         given["student_hidden"], weight, given["responses"], batch.mask, config,
-        teacher=Hidden(torch.cat(batch.teacher_states), rows), input_ids=given["input_ids"], temperature=0.9, **common,
+        teacher=taught(batch), input_ids=given["input_ids"], temperature=0.9, **common,
     )  # fmt: skip
     torch.testing.assert_close(fused, expected, rtol=1e-6, atol=1e-8)
-    assert_same(gradients(fused, weight), [gradient], rtol=1e-5, atol=1e-7)
+    assert_same_gradients(fused, expected, weight, rtol=1e-5, atol=1e-7)
 
 
 def test_a_batch_without_a_target_has_loss_0_and_gradients_0() -> None:
     batch = make_batch()
     states = torch.cat(batch.states).requires_grad_()
     given, none = laid_out(batch, "packed"), torch.zeros(B)
-    rows = Responses.packed(offsets([len(one) for one in batch.teacher_states]), REPLIES)
     loss, metrics = self_distillation_loss(
         states, batch.weight, given["responses"], batch.mask, Settings(is_clip=None),
-        teacher=Hidden(torch.cat(batch.teacher_states), rows), input_ids=given["input_ids"],
+        teacher=taught(batch), input_ids=given["input_ids"],
         self_distillation_mask=none,
     )  # fmt: skip
     assert loss == 0
-    assert not gradients(loss, states)[0].any()
+    assert not torch.autograd.grad(loss, states)[0].any()
     assert metrics == {"distillation/active_tokens": 0.0}
 
 

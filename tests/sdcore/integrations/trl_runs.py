@@ -1,7 +1,8 @@
-"""TRL's trainers and ours around the same tiny models and data, for the tests that compare them."""
+"""Builds TRL's trainers and ours around the same tiny models and data, for the tests that compare them."""
 
 from __future__ import annotations
 
+import copy
 import os
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -17,9 +18,12 @@ from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
 from sdcore.demo import CHECKPOINT
+from sdcore.integrations.trl import FusedOptions
 from sdcore.integrations.trl.sdft import FusedSDFTTrainer
 from sdcore.integrations.trl.sdpo import FusedSDPOTrainer
+from sdcore.teachers import Frozen
 
+SDPO, SDFT = (SDPOTrainer, FusedSDPOTrainer), (SDFTTrainer, FusedSDFTTrainer)  # theirs, ours
 VOCAB = 134  # of the world's tokenizer
 QUESTIONS = ["luma a c c f b", "sort d a", "reverse f e d c", "pi a b"]
 HINTS = ["H a3 H c7", "H a1", "H c2 H d3 H e4", "H b1"]
@@ -55,6 +59,7 @@ QUIET: dict[str, Any] = {
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 4,
 }
+SDFT_ARGS: dict[str, Any] = {"teacher_prompt_template": "{prompt} {privileged_context}"}
 SDPO_ARGS: dict[str, Any] = {
     "reprompt_template": "{prompt}{solution}{feedback}",
     "solution_template": " H {successful_previous_attempt}",
@@ -81,7 +86,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def save_model(folder: Path, family: str = "qwen2") -> Path:
-    """A model on the disk, where TRL reads its teacher from, with a tokenizer beside it."""
+    """Puts a model on the disk, where TRL reads its teacher from, with a tokenizer beside it."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[family](**SIZES))
     with torch.no_grad():
@@ -107,56 +112,59 @@ def data() -> Dataset:
 
 
 def parity(completion_ids: list[list[int]], **columns: object) -> list[float]:
-    """A reward of what was sampled: about half of the completions succeed."""
+    """Rewards what was sampled: about half of the completions succeed."""
     return [float(sum(ids) % 2) for ids in completion_ids]
 
 
-def sdpo(
-    kind: Any, model: Any, output: Path, *, reward_funcs: Any = parity, peft_config: Any = None, **changes: Any
+def build(
+    kind: Any, model: Any, output: Path, *, fused: FusedOptions | None = None, callbacks: Any = None, **changes: Any
 ) -> Any:
-    """`kind`: SDPOTrainer or FusedSDPOTrainer."""
-    own = {name: changes.pop(name) for name in ("fused", "callbacks") if name in changes}
+    """Constructs a trainer of TRL's SDPO or SDFT, or of ours, with these changes of its configuration."""
+    own: dict[str, Any] = {"peft_config": changes.pop("peft_config", None), "callbacks": callbacks}
+    if issubclass(kind, SDPOTrainer):
+        own["reward_funcs"] = changes.pop("reward_funcs", parity)
+    if fused is not None:
+        own["fused"] = fused
+    config, arguments = (SDPOConfig, SDPO_ARGS) if issubclass(kind, SDPOTrainer) else (SDFTConfig, SDFT_ARGS)
     return kind(
         model=model,
-        reward_funcs=reward_funcs,
-        args=SDPOConfig(output_dir=str(output), **(QUIET | SDPO_ARGS | changes)),
+        args=config(output_dir=str(output), **(QUIET | arguments | changes)),
         train_dataset=data(),
         eval_dataset=data(),
         processing_class=tokenizer(),
-        peft_config=peft_config,
         **own,
     )
 
 
-def sdft(kind: Any, model: Any, output: Path, *, peft_config: Any = None, **changes: Any) -> Any:
-    """`kind`: SDFTTrainer or FusedSDFTTrainer."""
-    own = {name: changes.pop(name) for name in ("fused", "callbacks") if name in changes}
-    arguments = {"teacher_prompt_template": "{prompt} {privileged_context}"}
-    return kind(
-        model=model,
-        args=SDFTConfig(output_dir=str(output), **(QUIET | arguments | changes)),
-        train_dataset=data(),
-        eval_dataset=data(),
-        processing_class=tokenizer(),
-        peft_config=peft_config,
-        **own,
-    )
+def same_teacher(kinds: tuple[type, type], folder: Path, output: Path) -> tuple[Any, Any]:
+    """Constructs TRL's trainer and ours, of one float64 model each and the same teacher of other weights."""
+    with torch.random.fork_rng():
+        theirs, ours = (
+            build(kind, load_model(folder, torch.float64), output, teacher_model_kind="live") for kind in kinds
+        )
+        teacher = copy.deepcopy(theirs.model).requires_grad_(False).eval()
+        for weight in teacher.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    theirs.teacher_model, ours.teacher = teacher, Frozen(teacher)
+    for trainer in (theirs, ours):
+        trainer.current_gradient_accumulation_steps = 1
+    return theirs, ours
 
 
-def logged(trainer: Any, name: str) -> list[float]:
-    """A metric over the steps."""
+def logged(trainer: Any, name: str = "loss") -> list[float]:
+    """Returns a metric over the steps."""
     return [line[name] for line in trainer.state.log_history if name in line]
 
 
 def losses(trainer: Any) -> list[float]:
     trainer.train()
-    return logged(trainer, "loss")
+    return logged(trainer)
 
 
 def batch(
     *, lengths: tuple[int, ...] = (5, 3, 6, 2), prompts: tuple[int, ...] = (4, 4, 6, 3), seed: int = 0
 ) -> dict[str, Tensor]:
-    """What TRL's `_prepare_inputs` gives: rows 0 and 1 are samples of one prompt if their lengths are equal."""
+    """Makes what TRL's `_prepare_inputs` gives: rows 0 and 1 are samples of one prompt if their lengths are equal."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(length: int) -> Tensor:
@@ -192,22 +200,3 @@ def padded(rows: list[Tensor], *, left: bool) -> tuple[Tensor, Tensor]:
         place = slice(width - len(row), width) if left else slice(0, len(row))
         ids[i, place], mask[i, place] = row, 1
     return ids, mask
-
-
-__all__ = [
-    "MODES",
-    "FusedSDFTTrainer",
-    "FusedSDPOTrainer",
-    "SDFTTrainer",
-    "SDPOTrainer",
-    "batch",
-    "data",
-    "load_model",
-    "logged",
-    "losses",
-    "parity",
-    "save_model",
-    "sdft",
-    "sdpo",
-    "tokenizer",
-]
