@@ -21,7 +21,7 @@ from ..tile.head import fast_products
 from ..tile.support import gradient_view, transform_
 from ..tile.threads import populated
 from ..tile.tiling import MOST_ROWS, block_rows, plan_tiling
-from ..types import Gradients, Objective, Operands, TileRows, Wanted, is_same
+from ..types import Gradients, Objective, Operands, TileRows, is_same
 from ..vocab_parallel.backend import VocabularyParallel
 from ..vocab_parallel.shards import Shards
 
@@ -206,13 +206,13 @@ class LogitGradient:
 class HeadGradients:
     """The gradients of hidden states and head, summed chunk by chunk; the head's in the compute dtype."""
 
-    def __init__(self, walk: HeadWalk, wanted: Wanted) -> None:
+    def __init__(self, walk: HeadWalk, wanted: str) -> None:
         self.walk = walk
         hidden, weight = walk.operands.student_hidden, walk.operands.weight
-        self.hidden = torch.zeros_like(hidden) if wanted.hidden else None
-        self.chunk = hidden.new_empty((walk.chunk_rows if wanted.hidden else 0, hidden.shape[1]), dtype=walk.dtype)
-        self.weight = populated(weight.new_empty(weight.shape, dtype=walk.dtype)) if wanted.weight else None
-        self.bias = weight.new_zeros(weight.shape[0], dtype=walk.dtype) if wanted.bias else None
+        self.hidden = torch.zeros_like(hidden) if "h" in wanted else None
+        self.chunk = hidden.new_empty((walk.chunk_rows if "h" in wanted else 0, hidden.shape[1]), dtype=walk.dtype)
+        self.weight = populated(weight.new_empty(weight.shape, dtype=walk.dtype)) if "w" in wanted else None
+        self.bias = weight.new_zeros(weight.shape[0], dtype=walk.dtype) if "b" in wanted else None
         self.first = True
 
     def add(self, rows: Rows, gradient: Tensor, factors: Tensor | None, scale: float) -> None:
