@@ -90,8 +90,6 @@ def test_it_gives_the_values_and_gradients_of_the_reference(name: str) -> None:
 def test_it_is_rounded_to_what_other_backends_return(objective: str) -> None:
     head = LogitTransform(bias=BIAS.float())
     arguments = make_arguments(make_inputs(N, H, V, masked=0.3), objective, student_head=head)
-        make_inputs(N, H, V, masked=0.3), objective, student_head=LogitTransform(bias=BIAS.float())
-    )
     runs = [run_operation(linear_divergence, **arguments, backend=backend) for backend in ("reference", "torch")]
     for value, right in zip(runs[0].output[:-1], runs[1].output[:-1], strict=True):
         assert (value is None) == (right is None)

@@ -31,9 +31,7 @@ from ..tile.elementwise import (
     centre_,
     chain_,
     divergence_terms,
-    exponential_sums,
     far_terms,
-    growth_sums,
     is_close,
     logprob_gradient_,
     narrow_,
@@ -41,14 +39,14 @@ from ..tile.elementwise import (
 )
 from ..tile.support import bucket_divergence, tail_share, transform_, with_tail
 from ..types import Objective, TileRows
-from .moments import Normaliser, by_row, merge_exponentials, merge_topk
+from .moments import Normaliser, by_row, lower_, merge_exponentials, merge_topk, side_sums
 from .shards import Places, Shards
 
 
 class Merged(NamedTuple):
     """What the first stage finds of C rows, float64; of the teacher where there are logits of one.
 
-    The offset is exact for close sides too, whose sums of exponentials differ by the exact growth: see `_side_sums`.
+    The offset is exact for close sides too, whose sums of exponentials differ by the exact growth: see `side_sums`.
     """
 
     student: Normaliser
@@ -249,12 +247,12 @@ class Tile:
         close = other is not None and rows.teacher_is_gap and is_close(other)
         self.close[block.start] = close
         if objective.entry_clip is None:
-            student, teacher = _side_sums(z, other, rows.teacher_is_gap, close, scratch)
+            student, teacher = side_sums(z, other, rows.teacher_is_gap, close, scratch)
         else:
             # Capped sums are of first order: an error in the normalisers counts.
             copies = z.double(), None if other is None else other.double()
             wide = Scratch(*(torch.empty_like(copies[0]) for _ in Scratch._fields))
-            student, teacher = _side_sums(*copies, rows.teacher_is_gap, close, wide)
+            student, teacher = side_sums(*copies, rows.teacher_is_gap, close, wide)
             z.copy_(copies[0])
             if other is not None and copies[1] is not None:
                 other.copy_(copies[1])
@@ -267,8 +265,8 @@ class Tile:
         def gaps(columns: Tensor, logits: Tensor) -> Tensor | None:
             if other is None:
                 return None
-            found = other.gather(1, columns).double()
-            return found if rows.teacher_is_gap else found - logits
+            teacher = other.gather(1, columns).double()
+            return teacher if rows.teacher_is_gap else teacher - logits
 
         for name, ids in (
             ("target", None if rows.target_ids is None else rows.target_ids[:, None]),
@@ -291,14 +289,14 @@ class Tile:
                 chooser = z + other if rows.teacher_is_gap else other
             columns = chooser.topk(min(self.choose, z.shape[1]), dim=-1).indices
             logits = z.gather(1, columns).double()
-            found = {"chosen_id": (columns + self.shards.first_id).double(), "chosen_logit": logits}
+            chosen = {"chosen_id": (columns + self.shards.first_id).double(), "chosen_logit": logits}
             gap = gaps(columns, logits)
             if gap is not None:
-                found["chosen_gap"] = gap
+                chosen["chosen_gap"] = gap
             # Ranks with fewer columns than others send as many entries; the last choice is none of these.
             missing = min(self.choose, self.shards.widest) - columns.shape[1]
             fill = {"chosen_id": float(self.shards.vocab), "chosen_logit": -torch.inf, "chosen_gap": 0.0}
-            for name, entries in found.items():
+            for name, entries in chosen.items():
                 fields[name] = torch.nn.functional.pad(entries, (0, missing), value=fill[name])
         return fields
 
@@ -351,7 +349,7 @@ class Tile:
     def _masses(self, merged: Merged, block: slice, scratch: Scratch) -> Tensor:
         """Lower z as the whole vocabulary asks for, and write -p into scratch."""
         z, student = self.z[block], merged.student
-        _lower_(z, student.shift[block, None] - merged.lowered[block])
+        lower_(z, student.shift[block, None] - merged.lowered[block])
         return torch.exp(z, out=scratch.neg_p).mul_(-(-student.log_sum[block, None]).exp().to(z.dtype))
 
     def _log_ratio(self, merged: Merged, block: slice, scratch: Scratch, wide: bool = False) -> Tensor:
@@ -363,7 +361,7 @@ class Tile:
         if not self.rows.teacher_is_gap and merged.teacher is not None and merged.teacher_lowered is not None:
             shift = merged.teacher.shift[block, None]
             if not wide:
-                _lower_(other, shift - merged.teacher_lowered[block])
+                lower_(other, shift - merged.teacher_lowered[block])
             offset = offset - (shift - merged.student.shift[block, None])
         if wide:
             return (other.double() if self.rows.teacher_is_gap else other.double() - z) - offset
@@ -378,39 +376,3 @@ class Tile:
     def _add_at(self, z: Tensor, places: Places, values: Tensor) -> None:
         """Add (rows, k) values to the entries of z that are theirs."""
         z[places.row, places.column] += values[places.row, places.position]
-
-
-def _side_sums(
-    z: Tensor, other: Tensor | None, teacher_is_gap: bool, close: bool, scratch: Scratch
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The first stage's sums of both sides over a block, in float64. Final logits are lowered where they must be."""
-    sums = exponential_sums(z, scratch.neg_p, scratch.a)
-    total, zero = sums.total.double(), torch.zeros_like(sums.total, dtype=torch.float64)
-    shift = zero if sums.shift is None else sums.shift.double()
-    student = {"student_shift": shift, "student_total": total, "student_weighted": sums.weighted.double()}
-    if other is None:
-        return student, {}
-    if not teacher_is_gap:
-        sums = exponential_sums(other, scratch.a, scratch.b)
-        return student, {
-            "teacher_shift": zero if sums.shift is None else sums.shift.double(),
-            "teacher_total": sums.total.double(),
-            "teacher_weighted": sums.weighted.double(),
-        }
-    if close:
-        growth, weighted = growth_sums(z, other, scratch.neg_p, scratch.a, scratch.b)
-        # In float64 the sum keeps every digit of the growth, however small.
-        total = total + growth.double()
-        return student, {"teacher_shift": shift, "teacher_total": total, "teacher_weighted": weighted.double()}
-    sums = exponential_sums(torch.add(z, other, out=scratch.u), scratch.a, scratch.b)
-    return student, {
-        "teacher_shift": shift if sums.shift is None else shift + sums.shift.double(),
-        "teacher_total": sums.total.double(),
-        "teacher_weighted": sums.weighted.double(),
-    }
-
-
-def _lower_(z: Tensor, by: Tensor) -> None:
-    """Subtract (rows, 1), which is 0 for all rows but in extreme cases."""
-    if bool(by.any()):
-        z.sub_(by.to(z.dtype))

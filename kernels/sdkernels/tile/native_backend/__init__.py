@@ -22,8 +22,7 @@ from ..elementwise import narrow_
 from ..support import gradient_view
 from ..threads import together
 from ..torch_backend import logprob_tile, topk_tile
-from .build import library
-from .job import Job
+from .build import Job, library
 from .products import make_head
 
 TAKES_GAP = True

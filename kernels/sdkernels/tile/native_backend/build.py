@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -43,6 +44,37 @@ PROCESSOR = {
     "arm64": ("-mcpu=native",),
 }
 SECONDS = 120  # a compilation takes two
+
+
+class Job(ctypes.Structure):
+    """Tells the threads of the library what to work on: `Job` of rows.h, field by field.
+
+    Addresses are those of tensors, which have to outlive it; what is not given is 0.
+    """
+
+    _fields_ = (
+        ("student", c_void_p),
+        ("teacher", c_void_p),
+        ("student_stride", c_int64),
+        ("teacher_stride", c_int64),
+        ("rows", c_int64),
+        ("vocab", c_int64),
+        ("student_gain", c_float),
+        ("teacher_gain", c_float),
+        ("teacher_is_gap", c_int32),
+        ("kind", c_int32),
+        ("tail", c_int32),
+        ("choose", c_int32),
+        ("alpha", c_double),
+        ("loss_factor", c_double),
+        ("gradient_factor", c_double),
+        ("k", c_int64),
+        ("ids", c_void_p),
+        ("logprobs", c_void_p),
+        ("values", c_void_p),
+        ("done", c_void_p),
+        ("next", c_int64),
+    )
 
 
 @cache
