@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
 
 class LogprobOutput(NamedTuple):
-    """Result of `linear_logprobs`, both in the graph."""
+    """What `linear_logprobs` returns, both in the graph."""
 
     logprobs: Tensor | None  # (N,) log p(target) in nats; None without target_ids
     entropy: Tensor  # (N,) nats
 
 
 class TopKOutput(NamedTuple):
-    """Result of `linear_topk`, detached; most likely id first."""
+    """What `linear_topk` returns, detached; most likely id first."""
 
     ids: Tensor  # (N, k) int64
     logprobs: Tensor  # (N, k) under the full vocabulary
@@ -72,7 +72,7 @@ def linear_divergence(
     process_group: ProcessGroup | None = None,
     normalizer_group: ProcessGroup | None = None,
 ) -> DivergenceOutput:
-    """Divergence between two softmax heads without their logits ever existing as a whole.
+    """Returns the divergence between two softmax heads without their logits ever existing as a whole.
 
     The same value and gradients as this, for `alpha=1` (reverse KL) and no option set::
 
@@ -180,7 +180,7 @@ def logit_divergence(
     workspace_mb: float | None = None,
     on_nonfinite: Nonfinite = "propagate",
 ) -> DivergenceOutput:
-    """`linear_divergence` for those who have logits (N, V) already: the same options, values and errors.
+    """Does what `linear_divergence` does for logits (N, V) that exist already: the same options, values and errors.
 
     The gradient (N, V) is formed in backward, so that forward holds a workspace and nothing of the logits' size.
     `teacher_temperature` None is `temperature`.
@@ -220,7 +220,7 @@ def linear_logprobs(
     workspace_mb: float | None = None,
     process_group: ProcessGroup | None = None,
 ) -> LogprobOutput:
-    """Log-probabilities of given tokens and the entropy, with gradients and without the logits.
+    """Returns log-probabilities of given tokens and the entropy, with gradients and without the logits.
 
     Equal to this, for `head=None`::
 
@@ -255,7 +255,7 @@ def linear_topk(
     workspace_mb: float | None = None,
     process_group: ProcessGroup | None = None,
 ) -> TopKOutput:
-    """The k most likely ids of each row and their log-probabilities, without gradient and without the logits.
+    """Returns each row's k most likely ids and their log-probabilities, without gradient and without the logits.
 
     Equal to `torch.log_softmax((hidden @ weight.T).float() / temperature, -1).topk(k)`; what a teacher has to send in
     order to be a `TopKLogprobs` elsewhere. `process_group`, and what is raised, as in `linear_divergence`.

@@ -1,4 +1,4 @@
-"""What tests, benchmarks and users need to check a fused operation: inputs, the float64 answer, tolerances, live bytes.
+"""Gives whoever checks a fused operation inputs, the float64 answer, tolerances and live bytes.
 
 Tolerances come from the data: an error is held against that of an independent naive run on the same inputs, and is
 never a number that somebody widened. Memory is counted by `LiveBytes`, see `live_bytes.py`.
@@ -46,7 +46,7 @@ def make_inputs(
     seed: int = 0,
     requires_grad: bool = True,
 ) -> Inputs:
-    """Seeded inputs whose logits have a standard deviation of `logit_std`, far enough from uniform to show errors.
+    """Makes seeded inputs; their logits' standard deviation, `logit_std`, is far enough from uniform to show errors.
 
     The teacher's states are the student's plus `noise` times a normal variable, or, with `teacher_size`, independent
     states (N, teacher_size) with a head of their own. A share `masked` of the rows gets weight 0, the others weights
@@ -82,7 +82,7 @@ def make_inputs(
 
 
 def _cached_topk(inputs: Inputs) -> TopKLogprobs:
-    """The log-probabilities of K ids of a made-up teacher; they leave some mass to the tail."""
+    """Makes up a teacher's log-probabilities of K ids; they leave some mass to the tail."""
     rows, vocab = len(inputs.student_hidden), len(inputs.student_weight)
     k = min(4, vocab)
     generator = torch.Generator().manual_seed(rows)
@@ -126,7 +126,7 @@ OBJECTIVES: dict[str, Callable[[Inputs], dict[str, Any]]] = {
 
 
 def make_arguments(inputs: Inputs, objective: str, **changes: Any) -> dict[str, Any]:
-    """Keyword arguments of `linear_divergence` for one of `OBJECTIVES`, with `changes` on top."""
+    """Returns keyword arguments of `linear_divergence` for one of `OBJECTIVES`, with `changes` on top."""
     arguments = {
         "student_hidden": inputs.student_hidden,
         "student_weight": inputs.student_weight,
@@ -152,7 +152,7 @@ class Run(NamedTuple):
 def run_operation(
     operation: Callable[..., DivergenceOutput], *, upstream: Tensor | None = None, **arguments: Any
 ) -> Run:
-    """Call `operation` on fresh leaves over the same memory, go backward if anything requires a gradient."""
+    """Calls `operation` on fresh leaves over the same memory, goes backward if anything requires a gradient."""
 
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().requires_grad_(tensor.requires_grad)
@@ -196,7 +196,7 @@ def run_reference(
     upstream: Tensor | None = None,
     naive: bool = False,
 ) -> Run:
-    """The float64 answer to a call of `linear_divergence` with the same arguments, gradients included.
+    """Returns the float64 answer to a call of `linear_divergence` with the same arguments, gradients included.
 
     With `naive` it is the path to hold errors against instead: logits and gradient matmuls in the dtype of the inputs,
     `log_softmax` and textbook sums in float32.
@@ -235,7 +235,7 @@ def run_reference(
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """`‖actual - exact‖ / ‖exact‖` in float64; the absolute norm where `exact` is 0; NaN where either holds a NaN."""
+    """Returns `‖actual - exact‖ / ‖exact‖` in float64, `‖actual‖` where `exact` is 0, NaN where either holds a NaN."""
     exact = exact.detach().double()
     distance, size = (actual.detach().double() - exact).norm().item(), exact.norm().item()
     return distance / size if size else distance
@@ -244,7 +244,7 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 def assert_within_reference_error(
     actual: Tensor, exact: Tensor, naive: Tensor, *, factor: float = 2.0, name: str = "value"
 ) -> None:
-    """Raise AssertionError unless `actual` is at most `factor` times as far from `exact` as `naive`, plus rounding.
+    """Raises AssertionError unless `actual` is at most `factor` times as far from `exact` as `naive`, plus rounding.
 
     `exact` is float64, `naive` an independent run on the same inputs in the precision under test, and the rounding is
     one unit in the last place of `actual.dtype`, relative to the norm of `exact`.

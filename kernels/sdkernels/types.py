@@ -1,4 +1,4 @@
-"""What goes into the fused operations and what comes out, beyond plain tensors.
+"""Names what goes into the fused operations and what comes out, beyond plain tensors.
 
 The public part is what a caller writes (`TopK(20)`, `LogitTransform(softcap=30.0)`) and gets back
 (`DivergenceOutput`). `Options` and `Operands` are what the face hands to the driver: the call as it was written and its

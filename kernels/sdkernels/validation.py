@@ -1,4 +1,4 @@
-"""Every argument error of the public functions, raised before any work is done.
+"""Raises every argument error of the public functions, before any work is done.
 
 What shapes, dtypes and scalars say is checked in the public function; what only values say (ids in range, weights not
 NaN) is checked inside the operator, so that a compiled graph checks it too. On a GPU that costs one synchronisation.

@@ -1,4 +1,4 @@
-"""The fused operations as passes over the rows: values, and the gradients that are asked for.
+"""Does the fused operations as passes over the rows: values, and the gradients that are asked for.
 
 A pass is called once with the gradients that it can already form, or, where the upstream gradient has to be known
 first, a second time from backward with that gradient per row. Which ones is said in letters: "h" the hidden states,

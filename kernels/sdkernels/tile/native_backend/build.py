@@ -79,7 +79,7 @@ class Job(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled functions; None on a machine that cannot compile them."""
+    """Returns the compiled functions; None on a machine that cannot compile them."""
     compiler = _compiler()
     if os.name != "posix" or compiler is None:
         return None
@@ -95,7 +95,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def cache_folder() -> Path:
-    """Where libraries are kept; made if need be, for its owner alone: what lies there is run."""
+    """Returns where libraries are kept; made if need be, for its owner alone: what lies there is run."""
     chosen = os.environ.get("SDKERNELS_CACHE")
     folder = Path(chosen) if chosen else Path.home() / ".cache" / "sdkernels"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
