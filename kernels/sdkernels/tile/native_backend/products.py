@@ -27,8 +27,8 @@ LEAST_SUMMANDS = 1 << 20
 @cache
 def compiled() -> ctypes.CDLL | None:
     """Returns the library, if this CPU has what its products take."""
-    functions = library()
-    if functions is None or not functions.sdkernels_has_products():
+    native = library()
+    if native is None or not native.sdkernels_has_products():
         return None
     pointer, integer, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     entries = {
@@ -48,9 +48,9 @@ def compiled() -> ctypes.CDLL | None:
     }
     for functions, result in ((entries, integer), (work, None)):
         for name, arguments in functions.items():
-            function = getattr(functions, f"sdkernels_{name}")
+            function = getattr(native, f"sdkernels_{name}")
             function.argtypes, function.restype = arguments, result
-    return functions
+    return native
 
 
 def takes(weight: Tensor, dtype: torch.dtype) -> bool:
