@@ -23,7 +23,8 @@ from typing import Any, get_type_hints
 
 from ..errors import ArgumentError
 from .fields import closest, read_yaml, typed, typed_text, yaml_of
-from .methods import Method, field_types, preset
+from .method import Method, field_types
+from .methods import preset
 
 METHOD = "method"
 # Never written to a file.
@@ -97,6 +98,3 @@ def _plain(name: str, value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ArgumentError(f"{name} must be plain data to be written as YAML, got {type(value).__name__}")
-
-
-__all__ = ["METHOD", "dump_config", "load_config", "types_of"]

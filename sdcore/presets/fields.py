@@ -171,16 +171,3 @@ def closest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'alpha'?"`, or nothing."""
     found = get_close_matches(name, list(known), n=1)
     return f"; did you mean {found[0]!r}?" if found else ""
-
-
-__all__ = [
-    "RANGES",
-    "check_field",
-    "closest",
-    "kinds_of",
-    "parse_yaml",
-    "read_yaml",
-    "typed",
-    "typed_text",
-    "yaml_of",
-]

@@ -74,6 +74,3 @@ def jinja_of(name: str, text: str, fields: Mapping[str, str], *, last: bool = Tr
         parts.append(fields[field])
     # Jinja drops one newline at the end.
     return "".join(parts) + ("\n" if last and text.endswith("\n") else "")
-
-
-__all__ = ["Keys", "attempt_template", "jinja_of", "training_arguments"]

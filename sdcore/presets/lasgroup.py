@@ -22,7 +22,8 @@ from typing import Any
 from ..errors import ArgumentError
 from .fields import closest, parse_yaml, read_yaml
 from .foreign import Keys, attempt_template
-from .methods import GRPO, SDPO, Method
+from .method import Method
+from .methods import GRPO, SDPO
 
 Source = str | Path | Mapping[str, Any]
 
@@ -276,6 +277,3 @@ def _is_left_out(name: str) -> bool:
     if name in LASGROUP:
         return False
     return any(name == left or name.startswith(f"{left}.") for left in NOT_TRANSLATED)
-
-
-__all__ = ["LASGROUP", "NOT_TRANSLATED", "from_lasgroup"]

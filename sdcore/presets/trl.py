@@ -23,7 +23,8 @@ from typing import Any, Literal
 from ..errors import ArgumentError
 from .fields import closest
 from .foreign import Keys, attempt_template, jinja_of, training_arguments
-from .methods import GRPO, SDPO, Aggregation, Method
+from .method import Aggregation, Method
+from .methods import GRPO, SDPO
 
 # Of the configurations: their names on the left, ours on the right.
 RUN = {
@@ -286,6 +287,3 @@ def _defaults(configuration: Any) -> dict[str, Any]:
 
 # Fields of their templates → variables of ours.
 _SDFT_FIELDS = {"prompt": "{{ prompt }}", "privileged_context": "{{ privileged_context }}"}
-
-
-__all__ = ["REFUSED", "WITHOUT_EFFECT", "from_trl"]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..contexts import student_prompt_ids
 from ..errors import DataError
-from ..presets.methods import Method
+from ..presets.method import Method
 from ..rollouts.rewards import Reward, judge
 from ..rollouts.samplers import Sampler, require_room, whole_weights
 from ..rollouts.window import given_completion

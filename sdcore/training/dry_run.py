@@ -29,7 +29,7 @@ from ..contexts import ContextBuilder, require_text, student_prompt_ids
 from ..contexts.builders import check_examples
 from ..errors import ArgumentError, DataError, UnsupportedModelError
 from ..memory import Load, Prediction, Setting, compare, memory_table
-from ..presets.methods import Method
+from ..presets.method import Method
 from ..rollouts.rewards import score
 from ..types import Example, Group, Rollout
 from .config import SelfDistillationConfig

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from ..contexts import require_text
 from ..data import read_examples
 from ..errors import ArgumentError, UnsupportedModelError
-from ..presets.methods import Method
+from ..presets.method import Method
 from ..rollouts.rewards import Reward
 from ..rollouts.samplers import ModelSampler, Sampler
 from ..types import Example

@@ -29,7 +29,7 @@ from torch import nn
 from ..contexts import student_prompt_ids
 from ..errors import ArgumentError
 from ..models import find_body
-from ..presets.methods import Method
+from ..presets.method import Method
 from ..rollouts.samplers import ModelSampler, Sampler, require_room, seed_of
 from ..rollouts.sandbox import run_limited
 from ..teachers import Snapshot

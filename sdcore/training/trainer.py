@@ -41,7 +41,7 @@ from ..contexts import ContextBuilder, check_examples
 from ..diagnostics import RunLog
 from ..errors import ArgumentError
 from ..models import head_of
-from ..presets.methods import Method
+from ..presets.method import Method
 from ..rollouts.rewards import RewardFunction, prepare
 from ..rollouts.samplers import FollowsWeights, ModelSampler, Sampler, seed_of
 from ..rollouts.window import WindowOrder

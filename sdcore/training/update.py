@@ -35,7 +35,7 @@ from ..prefix import Plan
 from ..prefix import plan as plan_of
 from ..prefix.checks import Verify
 from ..prefix.choice import Strategy
-from ..presets.methods import Method
+from ..presets.method import Method
 from ..step import StepOutput, distill_step, imitate_step, policy_gradient_step, tilt_step, token_logprobs
 from ..step.parts import Backward
 from ..teachers import Teacher, TrustRegion

@@ -27,7 +27,7 @@ from torch import nn
 from ..contexts import ContextBuilder
 from ..contexts.builders import COUNTS
 from ..diagnostics import drift, leak, metrics, overlap
-from ..presets.methods import Method
+from ..presets.method import Method
 from ..step import StepOutput
 from ..teachers import AdapterOff, Snapshot
 from .config import SelfDistillationConfig

@@ -24,7 +24,7 @@ from transformers import (
 
 from sdcore.demo import CHECKPOINT
 from sdcore.errors import ArgumentError, DataError, UnsupportedModelError
-from sdcore.presets.methods import (
+from sdcore.presets import (
     GRPO,
     OPSD,
     SDPO,

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from sdcore.demo import CHECKPOINT
 from sdcore.errors import ArgumentError
 from sdcore.prefix import generate
-from sdcore.presets.methods import SDPO
+from sdcore.presets import SDPO
 from sdcore.rollouts.samplers import FollowsWeights, ModelSampler, Sampler
 from sdcore.rollouts.vllm import EngineError, VLLMColocated, VLLMServer, whole_state
 from sdcore.world.data import with_feedback
