@@ -317,6 +317,3 @@ def _described(value: object) -> str:
 def _failure(error: Exception) -> str:
     first = str(error).strip().splitlines()
     return f"{type(error).__name__}: {first[0] if first else 'no message'}"
-
-
-__all__ = ["example_of", "read_examples"]

@@ -334,16 +334,3 @@ def _shared(student: Tensor, teacher: Tensor) -> int:
     length = min(len(student), len(teacher) - 1)
     different = torch.nonzero(student[:length] != teacher[:length])
     return int(different[0]) if len(different) else length
-
-
-__all__ = [
-    "COUNTS",
-    "ContextBuilder",
-    "Custom",
-    "Demonstration",
-    "No",
-    "Solution",
-    "SuccessOrFeedback",
-    "Template",
-    "check_examples",
-]

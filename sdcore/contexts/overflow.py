@@ -183,15 +183,3 @@ def _edges(text: str, tokenizer: Any) -> list[tuple[int, int]]:
         edges.append((min(start, len(text)), end))
         start = end
     return edges
-
-
-__all__ = [
-    "FEEDBACK_SEPARATOR",
-    "Fitted",
-    "Overflow",
-    "Shown",
-    "check_overflow",
-    "fit",
-    "join_feedback",
-    "split_feedback",
-]

@@ -143,6 +143,3 @@ def _check_parts(prompt: tuple[Message, ...], source: str) -> None:
                     f"{source}: message {i} has a part of type {part['type']!r}, and the passes over shared prefixes "
                     "take token ids alone: expected text"
                 )
-
-
-__all__ = ["prompt_ids", "question_of", "require_text", "student_prompt_ids", "with_context"]

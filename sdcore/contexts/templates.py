@@ -155,15 +155,3 @@ def _is_plain(value: object) -> bool:
 
 def _listed(names: Mapping[str, Any] | frozenset[str]) -> str:
     return ", ".join(f"`{name}`" for name in sorted(names)) or "no variable"
-
-
-__all__ = [
-    "DEMONSTRATION",
-    "PLAIN",
-    "SOLUTION",
-    "SUCCESS_OR_FEEDBACK",
-    "check_template",
-    "render",
-    "variables_of",
-    "without_thinking",
-]

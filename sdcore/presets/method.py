@@ -119,7 +119,7 @@ class Method:
         return self.target == "tilt" or self.kl_anchor > 0
 
     def build_context(self, *, chat_template_kwargs: Mapping[str, Any] | None = None) -> ContextBuilder:
-        """Builds what turns a group into the teacher's prompts; `chat_template_kwargs` are those of the student's prompt."""
+        """Builds what turns a group into the teacher's prompts, with the `chat_template_kwargs` of the student's."""
         from ..contexts import Demonstration, No, Solution, SuccessOrFeedback, Template
 
         if self.context == "none":
@@ -209,7 +209,7 @@ class Method:
         return AdapterOff() if self.teacher == "adapter_off" else Snapshot(model, device=device)
 
     def changes(self) -> dict[str, Any]:
-        """Returns the fields that are not this class's defaults: with its name, all there is to know about the method."""
+        """Returns the fields that are not this class's defaults: with the name, all there is to know about a method."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
     @property

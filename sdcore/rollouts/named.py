@@ -80,6 +80,3 @@ def _working_directory_first() -> Iterator[None]:
         yield
     finally:
         sys.path.remove(here)
-
-
-__all__ = ["load"]

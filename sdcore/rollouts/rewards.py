@@ -355,6 +355,3 @@ def _await_all(calls: Sequence[_Call], timeout: float | None) -> list[_Answer]:
         _ABANDONED.append(thread)
     blocked = _late(timeout) if timeout is not None else _Answer(problem="was never finished", why="raised")
     return [answer or blocked for answer in answers]
-
-
-__all__ = ["OnError", "Reward", "RewardError", "RewardFunction", "Scored", "judge", "load", "prepare", "score"]

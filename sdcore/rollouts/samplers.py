@@ -1,6 +1,7 @@
-"""Where completions come from: a protocol, the model itself as its sampler, and what samplers share.
+"""Draws completions: the protocol of a sampler, the model itself as one, and groups of what was drawn.
 
     sampler.sample(model, prompts, num_completions=8, max_new_tokens=256, seed=seed_of(args.seed, step, batch), ...)
+    groups = sample_groups(sampler, model, examples, prompts, Sampling(num_completions=8, max_new_tokens=256), ...)
 
 What differs from the obvious: a sampler gets a seed with every call and never looks at a global generator, so what is
 sampled at a step depends on the weights and on the step, not on what was drawn before; a run that is resumed there
@@ -25,10 +26,11 @@ from torch.distributed.fsdp import FSDPModule
 from ..errors import ArgumentError
 from ..models import find_body
 from ..prefix.sampling import check_room, generate
+from ..types import Example, Group, Rollout
 
 
 class SampledCompletion(NamedTuple):
-    """One completion as it was drawn; on the CPU."""
+    """Holds one completion as it was drawn, on the CPU."""
 
     ids: Tensor  # (R,) int64; ends with an end-of-sequence id if it is finished
     logprobs: Tensor  # (R,) float32, of the distribution drawn from
@@ -62,6 +64,19 @@ class FollowsWeights(Protocol):
 
     def follow(self, model: nn.Module, step: int) -> None:
         """Take the student's weights after `step` optimizer steps. Called by all ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Says how completions are drawn: the keywords of `Sampler.sample`, without the seed."""
+
+    num_completions: int = 1  # G, of each prompt
+    max_new_tokens: int = 256
+    temperature: float = 1.0  # 0 takes the likeliest token
+    top_p: float | None = None  # None: from all tokens
+    top_k: int | None = None  # None: from all tokens
+    eos_token_id: Sequence[int] = ()  # ids that end a completion
+    pad_token_id: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,14 +128,48 @@ class ModelSampler:
         return found
 
 
-def require_room(sampler: Sampler, model: nn.Module, prompts: Sequence[Tensor], max_completion_length: int) -> None:
-    """Refuse completions that a model cannot sample after these prompts, by the name that callers have for it.
+def sample_groups(
+    sampler: Sampler,
+    model: nn.Module,
+    examples: Sequence[Example],
+    prompts: Sequence[Tensor],
+    sampling: Sampling,
+    *,
+    tokenizer: Any,
+    seed: int,
+) -> list[Group]:
+    """Draws completions after the prompt of each example; groups with their texts, not judged yet.
 
-    Another engine knows its own limits.
+    Refuses lengths that the model cannot sample, as `max_completion_length`; another engine knows its own limits.
     """
     if isinstance(sampler, ModelSampler):
         longest = max(len(prompt) for prompt in prompts)
-        check_room(find_body(model), longest, max_completion_length, name="max_completion_length")
+        check_room(find_body(model), longest, sampling.max_new_tokens, name="max_completion_length")
+    completions_B = sampler.sample(model, prompts, **vars(sampling), seed=seed)
+    groups = []
+    for example, prompt, completions in zip(examples, prompts, completions_B, strict=True):
+        rollouts = tuple(
+            Rollout(
+                completion_ids=completion.ids,
+                logprobs=completion.logprobs,
+                text=tokenizer.decode(completion.ids.tolist(), skip_special_tokens=True),
+                finished=completion.finished,
+            )
+            for completion in completions
+        )
+        groups.append(Group(example=example, prompt_ids=prompt, rollouts=rollouts))
+    return groups
+
+
+def stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Returns the ids that end a completion: the tokenizer's end of sequence, and the model's generation config's.
+
+    A chat model often ends its turn with another token than a text.
+    """
+    config = getattr(getattr(model, "module", model), "generation_config", None)
+    entries = [getattr(tokenizer, "eos_token_id", None), getattr(config, "eos_token_id", None)]
+    flat = [token for entry in entries for token in (entry if isinstance(entry, list | tuple) else [entry])]
+    return sorted({int(token) for token in flat if token is not None})
 
 
 def seed_of(*parts: int) -> int:
@@ -182,15 +231,3 @@ def completion_of(ids: Sequence[int], logprobs: Sequence[float], ends: frozenset
         raise ArgumentError(f"logprobs must have one entry per token, {len(ids)}, got {len(logprobs)}")
     tensor = torch.tensor(list(ids), dtype=torch.int64)
     return SampledCompletion(tensor, torch.tensor(list(logprobs), dtype=torch.float32), _ended(tensor, ends))
-
-
-__all__ = [
-    "FollowsWeights",
-    "ModelSampler",
-    "SampledCompletion",
-    "Sampler",
-    "completion_of",
-    "require_room",
-    "seed_of",
-    "whole_weights",
-]

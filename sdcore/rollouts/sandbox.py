@@ -336,6 +336,3 @@ def python_tests(
 ) -> tuple[float, str | None]:
     """`code_reward()` with its defaults, for the command line: `--reward sdcore.rollouts.sandbox:python_tests`."""
     return code_reward()(prompt=prompt, completion=completion, tests=tests)
-
-
-__all__ = ["SandboxError", "SandboxResult", "code_reward", "extract_code", "python_tests", "run_limited"]

@@ -153,6 +153,3 @@ def load_rollouts(path: Path) -> list[list[tuple[Rollout, ...]]]:
         ]
         for batch in json.loads(path.read_text(encoding="utf-8"))
     ]
-
-
-__all__ = ["COMPLETION", "WindowOrder", "given_completion", "load_rollouts", "save_rollouts"]

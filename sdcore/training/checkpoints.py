@@ -192,6 +192,3 @@ class OwnState:
 
 def _own_file(folder: Path) -> dict[str, Any]:
     return json.loads((folder / OWN_STATE).read_text(encoding="utf-8"))
-
-
-__all__ = ["CheckpointError", "OwnState", "checkpoints", "saving_whole", "to_resume", "whole", "writing"]

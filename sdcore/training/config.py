@@ -193,6 +193,3 @@ class SelfDistillationConfig(TrainingArguments):
     def samples_plainly(self) -> bool:
         """Whether completions come from the model's own distribution, neither sharpened nor cut."""
         return self.sampling_temperature == 1.0 and self.top_p == 1.0 and self.top_k is None
-
-
-__all__ = ["SelfDistillationConfig"]

@@ -388,6 +388,3 @@ def _lengths(found: DryRun) -> RenderableType:
         if lengths:
             table.add_row(name, str(min(lengths)), f"{statistics.median(lengths):g}", str(max(lengths)))
     return table
-
-
-__all__ = ["DryRun", "Preview", "Segment", "dry_run", "show"]

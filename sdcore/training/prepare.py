@@ -109,6 +109,3 @@ def eval_examples_of(source: Any) -> Any:
     if isinstance(source, dict):
         return {name: examples_of(part) for name, part in source.items()}
     return examples_of(source)
-
-
-__all__ = ["built", "check", "check_engine", "eval_examples_of", "examples_of", "loaded"]

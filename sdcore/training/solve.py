@@ -30,11 +30,10 @@ from ..contexts import student_prompt_ids
 from ..errors import ArgumentError
 from ..models import find_body
 from ..presets.method import Method
-from ..rollouts.samplers import ModelSampler, Sampler, require_room, seed_of
+from ..rollouts.samplers import ModelSampler, Sampler, Sampling, sample_groups, seed_of, stop_ids
 from ..rollouts.sandbox import run_limited
 from ..teachers import Snapshot
 from ..types import Example, Prompt, Rollout
-from .evaluation import group_of, stop_ids
 from .update import Batch, update
 
 
@@ -122,9 +121,14 @@ def solve(
         )
     example = question if isinstance(question, Example) else Example(prompt=question, source="the question")
     prompt = student_prompt_ids(example, tokenizer)
-    builder, teacher, stops = method.build_context(), method.build_teacher(model), stop_ids(model, tokenizer)
-    sampler = sampler or ModelSampler()
-    require_room(sampler, model, [prompt], config.max_completion_length)
+    builder, teacher = method.build_context(), method.build_teacher(model)
+    sampling = Sampling(
+        max_new_tokens=config.max_completion_length,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        eos_token_id=stop_ids(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
     verdicts: dict[str, Verdict] = {}
@@ -134,19 +138,15 @@ def solve(
     began = time.monotonic()
 
     while answer is None and samples < config.max_samples:
-        (drawn,) = sampler.sample(
+        (group,) = sample_groups(
+            sampler or ModelSampler(),
             model,
+            [example],
             [prompt],
-            num_completions=min(method.num_generations, config.max_samples - samples),
-            max_new_tokens=config.max_completion_length,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=None,
-            eos_token_id=stops,
-            pad_token_id=tokenizer.pad_token_id,
+            replace(sampling, num_completions=min(method.num_generations, config.max_samples - samples)),
+            tokenizer=tokenizer,
             seed=seed_of(config.seed, len(rounds)),
         )
-        group = group_of(example, prompt, drawn, tokenizer)
         judged: list[Rollout] = []
         for rollout in group.rollouts:
             if rollout.text not in verdicts:
@@ -230,6 +230,3 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
-
-
-__all__ = ["Round", "SolveConfig", "Solved", "Verdict", "Verifier", "command_verifier", "solve"]

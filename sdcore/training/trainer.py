@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import speed_metrics
@@ -43,7 +44,7 @@ from ..errors import ArgumentError
 from ..models import head_of
 from ..presets.method import Method
 from ..rollouts.rewards import RewardFunction, prepare
-from ..rollouts.samplers import FollowsWeights, ModelSampler, Sampler, seed_of
+from ..rollouts.samplers import FollowsWeights, ModelSampler, Sampler, seed_of, stop_ids
 from ..rollouts.window import WindowOrder
 from ..step import StepOutput
 from ..teachers import Teacher, TrustRegion
@@ -51,7 +52,7 @@ from ..types import Example, Group
 from .checkpoints import OwnState, saving_whole, to_resume, writing
 from .collect import Collector
 from .config import SelfDistillationConfig
-from .evaluation import stop_ids
+from .evaluation import evaluate_by
 from .prepare import built, check, check_engine, eval_examples_of, examples_of, loaded
 from .samples import RichProgress, sample_rows, show
 from .update import Batch, Normalizers, Options, update
@@ -140,13 +141,13 @@ class SelfDistillationTrainer(Trainer):
             teacher=self.teacher,
             origin=origin_of(self.model, args, self.teacher, self.reference),
         )
-        self.collector = Collector(
-            method=method,
-            args=args,
+        self.collector = Collector.of_run(
+            args,
+            method,
             tokenizer=processing_class,
             sampler=self.sampler,
             rewards=self.rewards,
-            stop_ids=tuple(args.stop_token_ids or stop_ids(self.model, processing_class)),
+            stop_ids=args.stop_token_ids or stop_ids(self.model, processing_class),
         )
         self._own = OwnState.of(args, teacher=self.teacher, reference=self.reference, origin=self.watch.origin)
         self._tally = Tally()
@@ -203,10 +204,10 @@ class SelfDistillationTrainer(Trainer):
             self.sampler.follow(self.model_wrapped, step)
         # Batches of all ranks are numbered in the order of the data, whatever the number of ranks.
         seeds = [seed_of(args.seed, step, i * args.world_size + args.process_index) for i in range(len(batches))]
-        found = self.collector.collect(self.model_wrapped, batches, seeds)
-        self._tally.count(found.counts)
-        self._tally.add(found.means)
-        return found.groups
+        groups, counts, means = self.collector.collect(self.model_wrapped, batches, seeds)
+        self._tally.count(counts)
+        self._tally.add(means)
+        return groups
 
     def _batch(self, groups: Sequence[Group]) -> Batch:
         return Batch.of(
@@ -284,12 +285,22 @@ class SelfDistillationTrainer(Trainer):
         args, started = self.args, time.time()
         if isinstance(self.sampler, FollowsWeights):
             self.sampler.follow(self.model_wrapped, self.state.global_step)
-        result = self.collector.evaluate(self.model_wrapped, data)
-        found = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items()}
-        found |= speed_metrics(metric_key_prefix, started, num_samples=len(data) * args.eval_generations)
-        self.log(found)
-        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, found)
-        return found
+        result = evaluate_by(
+            self.collector.for_evaluation(args),
+            self.model_wrapped,
+            data,
+            seed=args.seed if args.eval_seed is None else args.eval_seed,
+            batch_size=args.per_device_eval_batch_size,
+            success_threshold=self.method.success_threshold,
+            rank=args.process_index,
+            world_size=args.world_size,
+            gather=gather_object,
+        )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items()}
+        metrics |= speed_metrics(metric_key_prefix, started, num_samples=len(data) * args.eval_generations)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
+        return metrics
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """Six per weight and token of the student, two of the teacher's; tokens that are shared are counted once."""
@@ -393,6 +404,3 @@ class _Hooks(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.after_step()
-
-
-__all__ = ["SelfDistillationTrainer"]

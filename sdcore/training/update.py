@@ -294,6 +294,3 @@ def _plan(
         else:
             teachers.append([prompt.to(device) for prompt in seen.teacher_prompts])
     return plan_of(prompts, completions, teachers)
-
-
-__all__ = ["Batch", "Normalizers", "Options", "update"]
