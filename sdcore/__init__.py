@@ -1,4 +1,4 @@
-"""Self-distillation of language models: distil what a model does with extra context into the model without it.
+"""Distils what a language model does with extra context into the model without it: self-distillation.
 
 `SelfDistillationTrainer` is the whole of it, `distill_step` one training step, `prefix` what that stands on; `presets`
 are the methods, `contexts`, `teachers` and `losses` their parts; `patch` and `integrations` bring them into

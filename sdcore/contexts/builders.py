@@ -1,4 +1,4 @@
-"""Context builders: what the teacher of each completion of a group reads beside the question.
+"""Builds contexts: what the teacher of each completion of a group reads beside the question.
 
     conditioned = Demonstration().condition(group, tokenizer)          # → teacher's prompts, active, counts
     plan(prompts, completions, [list(c.teacher_prompts) for c in conditioned_B])
@@ -56,15 +56,15 @@ class ContextBuilder(Protocol):
     """Says what the teacher reads."""
 
     def condition(self, group: Group, tokenizer: Any) -> Conditioned:
-        """The teacher's prompts of a group's completions. Raises `ContextError`."""
+        """Returns the teacher's prompts of a group's completions. Raises `ContextError`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class No:
-    """No context: the teacher reads the student's prompt. For targets that need rewards alone, and other teachers."""
+    """Shows nothing: the teacher reads the student's prompt. For targets of rewards alone, and for other teachers."""
 
     def condition(self, group: Group, tokenizer: Any) -> Conditioned:
-        """Every completion is active."""
+        """Returns the student's prompt; every completion is active."""
         del tokenizer
         size = len(group.rollouts)
         student = group.prompt_ids
@@ -78,14 +78,14 @@ class No:
 
 @dataclass(frozen=True, kw_only=True)
 class _InTemplate:
-    """What all builders with a template have."""
+    """Renders and fits what builders with a template show."""
 
     overflow: Overflow = "error"
     max_teacher_prompt_length: int | None = None  # tokens; None: as many as there are
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # the student's, see `student_prompt_ids`
 
     def _condition(self, group: Group, tokenizer: Any, text: str, shown_G: Sequence[Shown | None]) -> Conditioned:
-        """The prompts that show these; None for a completion without anything to show."""
+        """Returns the prompts that show these; None is a completion without anything to show."""
         example, student = group.example, group.prompt_ids
         # Most completions of a group show the same, and looking for what fits asks for the same prompt twice.
         rendered: dict[Shown, Tensor] = {}
@@ -143,7 +143,7 @@ class _InTemplate:
 
 @dataclass(frozen=True, kw_only=True)
 class _OfRow(_InTemplate):
-    """What all builders share that show the row's privileged context: one prompt for the group."""
+    """Shows the row's privileged context, in one prompt for the group."""
 
     remove_thinking: bool = False  # take thinking blocks out of the privileged context
 
@@ -156,7 +156,7 @@ class _OfRow(_InTemplate):
         return "privileged_context" in templates.variables_of(self._text)
 
     def condition(self, group: Group, tokenizer: Any) -> Conditioned:
-        """One prompt for the group; no completion is active where the row lacks the context that the template reads."""
+        """Returns one prompt for all; none is active where the row lacks the context that the template reads."""
         size = len(group.rollouts)
         if not self.needs_privileged_context:
             return self._condition(group, tokenizer, self._text, [Shown()] * size)
@@ -169,7 +169,7 @@ class _OfRow(_InTemplate):
 
 @dataclass(frozen=True, kw_only=True)
 class Template(_OfRow):
-    """The row's privileged context and its other columns, in a Jinja template of one's own.
+    """Shows the row's privileged context and other columns in a Jinja template of one's own.
 
     A template that does not read `privileged_context`, such as a fixed instruction after the question, or one that
     reads other columns, is active for every row; `overflow` then has nothing that it may cut. None: question and
@@ -189,7 +189,7 @@ class Template(_OfRow):
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration(_OfRow):
-    """SDFT: an expert's answer to this question as an example (arXiv:2601.19897). Raises `ArgumentError`."""
+    """Shows an expert's answer to this question as an example: SDFT (arXiv:2601.19897). Raises `ArgumentError`."""
 
     template: str | None = None  # Jinja; None: `templates.DEMONSTRATION`
 
@@ -204,7 +204,7 @@ class Demonstration(_OfRow):
 
 @dataclass(frozen=True, kw_only=True)
 class Solution(_OfRow):
-    """OPSD: a reference solution to derive in one's own way (arXiv:2601.18734). Raises `ArgumentError`."""
+    """Shows a reference solution to derive in one's own way: OPSD (arXiv:2601.18734). Raises `ArgumentError`."""
 
     template: str | None = None  # Jinja; None: `templates.SOLUTION`
 
@@ -219,7 +219,7 @@ class Solution(_OfRow):
 
 @dataclass(frozen=True, kw_only=True)
 class SuccessOrFeedback(_InTemplate):
-    """SDPO: an attempt that succeeded, the environment's feedback on this completion, or both (arXiv:2601.20802).
+    """Shows an attempt that succeeded, feedback on this completion, or both: SDPO (arXiv:2601.20802).
 
     A completion is active when another one of its group reached the success threshold, or when it has feedback. The
     attempt is the group's first that succeeded, as in the authors' code; the completion itself, failed or not, is not
@@ -248,20 +248,20 @@ class SuccessOrFeedback(_InTemplate):
         return templates.SUCCESS_OR_FEEDBACK if self.template is None else self.template
 
     def condition(self, group: Group, tokenizer: Any) -> Conditioned:
-        """A prompt per completion, the same tensor where they show the same."""
+        """Returns a prompt per completion, the same tensor where they show the same."""
         attempts = self._attempts(group)
         shown_G = [self._shown(group, i, attempts) for i in range(len(group.rollouts))]
         return self._condition(group, tokenizer, self._text, shown_G)
 
     def _attempts(self, group: Group) -> dict[int, str]:
-        """Index → text of the completions that may be shown, in the group's order."""
-        found = {}
+        """Returns index → text of the completions that may be shown, in the group's order."""
+        attempts = {}
         for i, rollout in enumerate(group.rollouts):
             if self.use_solution and rollout.reward is not None and rollout.reward >= self.success_threshold:
                 text = templates.without_thinking(rollout.text) if self.remove_thinking else rollout.text.strip()
                 if text:  # a success that says nothing teaches nothing
-                    found[i] = text
-        return found
+                    attempts[i] = text
+        return attempts
 
     def _shown(self, group: Group, index: int, attempts: Mapping[int, str]) -> Shown | None:
         others = (text for i, text in attempts.items() if i != index or not self.dont_reprompt_on_self_success)
@@ -274,7 +274,7 @@ class SuccessOrFeedback(_InTemplate):
 
 @dataclass(frozen=True, kw_only=True)
 class Custom(_InTemplate):
-    """What a function says: `function(group)` gives per completion the text that its teacher may see, or None.
+    """Shows what a function says: `function(group)` gives a text or None for the teacher of each completion.
 
     Raises `ArgumentError`, and `ContextError` for a function that does not give one text or None per completion.
     """
@@ -293,7 +293,7 @@ class Custom(_InTemplate):
         return templates.PLAIN if self.template is None else self.template
 
     def condition(self, group: Group, tokenizer: Any) -> Conditioned:
-        """A prompt per completion; those whose text is None or blank are not active."""
+        """Returns a prompt per completion; those whose text is None or blank are not active."""
         texts_G: object = self.function(group)
         size = len(group.rollouts)
         if isinstance(texts_G, str) or not isinstance(texts_G, Sequence) or len(texts_G) != size:
@@ -312,7 +312,7 @@ class Custom(_InTemplate):
 
 
 def check_examples(builder: ContextBuilder, examples: Sequence[Example]) -> int:
-    """How many of the examples lack the privileged context that the builder reads; they will carry no loss.
+    """Counts the examples that lack the privileged context that the builder reads; they will carry no loss.
 
     Raises `DataError` where all of them do, which is a column of another name, not data with gaps.
     """

@@ -55,15 +55,15 @@ class Sampler(Protocol):
         pad_token_id: int | None,
         seed: int,
     ) -> list[list[SampledCompletion]]:
-        """`num_completions` of each of B prompts, (P,) int64 each: `[b][g]`. An engine of its own ignores `model`."""
+        """Draws `num_completions` of each of B prompts, (P,) int64: `[b][g]`. An engine of its own ignores `model`."""
 
 
 @runtime_checkable
 class FollowsWeights(Protocol):
-    """A sampler with weights of its own, which the trainer tells when the student's have changed."""
+    """Has weights of its own, and is told by the trainer when the student's have changed."""
 
     def follow(self, model: nn.Module, step: int) -> None:
-        """Take the student's weights after `step` optimizer steps. Called by all ranks."""
+        """Takes the student's weights after `step` optimizer steps. Called by all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSampler:
-    """The model samples from itself, each prompt read once (`sdcore.prefix.generate`)."""
+    """Samples from the model itself, each prompt read once (`sdcore.prefix.generate`)."""
 
     prompts_at_a_time: int | None = None  # bounds the memory; None: all. Another number draws other completions
 
@@ -103,10 +103,10 @@ class ModelSampler:
         pad_token_id: int | None = None,
         seed: int,
     ) -> list[list[SampledCompletion]]:
-        """As the protocol says. Raises what `sdcore.prefix.generate` raises."""
+        """Draws as the protocol says. Raises what `sdcore.prefix.generate` raises."""
         size = self.prompts_at_a_time or len(prompts)
         ends = frozenset(eos_token_id)
-        found: list[list[SampledCompletion]] = []
+        completions_B_G: list[list[SampledCompletion]] = []
         for start in range(0, len(prompts), size):
             sampled = generate(
                 model,
@@ -124,8 +124,8 @@ class ModelSampler:
             logprobs = iter(sampled.logprobs.cpu().split(lengths))
             for group in sampled.completions:
                 host = [ids.cpu() for ids in group]
-                found.append([SampledCompletion(ids, next(logprobs), _ended(ids, ends)) for ids in host])
-        return found
+                completions_B_G.append([SampledCompletion(ids, next(logprobs), _ended(ids, ends)) for ids in host])
+        return completions_B_G
 
 
 def sample_groups(
@@ -173,7 +173,7 @@ def stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
 
 
 def seed_of(*parts: int) -> int:
-    """A seed for a generator, in [0, 2^63), from integers: equal for equal ones, and else as if drawn anew.
+    """Makes a seed for a generator, in [0, 2^63), of integers: equal for equal ones, and else as if drawn anew.
 
     Sums and products of seeds and steps would meet: `seed + step` of one run is another run's a step later.
     """
@@ -183,7 +183,7 @@ def seed_of(*parts: int) -> int:
 
 @contextmanager
 def whole_weights(model: nn.Module, sampler: Sampler | FollowsWeights | None = None) -> Iterator[None]:
-    """Inside, a model that FSDP2 has sharded has all its weights on every rank, and its forward waits for nobody.
+    """Gives every rank all weights of a model that FSDP2 has sharded, inside; its forward then waits for nobody.
 
     To be entered and left by all ranks together; does nothing for other models, nor for a `sampler` with weights of its
     own. Needs memory for the whole model: where there is none, sample by such a one (`rollouts.vllm`).
@@ -214,7 +214,7 @@ def _state(module: FSDPModule) -> Any:
 
 
 def _parameter_groups(module: FSDPModule) -> list[Any]:
-    """FSDP2's own: `set_reshard_after_forward` sets the same attribute of them, but nothing tells what it was."""
+    """Returns FSDP2's own: `set_reshard_after_forward` sets the same attribute, but nothing tells what it was."""
     state = _state(module)
     # torch up to 2.12 has at most one.
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
@@ -226,7 +226,7 @@ def _ended(ids: Tensor, ends: frozenset[int]) -> bool:
 
 
 def completion_of(ids: Sequence[int], logprobs: Sequence[float], ends: frozenset[int]) -> SampledCompletion:
-    """What an engine answered in lists. Raises `ArgumentError` where there is not a log-probability per token."""
+    """Makes a completion of an engine's lists. Raises `ArgumentError` without a log-probability per token."""
     if len(ids) != len(logprobs):
         raise ArgumentError(f"logprobs must have one entry per token, {len(ids)}, got {len(logprobs)}")
     tensor = torch.tensor(list(ids), dtype=torch.int64)

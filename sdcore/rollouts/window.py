@@ -1,4 +1,4 @@
-"""A window: the examples of one optimizer step, with the completions that may serve several steps.
+"""Orders examples in windows, one an optimizer step, and keeps completions that serve several steps.
 
     order = WindowOrder(len(examples), window=32, repeats=2, seed=0)        # which examples, in which order
     save_rollouts(path, batches); batches = load_rollouts(path)             # what a checkpoint keeps of a window
@@ -31,7 +31,7 @@ COMPLETION = "completion"
 
 
 class WindowOrder(TorchSampler[int]):
-    """Indices of examples, a window of them after another, each window `repeats` times."""
+    """Yields indices of examples, a window of them after another, each window `repeats` times."""
 
     def __init__(
         self, count: int, *, window: int, repeats: int = 1, seed: int = 0, shuffle: bool = True, drop_last: bool = False
@@ -74,7 +74,7 @@ def given_completion(
     max_length: int,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Rollout:
-    """The example's column `completion` as if it had been sampled, up to what ends it.
+    """Returns the example's column `completion` as if it had been sampled, up to what ends it.
 
     In a conversation it is rendered as the assistant's turn, where that begins with the prompt; else its own tokens and
     the end of the sequence follow the prompt. Raises `DataError` where there is no such text.
@@ -107,8 +107,8 @@ def _rendered(
 
 
 def save_rollouts(path: Path, batches: Sequence[Sequence[Group]]) -> None:
-    """Write the rollouts of a window, whole or not at all. JSON keeps every digit of a float."""
-    found = [
+    """Writes the rollouts of a window, whole or not at all. JSON keeps every digit of a float."""
+    saved = [
         [
             [
                 {
@@ -128,14 +128,14 @@ def save_rollouts(path: Path, batches: Sequence[Sequence[Group]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(json.dumps(found), encoding="utf-8")
+        partial.write_text(json.dumps(saved), encoding="utf-8")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def load_rollouts(path: Path) -> list[list[tuple[Rollout, ...]]]:
-    """What `save_rollouts` wrote: batches of groups of rollouts, without their examples."""
+    """Reads what `save_rollouts` wrote: batches of groups of rollouts, without their examples."""
     return [
         [
             tuple(

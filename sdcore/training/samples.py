@@ -36,7 +36,7 @@ SHOWN_METRICS: Final = {
 
 
 def sample_rows(batch: Batch, out: StepOutput, tokenizer: Any, *, limit: int) -> list[dict[str, Any]]:
-    """At most `limit` completions, one of each group first; what `RunLog.samples` writes."""
+    """Returns at most `limit` completions, one of each group first, as `RunLog.samples` writes them."""
     per_token, weights = out.rows.get("per_token"), batch.divergence_weights
     if per_token is not None:
         weights = torch.where(weights != 0, weights, batch.policy_weights)
@@ -69,7 +69,7 @@ def sample_rows(batch: Batch, out: StepOutput, tokenizer: Any, *, limit: int) ->
 
 
 def show(rows: Sequence[dict[str, Any]], step: int, console: Console | None = None) -> None:
-    """A table on the terminal."""
+    """Prints the rows as a table on the terminal."""
     table = Table(title=f"step {step}", show_lines=True)
     for column in ("prompt", "privileged context", "completion", "reward", "feedback"):
         table.add_column(column)
@@ -82,7 +82,7 @@ def show(rows: Sequence[dict[str, Any]], step: int, console: Console | None = No
 
 
 def _divergences(per_token: Tensor | None, rows: slice, count: int) -> list[float]:
-    """One for each token of a completion, which has rows if it carried a loss."""
+    """Returns the divergence at each token of a completion, which has rows if it carried a loss."""
     if per_token is None or rows.start == rows.stop:
         return [0.0] * count
     return per_token[rows].tolist()
@@ -114,7 +114,7 @@ def _short(text: str) -> str:
 
 
 class RichProgress(TrainerCallback):
-    """A bar for the terminal; where there is none, a line for every tenth of the run."""
+    """Draws a bar on the terminal; where there is none, prints a line for every tenth of the run."""
 
     def __init__(self, console: Console | None = None) -> None:
         console = console or Console()

@@ -1,4 +1,4 @@
-"""Self-distillation on `transformers.Trainer`: rollouts, rewards, teacher and divergence in its loop.
+"""Trains by self-distillation in `transformers.Trainer`'s loop: rollouts, rewards, teacher and divergence.
 
     trainer = SelfDistillationTrainer(
         "Qwen/Qwen3-0.6B",
@@ -163,7 +163,7 @@ class SelfDistillationTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Normalizers | None]:
-        """The batches of an optimizer step, sampled, judged and planned, and what their losses are divided by."""
+        """Returns an optimizer step's batches, sampled, judged and planned, and what their losses are divided by."""
         examples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not examples:
             return [], None
@@ -175,7 +175,7 @@ class SelfDistillationTrainer(Trainer):
         return batches, self._over_ranks(batches)
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Normalizers | None = None) -> Tensor:
-        """Gradients of one batch; returns its part of the step's loss."""
+        """Computes the gradients of one batch; returns its part of the step's loss."""
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
@@ -198,7 +198,7 @@ class SelfDistillationTrainer(Trainer):
         return out.loss.to(self.args.device)
 
     def _collected(self, batches: Sequence[Sequence[Example]]) -> list[list[Group]]:
-        """Groups of completions, judged."""
+        """Returns judged groups of completions, drawn from the weights as they are."""
         step, args = self.state.global_step, self.args
         if isinstance(self.sampler, FollowsWeights):
             self.sampler.follow(self.model_wrapped, step)
@@ -221,7 +221,7 @@ class SelfDistillationTrainer(Trainer):
         )
 
     def _over_ranks(self, batches: Sequence[Batch]) -> Normalizers:
-        """The mean over ranks of what the losses are divided by, since gradients are averaged; counts what is new."""
+        """Averages what the losses are divided by over ranks, since gradients are averaged; counts what is new."""
         fresh = self.state.global_step % self.args.num_iterations == 0
         completions = sum(len(batch.lengths) for batch in batches) if fresh else 0
         tokens = sum(batch.tokens for batch in batches) if fresh else 0
@@ -234,13 +234,13 @@ class SelfDistillationTrainer(Trainer):
 
     @property
     def _off_policy(self) -> bool:
-        """Whether the log-probabilities of who sampled are needed: another engine, or an older student."""
+        """True where the sampler's log-probabilities are needed: of another engine, or an older student."""
         return self.args.num_iterations > 1 or not isinstance(self.sampler, ModelSampler)
 
     # What is known of it.
 
     def _observe(self, batch: Batch, out: StepOutput) -> None:
-        """Into the tally, and the samples into their file."""
+        """Puts metrics into the tally, and now and then samples into their file."""
         self._tally.add(self.watch.metrics(batch, out))
         self._tally.count(batch.counts)
         step = self.state.global_step
@@ -251,11 +251,11 @@ class SelfDistillationTrainer(Trainer):
                 show(rows, step + 1)
 
     def _is_first(self, batch: Batch) -> bool:
-        """Of the step, on this rank."""
+        """True for the first batch of a step on this rank."""
         return batch.groups[0] is self._window[0][0]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in transformers, with the metrics of the steps since the last line; and a line of metrics.jsonl."""
+        """Logs as transformers does, with the metrics since the last line; and writes a line of metrics.jsonl."""
         if "loss" in logs:
             logs |= self._tally.drain()
         super().log(logs, start_time)
@@ -270,7 +270,7 @@ class SelfDistillationTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Data = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Sample answers to the questions, with the same seeds each time, and judge them.
+        """Samples answers to the questions, with the same seeds each time, and judges them.
 
         Metrics are those of `training.evaluation`, as `eval_reward_mean`. Random states and modes are left as they are.
         What is measured before `train` is logged when that begins, in the first lines of a new run.
@@ -303,13 +303,13 @@ class SelfDistillationTrainer(Trainer):
         return metrics
 
     def floating_point_ops(self, inputs: Batch) -> int:
-        """Six per weight and token of the student, two of the teacher's; tokens that are shared are counted once."""
+        """Counts six per weight and token of the student, two of the teacher's; shared tokens once."""
         student = sum(tree.tokens(read_shared=False) for tree in inputs.plan.student)
         teacher = sum(tree.tokens(read_shared=False) for tree in inputs.plan.teacher)
         return (6 * student + 2 * teacher) * int(self.model.num_parameters(exclude_embeddings=True))
 
     def _track_num_input_tokens(self, inputs: Batch) -> None:
-        """Completion tokens; what a batch is is ours."""
+        """Counts completion tokens; transformers would look for a batch's `input_ids`."""
         if self.args.include_num_input_tokens_seen != "no":
             self.state.num_input_tokens_seen = self._seen["tokens"]
 
@@ -329,7 +329,7 @@ class SelfDistillationTrainer(Trainer):
         return self._order
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As in transformers; True resumes from the last checkpoint that was written to its end.
+        """Trains as in transformers; True resumes from the last checkpoint that was written to its end.
 
         Raises `CheckpointError` where there is none.
         """
@@ -342,7 +342,7 @@ class SelfDistillationTrainer(Trainer):
             self._resumed = None
 
     def begin(self) -> None:
-        """Once model and optimizer are there, and loaded: take up a checkpoint's state of ours, open the run's log."""
+        """Takes up a checkpoint's state of ours and opens the run's log, once model and optimizer are loaded."""
         self._window, self._seen, self._tally = [], {"samples": 0, "tokens": 0}, Tally()
         step = self.state.global_step
         if self._resumed is not None:
@@ -360,14 +360,14 @@ class SelfDistillationTrainer(Trainer):
             self._order.set_epoch(int(self.state.epoch or 0))
 
     def after_step(self) -> None:
-        """The teacher follows, before a checkpoint is written; not where the optimizer skipped the step."""
+        """Lets the teacher follow before a checkpoint is written; not where the optimizer skipped the step."""
         self._tally.step()
         if not self.accelerator.optimizer_step_was_skipped:
-            for one in self._own.stateful.values():
-                one.update(self.model_wrapped, self.state.global_step)
+            for teacher in self._own.stateful.values():
+                teacher.update(self.model_wrapped, self.state.global_step)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """With ours first, since transformers' last file says that a checkpoint is whole."""
+        """Writes ours first, since transformers' last file says that a checkpoint is whole."""
         step = self.state.global_step
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
         with writing(folder, main_process=self.args.should_save):
@@ -376,7 +376,7 @@ class SelfDistillationTrainer(Trainer):
             super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in transformers, which writes nothing where checkpoints are of FSDP2's shards; here, the whole model."""
+        """Saves the whole model, also where checkpoints are of FSDP2's shards and transformers writes nothing."""
         plugin = None if _internal_call else getattr(self.accelerator.state, "fsdp_plugin", None)
         with saving_whole(plugin):
             super().save_model(output_dir, _internal_call)
@@ -391,7 +391,7 @@ class SelfDistillationTrainer(Trainer):
 
 
 class _Hooks(TrainerCallback):
-    """Where Trainer's loop tells its callbacks what the trainer has to know."""
+    """Passes on what Trainer's loop tells its callbacks and the trainer has to know."""
 
     def __init__(self, trainer: SelfDistillationTrainer) -> None:
         self._trainer = trainer
