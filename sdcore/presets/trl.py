@@ -98,8 +98,8 @@ def from_trl(config: Any, *, kind: Literal["sdpo", "sdft"] | None = None) -> tup
         if name in defaults:
             keys.take(name)
     for old, new in RENAMED.items():
-        values = [keys.take(name) for name in (new, old) if name in defaults]
-        arguments[new if new in defaults else old] = next((value for value in values if value is not None), None)
+        given = [keys.take(name) for name in (new, old) if name in defaults]
+        arguments[new if new in defaults else old] = next((value for value in given if value is not None), None)
     # TRL's None is on, ours is on where the machine has it.
     half, mixed = keys.take("fp16"), keys.take("bf16")
     arguments |= {"fp16": half, "bf16": not half if mixed is None else mixed}

@@ -25,6 +25,15 @@ from ..types import Example
 from .config import SelfDistillationConfig
 
 
+def args_of(args: Any, method: Any) -> SelfDistillationConfig:
+    """Returns the arguments, defaults for None. Raises `ArgumentError` where they or the method are something else."""
+    if args is not None and not isinstance(args, SelfDistillationConfig):
+        raise ArgumentError(f"args must be a SelfDistillationConfig, got {type(args).__name__}")
+    if not isinstance(method, Method):
+        raise ArgumentError(f"method must be a Method such as SDPO(), got {method!r:.80}")
+    return args or SelfDistillationConfig()
+
+
 def check(args: SelfDistillationConfig, method: Method, rewards: Sequence[Reward], sampler: Sampler) -> None:
     """Raises `ArgumentError` for choices of method and arguments that do not go together."""
     if method.needs_rewards and not rewards:
@@ -83,8 +92,13 @@ def loaded(model: Any, tokenizer: Any, args: SelfDistillationConfig, peft_config
     return model, tokenizer
 
 
-def built(given: Any, build: Callable[..., Any], model: nn.Module, args: SelfDistillationConfig) -> Any:
-    """Returns the teacher that is given, or the method's own: of a given module, or of the model as it is now."""
+def built(given: Any, needed: bool, build: Callable[..., Any], model: nn.Module, args: SelfDistillationConfig) -> Any:
+    """Returns the teacher that is given, or the method's own: of a given module, or of the model as it is now.
+
+    None where the method does not need one.
+    """
+    if not needed:
+        return None
     if isinstance(given, nn.Module):
         given = given.to(args.device).eval().requires_grad_(False)
     elif given is not None:

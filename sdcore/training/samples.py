@@ -81,38 +81,6 @@ def show(rows: Sequence[dict[str, Any]], step: int, console: Console | None = No
     (console or Console()).print(table, markup=False)
 
 
-def _divergences(per_token: Tensor | None, rows: slice, count: int) -> list[float]:
-    """Returns the divergence at each token of a completion, which has rows if it carried a loss."""
-    if per_token is None or rows.start == rows.stop:
-        return [0.0] * count
-    return per_token[rows].tolist()
-
-
-def _question(example: Example) -> str:
-    if isinstance(example.prompt, str):
-        return example.prompt
-    turns = [(message["role"], message["content"]) for message in example.prompt]
-    if len(turns) == 1 and isinstance(turns[0][1], str):
-        return turns[0][1]
-    return "\n".join(f"{role}: {content}" for role, content in turns)
-
-
-def _added(student: Tensor, teacher: Tensor, tokenizer: Any) -> str | None:
-    """What the teacher's prompt has beyond the student's: between what both begin and what both end with."""
-    ours, theirs = student.tolist(), teacher.tolist()
-    if ours == theirs:
-        return None
-    start = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    most = min(len(ours), len(theirs)) - start
-    end = next((i for i in range(most) if ours[-1 - i] != theirs[-1 - i]), most)
-    return str(tokenizer.decode(theirs[start : len(theirs) - end])).strip()
-
-
-def _short(text: str) -> str:
-    safe = text.replace("[", "\\[")
-    return safe if len(safe) <= SHOWN_CHARACTERS else safe[: SHOWN_CHARACTERS - 1] + "…"
-
-
 class RichProgress(TrainerCallback):
     """Draws a bar on the terminal; where there is none, prints a line for every tenth of the run."""
 
@@ -148,3 +116,35 @@ class RichProgress(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.stop()
+
+
+def _divergences(per_token: Tensor | None, rows: slice, count: int) -> list[float]:
+    """Returns the divergence at each token of a completion, which has rows if it carried a loss."""
+    if per_token is None or rows.start == rows.stop:
+        return [0.0] * count
+    return per_token[rows].tolist()
+
+
+def _question(example: Example) -> str:
+    if isinstance(example.prompt, str):
+        return example.prompt
+    turns = [(message["role"], message["content"]) for message in example.prompt]
+    if len(turns) == 1 and isinstance(turns[0][1], str):
+        return turns[0][1]
+    return "\n".join(f"{role}: {content}" for role, content in turns)
+
+
+def _added(student: Tensor, teacher: Tensor, tokenizer: Any) -> str | None:
+    """What the teacher's prompt has beyond the student's: between what both begin and what both end with."""
+    ours, theirs = student.tolist(), teacher.tolist()
+    if ours == theirs:
+        return None
+    start = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    most = min(len(ours), len(theirs)) - start
+    end = next((i for i in range(most) if ours[-1 - i] != theirs[-1 - i]), most)
+    return str(tokenizer.decode(theirs[start : len(theirs) - end])).strip()
+
+
+def _short(text: str) -> str:
+    safe = text.replace("[", "\\[")
+    return safe if len(safe) <= SHOWN_CHARACTERS else safe[: SHOWN_CHARACTERS - 1] + "…"

@@ -21,8 +21,6 @@ global generator is used, so a run that was killed and resumed gives the same nu
 `num_iterations` steps share are kept in the checkpoint, as is the teacher's state.
 
 Not covered: DeepSpeed and FSDP1 (refused by name), data without a length, and LOMO optimizers.
-
-Letters: B groups, G completions of a group, N completion tokens.
 """
 
 from __future__ import annotations
@@ -53,7 +51,7 @@ from .checkpoints import OwnState, saving_whole, to_resume, writing
 from .collect import Collector
 from .config import SelfDistillationConfig
 from .evaluation import evaluate_by
-from .prepare import built, check, check_engine, eval_examples_of, examples_of, loaded
+from .prepare import args_of, built, check, check_engine, eval_examples_of, examples_of, loaded
 from .samples import RichProgress, sample_rows, show
 from .update import Batch, Normalizers, Options, update
 from .watch import Tally, Watch, due, origin_of
@@ -100,16 +98,11 @@ class SelfDistillationTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
     ) -> None:
-        args = SelfDistillationConfig() if args is None else args
-        if not isinstance(args, SelfDistillationConfig):
-            raise ArgumentError(f"args must be a SelfDistillationConfig, got {type(args).__name__}")
-        if not isinstance(method, Method):
-            raise ArgumentError(f"method must be a Method such as SDPO(), got {method!r:.80}")
+        args = args_of(args, method)
         self.method = method
         self.rewards = prepare(reward_funcs, args.reward_weights)
         self.sampler: Sampler = sampler or ModelSampler(prompts_at_a_time=args.generation_batch_size)
-        kwargs = cast("dict[str, Any] | None", args.chat_template_kwargs)
-        self.context = context or method.build_context(chat_template_kwargs=kwargs)
+        self.context = context or method.build_context(chat_template_kwargs=cast(Any, args.chat_template_kwargs))
         train_examples = examples_of(train_dataset)
         check(args, method, self.rewards, self.sampler)
         check_examples(self.context, train_examples or [])
@@ -130,9 +123,8 @@ class SelfDistillationTrainer(Trainer):
             self.remove_callback(printing)
         if not args.disable_tqdm:
             self.add_callback(RichProgress())
-        self.teacher: Any = built(teacher, method.build_teacher, self.model, args) if method.has_teacher else None
-        build = method.build_reference if method.needs_reference else None
-        self.reference: Any = built(reference, build, self.model, args) if build else None
+        self.teacher: Any = built(teacher, method.has_teacher, method.build_teacher, self.model, args)
+        self.reference: Any = built(reference, method.needs_reference, method.build_reference, self.model, args)
         self.watch = Watch(
             method=method,
             args=args,
@@ -189,7 +181,8 @@ class SelfDistillationTrainer(Trainer):
                 normalizers=num_items_in_batch,
                 teacher=self.teacher,
                 reference=self.reference,
-                off_policy=self._off_policy,
+                # The log-probabilities of who sampled are needed: another engine, or an older student.
+                off_policy=self.args.num_iterations > 1 or not isinstance(self.sampler, ModelSampler),
                 sampling_temperature=self.args.sampling_temperature,
                 options=Options(self.args.micro_batch, self.args.strategy, self.args.verify),
                 backward=self.accelerator.backward,
@@ -200,14 +193,17 @@ class SelfDistillationTrainer(Trainer):
     def _collected(self, batches: Sequence[Sequence[Example]]) -> list[list[Group]]:
         """Returns judged groups of completions, drawn from the weights as they are."""
         step, args = self.state.global_step, self.args
-        if isinstance(self.sampler, FollowsWeights):
-            self.sampler.follow(self.model_wrapped, step)
+        self._hand_over_weights()
         # Batches of all ranks are numbered in the order of the data, whatever the number of ranks.
         seeds = [seed_of(args.seed, step, i * args.world_size + args.process_index) for i in range(len(batches))]
         groups, counts, means = self.collector.collect(self.model_wrapped, batches, seeds)
         self._tally.count(counts)
         self._tally.add(means)
         return groups
+
+    def _hand_over_weights(self) -> None:
+        if isinstance(self.sampler, FollowsWeights):
+            self.sampler.follow(self.model_wrapped, self.state.global_step)
 
     def _batch(self, groups: Sequence[Group]) -> Batch:
         return Batch.of(
@@ -231,11 +227,6 @@ class SelfDistillationTrainer(Trainer):
         self._seen = {"samples": self._seen["samples"] + int(completions), "tokens": self._seen["tokens"] + int(tokens)}
         ranks = self.args.world_size
         return Normalizers(divergence / ranks, policy / ranks)
-
-    @property
-    def _off_policy(self) -> bool:
-        """True where the sampler's log-probabilities are needed: of another engine, or an older student."""
-        return self.args.num_iterations > 1 or not isinstance(self.sampler, ModelSampler)
 
     # What is known of it.
 
@@ -283,8 +274,7 @@ class SelfDistillationTrainer(Trainer):
             parts = [self.evaluate(part, None, f"{metric_key_prefix}_{name}") for name, part in data.items()]
             return {name: value for part in parts for name, value in part.items()}
         args, started = self.args, time.time()
-        if isinstance(self.sampler, FollowsWeights):
-            self.sampler.follow(self.model_wrapped, self.state.global_step)
+        self._hand_over_weights()
         result = evaluate_by(
             self.collector.for_evaluation(args),
             self.model_wrapped,
@@ -356,7 +346,8 @@ class SelfDistillationTrainer(Trainer):
             self._early = []
 
     def begin_epoch(self) -> None:
-        if self._order is not None:  # accelerate does not tell it on resuming with several processes
+        """Tells the order of the data its epoch, as accelerate does not on resuming with several processes."""
+        if self._order is not None:
             self._order.set_epoch(int(self.state.epoch or 0))
 
     def after_step(self) -> None:
