@@ -13,7 +13,7 @@ PYTEST_WORKERS ?= 2
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint types compile-check hub-kernel bench reproduce methods clean
+.PHONY: help demo test test-random test-gpu lint types compile-check hub-kernel bench reproduce methods clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ demo: $(VENV)/installed-plot  ## set up, then run the small self-distillation de
 
 test: $(VENV)/installed-dev  ## set up with the test extras, then run the tests (PYTEST_ARGS="-k divergence" for some)
 	$(PY) -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+test-random: $(VENV)/installed-dev  ## the hypothesis tests on ten times as many examples, drawn anew: half an hour
+	$(PY) -m pytest -n $(PYTEST_WORKERS) -m hypothesis --hypothesis-profile=random --timeout=3600 $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/installed-dev  ## the kernel tests, compiled, on this machine's CUDA device
 	@$(PY) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'test-gpu needs a CUDA device that torch can see')"
@@ -45,10 +48,10 @@ bench: $(VENV)/installed-bench  ## compare with the public kernels: tables, JSON
 	$(PY) -m sdcore bench $(BENCH_ARGS)
 
 reproduce: $(VENV)/installed-plot  ## run the methods' claims again, with controls: half an hour (REPRODUCE_ARGS="--help" for its options)
-	$(PY) -m sdcore reproduce --output docs/reproduction $(REPRODUCE_ARGS)
+	$(PY) -m reproduce --output docs/reproduction $(REPRODUCE_ARGS)
 
 methods: $(VENV)/installed-dev  ## every method from the command line, against a goal: minutes
-	$(PY) -m sdcore.reproduce.commands --output docs/reproduction/commands.md
+	$(PY) -m reproduce.commands --output docs/reproduction/commands.md
 
 clean:  ## remove the environment
 	rm -rf $(VENV)

@@ -33,7 +33,7 @@ NAME = "sdkernels"
 LICENSE = "Apache-2.0"
 BACKENDS = ("cpu", "cuda")
 # They read the package by its installed name, and are run by developers only.
-LEFT_OUT = frozenset({"compile_check.py", "gpu_estimates.py", "machine_code.py", "roofline.py", "tuning.py"})
+LEFT_OUT = frozenset({"compile_check.py", "tuning.py"})
 
 # Older loaders look for a folder of the kernel's name; this is what they find there.
 COMPATIBILITY = '''"""For loaders that expect a package in a folder of its name: the symbols of one level above."""

@@ -1,4 +1,4 @@
-"""What holds for every test: uninitialised memory is NaN, random numbers are seeded, threads are few.
+"""What holds for every test: uninitialised memory is NaN, random numbers are seeded, examples fixed, threads few.
 
 `torch.empty` returns whatever the memory held, often zeros, and code that forgets to write an element then passes.
 Under `use_deterministic_algorithms` torch fills it with NaN (the largest value for integers), and refuses operations
@@ -8,6 +8,7 @@ whose result depends on the order of threads.
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,8 +19,43 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Nothing in the tests may download.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
+import numpy
 import pytest
 import torch
+
+# A test takes its number of examples from the profile: a number of its own would hold in the random profile too.
+# How long an example takes is the machine's affair, and fails no test.
+COMMON = hypothesis.settings(
+    deadline=None, database=None, print_blob=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.register_profile("fixed", COMMON, derandomize=True, max_examples=100)
+hypothesis.settings.register_profile("random", COMMON, max_examples=1000)
+hypothesis.settings.load_profile("fixed")  # --hypothesis-profile=random comes after it
+
+
+class TorchRandom:
+    """Lets hypothesis seed torch's generator before each example, as it seeds Python's and NumPy's."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+TORCH_RANDOM = TorchRandom()  # hypothesis holds it weakly
+hypothesis.register_random(TORCH_RANDOM)
+
+
+def seed_everything() -> None:
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+
+
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
+    """Seeds before what several tests share, which would depend on the test that happens to come first."""
+    if fixturedef.scope != "function":
+        seed_everything()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,16 +72,25 @@ def deterministic_torch() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def seed() -> int:
-    """The seed that the global generator has at the start of every test."""
-    torch.manual_seed(0)
+    """The seed that the global generators have at the start of every test."""
+    seed_everything()
     return 0
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Faster than two for the small world's matrices."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def torch_backend() -> Iterator[None]:
     """As on a machine without a C compiler, where `backend="auto"` on a CPU is "torch"."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sdkernels.machine._can_compile", lambda: False)
+        patch.setattr("sdkernels.driver.call._can_compile", lambda: False)
         yield
 
 

@@ -9,31 +9,24 @@ import ast
 import json
 import sys
 from collections.abc import Callable
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE_ROOTS = {"sdkernels": ROOT / "kernels", "sdcore": ROOT}
+SOURCE_ROOTS = {"sdkernels": ROOT / "kernels", "sdcore": ROOT, "reproduce": ROOT}
 LAYERS: dict[str, list[set[str]]] = {
     "sdkernels": [
-        {"types", "reference", "live_bytes", "tuned"},
-        {"tiling", "threads", "support", "matmul", "moments", "shards", "agreement"},
-        {"elementwise"},
-        {"torch_backend", "triton_backend"},
-        {"native_backend"},
-        {"shard_tile"},
+        {"types", "reference", "live_bytes"},
+        {"tile"},
         {"vocab_parallel"},
-        {"walk", "validation"},
-        {"passes"},
-        {"custom_ops"},
-        {"objective", "machine"},
+        {"validation"},
+        {"driver"},
         {"api"},
         {"testing", "compile_check", "__init__"},
-        {"machine_code"},
-        {"gpu_estimates"},
-        {"tuning", "roofline"},
+        {"tuning"},
     ],
     "sdcore": [
         {"errors"},
@@ -43,18 +36,27 @@ LAYERS: dict[str, list[set[str]]] = {
         {"step"},
         {"data", "contexts", "rollouts", "diagnostics"},
         {"presets"},
+        {"report"},
         {"memory"},
         {"training"},
         {"integrations"},
         {"__init__", "world"},
-        {"report", "reproduce"},
-        {"demo", "demo_report"},
+        {"demo"},
         {"bench"},
         {"cli"},
         {"__main__"},
     ],
+    "reproduce": [
+        {"records"},
+        {"experiment"},
+        {"context", "sdft", "sdpo", "tilt"},
+        {"discovery"},
+        {"schedule"},
+        {"table"},
+        {"__init__", "__main__", "commands"},
+    ],
 }
-BACKENDS = {"torch_backend", "triton_backend"}
+BACKENDS = {"sdkernels.tile.torch_backend", "sdkernels.tile.triton_backend"}
 
 
 class Import(NamedTuple):
@@ -78,26 +80,29 @@ def imports_of(name: str) -> list[Import]:
     """What a module imports, wherever in the file the statement stands, under TYPE_CHECKING too."""
     file = MODULES[name]
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-    found = []
+    imports = []
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"), filename=str(file))):
         if isinstance(node, ast.Import):
-            found += [Import(name, alias.name) for alias in node.names]
+            imports += [Import(name, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*parents, *([node.module] if node.module else [])])
             # `from . import types` names a module, `from .types import TopK` something inside one.
-            found += [
+            imports += [
                 Import(name, f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base)
                 for alias in node.names
             ]
-    return found
+    return imports
 
 
-IMPORTS = [found for name in MODULES for found in imports_of(name)]
+IMPORTS = [statement for name in MODULES for statement in imports_of(name)]
+PACKAGES = [name for name, file in MODULES.items() if file.name == "__init__.py"]
+# Longer than a module may be, or so short that it should live with a neighbour, each with its reason.
+SHORT: dict[str, str] = {}
 
 
 def part(module: str) -> str:
-    """The name in the table: `sdkernels.triton_backend.topk` → `triton_backend`, the package itself → `__init__`."""
+    """The name in the table: `sdkernels.tile.support` → `tile`, the package itself → `__init__`."""
     return [*module.split("."), "__init__"][1]
 
 
@@ -105,8 +110,24 @@ def layer(module: str) -> int:
     return next(i for i, parts in enumerate(LAYERS[module.split(".")[0]]) if part(module) in parts)
 
 
-def of(package: str, found: Import) -> bool:
-    return found.importer.split(".")[0] == package
+def of(package: str, statement: Import) -> bool:
+    return statement.importer.split(".")[0] == package
+
+
+def inside(package: str, module: str) -> str | None:
+    """The child of a package that a module belongs to: itself, a folder, or `__init__`; None for modules elsewhere."""
+    if module == package:
+        return "__init__"
+    return module.removeprefix(f"{package}.").split(".")[0] if module.startswith(f"{package}.") else None
+
+
+def require_no_circle(names: list[str], pairs: list[tuple[str | None, str | None]]) -> None:
+    """Raises graphlib's `CycleError`, which names the circle."""
+    graph: dict[str, set[str]] = {name: set() for name in names}
+    for importer, target in pairs:
+        if importer is not None and target in graph and importer != target:
+            graph[importer].add(target)
+    TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("package", LAYERS)
@@ -120,15 +141,38 @@ def test_modules_import_downwards_only(package: str) -> None:
     assert [f for f in ours if layer(f.target) > layer(f.importer)] == []
 
 
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    require_no_circle([*MODULES], [(f.importer, f.target) for f in IMPORTS])
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_children_of_a_package_import_each_other_in_a_circle(package: str) -> None:
+    """A folder counts as one: what it imports as a whole must not import it back."""
+    children = sorted({child for name in MODULES if (child := inside(package, name)) is not None})
+    require_no_circle(children, [(inside(package, f.importer), inside(package, f.target)) for f in IMPORTS])
+
+
+def test_modules_are_neither_long_nor_short() -> None:
+    lengths = {name: len(file.read_text().splitlines()) for name, file in MODULES.items()}
+    assert {name: lines for name, lines in lengths.items() if lines > 400} == {}
+    faces = {"__init__.py", "__main__.py"}
+    short = {name for name, lines in lengths.items() if lines < 60 and MODULES[name].name not in faces}
+    assert short == SHORT.keys(), "a module of less than 60 lines joins a neighbour, or says here why it does not"
+
+
+def test_what_is_installed_does_not_import_what_stays_in_the_repository() -> None:
+    assert [f for f in IMPORTS if of("sdcore", f) and f.target.split(".")[0] == "reproduce"] == []
+
+
 def test_sdkernels_imports_only_torch_triton_and_the_standard_library() -> None:
     allowed = {"torch", "triton", "sdkernels"} | sys.stdlib_module_names
     assert [f for f in IMPORTS if of("sdkernels", f) and f.target.split(".")[0] not in allowed] == []
 
 
 def test_only_the_triton_backend_and_its_compile_check_import_triton() -> None:
-    importers = [f.importer.split(".") for f in IMPORTS if f.target.split(".")[0] == "triton"]
-    allowed = [["sdkernels", "triton_backend"], ["sdkernels", "compile_check"]]
-    assert [name for name in importers if name[:2] not in allowed] == []
+    importers = [f.importer for f in IMPORTS if f.target.split(".")[0] == "triton"]
+    allowed = ("sdkernels.tile.triton_backend", "sdkernels.compile_check")
+    assert [name for name in importers if not f"{name}.".startswith(tuple(f"{a}." for a in allowed))] == []
 
 
 def test_the_reference_imports_nothing_of_ours() -> None:
@@ -141,7 +185,10 @@ def test_only_what_checks_others_imports_the_reference() -> None:
 
 
 def test_backends_never_import_each_other() -> None:
-    between = [f for f in IMPORTS if of("sdkernels", f) and {part(f.importer), part(f.target)} == BACKENDS]
+    def backend(module: str) -> str:
+        return ".".join(module.split(".")[:3])
+
+    between = [f for f in IMPORTS if {backend(f.importer), backend(f.target)} == BACKENDS]
     assert between == []
 
 

@@ -7,9 +7,18 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from . import custom_ops
-from .machine import choose_backend, machine_of, normalizer_of, shards_of, without_bias, workspace_bytes_for
-from .objective import objective_of, teacher_transform, transform_scalars
+from .driver import operators
+from .driver.call import (
+    choose_backend,
+    machine_of,
+    normalizer_of,
+    objective_of,
+    shards_of,
+    teacher_transform,
+    transform_scalars,
+    without_bias,
+    workspace_bytes_for,
+)
 from .types import (
     Backend,
     DivergenceOutput,
@@ -185,7 +194,7 @@ def linear_divergence(
         weight,
     )
     normalizer = normalizer_of(normalizer_group, reduction, hidden, token_weights)
-    loss, *values = custom_ops.divergence(
+    loss, *values = operators.divergence(
         hidden,
         weight,
         bias,
@@ -255,7 +264,7 @@ def logit_divergence(
         alpha, normalize, temperature, LogitTransform(), teacher_head, support, teacher, importance, entry_clip
     )
     chosen = choose_backend(backend, student_logits, teacher_logits, buckets=objective.topk)
-    loss, *values = custom_ops.logit_divergence(
+    loss, *values = operators.logit_divergence(
         student_logits,
         None,
         None,
@@ -308,7 +317,7 @@ def linear_logprobs(
     whole = sum(shards) or None
     check_targets(hidden, weight, target_ids, head, temperature, vocab_size, backend, workspace_mb, whole_vocab=whole)
     hidden, weight = _autocast(hidden), _autocast(weight)
-    logprobs, entropy = custom_ops.logprobs(
+    logprobs, entropy = operators.logprobs(
         hidden,
         weight,
         head.bias,
@@ -350,7 +359,7 @@ def linear_topk(
     whole = sum(shards) or None
     check_targets(hidden, weight, None, head, temperature, vocab_size, backend, workspace_mb, k=k, whole_vocab=whole)
     hidden, weight = _autocast(hidden), _autocast(weight)
-    ids, logprobs = custom_ops.topk(
+    ids, logprobs = operators.topk(
         hidden,
         weight,
         head.bias,

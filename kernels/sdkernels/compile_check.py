@@ -87,8 +87,8 @@ class Result:
 
 def cases(arch: str) -> list[Case]:
     """Every kernel in every variant that is launched on `arch`: untuned, and as its measured table has it."""
-    from sdkernels.triton_backend.configs import TABLE, Config
-    from sdkernels.tuned import table_of
+    from sdkernels.tile.triton_backend.configs import TABLE, Config
+    from sdkernels.tile.tuned import table_of
 
     found = launched_by(TABLE[arch])
     measured = table_of(arch)
@@ -101,8 +101,8 @@ def cases(arch: str) -> list[Case]:
 
 def launched_by(table: Mapping[str, Any]) -> list[Case]:
     """Every kernel in every variant, with the launches of `table`, a Config by kernel."""
-    from sdkernels.triton_backend.configs import MOST_BUCKETS, bucket_config
-    from sdkernels.triton_backend.topk import CANDIDATE_WARPS, CANDIDATES_PER_PROGRAM, LEAST_GROUP, MOST_GROUP
+    from sdkernels.tile.triton_backend.configs import MOST_BUCKETS, bucket_config
+    from sdkernels.tile.triton_backend.topk import CANDIDATE_WARPS, CANDIDATES_PER_PROGRAM, LEAST_GROUP, MOST_GROUP
 
     found = []
 
@@ -164,12 +164,12 @@ def launched_by(table: Mapping[str, Any]) -> list[Case]:
 
 def kernel_named(name: str) -> Any:
     """The Triton function of that name."""
-    from sdkernels.triton_backend import buckets, divergence, softmax_gradient, statistics, topk
+    from sdkernels.tile.triton_backend import buckets, divergence, softmax_gradient, statistics, topk
 
     for module in (statistics, divergence, softmax_gradient, buckets, topk):
         if hasattr(module, name):
             return getattr(module, name)
-    raise ValueError(f"kernel must be a function in sdkernels.triton_backend, got {name!r}")
+    raise ValueError(f"kernel must be a function in sdkernels.tile.triton_backend, got {name!r}")
 
 
 def check(arch: str, case: Case) -> Result:
@@ -204,7 +204,7 @@ def compile_case(arch: str, case: Case) -> tuple[Any, str]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sdkernels.triton_backend.configs import FUSED_MULTIPLY_ADD
+    from sdkernels.tile.triton_backend.configs import FUSED_MULTIPLY_ADD
 
     capability, _ = CHIPS[arch]
     kernel = kernel_named(case.kernel)
@@ -230,13 +230,6 @@ def compile_case(arch: str, case: Case) -> tuple[Any, str]:
             options={"num_warps": case.warps, "enable_fp_fusion": FUSED_MULTIPLY_ADD},
         )
     return compiled, log.getvalue()
-
-
-def cuobjdump() -> str:
-    """The path of the disassembler that ships in Triton's wheel."""
-    from triton import knobs
-
-    return str(knobs.nvidia.cuobjdump.path)
 
 
 def parse_assembler_log(log: str) -> dict[str, int]:

@@ -1,8 +1,9 @@
 """The definition of every divergence and of its gradient: float64, full logits, textbook formulas.
 
 This is the oracle that every backend is tested against, so it shares nothing with them: it imports nothing of ours,
-holds all logits at once, uses the forms in which the papers write the divergences rather than the cancellation-free
-ones, and takes tensors and plain scalars. Each gradient is here twice: in closed form (`*_gradient`), and through
+holds all logits at once, and takes tensors and plain scalars. The papers' sums cancel where teacher and student are
+near each other, in float64 too, down to values below 0: `divergence` is the same sum in a form without cancellation,
+which `textbook_divergence` is held beside. Each gradient is here twice: in closed form (`*_gradient`), and through
 autograd of the loss, with `detach` exactly where a definition says "without gradient".
 
 It does not cover speed, memory, low precision (everything is cast to float64) or argument errors.
@@ -87,9 +88,32 @@ def contributions(log_p: Tensor, log_q: Tensor, alpha: float, normalize: bool = 
     return entries / (alpha * (1 - alpha)) if normalize else entries
 
 
-def divergence(log_p: Tensor, log_q: Tensor, alpha: float, normalize: bool = False) -> Tensor:
-    """KL(q‖p), KL(p‖q), or the generalised JSD of GKD (arXiv:2306.13649), (…)."""
+def textbook_divergence(log_p: Tensor, log_q: Tensor, alpha: float, normalize: bool = False) -> Tensor:
+    """`divergence` as the papers write it, (…): next to equality its error exceeds it, and it may be negative."""
     return contributions(log_p, log_q, alpha, normalize).sum(-1)
+
+
+def divergence(log_p: Tensor, log_q: Tensor, alpha: float, normalize: bool = False) -> Tensor:
+    """KL(q‖p), KL(p‖q), or the generalised JSD of GKD (arXiv:2306.13649), (…); never negative.
+
+    `KL(a‖b) = Σ a (log a - log b)` is here `Σ a (exp(gap) - 1 - gap)`, `gap = log b - log a`: the terms differ by
+    `b - a`, which sums to 0, and none of these is negative, so that none takes digits from another.
+    """
+
+    def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+        a, b = log_a.exp(), log_b.exp()
+        gap = torch.where(a > 0, log_b - log_a, 0.0)
+        small = gap.clamp(-1.0, 1.0)  # expm1 of the others may overflow, and spoil the gradient unseen
+        is_small = (a > 0) & (gap.abs() < 1)
+        return torch.where(is_small, a * (torch.expm1(small) - small), b - a - a * gap).sum(-1)
+
+    if alpha == 0:
+        return kl(log_q, log_p)
+    if alpha == 1:
+        return kl(log_p, log_q)
+    log_m = log_mixture(log_p, log_q, alpha)
+    value = alpha * kl(log_q, log_m) + (1 - alpha) * kl(log_p, log_m)
+    return value / (alpha * (1 - alpha)) if normalize else value
 
 
 def divergence_gradient(log_p: Tensor, log_q: Tensor, alpha: float, normalize: bool = False) -> Tensor:
@@ -223,7 +247,7 @@ def linear_divergence_reference(
     `cached_ids` and `cached_logprobs` (N, K) stand in for the teacher's hidden states; `mix_*` is the second teacher
     of a trust region. To get float64 gradients, pass float64 leaves: those of other dtypes are rounded to them.
     With `precision` float32 this is the naive path that errors are held against: logits in the dtype of the inputs,
-    then float32, as a model's own forward pass and a loss written with `log_softmax` have them.
+    then float32 and textbook sums, as a model's own forward pass and a loss written with `log_softmax` have them.
     """
     if teacher_weight is None:
         teacher_weight = student_weight
@@ -250,12 +274,13 @@ def linear_divergence_reference(
                 teacher_logits = (1 - mix_share) * teacher_logits + mix_share * second
             log_q = teacher_logits.log_softmax(-1)
     targets = None if target_ids is None else target_ids[rows]
+    divergence_of = divergence if precision == torch.float64 else textbook_divergence
 
     if cached_ids is not None and cached_logprobs is not None:
         tail = tail and cached_ids.shape[-1] < log_p.shape[-1]
         student_buckets = bucketed(student_logits, cached_ids[rows], tail)
         teacher_buckets = bucketed_logprobs(cached_logprobs[rows].double(), tail)
-        value = divergence(student_buckets, teacher_buckets, alpha, normalize)
+        value = divergence_of(student_buckets, teacher_buckets, alpha, normalize)
     elif teacher_logits is None or log_q is None:
         raise ValueError("a teacher is needed: teacher_hidden, or cached_ids and cached_logprobs")
     elif sampled:
@@ -265,11 +290,12 @@ def linear_divergence_reference(
     elif topk is not None:
         tail = tail and topk < log_p.shape[-1]
         ids = (student_logits if topk_of == "student" else teacher_logits).detach().topk(topk, -1).indices
-        value = divergence(bucketed(student_logits, ids, tail), bucketed(teacher_logits, ids, tail), alpha, normalize)
+        student_buckets, teacher_buckets = bucketed(student_logits, ids, tail), bucketed(teacher_logits, ids, tail)
+        value = divergence_of(student_buckets, teacher_buckets, alpha, normalize)
     elif entry_clip is not None:
         value = clipped_divergence(log_p, log_q, alpha, entry_clip, normalize)
     else:
-        value = divergence(log_p, log_q, alpha, normalize)
+        value = divergence_of(log_p, log_q, alpha, normalize)
 
     if old_logprobs is not None:
         if targets is None:
@@ -314,4 +340,5 @@ __all__ = [
     "log_mixture",
     "sampled_divergence",
     "sampled_divergence_gradient",
+    "textbook_divergence",
 ]

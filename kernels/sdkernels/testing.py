@@ -9,7 +9,7 @@ Dimensions: N rows, H hidden, Ht teacher hidden, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -253,16 +253,51 @@ def run_reference(
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """`‖actual - exact‖ / ‖exact‖` in float64; the absolute norm where `exact` is 0; NaN where either holds a NaN."""
+    """Returns `‖actual - exact‖ / ‖exact‖` in float64; the absolute norm where `exact` is 0; NaN if `actual` holds one.
+
+    ValueError where `exact` is not finite: it is the test's truth that is wrong then.
+    """
     exact = exact.detach().double()
+    if not exact.isfinite().all():
+        raise ValueError(f"exact must be finite, got {exact}")
     distance, size = (actual.detach().double() - exact).norm().item(), exact.norm().item()
     return distance / size if size else distance
+
+
+def allowed_error(others: Tensor | Sequence[Tensor], exact: Tensor, *, factor: float = 2.0) -> float:
+    """Returns `factor` times the largest relative error of `others`, independent runs on the same inputs.
+
+    ValueError where one of them holds a NaN: nothing could be held against it fairly.
+    """
+    runs = [others] if isinstance(others, Tensor) else others
+    errors = [relative_error(run, exact) for run in runs]
+    if not all(map(math.isfinite, errors)):  # max() would pass over a NaN
+        raise ValueError(f"the runs that an error is held against must be finite, their relative errors are {errors}")
+    return factor * max(errors)
+
+
+def assert_within(actual: Tensor, exact: Tensor, tolerance: Tensor, *, name: str = "value") -> None:
+    """Raises AssertionError unless every `|actual - exact|` is at most its own `tolerance`.
+
+    ValueError where `exact` is not finite, or a tolerance is not a positive number: the test is wrong then.
+    """
+    if not actual.shape == exact.shape == tolerance.shape:
+        shapes = (tuple(actual.shape), tuple(exact.shape), tuple(tolerance.shape))
+        raise ValueError(f"actual, exact and tolerance must have one shape, got {shapes}")
+    if not exact.isfinite().all():
+        raise ValueError(f"exact must be finite, got {exact}")
+    if not ((tolerance > 0) & tolerance.isfinite()).all():
+        raise ValueError(f"tolerance must be positive and finite, got {tolerance}")
+    error = (actual.double() - exact.double()).abs()
+    wrong = ~(error <= tolerance)
+    if wrong.any():
+        raise AssertionError(f"{name}: off by {error[wrong]} of {exact[wrong]}, allowed {tolerance[wrong]}")
 
 
 def assert_within_reference_error(
     actual: Tensor, exact: Tensor, naive: Tensor, *, factor: float = 2.0, name: str = "value"
 ) -> None:
-    """Raise AssertionError unless `actual` is at most `factor` times as far from `exact` as `naive`, plus rounding.
+    """Raises AssertionError unless `actual` is at most `factor` times as far from `exact` as `naive`, plus rounding.
 
     `exact` is float64, `naive` an independent run on the same inputs in the precision under test, and the rounding is
     one unit in the last place of `actual.dtype`, relative to the norm of `exact`.
@@ -270,12 +305,12 @@ def assert_within_reference_error(
     if actual.shape != exact.shape or naive.shape != exact.shape:
         shapes = (tuple(actual.shape), tuple(exact.shape), tuple(naive.shape))
         raise ValueError(f"actual, exact and naive must have one shape, got {shapes}")
-    error, naive_error = relative_error(actual, exact), relative_error(naive, exact)
-    allowed = factor * naive_error + torch.finfo(actual.dtype).eps
+    error = relative_error(actual, exact)
+    allowed = allowed_error(naive, exact, factor=factor) + torch.finfo(actual.dtype).eps
     if not error <= allowed:
         raise AssertionError(
             f"{name}: relative error {error:.2e} against float64, allowed {allowed:.2e} "
-            f"({factor:g} times the naive run's {naive_error:.2e}, plus rounding)"
+            f"({factor:g} times the naive run's, plus rounding)"
         )
 
 
@@ -285,6 +320,8 @@ __all__ = [
     "LiveBytes",
     "Matmul",
     "Run",
+    "allowed_error",
+    "assert_within",
     "assert_within_reference_error",
     "make_arguments",
     "make_inputs",

@@ -30,12 +30,12 @@ import torch
 from torch import Tensor
 
 from .compile_check import CHIPS, check, launched_by
-from .support import gradient_view
-from .triton_backend.configs import TABLE, Config
-from .triton_backend.divergence import full_divergence
-from .triton_backend.softmax_gradient import softmax_gradient
-from .triton_backend.statistics import row_statistics
-from .tuned import KERNELS, KernelRow, Table, WorkspaceRow, architecture, using
+from .tile.support import gradient_view
+from .tile.triton_backend.configs import TABLE, Config
+from .tile.triton_backend.divergence import full_divergence
+from .tile.triton_backend.softmax_gradient import softmax_gradient
+from .tile.triton_backend.statistics import row_statistics
+from .tile.tuned import KERNELS, KernelRow, Table, WorkspaceRow, architecture, using
 from .types import Objective, TileRows
 
 # (rows of a chunk, V): the chunks of a small and of a large workspace; first the V where the kernels weigh more.

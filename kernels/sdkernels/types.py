@@ -151,6 +151,77 @@ class Objective:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Operands:
+    """The tensors of a call. A teacher weight of None is the student's, a mixed-in teacher's None is the teacher's.
+
+    Without a `student_weight`, what stands for hidden states are logits (N, V).
+    """
+
+    student_hidden: torch.Tensor  # (N, H)
+    student_weight: torch.Tensor | None = None  # (V, H)
+    student_bias: torch.Tensor | None = None  # (V,)
+    teacher_hidden: torch.Tensor | None = None  # (N, Ht)
+    teacher_weight: torch.Tensor | None = None  # (V, Ht)
+    teacher_bias: torch.Tensor | None = None  # (V,)
+    mix_hidden: torch.Tensor | None = None  # (N, Hm)
+    mix_weight: torch.Tensor | None = None  # (V, Hm)
+    token_weights: torch.Tensor | None = None  # (N,)
+    target_ids: torch.Tensor | None = None  # (N,)
+    old_logprobs: torch.Tensor | None = None  # (N,)
+    teacher_ids: torch.Tensor | None = None  # (N, K)
+    teacher_logprobs: torch.Tensor | None = None  # (N, K)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the logits and of every row value."""
+        sides = (self.student_hidden, self.teacher_hidden, self.mix_hidden)
+        return compute_dtype_of(*sides, self.student_weight, self.teacher_weight, self.mix_weight)
+
+    @property
+    def vocab(self) -> int:
+        return self.student_hidden.shape[1] if self.student_weight is None else self.student_weight.shape[0]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        if self.student_weight is None:
+            raise TypeError("these operands are logits: they have no head")
+        return self.student_weight
+
+    def sides(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(hidden, weight) of each distribution: student, teacher, mixed-in teacher."""
+        teacher_weight = self.teacher_weight
+        if teacher_weight is None or is_same(teacher_weight, self.weight):
+            teacher_weight = self.weight
+        mix_weight = teacher_weight if self.mix_weight is None else self.mix_weight
+        sides = [(self.student_hidden, self.weight)]
+        if self.teacher_hidden is not None:
+            sides.append((self.teacher_hidden, teacher_weight))
+        if self.mix_hidden is not None:
+            sides.append((self.mix_hidden, mix_weight))
+        return sides
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which of the student's gradients to form."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+
+    def __bool__(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+
+class Gradients(NamedTuple):
+    """In the shapes and dtypes of their inputs; None where not wanted."""
+
+    hidden: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class TileRows:
     """What a backend needs beside the logits of a tile of C rows; None where the objective does not use it."""
 
@@ -187,6 +258,20 @@ class RowValues(NamedTuple):
     teacher_logprobs: torch.Tensor | None
     student_entropy: torch.Tensor
     teacher_entropy: torch.Tensor | None
+
+
+def compute_dtype_of(*tensors: torch.Tensor | None) -> torch.dtype:
+    """float64 if any operand has it, else float32."""
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def is_same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    """Both absent, or one memory: a detached bias is its original."""
+    if one is None or other is None:
+        return one is other
+    same_layout = one.dtype == other.dtype and one.shape == other.shape and one.stride() == other.stride()
+    return same_layout and one.data_ptr() == other.data_ptr()
 
 
 __all__ = [

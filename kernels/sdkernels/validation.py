@@ -11,8 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .types import ImportanceClip, LogitTransform, TeacherMix, TopK, TopKLogprobs
-from .walk import Operands
+from .types import ImportanceClip, LogitTransform, Operands, TeacherMix, TopK, TopKLogprobs
 
 # Of a row of teacher log-probabilities; above 1 by what 16-bit log-probabilities of a server may be off.
 MOST_MASS = 1.02

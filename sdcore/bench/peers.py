@@ -317,8 +317,8 @@ def setting(contender: Contender, inputs: CaseInputs) -> str:
         chunk_size = _best_chunks.get((inputs.shape, inputs.student_hidden.dtype, inputs.device))
         return "" if chunk_size is None else f"chunk {chunk_size}"
     if contender.name == SDCORE.name and inputs.device.type == "cuda":
-        from sdkernels.machine import workspace_bytes_for
-        from sdkernels.tiling import MIB
+        from sdkernels.driver.call import workspace_bytes_for
+        from sdkernels.tile.tiling import MIB
 
         return f"workspace {workspace_bytes_for(None, inputs.student_weight) / MIB:.0f} MB"
     return ""

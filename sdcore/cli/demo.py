@@ -1,4 +1,4 @@
-"""`sdcore demo`: self-distillation, fine-tuning and an oracle on one small task, measured side by side."""
+"""Reads the options of `sdcore demo`: self-distillation, fine-tuning and an oracle on one small task, side by side."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ from sdcore.cli.demo import demo
 from sdcore.cli.evaluate import evaluate
 from sdcore.cli.memory import profile_memory
 from sdcore.cli.report import report
-from sdcore.cli.reproduce import reproduce
 from sdcore.cli.solve import solve
 from sdcore.cli.train import train
 
@@ -38,5 +37,4 @@ app.command("eval")(evaluate)
 app.command()(solve)
 app.command()(report)
 app.command("profile-memory")(profile_memory)
-app.command()(reproduce)
 app.add_typer(bench, name="bench")

@@ -1,4 +1,4 @@
-"""`sdcore profile-memory`: what a training step takes, predicted, measured, or turned round: what fits a card."""
+"""Runs `sdcore profile-memory`: what a training step takes, predicted, measured, or turned round: what fits a card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sdcore report`: one page about a run, or about several beside each other."""
+"""Runs `sdcore report`, which writes one page about a run, or about several beside each other."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ def report(
     output: Annotated[
         Path | None, typer.Option(help="File to write.", show_default="report.html in the first run's directory")
     ] = None,
-    format: Annotated[str, typer.Option(help="html, one file; or markdown, with a PNG, for which matplotlib is.")] = (
-        "html"
-    ),
+    format: Annotated[str, typer.Option(help="html, one file; or markdown, with PNGs beside it.")] = ("html"),
 ) -> None:
     """Write one self-contained page about a run.
 

@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import typer
@@ -59,9 +58,9 @@ def resolved(model: str) -> str:
     """Returns the bundled model's path for its name."""
     if model != WORLD:
         return model
-    from sdcore import world
+    from sdcore.world import CHECKPOINT
 
-    return str(Path(world.__file__).parent / "checkpoint")
+    return str(CHECKPOINT)
 
 
 def load_model(model: str, *, dtype: str, device: str | None, trust_remote_code: bool) -> tuple[Any, Any]:

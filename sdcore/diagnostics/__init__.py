@@ -1,4 +1,4 @@
-"""What a run says about itself: its log, the metrics of a step, and probes that cost an extra pass.
+"""Records what a run says about itself: its log, the metrics of a step, and probes that cost an extra pass.
 
 `RunLog` writes the files, `KEYS` says what each metric means, `metrics` counts what a step already knows, and
 `overlap`, `drift` and `leak` run the model once more on a few completions.

@@ -1,4 +1,4 @@
-"""The metrics of a step that cost nothing: counts of what was sampled, averages of what the loss computed anyway.
+"""Computes the metrics of a step that cost nothing: counts of what was sampled, averages of what the loss computed.
 
 Names and meanings are in `keys`. A share is of what it can be a share of: without any reward there is no mean reward
 and no flat group, and the name is left out rather than 0.
@@ -40,7 +40,7 @@ def metrics(
     success_threshold: float = 0.5,
     flat_tolerance: float = 0.0,
 ) -> dict[str, float]:
-    """What a step says, under the names in `KEYS`.
+    """Returns what a step says, under the names in `KEYS`.
 
     Args:
         groups, conditioned: what was sampled for B prompts, and what the teacher saw of each.
@@ -52,19 +52,22 @@ def metrics(
 
     One copy from the device for all of it. Raises `ArgumentError` for lists and rows that do not fit each other.
     """
-    if len(groups) != len(conditioned) or not groups:
-        raise ArgumentError(f"conditioned must have one entry per group, got {len(groups)} and {len(conditioned)}")
+    check_one_per_group(groups, conditioned)
     for i, (group, seen) in enumerate(zip(groups, conditioned, strict=True)):
         if not len(group.rollouts) == len(seen.active) == len(seen.teacher_prompts):
             raise ArgumentError(
                 f"conditioned[{i}] must have one entry per completion, {len(group.rollouts)}, got "
                 f"{len(seen.active)} of active and {len(seen.teacher_prompts)} of teacher_prompts"
             )
-    found = _rewards(groups, success_threshold, flat_tolerance)
-    found |= _completions(groups) | _contexts(groups, conditioned)
-    if step_output is not None:
-        found |= _step(step_output, plan, token_weights)
-    return found
+    sampled = _rewards(groups, success_threshold, flat_tolerance) | _completions(groups)
+    sampled |= _contexts(groups, conditioned)
+    return sampled if step_output is None else sampled | _step(step_output, plan, token_weights)
+
+
+def check_one_per_group(groups: Sequence[Group], conditioned: Sequence[Conditioned]) -> None:
+    """Raises `ArgumentError` where the teacher did not see each of some groups."""
+    if len(groups) != len(conditioned) or not groups:
+        raise ArgumentError(f"conditioned must have one entry per group, got {len(groups)} and {len(conditioned)}")
 
 
 def _rewards(groups: Sequence[Group], threshold: float, tolerance: float) -> dict[str, float]:
@@ -72,15 +75,15 @@ def _rewards(groups: Sequence[Group], threshold: float, tolerance: float) -> dic
     judged = [reward for rewards in rewards_B for reward in rewards]
     completions = sum(len(group.rollouts) for group in groups)
     spoken = sum(bool(r.feedback and r.feedback.strip()) for group in groups for r in group.rollouts)
-    found = {"self_distillation/feedback_available_fraction": spoken / completions}
+    shares = {"self_distillation/feedback_available_fraction": spoken / completions}
     if not judged:
-        return found
+        return shares
     compared = [rewards for rewards in rewards_B if rewards]
     # A completion alone has nothing to be alike to.
     flat = [_deviation(rewards) <= tolerance for rewards in compared if len(rewards) > 1]
     if flat:
-        found["self_distillation/flat_group_fraction"] = _mean(flat)
-    return found | {
+        shares["self_distillation/flat_group_fraction"] = _mean(flat)
+    return shares | {
         "self_distillation/reward_mean": sum(judged) / len(judged),
         "self_distillation/reward_std": _deviation(judged),
         "self_distillation/success_group_fraction": _mean([max(rewards) >= threshold for rewards in compared]),
@@ -100,13 +103,13 @@ def _completions(groups: Sequence[Group]) -> dict[str, float]:
 
 def _contexts(groups: Sequence[Group], conditioned: Sequence[Conditioned]) -> dict[str, float]:
     counts: Counter[str] = Counter({"context/overflow": 0})
-    for one in conditioned:
-        counts.update(one.counts)
-    active = [is_active for one in conditioned for is_active in one.active]
+    for seen in conditioned:
+        counts.update(seen.counts)
+    active = [is_active for seen in conditioned for is_active in seen.active]
     shared = added = student = prompts = 0
-    for group, one in zip(groups, conditioned, strict=True):
+    for group, seen in zip(groups, conditioned, strict=True):
         known: dict[int, int] = {}  # one prompt is often the teacher's for all completions of a group
-        for prompt, is_active in zip(one.teacher_prompts, one.active, strict=True):
+        for prompt, is_active in zip(seen.teacher_prompts, seen.active, strict=True):
             if not is_active:
                 continue
             if id(prompt) not in known:
@@ -115,17 +118,17 @@ def _contexts(groups: Sequence[Group], conditioned: Sequence[Conditioned]) -> di
             student += len(group.prompt_ids)
             added += len(prompt) - len(group.prompt_ids)
             prompts += 1
-    found = {name: float(count) for name, count in counts.items() if name not in SUMS}
-    found["self_distillation/reprompt_sample_fraction"] = _mean(active)
-    found["self_distillation/feedback_used_fraction"] = counts[WITH_FEEDBACK] / len(active)
+    contexts = {name: float(count) for name, count in counts.items() if name not in SUMS}
+    contexts["self_distillation/reprompt_sample_fraction"] = _mean(active)
+    contexts["self_distillation/feedback_used_fraction"] = counts[WITH_FEEDBACK] / len(active)
     if prompts:
-        found |= {"context/shared_fraction": shared / max(1, student), "context/added_tokens": added / prompts}
-    return found
+        contexts |= {"context/shared_fraction": shared / max(1, student), "context/added_tokens": added / prompts}
+    return contexts
 
 
 def _step(output: StepOutput, plan: Plan | None, token_weights: Tensor | None) -> dict[str, float]:
     device = output.loss.device
-    # Of a mixture with a policy gradient, the loss is more than the distillation.
+    # The loss of a mixture with a policy gradient is more than the distillation.
     values = {"self_distillation/distillation_loss": output.metrics.get("loss/distillation", output.loss)}
     values |= output.metrics
     if {"student/entropy", "teacher/entropy"} <= output.metrics.keys():
@@ -135,16 +138,13 @@ def _step(output: StepOutput, plan: Plan | None, token_weights: Tensor | None) -
     names = list(values)
     numbers = torch.stack([values[name].detach().to(device, torch.float64) for name in names]).tolist()
     # A position that no row has is NaN there; what is NaN in the step itself stays, and the log names it.
-    found = {
-        name: number
-        for name, number in zip(names, numbers, strict=True)
-        if not (name.startswith("loss/position_") and number != number)
-    }
-    return found | output.report.metrics
+    named = zip(names, numbers, strict=True)
+    known = {name: number for name, number in named if number == number or not name.startswith("loss/position_")}
+    return known | output.report.metrics
 
 
 def _tokens(output: StepOutput, plan: Plan, token_weights: Tensor | None) -> dict[str, Tensor]:
-    """Values () on the device: the active share, and the mean divergence at each of the first positions."""
+    """Computes on the device the active share, and the mean divergence at each of the first positions, each ()."""
     per_token = output.rows.get("per_token")
     if per_token is None:
         return {}
@@ -171,7 +171,7 @@ def _common_prefix(first: Tensor, second: Tensor) -> int:
 
 
 def _deviation(values: Sequence[float]) -> float:
-    """Standard deviation of a sample, 0 of a single value."""
+    """Is the standard deviation of a sample, 0 of a single value."""
     if len(values) < 2:
         return 0.0
     mean = _mean(values)
@@ -180,6 +180,3 @@ def _deviation(values: Sequence[float]) -> float:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-__all__ = ["FIRST_TOKENS", "metrics"]

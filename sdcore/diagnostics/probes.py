@@ -1,4 +1,4 @@
-"""Probes of a model that cost a pass over a few completions: top-k overlap, drift from a base model, leak probe.
+"""Probes a model by a pass over a few completions: top-k overlap, drift from a base model, leak probe.
 
 None of them makes logits (n, V): what they compare comes from hidden states by `linear_topk` and `linear_divergence`.
 
@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from sdkernels import LogitTransform, linear_divergence, linear_topk
+from sdkernels import DivergenceOutput, LogitTransform, linear_divergence, linear_topk
 
 from ..contexts import ContextBuilder
 from ..errors import ArgumentError, SdcoreError
@@ -38,6 +38,7 @@ from ..prefix import plan as plan_of
 from ..prefix.choice import Strategy
 from ..teachers import Teacher, TrustRegion
 from ..types import Conditioned, Group
+from .measures import check_one_per_group
 
 # Elements of the head's rows that are gathered at once.
 GATHERED = 2**24
@@ -73,7 +74,7 @@ def topk_overlap(
     of: Literal["student", "teacher"] = "student",
     temperature: float = 1.0,
 ) -> dict[str, Tensor]:
-    """How much of both distributions a top-k support holds, and how far the two top-k sets agree, each row.
+    """Measures how much of both distributions a top-k support holds, and how far the two top-k sets agree, each row.
 
     Equal to this, with `log_p`, `log_q` (n, V) and `of="student"`::
 
@@ -116,14 +117,14 @@ def overlap(
     max_rows: int = 256,
     strategy: Strategy = "auto",
 ) -> dict[str, float]:
-    """`topk_overlap` of student and teacher, mean over at most `max_rows` tokens of a few active completions.
+    """Averages `topk_overlap` of student and teacher over at most `max_rows` tokens of a few active completions.
 
     {} where no completion is active. Raises `ArgumentError` and what `sdcore.prefix.passes` raises.
     """
     _positive(k=k, max_completions=max_completions, max_rows=max_rows)
-    _same_length(groups, conditioned)
+    check_one_per_group(groups, conditioned)
     chosen = []
-    for g, i in _few(groups, [one.active for one in conditioned], max_completions):
+    for g, i in _few(groups, [seen.active for seen in conditioned], max_completions):
         rollout, prompt = groups[g].rollouts[i], conditioned[g].teacher_prompts[i]
         chosen.append(_Chosen(groups[g], rollout.completion_ids, (prompt,), conditioned[g].active[i]))
     rows = _run(model, chosen, teacher, strategy)
@@ -148,7 +149,7 @@ def drift(
     max_completions: int = 8,
     strategy: Strategy = "auto",
 ) -> dict[str, float]:
-    """How far the student has moved from `reference`, on its own completions of its own prompts.
+    """Measures how far the student has moved from `reference`, on its own completions of its own prompts.
 
     `reference` is `Frozen(base model)` or `AdapterOff()`. The KL is over the full vocabulary, student to reference,
     mean over the tokens of a few completions. {} where all are empty. Raises `ArgumentError` for a reference that is
@@ -167,16 +168,8 @@ def drift(
     rows = _run(model, chosen, reference, strategy)
     if not rows.plan.num_rows:
         return {}
-    out = linear_divergence(
-        rows.student,
-        rows.student_head.weight,
-        rows.teacher,
-        rows.teacher_head.weight,
-        temperature=temperature,
-        student_head=rows.student_head.transform,
-        teacher_head=rows.teacher_head.transform,
-        target_ids=rows.plan.target_ids,
-    )
+    student, teacher = (rows.student, rows.student_head), (rows.teacher, rows.teacher_head)
+    out = _divergence(student, teacher, temperature=temperature, target_ids=rows.plan.target_ids)
     gap = cast(Tensor, out.student_logprobs) - cast(Tensor, out.teacher_logprobs)
     return {"student/drift_kl": float(out.loss), "student/drift_logprob_gap": float(gap.double().mean())}
 
@@ -194,7 +187,7 @@ def leak(
     max_completions: int = 8,
     strategy: Strategy = "auto",
 ) -> dict[str, float]:
-    """What another prompt's context teaches, against what the right one does: see above.
+    """Measures what another prompt's context teaches, against what the right one does: see above.
 
     `alpha` is the divergence's, as in `linear_divergence`; the KL between the two teachers is always right to wrong.
     {} where there is nothing to compare: one group, one context for all, no active completion. Raises what the builder
@@ -206,9 +199,9 @@ def leak(
     comparable = [
         [
             is_active and others is not None and _differ(prompt, others[i % len(others)])
-            for i, (is_active, prompt) in enumerate(zip(one.active, one.teacher_prompts, strict=True))
+            for i, (is_active, prompt) in enumerate(zip(seen.active, seen.teacher_prompts, strict=True))
         ]
-        for one, others in zip(right, wrong, strict=True)
+        for seen, others in zip(right, wrong, strict=True)
     ]
     chosen = []
     for g, i in _few(groups, comparable, max_completions):
@@ -221,36 +214,40 @@ def leak(
         return {}
     # The passes see every completion twice: first all with the right context, then all with another's.
     half = rows.plan.num_rows // 2
-    student, taught, misled = rows.student[picked], rows.teacher[picked], rows.teacher[picked + half]
+    student = (rows.student[picked], rows.student_head)
+    taught, misled = ((rows.teacher[at], rows.teacher_head) for at in (picked, picked + half))
+    context, leaked, content = (
+        float(_divergence(first, second, alpha=of, temperature=temperature).loss)
+        for first, second, of in ((student, taught, alpha), (student, misled, alpha), (taught, misled, 1.0))
+    )
+    values = {"teacher/context_kl": context, "teacher/leak_kl": leaked, "teacher/content_kl": content}
+    # There is no ratio of two contexts that teach nothing.
+    return values | ({"teacher/leak_ratio": leaked / context} if context > 1e-9 else {})
 
-    def divergence(first: Tensor, first_head: Head, second: Tensor, alpha: float) -> float:
-        head = rows.teacher_head
-        return float(
-            linear_divergence(
-                first,
-                first_head.weight,
-                second,
-                head.weight,
-                alpha=alpha,
-                temperature=temperature,
-                student_head=first_head.transform,
-                teacher_head=head.transform,
-            ).loss
-        )
 
-    context = divergence(student, rows.student_head, taught, alpha)
-    leaked = divergence(student, rows.student_head, misled, alpha)
-    found = {
-        "teacher/context_kl": context,
-        "teacher/leak_kl": leaked,
-        "teacher/content_kl": divergence(taught, rows.teacher_head, misled, 1.0),
-    }
-    # Of two contexts that teach nothing there is no ratio.
-    return found | ({"teacher/leak_ratio": leaked / context} if context > 1e-9 else {})
+def _divergence(
+    first: tuple[Tensor, Head],
+    second: tuple[Tensor, Head],
+    *,
+    temperature: float,
+    alpha: float = 1.0,
+    target_ids: Tensor | None = None,
+) -> DivergenceOutput:
+    return linear_divergence(
+        first[0],
+        first[1].weight,
+        second[0],
+        second[1].weight,
+        alpha=alpha,
+        temperature=temperature,
+        student_head=first[1].transform,
+        teacher_head=second[1].transform,
+        target_ids=target_ids,
+    )
 
 
 def _of_another(groups: Sequence[Group], g: int, builder: ContextBuilder, tokenizer: Any) -> list[Tensor] | None:
-    """The teacher's prompts of a group with the next other prompt's context; None where none is to be had."""
+    """Builds the teacher's prompts of a group with the next other prompt's context; None where none is to be had."""
     own = groups[g]
     for step in range(1, len(groups)):
         other = groups[(g + step) % len(groups)]
@@ -268,56 +265,52 @@ def _of_another(groups: Sequence[Group], g: int, builder: ContextBuilder, tokeni
 
 
 def _few(groups: Sequence[Group], wanted: Sequence[Sequence[bool]], most: int) -> list[tuple[int, int]]:
-    """At most so many (group, completion): the wanted ones with tokens, one of each group first; never none."""
-    by_turn = sorted(
-        ((turn, g, i) for g, _ in enumerate(groups) for turn, i in enumerate(_wanted(groups[g], wanted[g]))),
-    )
-    return [(g, i) for _, g, i in by_turn[:most]] or [(0, 0)]
-
-
-def _wanted(group: Group, wanted: Sequence[bool]) -> list[int]:
-    return [i for i, rollout in enumerate(group.rollouts) if wanted[i] and len(rollout.completion_ids)]
+    """Picks at most so many (group, completion): wanted ones with tokens, one of each group first; never none."""
+    by_turn = []
+    for g, group in enumerate(groups):
+        here = [i for i, rollout in enumerate(group.rollouts) if wanted[g][i] and len(rollout.completion_ids)]
+        by_turn += [(turn, g, i) for turn, i in enumerate(here)]
+    return [(g, i) for _, g, i in sorted(by_turn)[:most]] or [(0, 0)]
 
 
 def _counted(plan: Plan, chosen: Sequence[_Chosen]) -> Tensor:
-    """(n,) int64: the rows of the first pass over the completions that count."""
+    """Returns (n,) int64, the rows of the first pass over the completions that count."""
     slices = row_slices(plan.student)[: len(chosen)]
-    ranges = [torch.arange(rows.start, rows.stop) for (rows,), one in zip(slices, chosen, strict=True) if one.counts]
+    ranges = [torch.arange(at.start, at.stop) for (at,), picked in zip(slices, chosen, strict=True) if picked.counts]
     return torch.cat(ranges) if ranges else torch.zeros(0, dtype=torch.int64)
 
 
 def _run(
     model: nn.Module, chosen: Sequence[_Chosen], teacher: Teacher | TrustRegion | None, strategy: Strategy
 ) -> _Rows:
-    """Both sides' states; with several teacher's prompts each completion comes once for each of them."""
+    """Computes both sides' states; with several teacher's prompts each completion comes once for each of them."""
     if isinstance(teacher, TrustRegion):
         teacher = teacher.reference
     body: Body = find_body(model)
-    turns = [
-        (one, prompt) for turn in range(len(chosen[0].prompts)) for one in chosen for prompt in [one.prompts[turn]]
-    ]
+    passes_over = range(len(chosen[0].prompts))
+    turns = [(picked, picked.prompts[turn]) for turn in passes_over for picked in chosen]
     plan = plan_of(
-        [one.group.prompt_ids.to(body.device) for one, _ in turns],
-        [[one.ids.to(body.device)] for one, _ in turns],
+        [picked.group.prompt_ids.to(body.device) for picked, _ in turns],
+        [[picked.ids.to(body.device)] for picked, _ in turns],
         [prompt.to(body.device) for _, prompt in turns],
     )
     student = teacher_states = None
-    found: TeacherRows | None = None
+    rows: TeacherRows | None = None
     for part in passes(model, plan, teacher=teacher, strategy=strategy).parts:
-        found = part.teachers[0]
+        rows = part.teachers[0]
         if student is None or teacher_states is None:
             student = part.student_hidden.new_empty(plan.num_rows, part.student_hidden.shape[1])
-            teacher_states = found.hidden.new_empty(plan.num_rows, found.hidden.shape[1])
-        student[part.rows], teacher_states[part.rows] = part.student_hidden, found.hidden
-    student, teacher_states, found = cast(Tensor, student), cast(Tensor, teacher_states), cast(TeacherRows, found)
+            teacher_states = rows.hidden.new_empty(plan.num_rows, rows.hidden.shape[1])
+        student[part.rows], teacher_states[part.rows] = part.student_hidden, rows.hidden
+    student, teacher_states, rows = cast(Tensor, student), cast(Tensor, teacher_states), cast(TeacherRows, rows)
     own = head_of(body)
     head = Head(own.weight.detach(), own.transform)
-    taught = head if found.weight is None else Head(found.weight, cast(LogitTransform, found.transform))
-    return _Rows(plan, own.states(student), head, found._replace(hidden=teacher_states).states(own), taught)
+    taught = head if rows.weight is None else Head(rows.weight, cast(LogitTransform, rows.transform))
+    return _Rows(plan, own.states(student), head, rows._replace(hidden=teacher_states).states(own), taught)
 
 
 def _logits_at(hidden: Tensor, head: Head, ids: Tensor, temperature: float) -> Tensor:
-    """(n, k) logits of these ids, as `LogitTransform` defines them, in float32 or better."""
+    """Computes (n, k) logits of these ids, as `LogitTransform` defines them, in float32 or better."""
     rows = max(1, GATHERED // max(1, ids.shape[1] * hidden.shape[1]))
     wide = torch.promote_types(hidden.dtype, torch.float32)
     parts = [
@@ -342,11 +335,3 @@ def _positive(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise ArgumentError(f"{name} must be at least 1, got {count}")
-
-
-def _same_length(groups: Sequence[Group], conditioned: Sequence[Conditioned]) -> None:
-    if len(groups) != len(conditioned) or not groups:
-        raise ArgumentError(f"conditioned must have one entry per group, got {len(groups)} and {len(conditioned)}")
-
-
-__all__ = ["drift", "leak", "overlap", "topk_overlap"]

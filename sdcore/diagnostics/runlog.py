@@ -1,4 +1,4 @@
-"""The files of a run: `metrics.jsonl`, `samples.jsonl` and `run.json` in its output directory.
+"""Writes and reads the files of a run: `metrics.jsonl`, `samples.jsonl` and `run.json` in its output directory.
 
     log = RunLog("out")                                   # a new run; a resumed one: RunLog("out", resume_step=200)
     log.describe({"method": method, "model": name})       # run.json
@@ -42,12 +42,12 @@ PACKAGES: Final = ("sdcore", "torch", "transformers", "accelerate", "peft", "trl
 
 
 class RunLogError(SdcoreError, OSError):
-    """The log of a run could not be written or read: a full disk, a missing directory, no permission."""
+    """Says that the log of a run could not be written or read: a full disk, a missing directory, no permission."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """What `read_run` found."""
+    """Holds what `read_run` read."""
 
     directory: Path
     metrics: list[dict[str, Any]]  # in the order of the file
@@ -76,7 +76,7 @@ class RunLog:
             self.directory.mkdir(parents=True, exist_ok=True)
 
     def metrics(self, step: int, values: Mapping[str, Any], *, samples: int, tokens: int) -> None:
-        """Append a line of `metrics.jsonl`.
+        """Appends a line of `metrics.jsonl`.
 
         `samples` and `tokens` are completions and completion tokens since the run began. Values are numbers, tensors of
         one element, or None; one step may have several lines. Raises `ArgumentError` for a step that goes back, a name
@@ -95,7 +95,7 @@ class RunLog:
         self._append(METRICS, [line | numbers | ({"nonfinite": bad} if bad else {})])
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append a line of `samples.jsonl` for each completion that is shown. Raises `ArgumentError` as `metrics`.
+        """Appends a line of `samples.jsonl` for each completion that is shown. Raises `ArgumentError` as `metrics`.
 
         A row has some of "prompt", "privileged_context", "completion", "tokens" (a text per token), "per_token" (their
         divergences, as many), "reward", "feedback" and "active".
@@ -111,7 +111,7 @@ class RunLog:
         self._append(SAMPLES, [{"step": step} | dict(row) for row in rows])
 
     def describe(self, values: Mapping[str, Any]) -> None:
-        """Add to `run.json`, or replace what is there under the same names. Dataclasses, paths and sets are fine."""
+        """Adds to `run.json`, or replaces what is there under the same names. Dataclasses, paths and sets are fine."""
         self._open()
         path = self.directory / DESCRIPTION
         known = _read_object(path)
@@ -126,7 +126,7 @@ class RunLog:
             raise ArgumentError(f"step must not go back: {name} is at {self._last_step[name]}, got {step}")
 
     def _open(self) -> None:
-        """Before the first write: repair and cut the files of a resumed run, or move those of an older one aside."""
+        """Repairs and cuts the files of a resumed run, or moves those of an older one aside, before the first write."""
         if self._opened:
             return
         if self.resume_step is None:
@@ -195,7 +195,7 @@ class RunLog:
 
 
 def read_run(directory: str | Path) -> RunData:
-    """The files of a run, as far as they are there. Raises `RunLogError` for a directory without any of them."""
+    """Reads the files of a run, as far as they are there. Raises `RunLogError` for a directory without any of them."""
     directory = Path(directory)
     if not any((directory / name).is_file() for name in (METRICS, SAMPLES, DESCRIPTION)):
         raise RunLogError(f"{directory} must be the output directory of a run, with a {METRICS}; it has none")
@@ -211,13 +211,13 @@ def read_run(directory: str | Path) -> RunData:
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines that are objects with a step, and how many others there are."""
+    """Reads the lines that are objects with a step, and counts the others."""
     if not path.is_file():
         return [], 0
     with _reported(path, "read"):
         raw = [line for line in path.read_bytes().split(b"\n") if line.strip()]
-    found = [line for one in raw if (line := _object(one)) is not None and isinstance(line.get("step"), int)]
-    return found, len(raw) - len(found)
+    lines = [line for text in raw if (line := _object(text)) is not None and isinstance(line.get("step"), int)]
+    return lines, len(raw) - len(lines)
 
 
 def _object(raw: bytes) -> dict[str, Any] | None:
@@ -236,7 +236,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Write a whole file, such that there is either the old or the new one whatever happens."""
+    """Writes a whole file, such that there is either the old or the new one whatever happens."""
     beside = path.with_name(path.name + ".tmp")
     try:
         with open(beside, "wb") as file:
@@ -276,7 +276,7 @@ def _number(name: str, value: Any) -> float | int | None:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can say of it: numbers that are not finite become null, what it does not know its text."""
+    """Turns a value into what JSON can say: numbers that are not finite become null, what it does not know its text."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -295,11 +295,8 @@ def _plain(value: Any) -> Any:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
-__all__ = ["DESCRIPTION", "METRICS", "RESERVED", "SAMPLES", "RunData", "RunLog", "RunLogError", "read_run"]
+            versions[package] = importlib.metadata.version(package)
+    return versions

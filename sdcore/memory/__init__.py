@@ -1,4 +1,4 @@
-"""How much memory a training step takes and for what: predicted from a configuration, or measured.
+"""Says how much memory a training step takes and for what: predicted from a configuration, or measured.
 
     compare(config, load)["fused, shared"].total          # estimate: from the configuration alone, on any machine
     what_fits(config, load, device_bytes=80 * 10**9)      # fits: the largest prompt, group, completion, ... on a card

@@ -1,4 +1,4 @@
-"""What a training step will need in memory, part by part, from a model's configuration alone: no weights, no GPU.
+"""Predicts what a training step needs in memory, part by part, from a model's configuration: no weights, no GPU.
 
     config = AutoConfig.from_pretrained("Qwen/Qwen3-8B")
     memory = compare(config, Load(prompt_tokens=1000, context_tokens=500, completion_tokens=500, completions=8))
@@ -62,7 +62,7 @@ PARTS: Final = (
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What one device holds at a time. Raises `ArgumentError`, which names the field."""
+    """Says what one device holds at a time. Raises `ArgumentError`, which names the field."""
 
     prompt_tokens: int  # P, of the student's prompt
     context_tokens: int  # C, what the teacher's prompt has beyond it
@@ -80,13 +80,13 @@ class Load:
 
     @property
     def rows(self) -> int:
-        """N."""
+        """Counts the completion tokens, N."""
         return self.prompts * self.completions * self.completion_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """How the step is run. Raises `ArgumentError`, which names the field."""
+    """Says how the step is run. Raises `ArgumentError`, which names the field."""
 
     teacher: TeacherKind = "live"
     fused: bool = True  # the loss by `linear_divergence`; False: from whole logits
@@ -111,7 +111,7 @@ class Setting:
 
 
 class Parameters(NamedTuple):
-    """How many a model has."""
+    """Counts how many a model has."""
 
     all: int
     head: int  # of the output layer, also where it is tied to the embedding
@@ -127,21 +127,22 @@ class Prediction:
 
     @property
     def resident(self) -> int:
-        """What is there all the time."""
+        """Adds up what is there all the time."""
         return sum(self.parts[name] for name in ("weights", "teacher weights", "optimizer"))
 
     @property
     def update(self) -> int:
+        """Adds up all parts."""
         return sum(self.parts.values())
 
     @property
     def total(self) -> int:
-        """The larger of update and sampling."""
+        """Is the larger of update and sampling."""
         return max(self.update, self.resident + self.sampling)
 
 
 def count_parameters(config: Any) -> Parameters:
-    """Parameters of the causal language model of a Hugging Face configuration, made on the meta device."""
+    """Counts the parameters of a Hugging Face configuration's causal language model, made on the meta device."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -154,7 +155,7 @@ def count_parameters(config: Any) -> Parameters:
 def predict(
     config: Any, load: Load, setting: Setting | None = None, *, parameters: Parameters | None = None
 ) -> Prediction:
-    """The memory of one step. `parameters` None: counted on the meta device.
+    """Predicts the memory of one step. `parameters` None: counted on the meta device.
 
     `config` is a Hugging Face configuration. Raises `UnsupportedModelError` for one that does not say what a layer
     costs.
@@ -210,15 +211,15 @@ def predict(
 def compare(
     config: Any, load: Load, setting: Setting | None = None, *, parameters: Parameters | None = None
 ) -> dict[str, Prediction]:
-    """`predict` with the fused loss and with whole logits, with shared prefixes and without."""
+    """Predicts a step with the fused loss and with whole logits, with shared prefixes and without."""
     setting = setting or Setting()
     model_sizes(config)  # refuses a configuration that says too little, before a model is made of it
     parameters = parameters or count_parameters(config)
-    return {name: predict(config, load, one, parameters=parameters) for name, one in variants_of(setting).items()}
+    return {name: predict(config, load, s, parameters=parameters) for name, s in variants_of(setting).items()}
 
 
 def variants_of(setting: Setting) -> dict[str, Setting]:
-    """The setting with the fused loss and with whole logits, with shared prefixes and without."""
+    """Varies a setting: the fused loss and whole logits, shared prefixes and none."""
     naive = replace(setting, strategy="naive", micro_batch=None)
     return {
         "fused, shared": replace(setting, fused=True),
@@ -229,7 +230,7 @@ def variants_of(setting: Setting) -> dict[str, Setting]:
 
 
 def memory_table(variants: Mapping[str, Prediction], title: str = "Predicted peak memory") -> Table:
-    """For a terminal: a line per part, a column per variant."""
+    """Lists on a terminal a line per part, a column per variant."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
@@ -237,18 +238,18 @@ def memory_table(variants: Mapping[str, Prediction], title: str = "Predicted pea
     for name in variants:
         table.add_column(name, justify="right")
     for part in PARTS:
-        table.add_row(part, *(shown_bytes(one.parts[part]) for one in variants.values()))
+        table.add_row(part, *(shown_bytes(prediction.parts[part]) for prediction in variants.values()))
     table.add_section()
-    table.add_row("update, all of these", *(shown_bytes(one.update) for one in variants.values()))
-    table.add_row("sampling, before it", *(shown_bytes(one.resident + one.sampling) for one in variants.values()))
-    table.add_row("peak", *(shown_bytes(one.total) for one in variants.values()), style="bold")
+    table.add_row("update, all of these", *(shown_bytes(prediction.update) for prediction in variants.values()))
+    table.add_row("sampling, before it", *(shown_bytes(p.resident + p.sampling) for p in variants.values()))
+    table.add_row("peak", *(shown_bytes(prediction.total) for prediction in variants.values()), style="bold")
     return table
 
 
 def _loss_bytes(
     load: Load, sizes: ModelSizes, setting: Setting, itemsize: int, parameters: Parameters
 ) -> tuple[int, int]:
-    """Workspace of the loss and bytes of whole logits."""
+    """Predicts the workspace of the loss and the bytes of whole logits."""
     rows = load.rows
     if setting.strategy == "two_phase":  # one group at a time, and of its completions those in flight
         rows = min(setting.micro_batch or load.completions, load.completions) * load.completion_tokens
@@ -268,13 +269,14 @@ def _loss_bytes(
 
 
 def _sampling_bytes(load: Load, sizes: ModelSizes, itemsize: int, setting: Setting) -> int:
-    """Keys, values and states of all completions at once, and the logits of one position."""
+    """Adds keys, values and states of all completions at once to the logits of one position."""
     rows, length = load.prompts * load.completions, load.prompt_tokens + load.completion_tokens
     kept = sum(min(length, layer.window or length) * layer.kv_entries + layer.state_entries for layer in sizes.layers)
     return rows * (kept * itemsize + sizes.vocab * (itemsize + SAMPLING_FLOAT32 * 4))
 
 
 def dtype_of(config: Any, setting: Setting) -> torch.dtype:
+    """Returns what the model's weights are stored in: the setting's, else the configuration's, else float32."""
     named = setting.dtype or getattr(config, "dtype", None) or torch.float32
     dtype = getattr(torch, named) if isinstance(named, str) else named
     return dtype if _is_float(dtype) else torch.float32
@@ -285,6 +287,7 @@ def _is_float(dtype: object) -> bool:
 
 
 def shown_bytes(count: int) -> str:
+    """Writes a number of bytes in three digits, a dash for none."""
     if count == 0:
         return "–"
     for unit, size in (("GiB", 1 << 30), ("MiB", MIB), ("KiB", 1 << 10)):
@@ -292,6 +295,3 @@ def shown_bytes(count: int) -> str:
             value = count / size
             return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
     return f"{count} B"
-
-
-__all__ = ["Load", "Parameters", "Prediction", "Setting", "compare", "count_parameters", "memory_table", "predict"]

@@ -1,7 +1,7 @@
-"""What fits a card: the largest prompt, context, completion, group or batch, each alone, by the estimate.
+"""Says what fits a card: the largest prompt, context, completion, group or batch, each alone, by the estimate.
 
-    found = what_fits(config, load, device_bytes=device_bytes("H100"))
-    found["fused, shared"]["completions"].value
+    fits = what_fits(config, load, device_bytes=device_bytes("H100"))
+    fits["fused, shared"]["completions"].value
 
 Sought by bisection in `estimate.predict`, with everything else as the load says; a length is bounded by the model's
 positions too. A tenth of the device is left alone by default, for what the estimate does not know: the CUDA context,
@@ -68,7 +68,7 @@ class Fit:
 
 
 def device_bytes(name: str) -> int:
-    """Bytes of a device: the name of a card, or a size such as "80GB", "79.2GiB".
+    """Returns the bytes of a device: the name of a card, or a size such as "80GB", "79.2GiB".
 
     Raises `ArgumentError`, with the cards that are known.
     """
@@ -91,7 +91,7 @@ def largest(
     available: int,
     parameters: Parameters | None = None,
 ) -> Fit:
-    """The largest `quantity`, one of `QUANTITIES`, with which a step's peak is at most `available` bytes."""
+    """Finds the largest `quantity`, one of `QUANTITIES`, with which a step's peak is at most `available` bytes."""
     if quantity not in QUANTITIES:
         raise ArgumentError(f"quantity must be one of {', '.join(QUANTITIES)}, got {quantity!r}")
     counted = parameters or count_parameters(config)
@@ -130,7 +130,7 @@ def what_fits(
     headroom: float = HEADROOM,
     parameters: Parameters | None = None,
 ) -> dict[str, dict[str, Fit]]:
-    """`largest` of every quantity, for the variants of `compare` and for few completions in flight at a time.
+    """Finds the largest of every quantity, for the variants of `compare` and for few completions in flight at a time.
 
     `headroom` is the share of the device that is left alone. Raises `ArgumentError` for one outside [0, 1).
     """
@@ -148,15 +148,15 @@ def what_fits(
         )
     return {
         name: {
-            quantity: largest(config, load, one, quantity, available=available, parameters=counted)
+            quantity: largest(config, load, variant, quantity, available=available, parameters=counted)
             for quantity in QUANTITIES
         }
-        for name, one in variants.items()
+        for name, variant in variants.items()
     }
 
 
 def fits_table(found: Mapping[str, Mapping[str, Fit]], load: Load, title: str) -> Table:
-    """For a terminal: a line per quantity, a column per variant."""
+    """Lists on a terminal a line per quantity, a column per variant."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", caption=_caption(found), caption_justify="left")
@@ -185,6 +185,3 @@ def _shown(fit: Fit, *, with_rows: bool) -> str:
         return "–"
     star = {"": "", "the model's positions": " *"}.get(fit.limit, " **")
     return f"{fit.value:,}{star}" + (f" (N {fit.rows:,})" if with_rows else "")
-
-
-__all__ = ["CARDS", "QUANTITIES", "Fit", "device_bytes", "fits_table", "largest", "what_fits"]

@@ -1,7 +1,7 @@
-"""One training step of random weights, every live byte by what it is for: ours, the plain code, and peers.
+"""Measures a training step of random weights, every live byte by what it is for: ours, the plain code, and peers.
 
-    found = measure(config, Load(prompt_tokens=256, context_tokens=128, completion_tokens=64, completions=4))
-    found["ours"].lives.at_peak["logits"], found["naive"].lives.peak
+    steps = measure(config, Load(prompt_tokens=256, context_tokens=128, completion_tokens=64, completions=4))
+    steps["ours"].lives.at_peak["logits"], steps["naive"].lives.peak
 
 A contender takes the same model and the same tokens from ids to gradients and an AdamW update: `ours` as the `Setting`
 says, by `distill_step`; `naive` as a trainer without either trick, each completion a sequence with its own prompt and
@@ -18,9 +18,11 @@ Not covered: sampling, other teachers than a live one, several devices, compiled
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 from unittest import mock
 
@@ -32,7 +34,6 @@ from ..losses import FusedLinearDivergence
 from ..models import find_body
 from ..prefix import Plan, plan
 from ..step import distill_step
-from .allocator import recorded_history
 from .estimate import DEFAULT_WORKSPACE_MB, Load, Prediction, Setting, count_parameters, dtype_of, predict
 from .timeline import Lives, TimeLine
 
@@ -42,10 +43,11 @@ TRL_TILE: Final = (4096, 32_768)  # rows and vocabulary entries of trl.kernels a
 # What is always granted: the scratch of one block does not depend on the shape.
 LEAST_WORKSPACE_MB: Final = 24.0
 LIGER_CHUNK: Final = 1024  # rows, its default
+MOST_ENTRIES: Final = 1_000_000  # of the CUDA allocator's record
 
 
 class Tiles(NamedTuple):
-    """By what the sizes that a loss works in are divided."""
+    """Says by what the sizes that a loss works in are divided."""
 
     rows: float = 1.0
     vocab: float = 1.0
@@ -71,19 +73,18 @@ class Measurement:
     lives: Lives | None = None
     loss: float | None = None
     strategy: str = ""  # of ours, as it was run
-    allocator: tuple[int, ...] = ()  # on a GPU: bytes that the allocator holds, after each of its own events
+    allocator_peak: int | None = None  # on a GPU: bytes, with the CUDA allocator's rounding
     reason: str = ""
 
 
 Run = Callable[[nn.Module, Batch, Callable[[str], None]], Tensor]
 
 
-@dataclass(frozen=True)
-class Contender:
-    """`run` does forward and backward: model, batch and the time line's `enter` to the detached loss."""
+class Contender(NamedTuple):
+    """One way to do the step."""
 
     name: str
-    run: Run = field(repr=False)
+    run: Run  # forward and backward: model, batch and the time line's `enter` to the detached loss
     describes: str = ""
 
 
@@ -98,7 +99,7 @@ def measure(
     snapshots: str | None = None,
     seed: int = 0,
 ) -> dict[str, Measurement]:
-    """Record a step of each contender, one after the other, on the same model.
+    """Records a step of each contender, one after the other, on the same model.
 
     `config` is a Hugging Face configuration, of a model that fits the device several times over. `snapshots` is a
     directory for the CUDA allocator's own records, one `<contender>.pickle` each, for pytorch.org/memory_viz. Raises
@@ -114,20 +115,20 @@ def measure(
     model = _model(config, setting, dtype, torch.device(device), seed)
     batch = _batch(load, setting, tiles or Tiles(), find_body(model).vocab_size, torch.device(device), seed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
-    found: dict[str, Measurement] = {}
+    measured: dict[str, Measurement] = {}
     for name in contenders:
-        found[name] = _measured(CONTENDERS[name], model, batch, optimizer, snapshots)
-        _require_equal(found, dtype)
-    return found
+        measured[name] = _measured(CONTENDERS[name], model, batch, optimizer, snapshots)
+        _require_equal(measured, dtype)
+    return measured
 
 
 def workspace_of(setting: Setting, tiles: Tiles) -> float:
-    """MiB for our loss; a bound, of which small shapes take less."""
+    """Bounds what our loss works in, in MiB; small shapes take less."""
     return max((setting.workspace_mb or DEFAULT_WORKSPACE_MB) / (tiles.rows * tiles.vocab), LEAST_WORKSPACE_MB)
 
 
 def predictions(config: Any, load: Load, setting: Setting, tiles: Tiles) -> dict[str, Prediction]:
-    """The estimates of the same steps, of the contenders that `predict` knows."""
+    """Estimates the same steps, of the contenders that `predict` knows."""
     ours = replace(setting, workspace_mb=workspace_of(setting, tiles))
     naive = replace(setting, strategy="naive", micro_batch=None, fused=False)
     counted = count_parameters(config)
@@ -147,20 +148,46 @@ def _measured(
         optimizer.zero_grad(set_to_none=True)
         return Measurement(contender=contender.name, reason=" ".join(str(error).split()))
     optimizer.zero_grad(set_to_none=True)
-    line = TimeLine(model, optimizer=optimizer)
-    with recorded_history(next(model.parameters()).device, snapshots, contender.name) as allocator, line:
+    line, device = TimeLine(model, optimizer=optimizer), batch.student_ids.device
+    with _snapshot(device, snapshots, contender.name), line:
         loss = contender.run(model, batch, line.enter)
         line.enter("optimizer")
         optimizer.step()
     lives = line.finished()
     optimizer.zero_grad(set_to_none=True)
+    setting = batch.setting
+    in_flight = "" if setting.micro_batch is None else f", {setting.micro_batch} at a time"
     return Measurement(
         contender=contender.name,
         lives=lives,
         loss=float(loss),
-        strategy=_strategy(batch.setting) if contender.name == "ours" else "",
-        allocator=tuple(allocator),
+        strategy=f"{setting.strategy}{in_flight}" if contender.name == "ours" else "",
+        allocator_peak=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     )
+
+
+@contextmanager
+def _snapshot(device: torch.device, directory: str | None, name: str) -> Iterator[None]:
+    """Has the CUDA allocator start its peak anew, and record what happens inside for pytorch.org/memory_viz.
+
+    Written without a GPU at hand: on one it has NOT been run.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    if directory is None:
+        yield
+        return
+    torch.cuda.memory._record_memory_history(max_entries=MOST_ENTRIES)
+    try:
+        yield
+        torch.cuda.synchronize(device)
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(Path(directory) / f"{name}.pickle"))
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def _ours(model: nn.Module, batch: Batch, enter: Callable[[str], None]) -> Tensor:
@@ -188,7 +215,7 @@ def _naive(model: nn.Module, batch: Batch, enter: Callable[[str], None]) -> Tens
         return model(input_ids=ids, use_cache=False, logits_to_keep=batch.completion_tokens + 1).logits[:, :-1]
 
     def loss_of() -> Tensor:
-        """As a trainer's `compute_loss`: what it does not return is only kept where the graph needs it."""
+        """Does what a trainer's `compute_loss` does: what it does not return is only kept where the graph needs it."""
         student = logits(batch.student_ids)
         with torch.no_grad():
             teacher = logits(batch.teacher_ids)
@@ -209,7 +236,7 @@ def _chunked(
     batch: Batch,
     enter: Callable[[str], None],
 ) -> Tensor:
-    """Another library's loss of hidden states (N, H), weight (V, H) and the teacher's states (N, H)."""
+    """Takes another library's loss of hidden states (N, H), weight (V, H) and the teacher's states (N, H)."""
     body = find_body(model)
     head = body.causal_lm.get_output_embeddings()
     changed = [
@@ -234,24 +261,20 @@ def _chunked(
     return loss.detach()
 
 
-def _trl_divergence(student: Tensor, weight: Tensor, teacher: Tensor, _: Batch) -> Tensor:
-    from trl.kernels import chunked_divergence
-
-    per_token, _ = chunked_divergence.ChunkedDivergenceFunction.apply(
-        student, weight, None, teacher, weight.detach(), None, 1.0
-    )
-    return per_token.mean()
-
-
 def _trl(model: nn.Module, batch: Batch, enter: Callable[[str], None]) -> Tensor:
     try:
         from trl.kernels import chunked_divergence
     except ImportError as error:
         raise ImportError('the contender trl needs TRL: pip install "sdcore[trl]"') from error
+
+    def divergence(student: Tensor, weight: Tensor, teacher: Tensor, _: Batch) -> Tensor:
+        inputs = (student, weight, None, teacher, weight.detach(), None, 1.0)
+        return chunked_divergence.ChunkedDivergenceFunction.apply(*inputs)[0].mean()
+
     rows, vocab = (max(int(size / scale), 1) for size, scale in zip(TRL_TILE, batch.tiles, strict=True))
     # Also for the backward, which has tiles of its own.
     with mock.patch.multiple(chunked_divergence, TOKEN_CHUNK_SIZE=rows, VOCAB_CHUNK_SIZE=vocab):
-        return _chunked(_trl_divergence, model, batch, enter)
+        return _chunked(divergence, model, batch, enter)
 
 
 def _liger_divergence(student: Tensor, weight: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
@@ -271,8 +294,8 @@ def _liger_divergence(student: Tensor, weight: Tensor, teacher: Tensor, batch: B
 
 
 CONTENDERS: Final = {
-    one.name: one
-    for one in (
+    contender.name: contender
+    for contender in (
         Contender("ours", _ours, "fused loss, shared prefixes"),
         Contender("naive", _naive, "whole logits, nothing shared"),
         Contender("trl", _trl, "TRL's chunked loss, nothing shared"),
@@ -316,13 +339,13 @@ def _batch(load: Load, setting: Setting, tiles: Tiles, vocab: int, device: torch
     contexts = load.completions if load.context_per_completion else 1
     teachers_B_G = [[torch.cat([prompt, ids(load.context_tokens)]) for _ in range(contexts)] for prompt in prompts_B]
 
-    def sequences(prompt_of: Callable[[int, int], Tensor]) -> Tensor:
-        rows = [
-            torch.cat([prompt_of(g, i), completion])
-            for g, group in enumerate(completions_B_G)
-            for i, completion in enumerate(group)
+    def sequences(prompts_B_G: Sequence[Sequence[Tensor]]) -> Tensor:
+        pairs = [
+            torch.cat(pair)
+            for prompts, completions in zip(prompts_B_G, completions_B_G, strict=True)
+            for pair in zip(prompts, completions, strict=True)
         ]
-        return torch.stack(rows).to(device)
+        return torch.stack(pairs).to(device)
 
     return Batch(
         plan=plan(
@@ -330,25 +353,17 @@ def _batch(load: Load, setting: Setting, tiles: Tiles, vocab: int, device: torch
             [[completion.to(device) for completion in group] for group in completions_B_G],
             [group if load.context_per_completion else group[0] for group in teachers_B_G],
         ),
-        student_ids=sequences(lambda g, _: prompts_B[g]),
-        teacher_ids=sequences(lambda g, i: teachers_B_G[g][i if load.context_per_completion else 0]),
+        student_ids=sequences([[prompt] * load.completions for prompt in prompts_B]),
+        teacher_ids=sequences([group * (load.completions // contexts) for group in teachers_B_G]),
         completion_tokens=load.completion_tokens,
         setting=setting,
         tiles=tiles,
     )
 
 
-def _strategy(setting: Setting) -> str:
-    batch = "" if setting.micro_batch is None else f", {setting.micro_batch} at a time"
-    return f"{setting.strategy}{batch}"
-
-
-def _require_equal(found: dict[str, Measurement], dtype: torch.dtype) -> None:
-    losses = {name: one.loss for name, one in found.items() if one.loss is not None}
+def _require_equal(measured: dict[str, Measurement], dtype: torch.dtype) -> None:
+    losses = {name: measurement.loss for name, measurement in measured.items() if measurement.loss is not None}
     first = next(iter(losses.values()), 0.0)
     for name, loss in losses.items():
         if abs(loss - first) > EQUAL[dtype] * max(abs(first), 1e-6):
             raise ArgumentError(f"contenders must compute the same loss, got {first:.6g} and {loss:.6g} of {name}")
-
-
-__all__ = ["CONTENDERS", "Batch", "Contender", "Measurement", "Tiles", "measure", "predictions"]

@@ -1,4 +1,4 @@
-"""The same model and step, small enough to run here: fewer layers, all else divided, and a list of what was done.
+"""Makes a model and a step small enough to run here: fewer layers, all else divided, and a list of what was done.
 
     small = shrunk(config, load, layers=2, width=8, tokens=8)
     small.config, small.load, small.tiles       # for `measure`
@@ -41,7 +41,7 @@ class Shrunk:
 
 
 def shrunk(config: Any, load: Load, *, layers: int | None = 2, width: int = 8, tokens: int = 8) -> Shrunk:
-    """Leave `layers` layers (None: all), divide widths and vocabulary by `width` and lengths by `tokens`.
+    """Leaves `layers` layers (None: all), divides widths and vocabulary by `width` and lengths by `tokens`.
 
     More layers stay where there are more kinds of them. Raises `ArgumentError` for numbers below 1.
     """
@@ -107,6 +107,3 @@ def _divide_widths(config: Any, width: int, change: Any) -> None:
     for name in SPECIAL:
         if getattr(config, name, None) is not None:
             setattr(config, name, None)
-
-
-__all__ = ["Shrunk", "shrunk"]

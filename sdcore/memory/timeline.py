@@ -1,11 +1,11 @@
-"""What is alive during a computation and what it is for: every allocation of every operator, in order.
+"""Records what is alive during a computation and what it is for: every allocation of every operator, in order.
 
     with TimeLine(model, optimizer=optimizer) as line:
         loss = loss_of(model)             # line.enter("loss") before what is neither of the model's own passes
         line.enter("backward")
         loss.backward()
-    found = line.finished()
-    found.peak, found.at_peak["logits"]
+    lives = line.finished()
+    lives.peak, lives.at_peak["logits"]
 
 The clock counts allocations and releases, so that a curve is the same on every run and machine. What a storage is for
 is told by where it was made and how long it lived; see `CATEGORIES`. So nothing is said before the computation ended.
@@ -15,7 +15,7 @@ What differs from the obvious: a forward's tensors that are gone when it ends ar
 themselves; a packed row reads them where its layers keep them, and stores none.
 
 Not covered: what a library allocates below torch, the inside of compiled graphs (see `sdkernels.live_bytes`), the
-allocator's rounding and fragmentation (`sdcore.memory.allocator`), storages from before that are no weights.
+allocator's rounding and fragmentation, storages from before that are no weights.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Lives:
 
     @property
     def peak_at(self) -> int:
-        """The tick at which most is alive, the first of them."""
+        """Returns the first tick at which most is alive."""
         return int(self.total.argmax())
 
     @property
@@ -96,16 +96,17 @@ class Lives:
 
     @property
     def at_peak(self) -> dict[str, int]:
-        """What the peak is made of."""
+        """Says what the peak is made of."""
         return {name: int(values[self.peak_at]) for name, values in self.bytes.items()}
 
     def phase_at(self, tick: int) -> str:
+        """Returns the name of the first phase that the tick is in."""
         return next((phase.name for phase in self.phases if phase.start <= tick <= phase.end), "rest")
 
     def thinned(
         self, points: int, *, start: int = 0, end: int | None = None
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """[start, end] in at most `points` stretches: their first ticks, and the bytes where their total is highest.
+        """Cuts [start, end] into `points` stretches at most: first ticks, and the bytes where the total is highest.
 
         `end` None is the last tick. A peak of a single tick thus fills its stretch, and is seen.
         """
@@ -116,16 +117,16 @@ class Lives:
 
 
 class TimeLine(LiveBytes):
-    """Records, inside a `with` block, what lives and what for. `finished` is called after it, with gradients in place.
+    """Records, inside a `with` block, what lives and what for.
 
-    The passes of the model are noticed; what else is a phase of its own is said with `enter`.
+    The passes of the model are noticed; what else is a phase of its own is said with `enter`. `finished` is called
+    after the block, with gradients in place.
     """
 
     def __init__(self, model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> None:
         super().__init__()
-        body = find_body(model)
-        self._body, self._model = body, model
-        self._vocab, self._head = int(body.causal_lm.get_output_embeddings().weight.shape[0]), _head(body.causal_lm)
+        self._model, self._body = model, find_body(model)
+        self._head: Tensor = self._body.causal_lm.get_output_embeddings().weight  # (V, H)
         self._clock = 0
         self._changes: list[tuple[str, int]] = [("rest", 0)]
         self._storages: list[_Storage] = []
@@ -141,7 +142,7 @@ class TimeLine(LiveBytes):
         self._know("gradients", (p.grad for p in model.parameters() if p.grad is not None))
 
     def enter(self, name: str) -> None:
-        """From here on it is this phase, one of `PHASES`."""
+        """Begins a phase, one of `PHASES`."""
         if name not in PHASES:
             raise ArgumentError(f"name must be one of {', '.join(PHASES)}, got {name!r}")
         self._after_model = False
@@ -149,55 +150,45 @@ class TimeLine(LiveBytes):
 
     def __enter__(self) -> Self:
         self._depth += 1
-        if self._depth > 1:
-            return super().__enter__()
-        self._hooks = [
-            self._body.base.register_forward_pre_hook(self._before_model),
-            self._body.base.register_forward_hook(self._behind_model, with_kwargs=True, always_call=True),
-        ]
+        if self._depth == 1:
+            self._hooks = [
+                self._body.base.register_forward_pre_hook(self._before_model),
+                self._body.base.register_forward_hook(self._behind_model, with_kwargs=True, always_call=True),
+            ]
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._depth -= 1
         if not self._depth:
-            for hook in self._hooks:
-                hook.remove()
-            self._hooks = []
+            while self._hooks:
+                self._hooks.pop().remove()
 
     def finished(self) -> Lives:
-        """The curves. To be called while the parameters still have their gradients."""
-        gradients = {
-            self._by_address[address].born
-            for p in self._model.parameters()
-            if p.grad is not None and (address := p.grad.untyped_storage()._cdata) in self._by_address
-        }
-        phases = self._phases()
+        """Returns the curves. To be called while the parameters still have their gradients."""
+        grads = (p.grad for p in self._model.parameters() if p.grad is not None)
+        gradients = {id(self._by_address.get(grad.untyped_storage()._cdata)) for grad in grads}
+        ends = [start for _, start in self._changes[1:]] + [self._clock]
+        phases = [Phase(name, start, end) for (name, start), end in zip(self._changes, ends, strict=True)]
         deltas = {name: np.zeros(self._clock + 1, dtype=np.int64) for name in CATEGORIES}
         for storage in self._storages:
-            curve = deltas[self._category(storage, phases, is_gradient=storage.born in gradients)]
+            phase = phases[storage.phase]
+            curve = deltas[storage.category or self._category(storage, phase, is_gradient=id(storage) in gradients)]
             curve[storage.born] += storage.size
             if storage.died is not None:
                 curve[storage.died] -= storage.size
         shown = tuple(phase for phase in phases if phase.end > phase.start)
         return Lives(bytes={name: curve.cumsum() for name, curve in deltas.items()}, phases=shown)
 
-    def _phases(self) -> list[Phase]:
-        ends = [start for _, start in self._changes[1:]] + [self._clock]
-        return [Phase(name, start, end) for (name, start), end in zip(self._changes, ends, strict=True)]
-
-    def _category(self, storage: _Storage, phases: list[Phase], *, is_gradient: bool) -> str:
-        if storage.category is not None:
-            return storage.category
-        phase = phases[storage.phase]
+    def _category(self, storage: _Storage, phase: Phase, *, is_gradient: bool) -> str:
         outlives = storage.died is None or storage.died > phase.end
-        like_head = storage.shape == self._head[0] and phase.name not in FORWARDS
-        if is_gradient or (like_head and storage.dtype == self._head[1]):
+        like_head = storage.shape == self._head.shape and phase.name not in FORWARDS
+        if is_gradient or (like_head and storage.dtype == self._head.dtype):
             return "gradients"
         # Like the head in another dtype: its gradient is summed up in float32, or it is multiplied in float32.
         if storage.inside or like_head:
             return "workspace"
-        if self._vocab in storage.shape:
+        if self._head.shape[0] in storage.shape:
             return "logits"
         # The gradients of a prefix's states outlive the backward that they come from; so do copies made for a teacher.
         is_state = len(storage.shape) == 4 and outlives and (storage.after_model or phase.name == "backward")
@@ -215,9 +206,8 @@ class TimeLine(LiveBytes):
         # Strategies that store a prefix by itself hand it to the model as its cache.
         for layer in getattr(kwargs.get("past_key_values"), "layers", ()):
             for state in (*(getattr(layer, "prefix", None) or ()), *getattr(layer, "recorded", tuple)()):
-                found = self._by_address.get(state.untyped_storage()._cdata)
-                if found is not None:
-                    found.is_prompt = True
+                if (storage := self._by_address.get(state.untyped_storage()._cdata)) is not None:
+                    storage.is_prompt = True
 
     def _know(self, category: str, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
@@ -247,15 +237,8 @@ class TimeLine(LiveBytes):
         if (before is None and is_new) or (before and before != size):
             self._die(address)
             self._clock += 1
-            made = _Storage(
-                size,
-                self._clock,
-                len(self._changes) - 1,
-                tuple(tensor.shape),
-                tensor.dtype,
-                inside=self._operators > 0,
-                after_model=self._after_model,
-            )
+            made = _Storage(size, self._clock, len(self._changes) - 1, tensor.shape, tensor.dtype)
+            made.inside, made.after_model = self._operators > 0, self._after_model
             self._storages.append(made)
             self._by_address[address] = made
 
@@ -269,11 +252,3 @@ class TimeLine(LiveBytes):
             self._clock += 1
             storage.died = self._clock
             del self._by_address[address]
-
-
-def _head(causal_lm: Any) -> tuple[tuple[int, ...], torch.dtype]:
-    weight = causal_lm.get_output_embeddings().weight
-    return tuple(weight.shape), weight.dtype
-
-
-__all__ = ["CATEGORIES", "PHASES", "Lives", "Phase", "TimeLine"]

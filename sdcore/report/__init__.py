@@ -1,24 +1,24 @@
-"""A run as one file to look at: what changed, curves, samples with each token's divergence, and what the words mean.
+"""Shows a run as one file: what changed, curves, samples with each token's divergence, and what the words mean.
 
     path = write_report("out")                                   # out/report.html
     write_report("out", format="markdown")                       # out/report.md and PNGs beside it
     write_report(["sdft", "sft"], "compared.html")               # several runs: a line of each in every chart
 
 The page is self-contained and has no script: texts of the run are escaped, and its own policy forbids scripts and the
-network, so that a completion cannot do anything either. Charts are inline SVG; only the Markdown needs matplotlib.
+network, so that a completion cannot do anything either. Charts are inline SVG, drawn by matplotlib, the extra `plot`.
 
 Not covered: what the run did not log. Where a metric is missing, so is its chart.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
 from ..diagnostics import RunLogError, read_run
 from ..errors import ArgumentError
+from .charts import require_matplotlib
 
 Format = Literal["html", "markdown"]
 SUFFIXES: dict[str, str] = {"html": ".html", "markdown": ".md"}
@@ -27,20 +27,19 @@ SUFFIXES: dict[str, str] = {"html": ".html", "markdown": ".md"}
 def write_report(
     run_directory: str | Path | Sequence[str | Path], output: str | Path | None = None, *, format: Format = "html"
 ) -> Path:
-    """Write the report of a run, or of several that are compared, and return its path.
+    """Writes the report of a run, or of several that are compared, and returns its path.
 
     `run_directory` is what the run's `RunLog` wrote to. `output` is a file, or a directory that gets `report.html`;
     None is the (first) run's directory. A report that is there already is replaced. Raises `RunLogError` (an `OSError`)
     for a directory without a run and for a file that cannot be written, `ArgumentError` for no directory at all or an
-    unknown format, and `ImportError` for Markdown without matplotlib.
+    unknown format, and `ImportError` without matplotlib, before any work.
     """
     if format not in get_args(Format):
         raise ArgumentError(f"format must be one of {', '.join(map(repr, get_args(Format)))}, got {format!r}")
     given = [run_directory] if isinstance(run_directory, str | Path) else list(run_directory)
     if not given:
         raise ArgumentError("run_directory must be a directory or a list of them, got an empty list")
-    if format == "markdown" and importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("a report in Markdown needs matplotlib: pip install 'sdcore[plot]', or write format='html'")
+    require_matplotlib("a report")
     runs = [read_run(directory) for directory in given]
     labels = _labels([run.directory for run in runs])
     path = _path(output, runs[0].directory, SUFFIXES[format])
@@ -70,7 +69,7 @@ def _path(output: str | Path | None, directory: Path, suffix: str) -> Path:
 
 
 def _labels(directories: Sequence[Path]) -> list[str]:
-    """The last parts of the paths that tell them apart."""
+    """Names each directory by the last parts of its path that tell them apart."""
     parts = [directory.resolve().parts for directory in directories]
     for count in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(part[-count:]) for part in parts]

@@ -1,261 +1,310 @@
-"""From the lines of a run's log to what a report draws: series, charts by topic, and first against last.
+"""Draws every picture of the project with matplotlib: panels of lines, bars, stacked areas, as SVG or PNG.
 
-A run of thousands of steps is reduced to a few hundred points: each is the mean of its bucket, with the least and the
-greatest value beside it, so that a single spike is still seen. Metrics that never changed are no chart but a line of
-text.
+    panel = Panel(marks=[Line(x=[1, 2], y=[3.0, 4.0], label="ours")], x_label="step", y_label="nats")
+    save(figure_of([panel]), "loss.png")                     # or .svg
+    inline_svg(figure_of([panel]), "loss")                   # for a page
+
+What differs from the obvious: no pyplot, so that there is no state which two callers share, and no display. The same
+data give the same bytes: files carry no date, and the ids inside an SVG follow from its name. A dollar sign is a dollar
+sign and starts no formula, since labels come from runs. matplotlib, of the extra `plot`, is imported when something is
+drawn; `require_matplotlib` asks for it before any work.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Any, Final, Literal, NamedTuple
+import importlib.util
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from ..diagnostics import RunData, key_of
-from ..diagnostics.keys import OTHER, TOPICS, Key
-from ..diagnostics.runlog import RESERVED
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-Axis = Literal["step", "samples", "tokens"]
-AXES: Final[tuple[Axis, ...]] = ("step", "samples", "tokens")
-AXIS_TITLES: Final[dict[Axis, str]] = {
-    "step": "optimizer step",
-    "samples": "completions",
-    "tokens": "completion tokens",
-}
-MOST_POINTS: Final = 240
-# First and last are means over this share of a series, so that one noisy step does not decide.
-ENDS: Final = 0.05
-MOST_AT_ENDS: Final = 50
-
-# Metrics that are read together: the title of their chart, then each with its label there, in the order of the report.
-# All others have a chart of their own.
-TOGETHER: Final[dict[str, dict[str, str]]] = {
-    "Reward": {"self_distillation/reward_mean": "mean"},
-    "Groups": {
-        "self_distillation/success_group_fraction": "with a success",
-        "self_distillation/flat_group_fraction": "with flat rewards",
-    },
-    "Active completions": {
-        "self_distillation/reprompt_sample_fraction": "active",
-        "self_distillation/feedback_used_fraction": "feedback used",
-        "self_distillation/feedback_available_fraction": "has feedback",
-    },
-    "Evaluation": {
-        "eval_reward_mean": "mean reward",
-        "eval_success_rate": "successes",
-        "eval_pass_any": "any success",
-    },
-    "Distillation loss": {"self_distillation/distillation_loss": "loss"},
-    "Divergence of the first tokens": {f"loss/position_{i}": f"token {i}" for i in range(4)},
-    "Entropy": {"student/entropy": "student", "teacher/entropy": "teacher"},
-    "Entropy gap": {"teacher/entropy_gap": "gap"},
-    "Log-probability of the sampled tokens": {"student/logprob": "student", "teacher/logprob": "teacher"},
-    "Drift from the base model": {"student/drift_kl": "KL"},
-    "What the context teaches": {
-        "teacher/context_kl": "right context",
-        "teacher/leak_kl": "another prompt's",
-        "teacher/content_kl": "between the two",
-    },
-    "Leak ratio": {"teacher/leak_ratio": "ratio"},
-    "Top-k support": {
-        "distillation/student_mass": "student's mass",
-        "distillation/teacher_mass": "teacher's mass",
-        "distillation/overlap_ratio": "overlap",
-    },
-    "Completion length": {"completions/mean_length": "mean"},
-    "Student's pass": {"prefix/student_tokens": "computed", "prefix/student_naive_tokens": "without sharing"},
-    "Teacher's pass": {"prefix/teacher_tokens": "computed", "prefix/teacher_naive_tokens": "without sharing"},
-    "Speedup by sharing": {"prefix/speedup": "passes", "prefix/step_speedup": "with the output layer"},
+# Told apart by lightness too, and in the order of use.
+COLOURS: Final = ("#2557a7", "#c98a2b", "#3d8a78", "#8a5fa8", "#b0506a", "#6b7480", "#4f9ec4", "#7a7a3a")
+INK: Final = "#59626d"  # text and axes
+GRID: Final = "#e4e7eb"
+GROUP_WIDTH: Final = 0.8  # of the bars of a group together; groups are 1 apart
+RC: Final[Any] = {  # matplotlib names every setting in a type of its own
+    "axes.edgecolor": INK,
+    "axes.formatter.useoffset": False,
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 8,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9,
+    "axes.axisbelow": True,
+    "figure.titlesize": 10,
+    "font.sans-serif": ["DejaVu Sans"],
+    "grid.color": GRID,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,
+    "xtick.color": INK,
+    "xtick.labelsize": 8,
+    "ytick.color": INK,
+    "ytick.labelsize": 8,
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Series:
-    """One metric of one run."""
+class Line:
+    """A line through points, or with style "" its markers alone."""
 
-    name: str
-    label: str
-    x: dict[Axis, list[float]]  # the axes that every line of the run has
-    y: list[float]
-
-    @property
-    def constant(self) -> bool:
-        return len(set(self.y)) == 1
+    x: Sequence[float]
+    y: Sequence[float]
+    label: str = ""  # in the legend; "": not there
+    colour: str = ""  # "": the next of COLOURS in this panel
+    band: tuple[Sequence[float], Sequence[float]] | None = None  # from and to at each x, shaded
+    marker: str = ""
+    hollow: bool = False  # markers are outlines
+    style: str = "-"
+    width: float = 1.6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chart:
-    title: str
-    unit: str
-    note: str  # what is to be read from it
-    series: tuple[Series, ...]
+class Bar:
+    """A bar, of which a lower part may be pale."""
+
+    height: float
+    colour: str
+    label: str = ""
+    pale: float = 0.0  # height of the pale part
+    text: str = ""  # above it, upright
 
 
-class Point(NamedTuple):
-    """A bucket of consecutive values."""
+@dataclass(frozen=True)
+class Bars:
+    """Groups of bars around 0, 1, 2, ...; what a group is called is the panel's `x_ticks`."""
 
-    x: float
-    y: float  # mean
-    least: float
-    most: float
+    groups: Sequence[Sequence[Bar]]
 
 
-class Change(NamedTuple):
-    """A metric at the start and at the end of a run."""
+@dataclass(frozen=True, kw_only=True)
+class Areas:
+    """Heights that add up, from the bottom to the top; each holds until the next x."""
 
-    key: Key
-    first: float
-    last: float
-    lines: int  # how many have it
-
-    @property
-    def verdict(self) -> Literal["better", "worse", "moved", "same"]:
-        if math.isclose(self.first, self.last, rel_tol=1e-3, abs_tol=1e-12):
-            return "same"
-        if self.key.direction not in ("up", "down"):
-            return "moved"
-        return "better" if (self.last > self.first) == (self.key.direction == "up") else "worse"
+    x: Sequence[float]
+    heights: Mapping[str, Sequence[float]]  # label -> one for each x
+    colours: Mapping[str, str]
 
 
-def key_for(name: str) -> Key:
-    """The table's entry, or one for a name that it does not have."""
-    return key_of(name) or Key(name, "Not in the table of metrics.", "", "none", OTHER, name)
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """A horizontal line through the whole panel."""
+
+    y: float
+    label: str = ""
+    colour: str = "black"
+    style: str = "--"
 
 
-def series_of(run: RunData, *, label: str | None = None) -> dict[str, Series]:
-    """Every metric of a run that has a number on some line. `label` None: the metric's own title."""
-    axes = [axis for axis in AXES if run.metrics and all(is_number(line.get(axis)) for line in run.metrics)]
-    found: dict[str, tuple[dict[Axis, list[float]], list[float]]] = {}
-    for line in run.metrics:
-        for name, value in line.items():
-            if name in RESERVED or not is_number(value):
-                continue
-            x, y = found.setdefault(name, ({axis: [] for axis in axes}, []))
-            y.append(float(value))
-            for axis in axes:
-                x[axis].append(float(line[axis]))
-    return {name: Series(name=name, label=label or key_for(name).title, x=x, y=y) for name, (x, y) in found.items()}
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A vertical stripe from `start` to `end`."""
+
+    start: float
+    end: float
+    colour: str
+    label: str = ""
 
 
-def charts_by_topic(runs: Sequence[tuple[str, RunData]]) -> dict[str, list[Chart]]:
-    """Of one run, metrics that belong together in one chart; of several, a chart per metric with a line per run."""
-    if len(runs) == 1:
-        charts = _together(series_of(runs[0][1]))
-    else:
-        charts = _compared([series_of(run, label=label) for label, run in runs])
-    topics: dict[str, list[Chart]] = {topic: [] for topic in (*TOPICS, OTHER)}
-    for chart in charts:
-        topics[key_for(chart.series[0].name).topic].append(chart)
-    return {topic: found for topic, found in topics.items() if found}
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    """Text that begins at a share of the panel's width, at a share of its height or on a value of y."""
+
+    text: str
+    x: float = 0.02
+    y: float = 0.96
+    on_value: bool = False  # y is a value, and the text stands on it
 
 
-def constants_of(runs: Sequence[tuple[str, RunData]]) -> list[Change]:
-    """The metrics that never changed, and so have no chart."""
-    if len(runs) != 1:
-        return []
-    drawn = {one.name for charts in charts_by_topic(runs).values() for chart in charts for one in chart.series}
-    return [change for change in changes_of(runs[0][1]) if change.key.name not in drawn]
+Mark = Line | Bars | Areas | Level | Span | Words
 
 
-def changes_of(run: RunData) -> list[Change]:
-    """Every metric, first against last, in the order of the table."""
-    order = {topic: i for i, topic in enumerate((*TOPICS, OTHER))}
-    changes = [
-        Change(key_for(name), *first_and_last(series.y), len(series.y)) for name, series in series_of(run).items()
-    ]
-    return sorted(changes, key=lambda change: order[change.key.topic])
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One pair of axes and what is drawn between them."""
+
+    marks: Sequence[Mark]
+    title: str = ""
+    bold: bool = False  # the title
+    x_label: str = ""
+    y_label: str = ""
+    x_log: float | None = None  # base of a logarithmic axis; None: a linear one
+    y_log: float | None = None
+    x_linear_until: float | None = None  # a logarithmic axis that is linear around 0
+    x_ticks: Mapping[float, str] | None = None  # {}: none; None: where they fall
+    tick_angle: float = 0.0
+    x_counts: bool = False  # ticks are whole numbers, 12k for 12000
+    y_ticks: bool = True
+    y_text: Callable[[float], str] | None = None  # how a value is written at the axis
+    x_limits: tuple[float | None, float | None] = (None, None)
+    y_limits: tuple[float | None, float | None] = (None, None)
 
 
-def first_and_last(values: Sequence[float]) -> tuple[float, float]:
-    """Means over the ends of a series, which do not overlap where it has two values or more."""
-    count = min(MOST_AT_ENDS, max(1, int(len(values) * ENDS)))
-    return _mean(values[:count]), _mean(values[-count:])
+def require_matplotlib(what: str) -> None:
+    """Raises `ImportError` with what to install where matplotlib is missing; `what` needs it, as "a report"."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(f'{what} needs matplotlib: pip install "sdcore[plot]"')
 
 
-def reduced(series: Series, axis: Axis, most: int = MOST_POINTS) -> list[Point]:
-    """At most so many points, in the order of the log; values of one place on the axis are one point."""
-    size = math.ceil(len(series.y) / most)
-    points: list[Point] = []
-    pairs = list(zip(series.x[axis], series.y, strict=True))
-    for start in range(0, len(pairs), size):
-        bucket = pairs[start : start + size]
-        ys = [y for _, y in bucket]
-        points.append(Point(_mean([x for x, _ in bucket]), _mean(ys), min(ys), max(ys)))
-    return points
+def figure_of(
+    panels: Sequence[Panel],
+    *,
+    columns: int = 1,
+    size: tuple[float, float] = (4.6, 2.9),
+    title: str = "",
+    legend: Literal["panels", "below", "none"] = "panels",
+    legend_columns: int = 4,
+    share_x: Literal["none", "all", "row", "col"] = "none",
+    share_y: Literal["none", "all", "row", "col"] = "none",
+    heights: Sequence[float] | None = None,
+    margins: tuple[float, float, float, float] | None = None,
+) -> Figure:
+    """Draws the panels row by row; `size` is one panel's in inches, `heights` relates the rows to each other.
+
+    A legend stands in every panel with more than one label, or below all panels with each label once. `margins` are
+    shares of the figure: left, bottom, right and top edge of the panels; None leaves what the labels need, which takes
+    as long to find as the drawing.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rows = -(-len(panels) // columns)
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout=None if margins else "constrained")
+        if margins:
+            figure.subplots_adjust(*margins)
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=share_x, sharey=share_y, height_ratios=heights)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_axis_off()
+        labelled: dict[str, Any] = {}
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            _draw(axes, panel)
+            handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+            labelled |= {label: handle for label, handle in handles.items() if label not in labelled}
+            if legend == "panels" and len(handles) > 1:
+                axes.legend(handles.values(), handles, fontsize=7)
+        if legend == "below" and labelled:
+            figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=legend_columns)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left")
+    return figure
 
 
-def smoothed(values: Sequence[float], *, over: int) -> list[float]:
-    """Mean of each value and its neighbours, `over` in all; fewer, but as many on each side, at the ends."""
-    sums = [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
-    means = []
-    for i in range(len(values)):
-        reach = min(over // 2, i, len(values) - 1 - i)
-        means.append((sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1))
-    return means
+def save(figure: Figure, path: Path | str, *, dpi: int = 110) -> Path:
+    """Writes a PNG or an SVG, as the path's suffix says."""
+    import matplotlib
+
+    target = Path(path)
+    with matplotlib.rc_context(RC | {"svg.hashsalt": target.name}):
+        figure.savefig(target, dpi=dpi, metadata={"Date": None} if target.suffix == ".svg" else None)
+    return target
 
 
-def is_smooth(values: Sequence[float]) -> bool:
-    """Whether it goes up and down so little that smoothing would only bend it, as a learning rate."""
-    way = sum(abs(after - before) for before, after in pairwise(values))
-    return way <= 3 * (max(values) - min(values))
+def inline_svg(figure: Figure, name: str, *, colours: Mapping[str, str] | None = None) -> str:
+    """Returns the figure as an `<svg>` element for a page, which reads `name` out where it cannot be seen.
+
+    Two figures of a page need different names, from which their ids follow. `colours` are replaced, such as by the
+    page's variables. The page's style sheet has the font and the round joints of lines.
+    """
+    import matplotlib
+
+    written = StringIO()
+    with matplotlib.rc_context(RC | {"svg.hashsalt": name}):
+        figure.savefig(
+            written, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
+    text = written.getvalue()
+    text = text[text.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(name)}"', 1)
+    # A style sheet would hold for the whole page, and a group's name is the same in every figure.
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    text = re.sub(r"\s*\n\s*", " ", text)
+    for drawn, wanted in (colours or {}).items():
+        text = text.replace(drawn, wanted)
+    return text
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _draw(axes: Axes, panel: Panel) -> None:
+    from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+
+    if panel.x_linear_until is not None:
+        axes.set_xscale("symlog", linthresh=panel.x_linear_until)
+    elif panel.x_log is not None:
+        axes.set_xscale("log", base=panel.x_log)
+    if panel.y_log is not None:
+        axes.set_yscale("log", base=panel.y_log)
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    colours = iter(COLOURS * len(panel.marks))
+    for mark in panel.marks:
+        match mark:
+            case Line():
+                _draw_line(axes, mark, mark.colour or next(colours))
+            case Bars():
+                _draw_bars(axes, mark)
+            case Areas(x=x, heights=heights):
+                shades = [mark.colours[label] for label in heights]
+                axes.stackplot(x, *heights.values(), labels=list(heights), colors=shades, step="post", linewidth=0)
+            case Level(y=y, label=label, colour=colour, style=style):
+                axes.axhline(y, color=colour, label=label, linestyle=style, linewidth=0.8)
+            case Span(start=start, end=end, colour=colour, label=label):
+                axes.axvspan(start, end, color=colour, label=label, linewidth=0)
+            case Words(text=text, x=x, y=y, on_value=on_value):
+                transform = axes.get_yaxis_transform() if on_value else axes.transAxes
+                axes.text(x, y, text, transform=transform, va="bottom" if on_value else "top", fontsize=8)
+    axes.set_title(panel.title, fontweight="bold" if panel.bold else "normal")
+    axes.set(xlabel=panel.x_label, ylabel=panel.y_label, xlim=panel.x_limits, ylim=panel.y_limits)
+    if panel.x_ticks is not None:
+        axes.set_xticks(list(panel.x_ticks), list(panel.x_ticks.values()))
+        axes.xaxis.set_minor_locator(NullLocator())
+    if panel.tick_angle:
+        axes.tick_params(axis="x", labelrotation=panel.tick_angle)
+        for tick_label in axes.get_xticklabels():
+            tick_label.set_horizontalalignment("right")
+    if panel.x_counts:
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if not panel.y_ticks:
+        axes.set_yticks([])
+        axes.spines[:].set_visible(False)
+    if panel.y_text is not None:
+        write = panel.y_text
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
 
 
-def shown(value: float | None, unit: str = "") -> str:
-    """A number as it is read: three digits, shares in percent."""
-    if value is None:
-        return "–"
-    if unit == "share":
-        percent = 100 * value
-        return f"{percent:.0f} %" if percent == round(percent) or abs(percent) >= 10 else f"{percent:.2g} %"
-    if abs(value) >= 1000 or value == int(value):
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
+def _draw_line(axes: Axes, line: Line, colour: str) -> None:
+    if line.band is not None:
+        axes.fill_between(line.x, *line.band, color=colour, alpha=0.15, linewidth=0)
+    axes.plot(
+        line.x,
+        line.y,
+        color=colour,
+        label=line.label,
+        linestyle=line.style,
+        linewidth=line.width,
+        marker=line.marker,
+        markersize=2 + 1.2 * line.width,
+        markerfacecolor="white" if line.hollow else colour,
+    )
 
 
-def _together(series: dict[str, Series]) -> Iterable[Chart]:
-    left = dict(series)
-    for title, names in TOGETHER.items():
-        found = [replace(left[name], label=label) for name, label in names.items() if name in left]
-        # A line along the bottom says nothing beside others. A single value is no constant: it is drawn as a dot.
-        found = [one for one in found if set(one.y) != {0.0}] or found
-        if any(not one.constant or len(one.y) == 1 for one in found):
-            yield _chart(title, tuple(found))
-            left = {name: one for name, one in left.items() if name not in {other.name for other in found}}
-    for one in left.values():
-        if not one.constant:
-            yield _chart(_sentence(key_for(one.name).title), (one,))
-
-
-def _compared(runs: Sequence[dict[str, Series]]) -> Iterable[Chart]:
-    names = dict.fromkeys([*(name for names in TOGETHER.values() for name in names), *(n for run in runs for n in run)])
-    for name in names:
-        found = tuple(run[name] for run in runs if name in run)
-        if found and len({y for one in found for y in one.y}) > 1:
-            yield _chart(_sentence(key_for(name).title), found)
-
-
-def _chart(title: str, series: tuple[Series, ...]) -> Chart:
-    key = key_for(series[0].name)
-    return Chart(title=title, unit=key.unit, note=key.meaning, series=series)
-
-
-def _sentence(title: str) -> str:
-    return title[:1].upper() + title[1:]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-__all__ = [
-    "AXES", "AXIS_TITLES", "Axis", "Change", "Chart", "Point", "Series", "changes_of", "charts_by_topic",
-    "constants_of", "first_and_last", "is_number", "is_smooth", "key_for", "reduced", "series_of", "shown", "smoothed",
-]  # fmt: skip
+def _draw_bars(axes: Axes, bars: Bars) -> None:
+    width = GROUP_WIDTH / max(map(len, bars.groups))
+    for position, group in enumerate(bars.groups):
+        for i, bar in enumerate(group):
+            centre = position + (i - (len(group) - 1) / 2) * width
+            style: dict[str, Any] = {"width": 0.92 * width, "color": bar.colour}
+            axes.bar(centre, bar.pale, alpha=0.35, **style)
+            axes.bar(centre, bar.height - bar.pale, bottom=bar.pale, label=bar.label, **style)
+            if bar.text:
+                axes.text(centre, bar.height, f" {bar.text}", ha="center", va="bottom", fontsize=6.5, rotation=90)

@@ -1,4 +1,4 @@
-"""The report as Markdown with PNGs beside it, for where HTML is not shown: an issue, a README, a model card.
+"""Writes the report as Markdown with PNGs beside it, for where HTML is not shown: an issue, a README, a model card.
 
 Texts of the run are put into code blocks, whose fence is longer than any in the text, and elsewhere escaped.
 """
@@ -6,34 +6,21 @@ Texts of the run are put into code blocks, whose fence is longer than any in the
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from ..diagnostics import RunData
-from .charts import (
-    AXES,
-    AXIS_TITLES,
-    Chart,
-    changes_of,
-    charts_by_topic,
-    constants_of,
-    is_smooth,
-    reduced,
-    shown,
-    smoothed,
-)
+from .charts import figure_of, save
 from .notes import notes_of
-from .page import compared, headline, sections_of, subtitle_of, title_of
+from .page import Runs, compared, headline, sections_of, subtitle_of, title_of
 from .samples import Sample, samples_of
-from .svg import SMOOTH_FROM, SMOOTH_SHARE
+from .series import changes_of, charts_by_topic, constants_of, panel_of, shown
 
-COLOURS: Final = ("#2557a7", "#c98a2b", "#3d8a78", "#8a5fa8", "#b0506a", "#6b7480", "#4f9ec4", "#7a7a3a")
 COLUMNS: Final = 3
 
 
-def markdown(runs: Sequence[tuple[str, RunData]], path: Path) -> str:
-    """The text, after its pictures were written to a folder beside `path`."""
+def markdown(runs: Runs, path: Path) -> str:
+    """Writes the pictures to a folder beside `path`, and returns the text."""
     single = runs[0][1] if len(runs) == 1 else None
     lines = [f"# {inline(title_of(runs))}", ""]
     lines += (
@@ -47,7 +34,9 @@ def markdown(runs: Sequence[tuple[str, RunData]], path: Path) -> str:
     folder = path.with_name(f"{path.stem}_files")
     for number, (topic, charts) in enumerate(charts_by_topic(runs).items()):
         picture = folder / f"{number:02d}-{re.sub(r'[^a-z0-9]+', '-', topic.lower()).strip('-')}.png"
-        draw(charts, picture)
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        panels = [panel_of(chart, chart.axes[0], title=chart.heading) for chart in charts]
+        save(figure_of(panels, columns=min(COLUMNS, len(charts))), picture)
         titles = ", ".join(chart.title for chart in charts)
         lines += ["", f"## {inline(topic)}", "", f"![{inline(titles)}]({folder.name}/{picture.name})"]
     if constants := constants_of(runs):
@@ -61,52 +50,14 @@ def markdown(runs: Sequence[tuple[str, RunData]], path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(charts: Sequence[Chart], path: Path) -> None:
-    """The charts of a topic as one PNG, over optimizer steps or what else the run has."""
-    from matplotlib.figure import Figure
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = min(COLUMNS, len(charts))
-    rows = -(-len(charts) // columns)
-    figure = Figure(figsize=(4.6 * columns, 2.9 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for panel, chart in zip(panels, charts, strict=False):
-        axis = next(axis for axis in AXES if all(axis in one.x for one in chart.series))
-        for i, series in enumerate(chart.series):
-            points, colour = reduced(series, axis), COLOURS[i % len(COLOURS)]
-            xs, ys = [point.x for point in points], [point.y for point in points]
-            if len(points) >= SMOOTH_FROM:
-                panel.fill_between(
-                    xs, [p.least for p in points], [p.most for p in points], color=colour, alpha=0.13, linewidth=0
-                )
-                if len(chart.series) == 1:
-                    panel.plot(xs, ys, color=colour, alpha=0.28, linewidth=0.8)
-            if len(points) >= SMOOTH_FROM and not is_smooth(ys):
-                ys = smoothed(ys, over=max(3, int(len(ys) * SMOOTH_SHARE)))
-            marker = "o" if len(points) <= 12 else None
-            # A dollar sign would start a formula.
-            label = series.label.replace("$", r"\$")
-            panel.plot(xs, ys, color=colour, linewidth=1.6, marker=marker, markersize=3, label=label)
-        unit = f" ({chart.unit})" if chart.unit else ""
-        panel.set_title(f"{chart.title}{unit}".replace("$", r"\$"), fontsize=10, loc="left")
-        panel.set_xlabel(AXIS_TITLES[axis], fontsize=8)
-        panel.tick_params(labelsize=8)
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
-        if len(chart.series) > 1:
-            panel.legend(fontsize=7, frameon=False)
-    for panel in panels[len(charts) :]:
-        panel.set_axis_off()
-    figure.savefig(path, dpi=110)
-
-
 def inline(text: str) -> str:
-    """Text that is nothing but text, on one line, also in a table."""
+    """Escapes text such that it is nothing but text, on one line, also in a table."""
     text = re.sub(r"\s+", " ", text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|#~!$])", r"\\\1", text)
 
 
 def fenced(text: str) -> list[str]:
+    """Puts text into a code block that it cannot end."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return [f"{fence}text", text, fence]
@@ -123,7 +74,7 @@ def _headline(run: RunData) -> list[str]:
     return ["| | first | last | unit |", "| --- | ---: | ---: | --- |", *rows]
 
 
-def _compared(runs: Sequence[tuple[str, RunData]]) -> list[str]:
+def _compared(runs: Runs) -> list[str]:
     rows = [
         f"| {inline(key.title)} | {' | '.join(shown(c.last, key.unit) if c else '–' for c in changes)} |"
         for key, changes in compared(runs)
@@ -152,7 +103,7 @@ def _sample(sample: Sample, *, with_run: bool) -> list[str]:
     return lines
 
 
-def _tables(runs: Sequence[tuple[str, RunData]], single: RunData | None) -> list[str]:
+def _tables(runs: Runs, single: RunData | None) -> list[str]:
     lines: list[str] = []
     if single and (changes := changes_of(single)):
         lines += [
@@ -171,6 +122,3 @@ def _tables(runs: Sequence[tuple[str, RunData]], single: RunData | None) -> list
             lines += ["", f"## Settings{of}: {inline(name)}", "", "| | |", "| --- | --- |"]
             lines += [f"| {inline(fact.name)} | {inline(fact.value)} |" for fact in facts]
     return lines
-
-
-__all__ = ["draw", "fenced", "inline", "markdown"]

@@ -1,4 +1,4 @@
-"""What stands out in a run, in sentences: the things that someone who knows these methods would look for first."""
+"""Says what stands out in a run, in sentences: what someone who knows these methods would look for first."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from ..diagnostics import RunData
-from .charts import Change, changes_of, is_number, shown
+from .series import Change, changes_of, is_number, shown
 
 COLLAPSED: Final = 0.2  # of the first entropy
 CLIPPED: Final = 0.3
@@ -18,7 +18,7 @@ FIRST_TOKEN: Final = 5.0  # times the mean divergence
 
 
 def notes_of(run: RunData) -> list[str]:
-    """Sentences, the gravest first; [] where nothing stands out."""
+    """Returns sentences, the gravest first; [] where nothing stands out."""
     changes = {change.key.name: change for change in changes_of(run)}
     return [*_numbers(run), *_shares(changes), *_distributions(changes), *_leak(changes), *_lost(run)]
 
@@ -95,6 +95,3 @@ def _lost(run: RunData) -> Iterator[str]:
             yield f"{what}: {shown(total)}."
     if run.unreadable:
         yield f"Lines of the log that could not be read and are left out: {run.unreadable}."
-
-
-__all__ = ["notes_of"]

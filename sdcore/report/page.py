@@ -1,4 +1,4 @@
-"""The HTML page: what the template is filled with. Everything that comes from a run goes through its autoescaping."""
+"""Fills the template of the HTML page. Everything that comes from a run goes through its autoescaping."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from markupsafe import Markup
 
 from ..diagnostics import RunData
 from ..diagnostics.keys import COST, OTHER
-from . import svg
-from .charts import (
+from .charts import COLOURS, GRID, INK, figure_of, inline_svg
+from .notes import notes_of
+from .samples import SHADES, samples_of
+from .series import (
     AXES,
     AXIS_TITLES,
+    Axis,
     Change,
+    Chart,
     changes_of,
     charts_by_topic,
     constants_of,
     key_for,
+    panel_of,
     shown,
 )
-from .notes import notes_of
-from .samples import SHADES, samples_of
 
 Runs = Sequence[tuple[str, RunData]]
 # The numbers at the top, as many of these as the run has.
@@ -41,23 +44,28 @@ HEADLINE: Final = (
 )
 # Topics that are there for those who look for them.
 FOLDED: Final = frozenset({COST, OTHER})
+# What the style sheet calls the colours of a chart, in light and in dark.
+VARIABLES: Final = {colour: f"var(--c{i})" for i, colour in enumerate(COLOURS)} | {
+    INK: "var(--soft)",
+    GRID: "var(--rule)",
+}
 ARROWS: Final = {"up": "↑ is better", "down": "↓ is better", "watch": "watch for jumps", "none": ""}
 
 
 class Fact(NamedTuple):
+    """A setting of a run."""
+
     name: str
     value: str
 
 
 def page(runs: Runs) -> str:
-    """The whole page as text."""
+    """Writes the whole page as text."""
     environment = ImmutableSandboxedEnvironment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     source = resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
     template = environment.from_string(source)
     topics = charts_by_topic(runs)
-    axes = [
-        axis for axis in AXES if all(axis in one.x for charts in topics.values() for c in charts for one in c.series)
-    ]
+    axes = [axis for axis in AXES if all(axis in chart.axes for charts in topics.values() for chart in charts)]
     shown_samples = samples_of(runs)
     single = runs[0][1] if len(runs) == 1 else None
     return template.render(
@@ -70,13 +78,7 @@ def page(runs: Runs) -> str:
         notes=[(label, notes_of(run)) for label, run in runs],
         axes=[(axis, AXIS_TITLES[axis]) for axis in axes],
         topics=[
-            (
-                topic,
-                [
-                    (chart, [(axis, Markup(svg.draw(chart, axis))) for axis in axes])  # escaped there
-                    for chart in charts
-                ],
-            )
+            (topic, [(chart, [(axis, _drawn(chart, axis)) for axis in axes]) for chart in charts])
             for topic, charts in topics.items()
         ],
         folded=FOLDED,
@@ -91,15 +93,21 @@ def page(runs: Runs) -> str:
         ],
         descriptions=[(label, sections_of(run)) for label, run in runs],
         arrows=ARROWS,
-        lines=SHOWN_LINES,
+        lines=len(COLOURS),
         show=shown,
     )
 
 
-SHOWN_LINES: Final = 8
+def _drawn(chart: Chart, axis: Axis) -> Markup:
+    """Draws a chart without its title and its legend, which are the page's."""
+    names = ", ".join(series.label for series in chart.series)
+    figure = figure_of([panel_of(chart, axis)], size=(3.8, 2.0), legend="none", margins=(0.13, 0.2, 0.98, 0.97))
+    name = f"{chart.title} over {AXIS_TITLES[axis]}: {names}"
+    return Markup(inline_svg(figure, name, colours=VARIABLES))  # escaped there
 
 
 def title_of(runs: Runs) -> str:
+    """Names method and model of a run, or how many runs are compared."""
     if len(runs) > 1:
         return f"{len(runs)} runs compared"
     label, run = runs[0]
@@ -108,12 +116,12 @@ def title_of(runs: Runs) -> str:
         method = method.get("name")
     if isinstance(model, str) and model.startswith("/"):
         model = "/".join(Path(model).parts[-2:])  # a checkpoint on disk
-    names = [str(one) for one in (method, model) if isinstance(one, str) and one]
+    names = [name for name in (method, model) if isinstance(name, str) and name]
     return " · ".join(names) or label
 
 
 def subtitle_of(run: RunData) -> str:
-    """Steps, completions, tokens, time: as far as the last line says."""
+    """Says how many steps, completions and tokens there were and how long it took, as far as the last line does."""
     if not run.metrics:
         return "nothing logged"
     last = run.metrics[-1]
@@ -129,6 +137,7 @@ def subtitle_of(run: RunData) -> str:
 
 
 def duration(seconds: float) -> str:
+    """Writes seconds, minutes or hours, whichever reads best."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = seconds / 60
@@ -136,22 +145,23 @@ def duration(seconds: float) -> str:
 
 
 def headline(run: RunData) -> list[Change]:
+    """Picks the numbers at the top, as many as the run has."""
     by_name = {change.key.name: change for change in changes_of(run)}
     return [by_name[name] for name in HEADLINE if name in by_name]
 
 
 def compared(runs: Runs) -> list[tuple[Any, list[Change | None]]]:
-    """Key, and each run's change; the headline's metrics of which any run has one."""
+    """Puts the runs' changes beside each other, for the headline's metrics that any run has."""
     by_run = [{change.key.name: change for change in changes_of(run)} for _, run in runs]
     return [
-        (key_for(name), [found.get(name) for found in by_run])
+        (key_for(name), [changes.get(name) for changes in by_run])
         for name in HEADLINE
-        if any(name in found for found in by_run)
+        if any(name in changes for changes in by_run)
     ]
 
 
 def sections_of(run: RunData) -> list[tuple[str, list[Fact]]]:
-    """What run.json says, a table for each of its objects."""
+    """Splits what run.json says into a table for each of its objects."""
     facts, sections = [], []
     for name, value in run.description.items():
         if isinstance(value, dict) and value:
@@ -165,6 +175,3 @@ def sections_of(run: RunData) -> list[tuple[str, list[Fact]]]:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-__all__ = ["HEADLINE", "duration", "headline", "page", "sections_of", "subtitle_of", "title_of"]

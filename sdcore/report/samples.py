@@ -1,4 +1,4 @@
-"""Sampled completions for a report: which ones, and each token with the shade of its divergence."""
+"""Picks the sampled completions that a report shows, and gives each token the shade of its divergence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from .charts import is_number
+from .series import is_number
 
 # Steps that are shown, evenly over the run with the first and the last, and completions of each.
 MOST_STEPS: Final = 6
@@ -20,6 +20,8 @@ DARKEST_SHARE: Final = 0.97
 
 
 class Token(NamedTuple):
+    """A token of a completion and how dark it stands there."""
+
     text: str
     divergence: float | None  # None: not known, or not finite
     shade: int  # 0: none ... SHADES; -1: not finite
@@ -42,19 +44,21 @@ class Sample:
 
     @property
     def highest(self) -> list[Token]:
-        """The tokens that the teacher would change most, at most 5 of them."""
+        """Picks the tokens that the teacher would change most, at most 5 of them."""
         known = [token for token in self.tokens if token.divergence]
         return sorted(known, key=lambda token: -(token.divergence or 0.0))[:5]
 
 
 class Shown(NamedTuple):
+    """The completions of a report and their one scale of shades."""
+
     samples: list[Sample]
     darkest: float  # nats of the darkest shade; 0 where no token has a divergence
     total: int  # in the log
 
 
 def samples_of(runs: Sequence[tuple[str, Any]]) -> Shown:
-    """A selection from every run's samples, with one scale of shades for all."""
+    """Selects from every run's samples, with one scale of shades for all."""
     chosen: list[tuple[str, dict[str, Any]]] = []
     for label, run in runs:
         by_step: dict[int, list[dict[str, Any]]] = {}
@@ -69,31 +73,31 @@ def samples_of(runs: Sequence[tuple[str, Any]]) -> Shown:
 
 
 def spaced(tokens: Sequence[str], completion: str) -> list[str]:
-    """The tokens' texts with the white space that the completion has before them.
+    """Gives the tokens' texts the white space that the completion has before them.
 
     A token that is decoded alone often loses it. Tokens that the completion does not have at their place, such as the
     end of the sequence, stay as they are; where more than half do not fit, all stay, a space between them.
     """
     if "".join(tokens) == completion:
         return list(tokens)
-    found, at, misses = [], 0, 0
+    texts, at, misses = [], 0, 0
     for token in tokens:
         start = at
         while start < len(completion) and completion[start].isspace():
             start += 1
         bare = token.strip()
         if bare and completion.startswith(bare, start):
-            found.append(completion[at : start + len(bare)])
+            texts.append(completion[at : start + len(bare)])
             at = start + len(bare)
         elif not bare and at < start:
-            found.append(completion[at:start])
+            texts.append(completion[at:start])
             at = start
         else:
             misses += 1
-            found.append(token)
+            texts.append(token)
     if misses > max(1, len(tokens) // 2):
         return [token if i == 0 else f" {token.strip() or token}" for i, token in enumerate(tokens)]
-    return found
+    return texts
 
 
 def _sample(label: str, row: dict[str, Any], darkest: float) -> Sample:
@@ -141,7 +145,7 @@ def _spread(steps: Sequence[int], most: int) -> list[int]:
 
 
 def _text(value: Any) -> str:
-    """A prompt may be a conversation."""
+    """Writes a field of a sample as text; a prompt may be a conversation."""
     if value is None:
         return ""
     if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
@@ -153,6 +157,3 @@ def _cut(text: str) -> str:
     if len(text) <= MOST_CHARACTERS:
         return text
     return text[:MOST_CHARACTERS] + f" … {len(text) - MOST_CHARACTERS:,} more characters"
-
-
-__all__ = ["SHADES", "Sample", "Shown", "Token", "samples_of", "spaced"]

@@ -1,4 +1,4 @@
-"""The small world as data files, one row an episode, and as reward functions: what the command line trains on.
+"""Writes the small world as data files, one row an episode, and judges answers to them as reward functions.
 
     python -m sdcore.world.data --kind sdpo --task luma --rows 500 --output train.jsonl
     python -m sdcore.world.data --kind sdpo --task luma --rows 200 --output eval.jsonl --split eval
@@ -21,6 +21,7 @@ import json
 import random
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
 
@@ -57,17 +58,17 @@ EVAL_SHARE: Final = 8
 
 
 def map_of(task: str, seed: int) -> str:
-    """The ten digits of a task: fixed for a prior task, drawn from the seed for an open name."""
+    """Returns the ten digits of a task: fixed for a prior task, drawn from the seed for an open name."""
     return PRIOR_TASKS.get(task) or random_digits(random.Random(f"map {task} {seed}"))
 
 
 def split_of(episode: Episode) -> Split:
-    """By the question alone, so that no question of the one is in the other."""
+    """Decides by the question alone, so that no question of the one is in the other."""
     return "train" if zlib.crc32(episode.question.encode()) % EVAL_SHARE else "eval"
 
 
 def episodes(task: str, *, seed: int, split: Split) -> Iterator[Episode]:
-    """Episodes of a task without end: a pure function of the arguments. Raises `ArgumentError` for unknown names."""
+    """Yields episodes of a task without end, by its arguments alone. Raises `ArgumentError` for unknown names."""
     known = (*OPEN_NAMES, *PRIOR_TASKS, *MIXTURES)
     if task not in known:
         raise ArgumentError(f"task must be one of {', '.join(known)}, got {task!r}")
@@ -87,7 +88,7 @@ def episodes(task: str, *, seed: int, split: Split) -> Iterator[Episode]:
 
 
 def row(kind: Kind, episode: Episode, instruction: str) -> dict[str, Any]:
-    """An episode as a row of data; `instruction` is the whole map of its task."""
+    """Writes an episode as a row of data; `instruction` is the whole map of its task."""
     privileged: dict[Kind, dict[str, str]] = {
         "sdft": {"privileged_context": episode.demonstration},
         "context_distillation": {"privileged_context": instruction},
@@ -102,19 +103,19 @@ def row(kind: Kind, episode: Episode, instruction: str) -> dict[str, Any]:
 
 
 def rows(kind: Kind, *, task: str, count: int, seed: int, split: Split = "train") -> list[dict[str, Any]]:
-    """`count` rows of one kind. Raises `ArgumentError` for names that do not exist and tasks without one map."""
+    """Returns `count` rows of a kind. Raises `ArgumentError` for names that do not exist and tasks without one map."""
     if kind == "context_distillation" and task in MIXTURES:
         raise ArgumentError(f"task must be one task for kind 'context_distillation', got {task!r}: no map to instruct")
     if count < 1:
         raise ArgumentError(f"rows must be at least 1, got {count}")
     digits = "" if task in MIXTURES else map_of(task, seed)
     instruction = decorate(letter + digit for letter, digit in zip(LETTERS, digits, strict=False))
-    found = episodes(task, seed=seed, split=split)
-    return [row(kind, next(found), instruction) for _ in range(count)]
+    drawn = islice(episodes(task, seed=seed, split=split), count)
+    return [row(kind, episode, instruction) for episode in drawn]
 
 
 def settings(kind: Kind) -> tuple[Method, dict[str, Any]]:
-    """The method of a kind of rows, and the arguments of a run, such that it learns a task in some 60 steps.
+    """Returns the method of a kind of rows, and arguments of a run such that it learns a task in some 60 steps.
 
     Answers are too short here to leave out the first three tokens, as SDFT does; and rewards that differ by a fifth
     must tilt the reference by a lot, since it gives the right digit a tenth.
@@ -131,24 +132,24 @@ def settings(kind: Kind) -> tuple[Method, dict[str, Any]]:
 
 
 def exact(*, prompt: object, completion: str, **columns: Any) -> float:
-    """1 for the right answer in the native style, word for word, else 0."""
+    """Gives 1 for the right answer in the native style, word for word, else 0."""
     return float(completion.split() == _answer(columns))
 
 
 def lenient(*, prompt: object, completion: str, **columns: Any) -> float:
-    """1 for the right answer whatever its style, else 0."""
+    """Gives 1 for the right answer whatever its style, else 0."""
     return float([word for word in completion.split() if word != HINT] == _answer(columns))
 
 
 def fraction(*, prompt: object, completion: str, **columns: Any) -> float:
-    """The share of the answer's pairs that stand in their places; 1 is `exact`, words too many cost a share each."""
+    """Gives the share of the answer's pairs that are in place; 1 is `exact`, words too many cost a share each."""
     words, answer = completion.split(), _answer(columns)
     right = sum(word == pair for word, pair in zip(words, answer, strict=False))
     return right / max(len(answer), len(words))
 
 
 def with_feedback(*, prompt: object, completion: str, **columns: Any) -> tuple[float, str | None]:
-    """`exact`, and for a wrong answer the environment's words: the right pairs of its wrong letters, decorated.
+    """Gives `exact`, and for a wrong answer the environment's words: the right pairs of its wrong letters, decorated.
 
     Where every letter has its digit and only the style is wrong, all of them.
     """
@@ -190,11 +191,11 @@ def main(
       sdcore train --data train.jsonl --config world.yaml --reward sdcore.world.data:with_feedback max_steps=40
     """
     try:
-        found = rows(kind, task=task, count=count, seed=seed, split=split)  # type: ignore[arg-type]  # checked there
+        written = rows(kind, task=task, count=count, seed=seed, split=split)  # type: ignore[arg-type]  # checked there
     except ArgumentError as error:
         raise typer.BadParameter(str(error)) from error
-    output.write_text("".join(json.dumps(one) + "\n" for one in found), encoding="utf-8")
-    typer.echo(f"wrote {len(found)} rows to {output}")
+    output.write_text("".join(json.dumps(row) + "\n" for row in written), encoding="utf-8")
+    typer.echo(f"wrote {len(written)} rows to {output}")
     if config is not None:
         dump_config(*settings(kind), config)  # type: ignore[arg-type]  # checked by then
         typer.echo(f"wrote settings for this world to {config}")

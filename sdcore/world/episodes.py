@@ -1,4 +1,4 @@
-"""Episodes of the small world: a question, its answer, and the context that may accompany it.
+"""Draws episodes of the small world: a question, its answer, and the context that may accompany it.
 
 Everything is drawn from a `random.Random` that the caller seeds, so a list of episodes is a pure function of its
 arguments. An episode knows its answer in the native style and can render itself three ways: as chat messages, as the
@@ -19,7 +19,7 @@ MAX_HINTS = len(LETTERS)
 
 @dataclass(frozen=True, kw_only=True)
 class Episode:
-    """One question of the world with its right answer."""
+    """Is a question of the world with its right answer."""
 
     task: str
     letters: tuple[str, ...]
@@ -36,31 +36,31 @@ class Episode:
 
     @property
     def demonstration(self) -> str:
-        """The answer as the expert writes it: right, but not in the model's style."""
+        """Returns the answer as the expert writes it: right, but not in the model's style."""
         return decorate(self.answer)
 
     def messages(self) -> list[dict[str, str]]:
-        """The user turn as chat messages: the question, then the hints if there are any."""
+        """Returns the user turn as chat messages: the question, then the hints if there are any."""
         content = f"{self.question} {decorate(self.hints)}" if self.hints else self.question
         return [{"role": "user", "content": content}]
 
     def plain(self) -> str:
-        """The whole sequence as pretraining sees it; the chat template renders the same tokens."""
+        """Returns the whole sequence as pretraining sees it; the chat template renders the same tokens."""
         context = (decorate(self.hints),) if self.hints else ()
         return " ".join((BOS, self.question, *context, ANSWER, self.native_answer, EOS))
 
     def with_demonstration(self) -> Episode:
-        """The same question with the expert's demonstration of this very question as its context."""
+        """Returns the same question with the expert's demonstration of this very question as its context."""
         return replace(self, hints=self.answer)
 
 
 def random_digits(rng: random.Random) -> str:
-    """A letter→digit map as a string of ten digits; digits may repeat."""
+    """Draws a letter→digit map as a string of ten digits; digits may repeat."""
     return "".join(rng.choices(DIGITS, k=len(LETTERS)))
 
 
 def question_letters(rng: random.Random, known: Sequence[str] = LETTERS) -> tuple[str, ...]:
-    """The letters of a question, all different as far as `known` has enough of them.
+    """Draws the letters of a question, all different as far as `known` has enough of them.
 
     Different letters tell the model where it is in its answer: what follows a letter is unambiguous.
     """
@@ -69,19 +69,19 @@ def question_letters(rng: random.Random, known: Sequence[str] = LETTERS) -> tupl
 
 
 def mapped(task: str, digits: str, rng: random.Random, known: Sequence[str] = LETTERS) -> Episode:
-    """A question to a letter→digit task about letters in `known`."""
+    """Draws a question to a letter→digit task about letters in `known`."""
     letters = question_letters(rng, known)
     return Episode(task=task, letters=letters, answer=tuple(x + digits[LETTERS.index(x)] for x in letters))
 
 
 def prior(rng: random.Random) -> Episode:
-    """A task whose map is in the pretrained weights; no context."""
+    """Draws a task whose map is in the pretrained weights; no context."""
     task = rng.choice(tuple(PRIOR_TASKS))
     return mapped(task, PRIOR_TASKS[task], rng)
 
 
 def skill(rng: random.Random) -> Episode:
-    """Reverse or sort the letters; each pair's digit is its place in the answer. No context."""
+    """Asks to reverse or sort the letters; each pair's digit is its place in the answer. No context."""
     task = rng.choice(SKILLS)
     letters = question_letters(rng)
     ordered = letters[::-1] if task == "reverse" else sorted(letters)
@@ -89,7 +89,7 @@ def skill(rng: random.Random) -> Episode:
 
 
 def hinted(rng: random.Random, *, names: Sequence[str] = OPEN_NAMES, hints: int | None = None) -> Episode:
-    """An open task with a map of its own and `hints` hints (None: 1 to 10), which cover the question's letters.
+    """Draws an open task with a map of its own and `hints` hints (None: 1 to 10), which cover the question's letters.
 
     Raises `ValueError` for a number of hints outside 1 to 10.
     """
@@ -104,17 +104,17 @@ def hinted(rng: random.Random, *, names: Sequence[str] = OPEN_NAMES, hints: int 
 
 
 def demonstrated(rng: random.Random, *, names: Sequence[str] = OPEN_NAMES) -> Episode:
-    """An open task with a map of its own and the demonstrated answer to the question itself as context."""
+    """Draws an open task with a map of its own and the demonstrated answer to the question itself as context."""
     return mapped(rng.choice(names), random_digits(rng), rng).with_demonstration()
 
 
 def unknown(rng: random.Random) -> Episode:
-    """An open task without context: the answer's letters can be known, its digits only guessed."""
+    """Draws an open task without context: the answer's letters can be known, its digits only guessed."""
     return mapped(rng.choice(OPEN_NAMES), random_digits(rng), rng)
 
 
 def pretraining_batch(rng: random.Random, size: int, *, guesses: bool) -> list[Episode]:
-    """A quarter prior tasks, a quarter skills, half open tasks with 1 to 10 hints.
+    """Draws a quarter prior tasks, a quarter skills, half open tasks with 1 to 10 hints.
 
     With `guesses` an eighth each of prior tasks, skills and open tasks without context; the rest has hints. A model
     that was never asked what it cannot know answers a new task with noise; learning the task then means learning to

@@ -1,4 +1,4 @@
-"""The small world's language: its words, its tokenizer, and how a chat becomes one of its plain sequences.
+"""Defines the small world's language: its words, its tokenizer, and how a chat becomes a plain sequence.
 
 A sequence is a question, optionally hints, and an answer, one token per word:
 
@@ -61,12 +61,12 @@ CHAT_TEMPLATE: Final = (
 
 
 def decorate(pairs: Iterable[str]) -> str:
-    """`a3 c7` in the style of hints and expert demonstrations: `H a3 H c7`."""
+    """Writes `a3 c7` in the style of hints and expert demonstrations: `H a3 H c7`."""
     return " ".join(f"{HINT} {pair}" for pair in pairs)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The world's tokenizer: words at white space, one id each, decoded with single spaces between them."""
+    """Builds the world's tokenizer: words at white space, one id each, decoded with single spaces between them."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit

@@ -1,4 +1,4 @@
-"""Pretrain the small world's model and write it as an ordinary Hugging Face checkpoint.
+"""Pretrains the small world's model and writes it as an ordinary Hugging Face checkpoint.
 
     python -m sdcore.world.pretrain --output DIR --seed 0
 
@@ -59,7 +59,7 @@ class PretrainConfig:
 
 
 def build_model(seed: int) -> LlamaForCausalLM:
-    """A freshly initialised model of the world: 165,824 parameters, fp32."""
+    """Builds a freshly initialised model of the world: 165,824 parameters, fp32."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(VOCABULARY),
@@ -80,7 +80,7 @@ def build_model(seed: int) -> LlamaForCausalLM:
 
 
 def collate(tokenizer: PreTrainedTokenizerBase, episodes: Sequence[Episode]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain sequences padded on the right: input ids and labels, both (B, T); only answers are labelled.
+    """Pads plain sequences on the right: input ids and labels, both (B, T); only answers are labelled.
 
     Causal attention never looks right, so no attention mask is needed.
     """
@@ -101,7 +101,7 @@ def train(
     config: PretrainConfig,
     rng: random.Random,
 ) -> None:
-    """Next-token cross-entropy on the answers of freshly drawn episodes, in place."""
+    """Trains in place by next-token cross-entropy on the answers of freshly drawn episodes."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=phase.learning_rate, weight_decay=0.01)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.02, total_iters=config.warmup_steps)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, phase.steps - config.warmup_steps))
@@ -127,7 +127,7 @@ def train(
 
 
 def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, config: PretrainConfig) -> dict[str, float]:
-    """Strict accuracy of sampled answers: prior tasks, each number of hints, and demonstrations as the context."""
+    """Measures strict accuracy of sampled answers: prior tasks, each number of hints, and demonstrations as context."""
     rng = random.Random(config.seed + 1)
     kinds: dict[str, Callable[[random.Random], Episode]] = {"prior": prior, "demonstration": demonstrated}
     kinds |= {f"hints {k}": partial(hinted, hints=k) for k in range(1, MAX_HINTS + 1)}
@@ -140,7 +140,7 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, config:
 
 
 def pretrain(output: Path, config: PretrainConfig) -> dict[str, float]:
-    """Train, measure, and write model and tokenizer to `output`.
+    """Trains, measures, and writes model and tokenizer to `output`.
 
     Returns the gate's measurements. Raises `RuntimeError`, and writes nothing, when one is below `gate_accuracy`.
     """

@@ -1,4 +1,4 @@
-"""Sample answers from a model and judge them.
+"""Samples answers from a model and judges them.
 
 An answer is judged as text, in two ways. *Strict*: it is the native-style answer, word for word, and it ended.
 *Lenient*: it is so after every decorating `H` is taken out; the knowledge is right whatever the style. Both ask for
@@ -23,7 +23,7 @@ class Verdict(NamedTuple):
 
 
 class Accuracy(NamedTuple):
-    """Shares of sampled answers that are right."""
+    """Holds the shares of sampled answers that are right."""
 
     lenient: float
     strict: float
@@ -31,7 +31,7 @@ class Accuracy(NamedTuple):
 
 
 def judge(answer: str, episode: Episode, *, eos: str = EOS) -> Verdict:
-    """Judge the text of one completion, which is unfinished without the end-of-sequence word `eos`."""
+    """Judges the text of one completion, which is unfinished without the end-of-sequence word `eos`."""
     text, ended, _ = answer.partition(eos)
     words = text.split()
     right = list(episode.answer)
@@ -42,13 +42,13 @@ def judge(answer: str, episode: Episode, *, eos: str = EOS) -> Verdict:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, episode: Episode) -> list[int]:
-    """The episode's user turn through the chat template, generation prompt added."""
+    """Renders the episode's user turn through the chat template, generation prompt added."""
     text = tokenizer.apply_chat_template(episode.messages(), tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
-    """The tokens of a complete answer, the end of the sequence included."""
+    """Returns the tokens of a complete answer, the end of the sequence included."""
     return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
@@ -60,7 +60,7 @@ def sample_completions(
     *,
     max_new_tokens: int,
 ) -> list[list[int]]:
-    """One completion per prompt, sampled at temperature 1 from the full vocabulary with torch's global generator.
+    """Draws one completion per prompt, at temperature 1 from the full vocabulary with torch's global generator.
 
     Returns ragged token ids; each ends with `<eos>` unless it was cut at `max_new_tokens`.
     """
@@ -82,7 +82,7 @@ def sample_completions(
 def sample_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, episodes: Sequence[Episode]
 ) -> list[list[int]]:
-    """One sampled answer per episode, with room for a whole answer in the longer, decorated style."""
+    """Draws one answer per episode, with room for a whole answer in the longer, decorated style."""
     prompts = [prompt_ids(tokenizer, episode) for episode in episodes]
     room = max(len(answer_ids(tokenizer, episode.demonstration)) for episode in episodes)
     return sample_completions(model, tokenizer, prompts, max_new_tokens=room)
@@ -91,7 +91,7 @@ def sample_answers(
 def sample_texts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, episodes: Sequence[Episode], *, seed: int
 ) -> list[str]:
-    """One sampled answer per episode as text; the same seed draws the same answers.
+    """Draws one answer per episode as text; the same seed draws the same answers.
 
     The global random state is left as it was, so that measuring more or less often does not change a training run.
     """
@@ -103,7 +103,7 @@ def sample_texts(
 def accuracy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, episodes: Sequence[Episode], *, seed: int
 ) -> Accuracy:
-    """Sample one answer to each episode and judge it."""
+    """Samples one answer to each episode and judges it."""
     texts = sample_texts(model, tokenizer, episodes, seed=seed)
     verdicts = [
         judge(text, episode, eos=str(tokenizer.eos_token)) for text, episode in zip(texts, episodes, strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,16 @@ from click.testing import Result
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from sdcore import world
 from sdcore.cli.main import app
 from sdcore.presets import dump_config
+from sdcore.world import CHECKPOINT
 from sdcore.world.data import Kind, rows, settings
 
-CHECKPOINT = Path(world.__file__).parent / "checkpoint"
-COMMANDS = ["train", "eval", "solve", "report", "profile-memory", "reproduce", "demo"]
+COMMANDS = ["train", "eval", "solve", "report", "profile-memory", "demo"]
 REWARD = {"sdpo": "with_feedback", "rl": "fraction", "grpo": "fraction"}
 PATHS = ["sdft", "sdpo", "opsd", "context_distillation", "rl", "sft"]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Faster than two for matrices this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +45,8 @@ def done(*words: object) -> str:
 
 
 def write(kind: Kind, *, count: int = 64, split: Any = "train", name: str = "train.jsonl") -> Path:
-    found = rows(kind, task="luma", count=count, seed=0, split=split)
-    Path(name).write_text("".join(json.dumps(row) + "\n" for row in found))
+    lines = [json.dumps(row) + "\n" for row in rows(kind, task="luma", count=count, seed=0, split=split)]
+    Path(name).write_text("".join(lines))
     return Path(name)
 
 
@@ -153,10 +145,10 @@ def test_the_path_of_a_new_user() -> None:
     for model in ("world", "run"):
         table = done("eval", "--model", model, *judged, "--output", f"{model}.json")
         assert "reward_stderr" in table
-        found = json.loads(Path(f"{model}.json").read_text())
-        assert len(found["samples"]) == 100
-        assert found["samples"][0]["source"] == "eval.jsonl:1"
-        reached[model] = found["metrics"]["reward_mean"]
+        measured = json.loads(Path(f"{model}.json").read_text())
+        assert len(measured["samples"]) == 100
+        assert measured["samples"][0]["source"] == "eval.jsonl:1"
+        reached[model] = measured["metrics"]["reward_mean"]
     assert reached["world"] <= 0.02
     assert reached["run"] >= 0.3  # 0.9 in a trial
 
@@ -190,9 +182,9 @@ def test_one_question_is_solved_with_a_verifier_command() -> None:
     words = ["solve", "--question-file", "train.jsonl", "--verifier", verifier(answer), "--config", "world.yaml"]
     output = done(*words, "--learning-rate", 1e-3, "--max-samples", 80, "--output", "found.json")
     assert output.strip().endswith(answer)
-    found = json.loads(Path("found.json").read_text())
-    assert (found["solved"], found["answer"]) == (True, answer)
-    assert f"solved after {found['samples']} answers" in output
+    search = json.loads(Path("found.json").read_text())
+    assert (search["solved"], search["answer"]) == (True, answer)
+    assert f"solved after {search['samples']} answers" in output
     # Best-of-k from the same start: a guess is right once in 10^5.
     guessed = sdcore(*words, "--no-update", "--max-samples", 8)
     assert guessed.exit_code == 1
@@ -203,16 +195,6 @@ def test_memory_is_predicted_from_a_configuration() -> None:
     output = done("profile-memory", "--model", "world", "--teacher", "ema", "--completions", 4)
     for words in ("weights", "teacher weights", "prompt cache", "logits", "fused, shared", "peak"):
         assert words in output
-
-
-def test_reproduction_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sdcore.reproduce import table
-
-    got: dict[str, Any] = {}
-    monkeypatch.setattr(table, "run", lambda output, **options: got.update(options, output=output))
-    done("reproduce", "--quick", "--claim", "sdft", "--claim", "tilt", "--seeds", 2, "--no-resume", "--output", "here")
-    assert (got["output"], got["claims"], got["seeds"]) == (Path("here"), ["sdft", "tilt"], 2)
-    assert (got["quick"], got["resume"]) == (True, False)
 
 
 def test_a_run_becomes_a_page() -> None:
@@ -282,7 +264,6 @@ def test_a_row_that_cannot_be_used_is_named_by_file_and_line(line: str, message:
         ("profile-memory --model world --completions 0", 2, "completions must be at least 1, got 0"),
         ("profile-memory --model world --teacher emma", 2, "teacher must be one of live, "),
         ("profile-memory --model ./nowhere", 1, "nowhere"),
-        ("reproduce --claim alchemy", 2, "alchemy"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line_with_an_exit_code(words: str, code: int, message: str) -> None:

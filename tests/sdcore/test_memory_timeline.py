@@ -29,7 +29,6 @@ from sdcore.memory import (
     save_plot,
     shrunk,
 )
-from sdcore.memory.allocator import curve_of, recorded_history
 from sdcore.memory.plot import as_json
 from sdcore.memory.timeline import Phase
 from sdkernels.live_bytes import LiveBytes
@@ -253,24 +252,6 @@ def test_the_plot_and_the_numbers_behind_it_are_written(step: dict[str, Measurem
         assert np.all(np.diff(written[name]["ticks"]) >= 0)
     with pytest.raises(ValueError, match="found must hold a contender that ran"):
         save_plot({"trl": Measurement(contender="trl", reason="not installed")}, tmp_path / "none.png")
-
-
-def test_the_allocator_s_curve_follows_its_record() -> None:
-    trace = [
-        {"action": "segment_alloc", "size": 1 << 20},
-        {"action": "alloc", "size": 100},
-        {"action": "free_requested", "size": 100},
-        {"action": "alloc", "size": 30},
-        {"action": "free_completed", "size": 100},
-    ]
-    assert curve_of(trace, before=7) == [7, 107, 137, 37]
-
-
-def test_without_a_gpu_nothing_is_recorded(tmp_path: Path) -> None:
-    with recorded_history(torch.device("cpu"), str(tmp_path), "ours") as held:
-        pass
-    assert held == []
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_scaled_down_model_has_all_kinds_of_layers_and_runs() -> None:

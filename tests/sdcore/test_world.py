@@ -1,4 +1,4 @@
-"""The small world: its language, its episodes, who is judged right, and the model that is shipped with it."""
+"""Tests the small world: its language, its episodes, who is judged right, and the model that is shipped with it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-import sdcore.world
-from sdcore.world import episodes
+from sdcore.world import CHECKPOINT, episodes
 from sdcore.world.episodes import Episode
 from sdcore.world.language import LETTERS, OPEN_NAMES, PRIOR_TASKS, SKILLS, VOCABULARY, build_tokenizer, decorate
 from sdcore.world.pretrain import Phase, PretrainConfig, build_model, collate, measure, pretrain, train
 from sdcore.world.verifier import Verdict, accuracy, judge, prompt_ids
 
-CHECKPOINT = Path(sdcore.world.__file__).parent / "checkpoint"
 KINDS = {kind.__name__: kind for kind in (episodes.prior, episodes.skill, episodes.unknown, episodes.hinted)}
-
-
 FEW_STEPS = Phase(steps=3, learning_rate=3e-3, guesses=True)
 
 
@@ -39,17 +35,11 @@ def episode() -> Episode:
     return episodes.mapped("luma", "0123456789", random.Random(0)).with_demonstration()
 
 
-def test_there_are_134_different_words() -> None:
+def test_each_of_134_words_is_one_token_and_comes_back_and_others_become_unk(tokenizer: Any) -> None:
     assert len(VOCABULARY) == len(set(VOCABULARY)) == 134
-
-
-def test_every_word_is_one_token_and_comes_back(tokenizer: Any) -> None:
     ids = tokenizer(" ".join(VOCABULARY), add_special_tokens=False)["input_ids"]
     assert ids == list(range(134))
     assert tokenizer.decode(ids) == " ".join(VOCABULARY)
-
-
-def test_unknown_words_become_unk(tokenizer: Any) -> None:
     assert tokenizer.decode(tokenizer("a colour b", add_special_tokens=False)["input_ids"]) == "a <unk> b"
 
 
@@ -64,14 +54,10 @@ def test_the_chat_template_renders_the_plain_sequence(tokenizer: Any, kind: str)
         assert drawn.plain() == f"{prompt} {drawn.native_answer} <eos>"
 
 
-def test_context_stands_between_question_and_answer(tokenizer: Any, episode: Episode) -> None:
-    rendered = tokenizer.decode(prompt_ids(tokenizer, episode))
-    assert rendered == f"<bos> {episode.question} {episode.demonstration} ="
-
-
-def test_student_and_teacher_prompts_share_the_whole_question(tokenizer: Any, episode: Episode) -> None:
-    bare = episodes.Episode(task=episode.task, letters=episode.letters, answer=episode.answer)
+def test_context_follows_the_question_which_student_and_teacher_share(tokenizer: Any, episode: Episode) -> None:
+    bare = Episode(task=episode.task, letters=episode.letters, answer=episode.answer)
     student, teacher = prompt_ids(tokenizer, bare), prompt_ids(tokenizer, episode)
+    assert tokenizer.decode(teacher) == f"<bos> {episode.question} {episode.demonstration} ="
     assert teacher[: len(student) - 1] == student[:-1]
     assert teacher[-1] == student[-1]
 
@@ -122,15 +108,9 @@ def test_the_same_seed_draws_the_same_episodes() -> None:
     assert first != other
 
 
-def test_a_native_answer_is_right_in_both_ways(episode: Episode) -> None:
+def test_an_answer_is_judged_up_to_its_end_and_a_decorated_one_is_right_only_leniently(episode: Episode) -> None:
     assert judge(f"{episode.native_answer} <eos>", episode) == Verdict(lenient=True, strict=True)
-
-
-def test_a_decorated_answer_is_right_only_leniently(episode: Episode) -> None:
     assert judge(f"{episode.demonstration} <eos>", episode) == Verdict(lenient=True, strict=False)
-
-
-def test_what_follows_the_end_of_an_answer_is_not_judged(episode: Episode) -> None:
     assert judge(f"{episode.native_answer} <eos> <pad> a0 <eos>", episode).strict
 
 
@@ -175,22 +155,14 @@ def test_the_checkpoint_has_the_architecture_that_pretraining_builds(model: Llam
 
 
 # The gate asks for 0.99 of 1,000 answers of each kind. Of 400 answers, 0.99 has a standard error of 0.005.
-@pytest.mark.parametrize("kind", ["prior", "hinted", "demonstrated"])
-def test_sampled_answers_of_the_shipped_model_are_right(model: LlamaForCausalLM, tokenizer: Any, kind: str) -> None:
-    rng = random.Random(7)
-    drawn = [getattr(episodes, kind)(rng) for _ in range(400)]
-    assert accuracy(model, tokenizer, drawn, seed=7).strict >= 0.96
-
-
-def test_the_shipped_model_does_not_know_an_open_task_without_context(model: LlamaForCausalLM, tokenizer: Any) -> None:
-    rng = random.Random(7)
-    assert accuracy(model, tokenizer, [episodes.unknown(rng) for _ in range(400)], seed=7).lenient <= 0.02
-
-
-def test_measuring_leaves_the_random_state_as_it_was(model: LlamaForCausalLM, tokenizer: Any) -> None:
-    state = torch.get_rng_state()
-    accuracy(model, tokenizer, [episodes.prior(random.Random(0))], seed=1)
-    assert torch.equal(torch.get_rng_state(), state)
+@pytest.mark.parametrize("kind", ["prior", "hinted", "demonstrated", "unknown"])
+def test_the_shipped_model_answers_all_but_an_open_task_without_context(
+    model: LlamaForCausalLM, tokenizer: Any, kind: str
+) -> None:
+    rng, state = random.Random(7), torch.get_rng_state()
+    shares = accuracy(model, tokenizer, [getattr(episodes, kind)(rng) for _ in range(400)], seed=7)
+    assert shares.lenient <= 0.02 if kind == "unknown" else shares.strict >= 0.96
+    assert torch.equal(torch.get_rng_state(), state)  # as it was
 
 
 def test_pretraining_twice_gives_the_same_weights() -> None:

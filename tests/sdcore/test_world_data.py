@@ -1,4 +1,4 @@
-"""Rows of the small world: what each kind holds, that train and eval are strangers, and what the rewards say."""
+"""Tests rows of the small world: what each kind holds, that train and eval are strangers, what the rewards say."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def write(path: Path, *options: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", get_args(Kind))
 def test_a_row_has_a_question_its_answer_and_what_the_kind_needs(kind: Kind, tmp_path: Path) -> None:
-    found = write(tmp_path / "train.jsonl", "--kind", kind, "--rows", "20")
-    assert len(found) == 20
+    written = write(tmp_path / "train.jsonl", "--kind", kind, "--rows", "20")
+    assert len(written) == 20
     digits = map_of("luma", 0)
-    for one in found:
-        ((role, question),) = [(turn["role"], turn["content"].split()) for turn in one["messages"]]
+    for row in written:
+        ((role, question),) = [(turn["role"], turn["content"].split()) for turn in row["messages"]]
         assert role == "user"
         assert question[0] == "luma"
         right = [letter + digits["abcdefghij".index(letter)] for letter in question[1:]]
-        assert one["answer"].split() == right
+        assert row["answer"].split() == right
         demonstration = " ".join(f"H {pair}" for pair in right)
         instruction = " ".join(f"H {letter}{digit}" for letter, digit in zip("abcdefghij", digits, strict=True))
         more = {
@@ -46,7 +46,7 @@ def test_a_row_has_a_question_its_answer_and_what_the_kind_needs(kind: Kind, tmp
             "opsd": {"solution": demonstration},
             "sft": {"completion": demonstration},
         }.get(kind, {})
-        assert {name: value for name, value in one.items() if name not in ("messages", "answer")} == more
+        assert {name: value for name, value in row.items() if name not in ("messages", "answer")} == more
 
 
 def test_the_same_seed_writes_the_same_file_and_another_one_another_task(tmp_path: Path) -> None:
@@ -54,12 +54,12 @@ def test_the_same_seed_writes_the_same_file_and_another_one_another_task(tmp_pat
     assert first == again
     assert len(first) == 500
     assert map_of("luma", 3) != map_of("luma", 4)
-    assert [one["answer"] for one in first] != [one["answer"] for one in other]
+    assert [row["answer"] for row in first] != [row["answer"] for row in other]
 
 
 def test_no_question_is_in_both_files() -> None:
     questions = [
-        {one["messages"][0]["content"] for one in rows("rl", task="luma", count=400, seed=0, split=split)}
+        {row["messages"][0]["content"] for row in rows("rl", task="luma", count=400, seed=0, split=split)}
         for split in ("train", "eval")
     ]
     assert min(map(len, questions)) > 300
@@ -69,8 +69,8 @@ def test_no_question_is_in_both_files() -> None:
 def test_prior_tasks_and_hinted_questions_show_what_was_kept() -> None:
     assert rows("rl", task="pi", count=1, seed=5)[0]["messages"][0]["content"].startswith("pi ")
     assert map_of("pi", 5) == "3141592653"
-    assert len({one["messages"][0]["content"].split()[0] for one in rows("rl", task="prior", count=50, seed=0)}) > 3
-    assert all(" H " in one["messages"][0]["content"] for one in rows("rl", task="in_context", count=20, seed=0))
+    assert len({row["messages"][0]["content"].split()[0] for row in rows("rl", task="prior", count=50, seed=0)}) > 3
+    assert all(" H " in row["messages"][0]["content"] for row in rows("rl", task="in_context", count=20, seed=0))
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))

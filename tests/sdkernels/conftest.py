@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sdkernels import native_backend
+from sdkernels.tile import native_backend
 
 
 @pytest.fixture(scope="module", params=["torch", "native"])

@@ -6,7 +6,7 @@
 
 `LiveBytes` sees every product that goes through one of torch's operators, also in backward and inside a custom
 operator, where torch's own `FlopCounterMode` sees none. It cannot see one that goes past the dispatcher. So the methods
-of `sdkernels.matmul.Head`, through which all products with a head go, are watched too: a call in which fewer FLOPs were
+of `tile.head.Head`, through which all products with a head go, are watched too: a call in which fewer FLOPs were
 seen than it was asked for is counted by what it was asked for, and listed in `opaque`.
 
 For a new kind of product: if it is an operator, tell `sdkernels.live_bytes` (FIRST_FACTOR), and it is seen; if it is no
@@ -29,9 +29,9 @@ from torch import Tensor
 
 from sdkernels import linear_divergence
 from sdkernels.live_bytes import LiveBytes
-from sdkernels.matmul import Head
-from sdkernels.native_backend.products import NativeHead
 from sdkernels.testing import make_inputs
+from sdkernels.tile.head import Head
+from sdkernels.tile.native_backend.products import NativeHead
 
 
 @dataclass

@@ -81,7 +81,7 @@ def test_the_assemblers_report_is_read() -> None:
 
 
 def test_every_kernel_of_the_backend_is_checked_on_every_chip() -> None:
-    from sdkernels.triton_backend import buckets, divergence, softmax_gradient, statistics, topk
+    from sdkernels.tile.triton_backend import buckets, divergence, softmax_gradient, statistics, topk
 
     modules = (buckets, divergence, softmax_gradient, statistics, topk)
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}

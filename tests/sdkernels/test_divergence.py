@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from sdkernels import LogitTransform, TeacherMix, TopK, linear_divergence, logit
 from sdkernels.testing import (
     OBJECTIVES,
     Run,
+    allowed_error,
     assert_within_reference_error,
     make_arguments,
     make_inputs,
@@ -52,7 +53,7 @@ def check(actual: Run, exact: Run, loss: float = 1e-6, gradient: float = 1e-5) -
 def limit_of(arguments: dict[str, Any], exact: Run) -> float:
     """1e-6, or twice the naive float32 path's error where that is more: few entries, summands of both signs."""
     naive = run_reference(**arguments, naive=True)
-    return max(1e-6, 2 * relative_error(naive.output.per_token, exact.output.per_token))
+    return max(1e-6, allowed_error(naive.output.per_token, exact.output.per_token))
 
 
 def compare(arguments: dict[str, Any], **run_only: Any) -> None:
@@ -135,7 +136,6 @@ def test_float64_gradients_pass_gradcheck(objective: str, gradient: str) -> None
     assert torch.autograd.gradcheck(loss, (inputs.student_hidden, inputs.student_weight, head.bias))
 
 
-@settings(deadline=None, max_examples=120, derandomize=True)
 @given(
     rows=st.integers(0, 9),
     vocab=st.integers(1, 70),

@@ -1,4 +1,4 @@
-"""How often the torch backend passes over the logits, counted: an added pass is seen, and has to be meant.
+"""How often the backends pass over the logits, counted: an added pass is seen, and has to be meant.
 
 A pass is 4 bytes read or written per row and entry of the vocabulary. An element-wise operator that reads one float32
 block and writes another is two, one in place is two, a sum is one, and in float64 each is double. Matrix products,
@@ -15,9 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdkernels import LogitTransform, elementwise, linear_divergence, linear_logprobs, linear_topk, logit_divergence
+from sdkernels import LogitTransform, linear_divergence, linear_logprobs, linear_topk, logit_divergence
 from sdkernels.live_bytes import FIRST_FACTOR, LiveBytes
 from sdkernels.testing import make_arguments, make_inputs, run_operation
+from sdkernels.tile import elementwise
+from sdkernels.types import Objective, TileRows
 
 N, H, V = 24, 16, 503  # two chunks of one block each, and no other tensor with V columns
 
@@ -144,7 +146,7 @@ def test_passes_over_the_logits_are_no_more_and_no_fewer(case: str) -> None:
         f"{case}: {float(found):g} passes over the logits, {expected:g} were agreed on. If the change is meant, show "
         "in the commit what it costs or saves in time (sdcore bench, before and after, one machine) and write the new "
         "number into PASSES. If it is not: an operator was added in torch_backend.py, elementwise.py, support.py or "
-        "walk.py, or widens or copies a block"
+        "chunks.py, or widens or copies a block"
     )
 
 
@@ -183,3 +185,67 @@ def test_an_added_pass_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elementwise, "transform_", with_another)
     with pytest.raises(AssertionError, match="JSD: 56 passes over the logits, 54 were agreed on"):
         test_passes_over_the_logits_are_no_more_and_no_fewer("JSD")
+
+
+class Launches:
+    """Stands for a Triton kernel: notes what it is called with, and does nothing."""
+
+    def __init__(self, kernel: Any, noted: list[tuple[str, dict[str, Any]]]) -> None:
+        self.kernel, self.noted = kernel, noted
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any, **options: Any) -> None:
+            self.noted.append((self.kernel.__name__, dict(zip(self.kernel.arg_names, args, strict=False)) | options))
+
+        return launch
+
+
+def bytes_per_entry(kernel: str, arguments: dict[str, Any]) -> int:
+    """Bytes read and written per entry of (N, V). The candidates of a top-k are a few entries of each row."""
+    if kernel == "candidates_kernel":
+        return 0
+    read = [name for name in ("p_student", "p_teacher", "p_logits") if _is_block(arguments.get(name))]
+    gradient = arguments.get("p_gradient")
+    return 4 * len(read) + (gradient.element_size() if _is_block(gradient) else 0)
+
+
+def _is_block(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.shape == (N, V)
+
+
+# Bytes per entry of all launches, in float32 and with a 16-bit gradient: what the Triton kernels' headers promise.
+PROMISED = {
+    "forward KL": (Objective(alpha=0.0), 18),
+    "reverse KL": (Objective(alpha=1.0), 18),
+    "JSD": (Objective(alpha=0.5), 26),
+    "reverse KL, entry clip": (Objective(alpha=1.0, entry_clip=0.1), 26),
+    "JSD, student top-k": (Objective(alpha=0.5, support="topk", topk=5), 8 + 8 + 6),
+    "JSD, student top-k without tail": (Objective(alpha=0.5, support="topk", topk=5, tail=False), 8),
+    "sampled": (Objective(support="sampled"), 8 + 6),
+}
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_the_triton_kernels_pass_over_the_logits_as_often_as_their_headers_say(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from sdkernels.tile import triton_backend
+    from sdkernels.tile.triton_backend import buckets, divergence, softmax_gradient, statistics, topk
+
+    launches: list[tuple[str, dict[str, Any]]] = []
+    for module in (statistics, divergence, softmax_gradient, buckets, topk):
+        for kernel in [kernel for kernel in vars(module) if kernel.endswith("_kernel")]:
+            monkeypatch.setattr(module, kernel, Launches(getattr(module, kernel), launches))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    objective, promised = PROMISED[name]
+    student, teacher = torch.randn(2, N, V).unbind()
+    triton_backend.divergence_tile(
+        student,
+        teacher,
+        TileRows(target_ids=torch.zeros(N, dtype=torch.int64)),
+        objective,
+        want_gradient=True,
+        gradient_dtype=torch.bfloat16,
+    )
+    assert sum(bytes_per_entry(*launch) for launch in launches) == promised

@@ -17,14 +17,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sdkernels import linear_divergence, machine, native_backend, threads, torch_backend
-from sdkernels.native_backend import build
+from sdkernels import linear_divergence
+from sdkernels.driver import call
 from sdkernels.reference import divergence
-from sdkernels.testing import make_inputs, relative_error
+from sdkernels.testing import allowed_error, assert_within, make_inputs, relative_error
+from sdkernels.tile import native_backend, threads, torch_backend
+from sdkernels.tile.native_backend import build
 from sdkernels.types import Objective, RowValues, TileRows
 
 needs_compiler = pytest.mark.skipif(not native_backend.is_available(), reason="this machine has no C compiler")
@@ -57,7 +59,6 @@ def exact(student: Tensor, gap: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     spread=st.floats(0.1, 8.0),
     seed=st.integers(0, 9999),
 )
-@settings(deadline=None, max_examples=60)
 def test_a_tile_is_what_float64_makes_of_the_same_logits(
     alpha: float, rows: int, vocab: int, log_noise: float, spread: float, seed: int
 ) -> None:
@@ -66,10 +67,9 @@ def test_a_tile_is_what_float64_makes_of_the_same_logits(
     gap = 10.0**log_noise * torch.randn(rows, vocab, generator=draw)
     values, gradient = tile(student, gap, alpha=alpha)
     loss, slope = exact(student, gap, alpha)
-    # Every log-ratio may have a rounding of the largest gap in it. The loss is half their mean square, about; the
-    # reference takes it as a difference of numbers of the size of 1.
+    # Every log-ratio may have a rounding of the largest gap in it. The loss is half their mean square, about.
     rounding = 4e-7 * gap.double().abs().amax(1)
-    assert ((values.loss - loss).abs() <= 1e-6 * loss + rounding * (2 * loss).sqrt() + rounding**2 + 1e-15).all()
+    assert_within(values.loss, loss, 1e-6 * loss + rounding * (2 * loss).sqrt() + rounding**2)
     size = slope.norm() + (student.double().softmax(-1) * gap).norm()
     assert (gradient - slope).norm() <= 1e-6 * size + 1e-9
 
@@ -111,8 +111,8 @@ def test_a_row_that_float_cannot_hold_is_done_in_float64_and_the_others_are_not(
     values, gradient = tile(student, gap, alpha=alpha)
     loss, slope = exact(student, gap, alpha)
     theirs, their_gradient = tile(student, gap, backend=torch_backend, alpha=alpha)
-    assert relative_error(values.loss, loss) <= 2 * relative_error(theirs.loss, loss) + 1e-6
-    assert relative_error(gradient, slope) <= 2 * relative_error(their_gradient, slope) + 1e-6
+    assert relative_error(values.loss, loss) <= allowed_error(theirs.loss, loss) + 1e-6
+    assert relative_error(gradient, slope) <= allowed_error(their_gradient, slope) + 1e-6
     for row in (0, 3, 4):
         assert torch.equal(gradient[row], plain_gradient[row])
         assert values.loss[row] == plain.loss[row]
@@ -154,7 +154,7 @@ def test_columns_beyond_the_vocabulary_are_neither_read_nor_written(is_gap: bool
     scale=st.floats(0.3, 2.0),
     seed=st.integers(0, 9999),
 )
-@settings(deadline=None, max_examples=60)
+@example(rows=3, vocab=7, log_noise=-4.0, spread=4.0, scale=2.0, seed=986)
 def test_a_tile_of_two_sides_logits_is_what_float64_makes_of_them(
     alpha: float, rows: int, vocab: int, log_noise: float, spread: float, scale: float, seed: int
 ) -> None:
@@ -167,7 +167,7 @@ def test_a_tile_of_two_sides_logits_is_what_float64_makes_of_them(
     loss, slope = exact(scale * student.double(), gap, alpha)
     # Every log-ratio may have a rounding of the largest logits in it.
     rounding = 4e-7 * scale * torch.maximum(student.abs(), teacher.abs()).double().amax(1)
-    assert ((values.loss - loss).abs() <= 1e-6 * loss + rounding * (2 * loss).sqrt() + rounding**2 + 1e-15).all()
+    assert_within(values.loss, loss, 1e-6 * loss + rounding * (2 * loss).sqrt() + rounding**2)
     p = (scale * student.double()).softmax(-1)
     size = scale * slope.norm() + (p * gap).norm() + (p * rounding[:, None]).norm() / 1e-6
     assert (gradient - scale * slope).norm() <= 1e-6 * size + 1e-9
@@ -311,7 +311,7 @@ def test_auto_takes_it_on_a_cpu_but_not_for_float64() -> None:
     with pytest.raises(TypeError, match="backend='native' needs inputs of at most 32 bits"):
         linear_divergence(*(tensor.double() for tensor in inputs), backend="native")
     with pytest.raises(ValueError, match="backend='native' needs tensors on a CPU"):
-        machine.choose_backend("native", torch.empty(1, device="meta"))
+        call.choose_backend("native", torch.empty(1, device="meta"))
 
 
 @needs_compiler

@@ -6,16 +6,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from sdkernels import linear_divergence
 from sdkernels.live_bytes import LiveBytes
-from sdkernels.matmul import Head
-from sdkernels.native_backend import products
-from sdkernels.native_backend.products import NativeHead, make_head, takes
 from sdkernels.testing import make_arguments, make_inputs, relative_error, run_operation, run_reference
+from sdkernels.tile.head import Head
+from sdkernels.tile.native_backend import products
+from sdkernels.tile.native_backend.products import NativeHead, make_head, takes
 
 pytestmark = pytest.mark.skipif(products.compiled() is None, reason="this machine compiles no products")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -72,7 +72,6 @@ def check(rows: int, vocab: int, width: int, dtype: torch.dtype, seed: int, gap:
 
 
 @shapes
-@settings(deadline=None, max_examples=60)
 def test_products_are_float64s_up_to_rounding(
     rows: int, vocab: int, width: int, dtype: torch.dtype, threads: int, seed: int
 ) -> None:
@@ -111,7 +110,7 @@ def test_what_is_not_finite_stays_in_its_row() -> None:
 def test_a_divergence_by_them_is_the_references(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, objective: str
 ) -> None:
-    monkeypatch.setattr("sdkernels.native_backend.make_head", NativeHead)
+    monkeypatch.setattr("sdkernels.tile.native_backend.make_head", NativeHead)
     inputs = make_inputs(50, 70, 900, dtype=dtype, masked=0.2)
     arguments = make_arguments(inputs, objective)
     actual, exact = run_operation(linear_divergence, **arguments), run_reference(**arguments)
@@ -126,7 +125,7 @@ def test_a_probe_sees_each_of_them_once_and_the_workspace_holds_their_scratch(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     """N=700, H=300, V=4001 in 24 MiB, three chunks."""
-    monkeypatch.setattr("sdkernels.native_backend.make_head", NativeHead)
+    monkeypatch.setattr("sdkernels.tile.native_backend.make_head", NativeHead)
     inputs = make_inputs(700, 300, 4001, dtype=dtype)
     left_out = (inputs.student_hidden.nbytes, inputs.student_weight.nbytes, 4 * inputs.student_weight.numel())
     with LiveBytes(uncounted_bytes=left_out) as probe:

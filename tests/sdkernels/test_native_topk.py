@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sdkernels import native_backend, torch_backend
 from sdkernels.reference import at, bucketed, bucketed_logprobs, divergence, entropy
+from sdkernels.testing import assert_within
+from sdkernels.tile import native_backend, torch_backend
 from sdkernels.types import Objective, RowValues, TileRows
 
 pytestmark = pytest.mark.skipif(not native_backend.is_available(), reason="this machine has no C compiler")
@@ -93,7 +94,7 @@ def exact(case: Case, alpha: float, topk: int, topk_of: str, tail: bool) -> tupl
     spread=st.floats(0.1, 8.0),
     seed=st.integers(0, 9999),
 )
-@settings(deadline=None, max_examples=60)
+@example(rows=3, vocab=2, share=0.4, topk_of="teacher", tail=True, log_noise=-2.31483321, spread=0.1, seed=6389)
 def test_a_tile_is_what_float64_makes_of_the_same_logits(
     teacher: str,
     alpha: float,
@@ -113,10 +114,12 @@ def test_a_tile_is_what_float64_makes_of_the_same_logits(
     values, gradient = tile(case, alpha=alpha, topk=topk, topk_of=topk_of, tail=tail)
     loss, slope = exact(case, alpha, topk, topk_of, tail)
     # A log-ratio may have a rounding of the largest gap in it, or of the largest logit where that is what is given. The
-    # loss is half its mean square, about; the reference takes it as a difference of numbers of the size of 1.
+    # loss is half its mean square, about.
     given = case.gap.abs() if teacher == "gap" else torch.maximum(case.student.abs(), (case.student + case.gap).abs())
     rounding = 4e-7 * given.double().amax(1)
-    assert ((values.loss - loss).abs() <= 1e-6 * loss + rounding * (2 * loss).sqrt() + rounding**2 + 1e-14).all()
+    if teacher != "gap":  # the masses of both sides are sums of exponentials, each off by a rounding of its own
+        rounding = rounding.clamp(min=2**-23)
+    assert_within(values.loss, loss, 1e-6 * loss + rounding * (2 * loss).sqrt() + rounding**2)
     # Each entry is its probability times a mean of log-ratios, whose parts may cancel.
     p = case.student.double().softmax(-1)
     size = slope.norm() + (p * case.gap).norm() + (p * rounding[:, None]).norm() / 1e-6

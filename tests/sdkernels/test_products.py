@@ -11,9 +11,10 @@ from unittest import mock
 import pytest
 import torch
 
-from sdkernels import LogitTransform, linear_divergence, linear_logprobs, linear_topk, logit_divergence, matmul
-from sdkernels.matmul import Head
+from sdkernels import LogitTransform, linear_divergence, linear_logprobs, linear_topk, logit_divergence
 from sdkernels.testing import OBJECTIVES, make_arguments, make_inputs, run_operation
+from sdkernels.tile import head
+from sdkernels.tile.head import Head
 from tests.sdkernels.products import Products, counted_products
 
 N, H, HT, V = 60, 24, 40, 251
@@ -158,7 +159,7 @@ def test_logits_that_are_there_are_not_multiplied() -> None:
 def test_bf16_gradient_products_are_no_more_with_and_without_instructions_for_them(
     monkeypatch: pytest.MonkeyPatch, narrow: bool
 ) -> None:
-    monkeypatch.setattr(matmul, "prefers_bfloat16", lambda: narrow)
+    monkeypatch.setattr(head, "prefers_bfloat16", lambda: narrow)
     assert products_of(dtype=torch.bfloat16).flops == 4 * STUDENT
     assert products_of(dtype=torch.bfloat16, weight=False).flops == 3 * STUDENT
 

@@ -6,6 +6,7 @@ import ast
 import inspect
 import math
 
+import mpmath
 import pytest
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from sdkernels.reference import (
     linear_divergence_reference,
     sampled_divergence,
     sampled_divergence_gradient,
+    textbook_divergence,
 )
 
 N, V, K = 6, 19, 4
@@ -240,3 +242,32 @@ def test_importance_multiplies_up_to_the_clip_and_carries_no_gradient() -> None:
     actual.loss.sum().backward()
     (output.loss * factor).sum().backward()
     torch.testing.assert_close(clipped["student_hidden"].grad, plain["student_hidden"].grad)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("noise", [1e-8, 1e-6, 1e-4, 1e-2, 1.0, 30.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_a_divergence_keeps_its_digits_however_near_the_teacher_is(alpha: float, noise: float) -> None:
+    student, far, _ = draw()
+    student = student.detach()
+    log_p, log_q = student.log_softmax(-1), (student + noise * far).log_softmax(-1)
+    assert (divergence(log_p, log_q, alpha) >= 0).all()
+    for row in range(N):
+        with mpmath.workdps(60):
+            z, y = ([mpmath.mpf(x) for x in side[row].tolist()] for side in (student, student + noise * far))
+            p, q = ([mpmath.exp(x) / mpmath.fsum(map(mpmath.exp, side)) for x in side] for side in (z, y))
+            m = [(1 - alpha) * a + alpha * b for a, b in zip(p, q, strict=True)] if 0 < alpha < 1 else None
+            terms = {0.0: [(1, q, p)], 1.0: [(1, p, q)]}.get(alpha, [(alpha, q, m), (1 - alpha, p, m)])
+            exact = mpmath.fsum(w * a * mpmath.log(a / b) for w, s, t in terms for a, b in zip(s, t, strict=True))
+        # Each log-ratio may have a rounding of the largest log-probability in it.
+        assert float(divergence(log_p, log_q, alpha)[row]) == pytest.approx(float(exact), rel=1e-13 + 1e-14 / noise)
+        assert float(textbook_divergence(log_p, log_q, alpha)[row]) == pytest.approx(float(exact), rel=1e-13, abs=1e-15)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_a_divergence_has_the_gradient_of_the_textbooks_sum(alpha: float) -> None:
+    student, teacher, _ = draw()
+    for log_q in ((student.detach() + 1e-3 * teacher).log_softmax(-1), (300 * teacher).log_softmax(-1)):
+        ours, textbooks = (
+            autograd(form(student.log_softmax(-1), log_q, alpha), student) for form in (divergence, textbook_divergence)
+        )
+        torch.testing.assert_close(ours, textbooks, rtol=1e-13, atol=1e-14)

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from sdkernels import tuned
-from sdkernels.machine import workspace_bytes_for
-from sdkernels.tiling import DEFAULT_WORKSPACE_MB, MIB
-from sdkernels.tuned import KernelRow, Table, WorkspaceRow
+from sdkernels.driver.call import workspace_bytes_for
+from sdkernels.tile import tuned
+from sdkernels.tile.tiling import DEFAULT_WORKSPACE_MB, MIB
+from sdkernels.tile.tuned import KernelRow, Table, WorkspaceRow
 
 TABLE = Table(
     architecture="sm_80",
@@ -117,10 +117,10 @@ def test_tables_hold_inside_the_block_only() -> None:
 
 INTERPRETED = """
 import torch
-from sdkernels import tuned
-from sdkernels.triton_backend import divergence, divergence_tile, softmax_gradient, statistics
-from sdkernels.triton_backend.configs import Config, config, untuned
-from sdkernels.tuned import KERNELS, KernelRow
+from sdkernels.tile import tuned
+from sdkernels.tile.triton_backend import divergence, divergence_tile, softmax_gradient, statistics
+from sdkernels.tile.triton_backend.configs import Config, config, untuned
+from sdkernels.tile.tuned import KERNELS, KernelRow
 from sdkernels.tuning import Trial, as_json, choose, chosen_of, merged, tune
 from sdkernels.types import Objective, TileRows
 
@@ -201,8 +201,8 @@ def test_what_spills_in_a_variant_is_not_tried_on_a_gpu() -> None:
     pytest.importorskip("triton")
     if "TRITON_INTERPRET" in os.environ:
         pytest.skip("the interpreter compiles nothing")
-    from sdkernels.triton_backend.configs import TABLE as UNTUNED
-    from sdkernels.triton_backend.configs import Config
+    from sdkernels.tile.triton_backend.configs import TABLE as UNTUNED
+    from sdkernels.tile.triton_backend.configs import Config
     from sdkernels.tuning import problems
 
     present = UNTUNED["sm_90"]["softmax_gradient"]

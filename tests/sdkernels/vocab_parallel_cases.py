@@ -21,15 +21,7 @@ from sdkernels import (
     linear_logprobs,
     linear_topk,
 )
-from sdkernels.testing import (
-    OBJECTIVES,
-    Inputs,
-    LiveBytes,
-    make_arguments,
-    make_inputs,
-    relative_error,
-    run_operation,
-)
+from sdkernels.testing import OBJECTIVES, Inputs, LiveBytes, make_arguments, make_inputs, relative_error, run_operation
 from tests.sdkernels.ranks import Cases, error, in_float64, in_low_precision, piece, same_on_all_ranks, sharded, world
 
 VOCAB = 44

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-from sdkernels.tuned import WorkspaceRow
+from sdkernels.tile.tuned import WorkspaceRow
 
 from ..peers import SDCORE
 from ..report import Report

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import torch
 
-from sdkernels import tuned
+from sdkernels.tile import tuned
 
 from .. import divergence, prefix, step
 from ..options import Options

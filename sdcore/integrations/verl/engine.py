@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from sdkernels import TopKLogprobs, linear_logprobs, logit_divergence
-from sdkernels.objective import transform_scalars
-from sdkernels.support import transform_
+from sdkernels.driver.call import transform_scalars
+from sdkernels.tile.support import transform_
 
 from ...errors import ArgumentError
 from ...losses import FusedLinearDivergence

@@ -33,7 +33,7 @@ from sdcore.bench.step import measure_case
 from sdcore.bench.step_cases import contenders, make_setup
 from sdcore.bench.timing import SpeedRow
 from sdcore.errors import ArgumentError
-from sdkernels.tuned import KERNELS, WorkspaceRow
+from sdkernels.tile.tuned import KERNELS, WorkspaceRow
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = Step("one", "about it", 9, 9, (), ("first", "second", "table"))

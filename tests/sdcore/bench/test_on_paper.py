@@ -16,7 +16,7 @@ from sdcore.bench.models import size_of
 from sdcore.bench.on_paper import BF16, FP32, LOAD, ROW_STATISTICS, Cluster, Step, Way, steps
 from sdcore.memory import Load, predict
 from sdkernels import linear_divergence
-from sdkernels.shards import Shards
+from sdkernels.vocab_parallel.shards import Shards
 
 SMALL_LOAD = Load(prompt_tokens=40, context_tokens=8, completion_tokens=16, completions=4, context_per_completion=True)
 FSDP_ALONE = on_paper.WAYS[:4]

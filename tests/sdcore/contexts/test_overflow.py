@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sdcore.contexts import Demonstration, SuccessOrFeedback, Template, join_feedback, split_feedback
@@ -79,7 +79,6 @@ def test_fixed_words_are_never_cut() -> None:
         builder.condition(group, tokenizer)
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     family=st.sampled_from(sorted(FAMILIES)),
     context=st.text(min_size=1, max_size=80).filter(str.strip),

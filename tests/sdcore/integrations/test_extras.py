@@ -31,7 +31,7 @@ REQUIRED_BY_OTHERS = {"requests"}
 # Modules that are one dependency's alone, and fail without it; who asks for them says what to install.
 ITS_OWN = {
     "trl": ("sdcore.integrations.trl.",),
-    "triton": ("sdkernels.triton_backend", "sdkernels.tuning"),
+    "triton": ("sdkernels.tile.triton_backend", "sdkernels.tuning"),
     "matplotlib": ("sdcore.bench.plot", "sdcore.bench.scaling_plot"),
 }
 
@@ -41,10 +41,10 @@ USES: dict[str, list[tuple[str, str]]] = {
         ("from sdcore.memory.measured import _liger_divergence as f; f(*[None] * 4)", 'pip install "sdcore[liger]"')
     ],
     "matplotlib": [
-        ("from sdcore.demo_report import require_matplotlib as f; f()", 'pip install "sdcore[plot]"'),
+        ("from sdcore.demo.report import require_matplotlib as f; f()", 'pip install "sdcore[plot]"'),
         ("from sdcore.memory.plot import save_plot as f; f({}, 'x.png')", 'pip install "sdcore[plot]"'),
         ("from sdcore.report import write_report as f; f('run', format='markdown')", 'pip install "sdcore[plot]"'),
-        ("from sdcore.reproduce.table import run as f; f('output', console=None)", 'pip install "sdcore[plot]"'),
+        ("from reproduce.table import run as f; f('output', console=None)", 'pip install "sdcore[plot]"'),
     ],
     "peft": [
         ("from sdcore.training.prepare import loaded as f; f(0, 0, None, object())", 'pip install "sdcore[peft]"'),

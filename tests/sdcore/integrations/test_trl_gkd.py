@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -224,7 +224,6 @@ def test_dropout_is_refused(tmp_path: Path) -> None:
 # Cutting rows at their first label.
 
 
-@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_every_label_is_in_one_place_with_its_past(data: Any) -> None:
     """However rows are padded and labelled: what precedes a token in its row precedes it in prompt + completion."""

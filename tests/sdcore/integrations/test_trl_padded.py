@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -52,7 +52,6 @@ def padded(rows: dict[str, list[list[int]]]) -> dict[str, Tensor]:
     }
 
 
-@settings(max_examples=60, deadline=None)
 @given(batches())
 def test_each_row_of_the_plan_reads_and_predicts_what_its_padded_row_does(rows: dict[str, list[list[int]]]) -> None:
     found = plan_padded(**padded(rows))
@@ -70,7 +69,6 @@ def test_each_row_of_the_plan_reads_and_predicts_what_its_padded_row_does(rows: 
     assert found.plan.target_ids.tolist() == wanted
 
 
-@settings(max_examples=40, deadline=None)
 @given(batches())
 def test_neighbours_with_equal_prompts_are_one_group(rows: dict[str, list[list[int]]]) -> None:
     found = plan_padded(**padded(rows))
@@ -79,7 +77,6 @@ def test_neighbours_with_equal_prompts_are_one_group(rows: dict[str, list[list[i
     assert starts == changes
 
 
-@settings(max_examples=40, deadline=None)
 @given(batches())
 def test_values_come_back_to_where_they_were_taken_from(rows: dict[str, list[list[int]]]) -> None:
     batch = padded(rows)

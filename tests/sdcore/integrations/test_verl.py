@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -290,7 +290,6 @@ def test_the_weights_of_tokens_are_verls_aggregation(mode: str, info: dict[str, 
 
 
 @given(sizes=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)), min_size=1, max_size=5))
-@settings(deadline=None, max_examples=60)
 def test_packed_and_padded_responses_are_the_same_rows(sizes: list[tuple[int, int]]) -> None:
     width, widest = max(1, *(r for _, r in sizes)), max(p for p, _ in sizes)
     mask = torch.stack(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM as Auto
@@ -116,7 +116,6 @@ def test_a_plan_without_rows_costs_nothing() -> None:
     assert counted.speedup == counted.step_speedup == 1.0
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
 @given(st.integers(1, 30), st.integers(0, 20), st.integers(1, 10), st.integers(1, 5), st.integers(0, 30), st.booleans())
 def test_sizes_cost_what_a_plan_of_those_sizes_costs(
     prompt: int, context: int, completion: int, count: int, tail: int, each: bool

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,7 +47,6 @@ def tensors(value: Any) -> Any:
     return torch.tensor(value, dtype=torch.int64) if not value or type(value[0]) is int else [tensors(v) for v in value]
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
 @given(arguments())
 def test_a_branch_after_its_trunk_is_what_the_model_would_read(given_: Any) -> None:
     prompts, completions, teachers = given_
@@ -66,7 +65,6 @@ def test_a_branch_after_its_trunk_is_what_the_model_would_read(given_: Any) -> N
             assert len(made.student[g].sequence(i)) - len(completion) == len(prompts[g]) - 1
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
 @given(arguments())
 def test_rows_are_in_the_order_of_group_completion_and_position(given_: Any) -> None:
     completions = given_[1]
@@ -79,7 +77,6 @@ def test_rows_are_in_the_order_of_group_completion_and_position(given_: Any) -> 
     assert row_slices(made.teacher) == made.rows
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
 @given(arguments())
 def test_trunks_are_as_long_as_they_can_be(given_: Any) -> None:
     prompts, completions, teachers = given_
@@ -94,7 +91,6 @@ def test_trunks_are_as_long_as_they_can_be(given_: Any) -> None:
         assert made.student[g].shared == 0
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
 @given(arguments())
 def test_lists_int32_and_int64_plan_alike(given_: Any) -> None:
     as_lists, as_tensors = plan(*given_), plan(*(tensors(v) for v in given_))
@@ -107,7 +103,6 @@ def test_lists_int32_and_int64_plan_alike(given_: Any) -> None:
             assert (mine.rows, mine.shared) == (other.rows, other.shared)
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
 @given(arguments())
 def test_tokens_count_what_is_computed(given_: Any) -> None:
     made = plan(*given_)
@@ -341,7 +336,6 @@ def test_a_tree_that_contradicts_itself_is_refused(make: Callable[[], Tree], mes
 lengths = st.lists(st.integers(0, 300), max_size=40)
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
 @given(lengths, st.floats(0, 0.9), st.integers(0, 50), st.one_of(st.none(), st.integers(1, 500)))
 def test_buckets_waste_no_more_than_they_may(
     lengths: list[int], most_padding: float, free_padding: int, most_tokens: int | None
@@ -358,7 +352,6 @@ def test_buckets_waste_no_more_than_they_may(
     assert longest == sorted(longest, reverse=True)
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
 @given(lengths, st.floats(0, 0.9))
 def test_no_two_neighbouring_buckets_could_have_been_one(lengths: list[int], most_padding: float) -> None:
     found = buckets(lengths, most_padding=most_padding)
@@ -368,7 +361,6 @@ def test_no_two_neighbouring_buckets_could_have_been_one(lengths: list[int], mos
         assert padded - sum(lengths[i] for i in joined) > most_padding * padded
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
 @given(st.integers(0, 300), st.integers(1, 40))
 def test_sequences_of_one_length_are_one_bucket(length: int, count: int) -> None:
     assert buckets([length] * count, most_padding=0.0) == [list(range(count))]

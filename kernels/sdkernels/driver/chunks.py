@@ -1,0 +1,279 @@
+"""The walk over chunks of rows that every fused operation is.
+
+Rows without weight are left out before anything is projected. Row factors (token weight, importance, upstream
+gradient) multiply a chunk's hidden rows, never its (C, V) tile. Nothing here knows a divergence, and nothing keeps more
+than one chunk of logits; `tiling` sizes the chunk so that all of it fits the workspace.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import groupby
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..tile.head import fast_products
+from ..tile.support import gradient_view, transform_
+from ..tile.threads import populated
+from ..tile.tiling import MOST_ROWS, block_rows, plan_tiling
+from ..types import Gradients, Objective, Operands, TileRows, Wanted, is_same
+from ..vocab_parallel.backend import VocabularyParallel
+from ..vocab_parallel.shards import Shards
+
+Rows = slice | Tensor  # a chunk's rows: a slice where every row is active, else their indices
+
+
+class RowWalk:
+    """What every pass over rows has: the active ones, in chunks, and their row-wise operands."""
+
+    chunk_rows: int
+    gradient_dtype: torch.dtype | None = None  # that in which a tile enters the gradient products; None: its own
+
+    def __init__(self, operands: Operands, objective: Objective, backend: str, shards: Shards | None = None) -> None:
+        self.operands, self.objective, self.dtype = operands, objective, operands.dtype
+        self.vocab = (objective.vocab_size or operands.vocab) if shards is None else shards.width
+        self.backend: Any = load_backend(backend) if shards is None else VocabularyParallel(shards)
+        self.active = _active_rows(operands.token_weights)
+        self.count = operands.student_hidden.shape[0] if self.active is None else self.active.numel()
+
+    def chunks(self) -> Iterator[Rows]:
+        for start in range(0, self.count, self.chunk_rows):
+            chunk = slice(start, min(start + self.chunk_rows, self.count))
+            yield chunk if self.active is None else self.active[chunk]
+
+    def per_row(self) -> Tensor:
+        """Zeros (N,) for row values: those of rows without weight."""
+        hidden = self.operands.student_hidden
+        return hidden.new_zeros(hidden.shape[0], dtype=self.dtype)
+
+    def project(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
+        """Raw logits (C, V) of student and teacher, in buffers that the backend may destroy."""
+        raise NotImplementedError
+
+    def tile_rows(self, rows: Rows) -> TileRows:
+        operands = self.operands
+        return TileRows(
+            student_bias=self._bias(operands.student_bias),
+            teacher_bias=self._bias(operands.teacher_bias),
+            target_ids=_part(operands.target_ids, rows),
+            teacher_ids=_part(operands.teacher_ids, rows),
+            teacher_logprobs=_part(operands.teacher_logprobs, rows),
+        )
+
+    def token_weights(self, rows: Rows) -> Tensor | None:
+        weights = _part(self.operands.token_weights, rows)
+        return None if weights is None else weights.to(self.dtype)
+
+    def _bias(self, bias: Tensor | None) -> Tensor | None:
+        return None if bias is None else bias[: self.vocab]
+
+
+class LogitWalk(RowWalk):
+    """Rows of logits that exist already: the operands' hidden states are logits (N, V)."""
+
+    def __init__(self, operands: Operands, objective: Objective, backend: str, workspace_bytes: int) -> None:
+        sides = [operands.student_hidden]
+        if operands.teacher_hidden is not None:
+            sides.append(operands.teacher_hidden)
+        super().__init__(operands, objective, backend)
+        device = operands.student_hidden.device.type
+        self.chunk_rows = plan_tiling(
+            self.count,
+            self.vocab,
+            sides=len(sides),
+            hidden_entries=self.vocab,  # the gathered rows on their way into the buffer
+            cast_width=0,
+            itemsize=self.dtype.itemsize,
+            scratch=self.backend.scratch_bytes(self.count, self.vocab, device, objective.topk),
+            workspace_bytes=workspace_bytes,
+        ).chunk_rows
+        self.sides = sides
+        self.logits = [side.new_empty((self.chunk_rows, self.vocab), dtype=self.dtype) for side in sides]
+
+    def project(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
+        copies = []
+        for side, buffer in zip(self.sides, self.logits, strict=True):
+            part = side[rows][:, : self.vocab]
+            copies.append(buffer[: part.shape[0]].copy_(part))
+        return copies[0], copies[1] if len(copies) > 1 else None
+
+
+class HeadWalk(RowWalk):
+    """Rows of hidden states that are projected by their heads, or, with `shards`, by this rank's rows of them."""
+
+    def __init__(
+        self,
+        operands: Operands,
+        objective: Objective,
+        backend: str,
+        workspace_bytes: int,
+        shards: Shards | None = None,
+    ) -> None:
+        sides = operands.sides()
+        super().__init__(operands, objective, backend, shards)
+        self.shards = shards
+        # The chunks of all ranks have as many rows, or their collectives would not match.
+        widest = self.vocab if shards is None else shards.widest
+        # Neighbours with one weight are projected together: a tile of the head is cast once for all of them.
+        runs = [list(run) for _, run in groupby(sides, key=lambda side: id(side[1]))]
+        make_head = self.backend.make_head
+        self.groups = [(make_head(run[0][1][: self.vocab], self.dtype), [side[0] for side in run]) for run in runs]
+        self.student_head = self.groups[0][0]
+        self.gradient_dtype = self.student_head.operand_dtype
+        hidden = operands.student_hidden
+        once, per_row = self.backend.scratch_bytes(self.count, widest, hidden.device.type, objective.topk)
+        head_once, head_per_row = map(max, zip(*(head.scratch_bytes() for head, _ in self.groups), strict=True))
+        tiling = plan_tiling(
+            self.count,
+            widest,
+            sides=len(sides),
+            hidden_entries=3 * sum(side.shape[1] for side, _ in sides) + 2 * hidden.shape[1],
+            cast_width=max((head.weight.shape[1] for head, _ in self.groups if head.cast), default=0),
+            itemsize=self.dtype.itemsize,
+            scratch=(once + head_once, per_row + head_per_row),
+            workspace_bytes=workspace_bytes,
+            most_rows=MOST_ROWS.get(hidden.device.type),
+        )
+        self.chunk_rows = tiling.chunk_rows
+        for head, _ in self.groups:
+            head.reserve(tiling.cast_columns)
+        # Off the CPU, rows start on 64-byte boundaries, so that they can be read in full-width pieces.
+        columns = self.vocab if hidden.device.type == "cpu" else -(-self.vocab // 16) * 16
+        shape = (tiling.chunk_rows, columns)
+        self.logits = [populated(hidden.new_empty(shape, dtype=self.dtype))[:, : self.vocab] for _ in sides]
+        # Two teachers are mixed by their final logits, so that part of the transform is done here, not in the tile.
+        self.mixing = operands.mix_hidden is not None
+        if self.mixing:
+            self.objective = replace(objective, teacher=(1.0, None, 1.0))
+            self.teacher_transform, self.mix_share = objective.teacher, objective.mix_share
+        self.gap = (
+            self.backend.TAKES_GAP
+            and operands.teacher_hidden is not None
+            and sides[1][1] is sides[0][1]
+            and self.student_head.operand_dtype == self.dtype  # else the difference would be rounded to 16 bits
+            and not self.mixing
+            and objective.teacher == objective.student
+            and objective.student[1] is None
+            and is_same(operands.student_bias, operands.teacher_bias)
+        )
+
+    def student_rows(self, rows: Rows) -> Tensor:
+        """(C, H), as they enter the product with a gradient tile."""
+        head = self.student_head
+        return self.operands.student_hidden[rows].to(head.weight.dtype if head.narrow else head.operand_dtype)
+
+    def project(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
+        projected: list[Tensor] = []
+        for head, members in self.groups:
+            hidden = [side[rows].to(head.operand_dtype) for side in members]
+            if self.gap:
+                hidden[1] = hidden[1] - hidden[0]
+            buffers = self.logits[len(projected) : len(projected) + len(members)]
+            outs = [buffer[: part.shape[0]] for buffer, part in zip(buffers, hidden, strict=True)]
+            if self.vocab:
+                with fast_products(hidden[0].device, "projection"):
+                    head.project(hidden, outs)
+            projected += outs
+        if self.mixing:
+            student, teacher, other = projected
+            for side in (teacher, other):
+                transform_(side, self.teacher_transform, self._bias(self.operands.teacher_bias))
+            return student, teacher.lerp_(other, self.mix_share)
+        return projected[0], projected[1] if len(projected) > 1 else None
+
+    def tile_rows(self, rows: Rows) -> TileRows:
+        tile_rows = replace(super().tile_rows(rows), teacher_is_gap=self.gap)
+        return replace(tile_rows, teacher_bias=None) if self.mixing else tile_rows
+
+
+class LogitGradient:
+    """The gradient of logits (N, V), written chunk by chunk; zero in rows without weight."""
+
+    def __init__(self, walk: LogitWalk) -> None:
+        self.logits = torch.zeros_like(walk.operands.student_hidden)
+        self.vocab = walk.vocab
+
+    def add(self, rows: Rows, gradient: Tensor, factors: Tensor | None, scale: float) -> None:
+        gradient.mul_(scale if factors is None else (factors * scale)[:, None])
+        self.logits[rows, : self.vocab] = gradient.to(self.logits.dtype)
+
+
+class HeadGradients:
+    """The gradients of hidden states and head, summed chunk by chunk; the head's in the compute dtype."""
+
+    def __init__(self, walk: HeadWalk, wanted: Wanted) -> None:
+        self.walk = walk
+        hidden, weight = walk.operands.student_hidden, walk.operands.weight
+        self.hidden = torch.zeros_like(hidden) if wanted.hidden else None
+        self.chunk = hidden.new_empty((walk.chunk_rows if wanted.hidden else 0, hidden.shape[1]), dtype=walk.dtype)
+        self.weight = populated(weight.new_empty(weight.shape, dtype=walk.dtype)) if wanted.weight else None
+        self.bias = weight.new_zeros(weight.shape[0], dtype=walk.dtype) if wanted.bias else None
+        self.first = True
+
+    def add(self, rows: Rows, gradient: Tensor, factors: Tensor | None, scale: float) -> None:
+        """Add the products of one gradient tile (C, V); row i counts `scale · factors[i]` times."""
+        head, vocab = self.walk.student_head, self.walk.vocab
+        if self.bias is not None:
+            ones = gradient.new_ones(gradient.shape[0]) if factors is None else factors.to(gradient.dtype)
+            self.bias[:vocab] += (gradient.t() @ ones).to(self.bias.dtype) * scale
+        if head.narrow:
+            # The factors go in before the tile is rounded: in hidden rows they would be rounded once more.
+            gradient, factors = _narrowed(gradient, factors, head.weight.dtype), None
+        if self.hidden is not None:
+            chunk = self.chunk[: gradient.shape[0]]
+            if vocab:
+                with fast_products(chunk.device, "gradient"):
+                    head.hidden_gradient(gradient, chunk)
+            else:
+                chunk.zero_()
+            if self.walk.shards is not None:
+                self.walk.shards.add_up_(chunk)
+            chunk.mul_(scale if factors is None else (factors * scale)[:, None])
+            self.hidden[rows] = chunk.to(self.hidden.dtype)
+        if self.weight is not None and vocab:
+            hidden = self.walk.student_rows(rows)
+            if factors is not None:
+                hidden = hidden * factors[:, None].to(hidden.dtype)
+            with fast_products(hidden.device, "gradient"):
+                head.weight_gradient(gradient, hidden, self.weight[:vocab], scale, self.first)
+        self.first = False
+
+    def result(self) -> Gradients:
+        operands, weight, bias = self.walk.operands, self.weight, self.bias
+        if weight is not None:
+            weight[0 if self.first else self.walk.vocab :].zero_()
+            weight = weight.to(operands.weight.dtype)
+        if bias is not None and operands.student_bias is not None:
+            bias = bias.to(operands.student_bias.dtype)
+        return Gradients(self.hidden, weight, bias)
+
+
+def load_backend(name: str) -> ModuleType:
+    """The module of a backend; triton is imported here and nowhere else."""
+    return importlib.import_module(f"..tile.{name}_backend", __package__)
+
+
+def _active_rows(token_weights: Tensor | None) -> Tensor | None:
+    if token_weights is None:
+        return None
+    active = token_weights.nonzero()[:, 0]
+    return None if active.numel() == token_weights.numel() else active
+
+
+def _narrowed(gradient: Tensor, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A tile (C, V) times its rows' factors, rounded, in the first half of its rows' memory; the tile is gone."""
+    view = gradient_view(gradient, dtype)
+    step = block_rows(gradient.shape[1], gradient.device.type)
+    for start in range(0, gradient.shape[0], step):
+        block = slice(start, start + step)
+        view[block] = (gradient[block] if factors is None else gradient[block] * factors[block, None]).to(dtype)
+    return view
+
+
+def _part(tensor: Tensor | None, rows: Rows) -> Tensor | None:
+    return None if tensor is None else tensor[rows]

@@ -1,0 +1,170 @@
+"""The fused operations as passes over the rows: values, and the gradients that are asked for.
+
+A pass is called once with the gradients that it can already form, or, where the upstream gradient has to be known
+first, a second time from backward with that gradient per row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..types import Gradients, Objective, Operands, Wanted
+from ..vocab_parallel.shards import Shards
+from .chunks import HeadGradients, HeadWalk, LogitGradient, LogitWalk, RowWalk
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a pass is run, as opposed to what it computes."""
+
+    backend: str
+    workspace_bytes: int
+    process_group: str = ""  # name of the group over which the head is sharded; "" where it is not
+    shards: Sequence[int] = ()  # rows of the head that each of its ranks holds
+    reduction: str = "mean"
+    normalizer: float = 0.0  # what a mean divides by; 0: the sum of the weights
+    raise_on_nonfinite: bool = False
+
+    def head_walk(self, operands: Operands, objective: Objective) -> HeadWalk:
+        """The walk over rows that this setting asks for."""
+        shards = None
+        if self.process_group:
+            shards = Shards(self.process_group, self.shards, objective.vocab_size or sum(self.shards))
+        return HeadWalk(operands, objective, self.backend, self.workspace_bytes, shards)
+
+
+class Values(NamedTuple):
+    """Row values (N,), 0 in rows without weight; None where there is nothing to report."""
+
+    per_token: Tensor  # divergence times token weight and importance
+    student_logprobs: Tensor | None
+    teacher_logprobs: Tensor | None
+    student_entropy: Tensor
+    teacher_entropy: Tensor | None
+    active_tokens: int
+    denominator: float  # what the sum over rows is divided by
+
+
+def linear_divergence_pass(
+    operands: Operands, objective: Objective, setting: Setting, wanted: Wanted, upstream: Tensor | None = None
+) -> tuple[Values, Gradients]:
+    """Values, and gradients of `Σ_i upstream_i · per_token_i / denominator` (upstream None: ones)."""
+    walk = setting.head_walk(operands, objective)
+    gradients = HeadGradients(walk, wanted)
+    values = _divergence_pass(walk, gradients if wanted else None, setting, upstream)
+    return values, gradients.result()
+
+
+def logit_divergence_pass(
+    operands: Operands, objective: Objective, setting: Setting, upstream: Tensor | None = None
+) -> tuple[Values, Tensor | None]:
+    """The same for logits (N, V), which the operands hold as hidden states; the gradient only with `upstream`."""
+    walk = LogitWalk(operands, objective, setting.backend, setting.workspace_bytes)
+    gradient = None if upstream is None else LogitGradient(walk)
+    values = _divergence_pass(walk, gradient, setting, upstream)
+    return values, None if gradient is None else gradient.logits
+
+
+def logprob_pass(
+    operands: Operands,
+    objective: Objective,
+    setting: Setting,
+    wanted: Wanted,
+    grad_logprobs: Tensor | None = None,
+    grad_entropy: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor, Gradients]:
+    """Log-probabilities of `target_ids` and entropies, (N,) each, and gradients for upstream ones of either."""
+    walk = setting.head_walk(operands, objective)
+    gradients = HeadGradients(walk, wanted)
+    logprobs = None if operands.target_ids is None else walk.per_row()
+    entropy = walk.per_row()
+    for rows in walk.chunks():
+        logits, _ = walk.project(rows)
+        tile_logprobs, entropy[rows], gradient = walk.backend.logprob_tile(
+            logits,
+            walk.tile_rows(rows),
+            walk.objective,
+            grad_logprobs=None if grad_logprobs is None else grad_logprobs[rows],
+            grad_entropy=None if grad_entropy is None else grad_entropy[rows],
+            gradient_dtype=walk.gradient_dtype,
+        )
+        if logprobs is not None:
+            logprobs[rows] = tile_logprobs
+        if gradient is not None:
+            gradients.add(rows, gradient, None, 1.0)
+    return logprobs, entropy, gradients.result()
+
+
+def topk_pass(operands: Operands, objective: Objective, setting: Setting) -> tuple[Tensor, Tensor]:
+    """The `objective.topk` most likely ids of each row and their log-probabilities, (N, k) each."""
+    walk = setting.head_walk(operands, objective)
+    hidden, k = operands.student_hidden, objective.topk
+    ids = hidden.new_empty((hidden.shape[0], k), dtype=torch.int64)
+    logprobs = hidden.new_empty((hidden.shape[0], k), dtype=walk.dtype)
+    for rows in walk.chunks():
+        logits, _ = walk.project(rows)
+        ids[rows], logprobs[rows] = walk.backend.topk_tile(logits, walk.tile_rows(rows), walk.objective, k)
+    return ids, logprobs
+
+
+def _divergence_pass(
+    walk: RowWalk, gradients: HeadGradients | LogitGradient | None, setting: Setting, upstream: Tensor | None
+) -> Values:
+    operands, objective = walk.operands, walk.objective
+    denominator = setting.normalizer or _denominator(operands, walk.count, setting.reduction)
+    targets, cached = operands.target_ids is not None, operands.teacher_ids is not None
+    per_token, student_entropy = walk.per_row(), walk.per_row()
+    teacher_entropy = None if cached else walk.per_row()
+    student_logprobs = walk.per_row() if targets else None
+    teacher_logprobs = walk.per_row() if targets and not cached else None
+    options = {"want_gradient": gradients is not None, "gradient_dtype": walk.gradient_dtype}
+    for rows in walk.chunks():
+        student, teacher = walk.project(rows)
+        tile, gradient = walk.backend.divergence_tile(student, teacher, walk.tile_rows(rows), objective, **options)
+        factors = walk.token_weights(rows)
+        if operands.old_logprobs is not None:
+            importance = _importance(tile.student_logprobs, operands.old_logprobs[rows], objective.importance_clip)
+            factors = importance if factors is None else factors * importance
+        per_token[rows] = tile.loss if factors is None else tile.loss * factors
+        student_entropy[rows] = tile.student_entropy
+        if teacher_entropy is not None:
+            teacher_entropy[rows] = tile.teacher_entropy
+        if student_logprobs is not None:
+            student_logprobs[rows] = tile.student_logprobs
+        if teacher_logprobs is not None:
+            teacher_logprobs[rows] = tile.teacher_logprobs
+        if gradients is not None:
+            if upstream is not None:
+                factors = upstream[rows] if factors is None else factors * upstream[rows]
+            gradients.add(rows, gradient, factors, 1.0 / denominator)
+    if setting.raise_on_nonfinite:
+        _check_finite(per_token)
+    return Values(
+        per_token, student_logprobs, teacher_logprobs, student_entropy, teacher_entropy, walk.count, denominator
+    )
+
+
+def _denominator(operands: Operands, count: int, reduction: str) -> float:
+    if reduction != "mean":
+        return 1.0
+    total = float(count) if operands.token_weights is None else float(operands.token_weights.double().sum())
+    return total or 1.0
+
+
+def _importance(logprobs: Tensor, old_logprobs: Tensor, clip: float) -> Tensor:
+    return (logprobs - old_logprobs.to(logprobs.dtype)).clamp(max=math.log(clip)).exp()
+
+
+def _check_finite(per_token: Tensor) -> None:
+    rows = (~per_token.isfinite()).nonzero()[:, 0]
+    if rows.numel():
+        raise FloatingPointError(
+            f"the divergence of {rows.numel()} rows is not finite, the first of them row {int(rows[0])}: "
+            "student or teacher logits are not finite there"
+        )

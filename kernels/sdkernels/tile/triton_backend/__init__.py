@@ -1,0 +1,18 @@
+"""The Triton backend: `divergence_tile`, `logprob_tile`, `topk_tile` over tiles that the driver has projected.
+
+Importing this package imports triton; the driver does so when the backend is used. From a tile to its results:
+tiles.py; kernels: statistics.py, divergence.py, softmax_gradient.py, buckets.py, topk.py; formulas per element:
+formulas.py; block sizes per architecture: configs.py.
+"""
+
+from __future__ import annotations
+
+from ..head import Head
+from .tiles import divergence_tile, logprob_tile, scratch_bytes, topk_tile
+
+# What `HeadWalk` may project as the teacher: see `TileRows.teacher_is_gap`.
+TAKES_GAP = False
+# The products with a head (V, H), given also the dtype of the logits.
+make_head = Head
+
+__all__ = ["divergence_tile", "logprob_tile", "scratch_bytes", "topk_tile"]

@@ -1,0 +1,7 @@
+"""Runs the methods' claims again on the small world, with controls beside them: `python -m reproduce` in a checkout.
+
+One file per claim says what is claimed, its arms as data, the loop, and how numbers become a verdict: `sdft`, `sdpo`,
+`tilt`, `discovery`, `context`. `experiment` is what they share, `records` what a run leaves and how it is judged,
+`schedule` which runs are made, and `table.run` does it all. Results are in `docs/reproduction`. `commands` trains with
+every method from the command line instead.
+"""

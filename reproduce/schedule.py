@@ -1,0 +1,155 @@
+"""Decides which runs a reproduction needs and in which order, and makes and keeps them.
+
+First each arm runs with every learning rate of its grid on the tuning seed; then, with the chosen rate, on the reported
+seeds. A run that the archive has, with the same settings, is not made again, so that an interrupted reproduction goes
+on where it was. Runs are independent processes with one torch thread each, which is fastest for a model this small.
+
+Not covered: what changes in the code do to runs that are kept. `resume=False` makes them all anew.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers.utils import logging
+
+from sdcore.errors import ArgumentError
+
+from . import context, discovery, sdft, sdpo, tilt
+from .records import TUNING_SEED, Archive, Arm, Job, Record, Study
+
+STUDIES: dict[str, Study] = {
+    study.name: study for claim in (sdft, sdpo, tilt, discovery, context) for study in claim.STUDIES
+}
+CLAIMS = tuple(dict.fromkeys(study.claim for study in STUDIES.values()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scope:
+    """Says what is to be run."""
+
+    studies: tuple[Study, ...]
+    seeds: tuple[int, ...]
+    quick: bool  # smaller settings, some arms, no grid
+
+    def settings(self, study: Study) -> dict[str, object]:
+        return asdict(study.quick if self.quick else study.full)
+
+    def arms(self, study: Study) -> list[Arm]:
+        return [arm for arm in study.arms if arm.quick_rate is not None] if self.quick else list(study.arms)
+
+    def job(self, study: Study, arm: Arm, rate: float, seed: int) -> Job:
+        return Job(study=study.name, arm=arm.name, learning_rate=rate, seed=seed, settings=self.settings(study))
+
+    def grid(self, study: Study, arm: Arm) -> list[Job]:
+        """Lists the tuning runs of an arm: none where there is nothing to choose."""
+        if self.quick or arm.rate_of is not None or len(arm.learning_rates) == 1:
+            return []
+        return [self.job(study, arm, rate, TUNING_SEED) for rate in arm.learning_rates]
+
+    def tuning(self) -> list[Job]:
+        return [job for study in self.studies for arm in self.arms(study) for job in self.grid(study, arm)]
+
+    def rate(self, study: Study, arm: Arm, records: Mapping[str, Record]) -> float:
+        """Returns the rate that an arm is reported with."""
+        if self.quick and arm.quick_rate is not None:
+            return arm.quick_rate
+        if arm.rate_of is not None:
+            other, _, name = arm.rate_of.partition("/")
+            return self.rate(STUDIES[other], STUDIES[other].arm(name), records)
+        if len(arm.learning_rates) == 1:
+            return arm.learning_rates[0]
+        return study.choose({job.learning_rate: records[job.key].points for job in self.grid(study, arm)})
+
+    def reported(self, records: Mapping[str, Record]) -> list[Job]:
+        return [
+            self.job(study, arm, self.rate(study, arm, records), seed)
+            for study in self.studies
+            for seed in self.seeds
+            for arm in self.arms(study)
+        ]
+
+
+def studies_of(claims: Sequence[str] | None) -> tuple[Study, ...]:
+    """Returns the studies of these claims (None: all). Raises `ArgumentError` for a claim that does not exist."""
+    unknown = [claim for claim in claims or () if claim not in CLAIMS]
+    if unknown:
+        raise ArgumentError(f"claims must be among {', '.join(CLAIMS)}, got {', '.join(unknown)}")
+    return tuple(study for study in STUDIES.values() if claims is None or study.claim in claims)
+
+
+def execute(job: Job, quick: bool) -> Record:
+    """Makes one run, in this process."""
+    study = STUDIES[job.study]
+    started = time.process_time()
+    points = study.run(study.arm(job.arm), study.quick if quick else study.full, job.learning_rate, job.seed)
+    return Record(job=job, points=points, cpu_seconds=time.process_time() - started)
+
+
+def work(scope: Scope, archive: Archive, *, workers: int, nice: int, console: Console) -> None:
+    """Makes the runs that the archive lacks, and adds each to it as soon as it is done."""
+    columns = (
+        TextColumn("{task.description:>14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress, _runner(workers, nice) as make:
+        for stage in ("rates", "seeds"):
+            jobs = scope.tuning() if stage == "rates" else scope.reported(archive.records)
+            missing = [job for job in jobs if job.key not in archive.records]
+            bars = {}
+            for study in scope.studies:
+                count = sum(job.study == study.name for job in missing)
+                if count:
+                    bars[study.name] = progress.add_task(f"{study.name} {stage}", total=count)
+            for record in make(missing, scope.quick):
+                archive.add(record)
+                progress.advance(bars[record.job.study])
+
+
+@contextmanager
+def _runner(workers: int, nice: int) -> Iterator[Callable[[Sequence[Job], bool], Iterator[Record]]]:
+    """Gives a function from jobs to their records, as they come."""
+    if workers == 1:
+        threads = torch.get_num_threads()
+        _prepare(nice)
+        try:
+            yield _here
+        finally:
+            torch.set_num_threads(threads)
+        return
+    # Spawned: a fork of a process that has used torch's threads may hang.
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_prepare, initargs=(nice,))
+    try:
+
+        def pooled(jobs: Sequence[Job], quick: bool) -> Iterator[Record]:
+            for future in as_completed([pool.submit(execute, job, quick) for job in jobs]):
+                yield future.result()
+
+        yield pooled
+    finally:
+        # What was running when something failed or was interrupted is finished but not kept; the rest is not begun.
+        pool.shutdown(cancel_futures=True)
+
+
+def _here(jobs: Sequence[Job], quick: bool) -> Iterator[Record]:
+    for job in jobs:
+        yield execute(job, quick)
+
+
+def _prepare(nice: int) -> None:
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()  # a bar for loading 30 tensors
+    if nice:
+        os.nice(nice)

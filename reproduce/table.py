@@ -1,0 +1,264 @@
+"""Runs the reproduction and writes what it found: verdicts, tables and plots, from the records of the runs.
+
+    run(Path("docs/reproduction"), seeds=5, claims=None, quick=False, resume=True, console=Console())
+
+writes into `output`, per study, `<study>.jsonl` (the raw numbers, a line per run) and `<study>.png`, and a `README.md`
+that starts with what did not reproduce.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+
+from sdcore.errors import ArgumentError
+
+from .records import (
+    TUNING_SEED,
+    Archive,
+    Estimate,
+    Panel,
+    Record,
+    Results,
+    Study,
+    Verdict,
+    checked_seeds,
+    estimate,
+)
+from .schedule import Scope, studies_of, work
+
+ORDER = ("opposite", "not reproduced", "undecided", "reproduced")
+HEADINGS = {
+    "opposite": "The opposite was found",
+    "not reproduced": "Not reproduced",
+    "undecided": "Could not be compared",
+    "reproduced": "Reproduced",
+}
+
+
+class Finding(NamedTuple):
+    """Holds a study with its reported runs and what they say."""
+
+    study: Study
+    scope: Scope
+    results: Results
+    verdicts: list[Verdict]
+
+
+def run(
+    output: Path,
+    *,
+    seeds: int = 5,
+    claims: Sequence[str] | None = None,
+    quick: bool = False,
+    resume: bool = True,
+    console: Console,
+    workers: int = 2,
+    nice: int = 0,
+) -> list[Finding]:
+    """Makes the missing runs of these claims (None: all), judges them, and writes tables and plots into `output`.
+
+    `resume=False` makes all runs anew. `quick` is a subset of arms with smaller settings and fixed learning rates: it
+    tells whether the code works, not what is true. `workers` processes with one thread each, at priority `nice`; a
+    single worker is this very process. The README covers all claims of which there is every run.
+
+    Raises `ArgumentError` for arguments that do not fit, and `ImportError` without matplotlib, before any work.
+    """
+    if workers < 1:
+        raise ArgumentError(f"workers must be at least 1, got {workers}")
+    if not 0 <= nice <= 19:
+        raise ArgumentError(f"nice must be in [0, 19], got {nice}")
+    scope = Scope(studies=studies_of(claims), seeds=checked_seeds(seeds), quick=quick)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("the plots need matplotlib: pip install 'sdcore[plot]'")
+    archive = Archive(output)
+    if not resume:
+        archive.forget(study.name for study in scope.studies)
+    work(scope, archive, workers=workers, nice=nice, console=console)
+    # Runs with other settings or rates, from before a change, are not what the tables show.
+    jobs = [*scope.tuning(), *scope.reported(archive.records)]
+    archive.keep([job.key for job in jobs], [study.name for study in scope.studies])
+    whole = Scope(studies=studies_of(None), seeds=scope.seeds, quick=quick)
+    findings = [finding for study in whole.studies if (finding := find(study, whole, archive)) is not None]
+    for finding in findings:
+        if finding.study in scope.studies:
+            plot(finding, output / f"{finding.study.name}.png")
+    (output / "README.md").write_text(page(findings, archive, quick=quick), encoding="utf-8")
+    for outcome in ORDER:
+        for finding in findings:
+            for verdict in finding.verdicts:
+                if verdict.outcome == outcome:
+                    console.print(f"[bold]{outcome}[/] {verdict.sentence}", highlight=False)
+    console.print(f"tables: {output / 'README.md'}")
+    return findings
+
+
+def find(study: Study, scope: Scope, archive: Archive) -> Finding | None:
+    """Judges the study's reported runs; None if some are missing."""
+    own = Scope(studies=(study,), seeds=scope.seeds, quick=scope.quick)
+    try:
+        jobs = own.reported(archive.records)
+        if not jobs:
+            return None
+        records = [archive.records[job.key] for job in jobs]
+    except KeyError:
+        return None
+    by_arm: dict[str, dict[int, Record]] = {}
+    for record in records:
+        by_arm.setdefault(record.job.arm, {})[record.job.seed] = record
+    # One answer more or less in a measurement.
+    results = Results(by_arm, resolution=1 / float(own.settings(study).get("episodes", 200)))  # type: ignore[arg-type]
+    return Finding(study, own, results, [] if scope.quick else study.judge(results))
+
+
+def page(findings: Sequence[Finding], archive: Archive, *, quick: bool) -> str:
+    """Writes the README: verdicts, worst first; then how it was measured; then a section per study."""
+    lines = ["# Reproduction on the small world", ""]
+    if quick:
+        lines += ["**A quick subset: smaller settings, untuned learning rates, no verdicts.**", ""]
+    for outcome in ORDER:
+        said = [
+            f"- {verdict.sentence} ([{finding.study.name}](#{_anchor(finding.study.title)}))"
+            for finding in findings
+            for verdict in finding.verdicts
+            if verdict.outcome == outcome
+        ]
+        if said:
+            lines += [f"## {HEADINGS[outcome]}", "", *said, ""]
+    minutes = sum(record.cpu_seconds for record in archive.records.values()) / 60
+    seeds = len(findings[0].scope.seeds) if findings else 0
+    lines += [
+        "## How it was measured",
+        "",
+        f"`make reproduce`, {minutes:.0f} CPU minutes, {seeds} seeds; means ± standard errors over the seeds. A seed "
+        "is a new task with its own questions, the same for every arm, so that arms are compared seed by seed; an "
+        "effect of three standard errors counts as reproduced. A standard error below what one answer changes "
+        "is raised to that. “Matched” is read at the first checkpoint where the new task is at the level named.",
+        "",
+        f"Learning rates are chosen per arm on seed {TUNING_SEED}, which is not reported, by the rule of the study; "
+        "the grids with their outcomes are at the end of each section. A control has the rate of the arm that it "
+        "controls. Tokens count all that a model reads or writes in training: sampling, the student's pass and the "
+        "teacher's.",
+        "",
+        "*New* is the task that is learned, without help; *prior*, tasks that the model knew before; *in-context*, "
+        "other open names with hints in view. Answers are sampled at temperature 1 and have five digits, all of which "
+        "must be right; *lenient* allows the expert's style, *strict* only the model's own.",
+        "",
+    ]
+    for finding in findings:
+        lines += section(finding, archive)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def section(finding: Finding, archive: Archive) -> list[str]:
+    study, scope, results = finding.study, finding.scope, finding.results
+    titles = ["", "rate", *(column.title for column in study.columns)]
+    rows = []
+    for arm in scope.arms(study):
+        rate = next(iter(results.records[arm.name].values())).job.learning_rate
+        numbers = [cell(results.estimate(arm.name, column.quantity), column.digits) for column in study.columns]
+        rows.append([arm.title, f"{rate:g}", *numbers])
+    lines = [f"## {study.title}", "", f"Claimed: {study.claimed}", "", *markdown(titles, rows), ""]
+    if study.notes:
+        lines += [study.notes, ""]
+    lines += [f"![{study.title}]({study.name}.png)", ""]
+    grid = tuning_rows(finding, archive)
+    if grid:
+        titles = ["", "rate", *(column.title for column in study.columns), "chosen"]
+        lines += [
+            f"<details><summary>Learning rates on seed {TUNING_SEED}</summary>",
+            "",
+            f"Chosen: {study.rule}.",
+            "",
+            *markdown(titles, grid),
+            "",
+            "</details>",
+            "",
+        ]
+    return lines
+
+
+def tuning_rows(finding: Finding, archive: Archive) -> list[list[str]]:
+    study, scope = finding.study, finding.scope
+    rows = []
+    for arm in scope.arms(study):
+        grid = scope.grid(study, arm)
+        chosen = scope.rate(study, arm, archive.records)
+        for job in grid:
+            points = archive.records[job.key].points
+            numbers = [cell(estimate([column.quantity(points)]), column.digits) for column in study.columns]
+            mark = "✓" if job.learning_rate == chosen else ""
+            rows.append([arm.title, f"{job.learning_rate:g}", *numbers, mark])
+    return rows
+
+
+def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    align = ["---", *("---:" for _ in titles[1:])]
+    return ["| " + " | ".join(row) + " |" for row in (titles, align, *rows)]
+
+
+def cell(value: Estimate | None, digits: int) -> str:
+    """Formats as `0.97 ± 0.01`, with the number of seeds where not all have it; a single run has no error."""
+    if value is None:
+        return "never"
+    text = f"{value.mean:.{digits}f}"
+    if value.of > 1:
+        text += f" ± {value.error:.{digits}f}" if value.seeds > 1 else ""
+        text += f" ({value.seeds}/{value.of})" if value.seeds < value.of else ""
+    return text
+
+
+def plot(finding: Finding, path: Path) -> None:
+    """Draws a panel per quantity: the mean over seeds with a band of one standard error."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    study, scope = finding.study, finding.scope
+    columns = min(4, len(study.panels))
+    rows = -(-len(study.panels) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.4 * rows + 0.3 * len(study.arms) / columns + 0.4), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in grid[len(study.panels) :]:
+        axes.set_visible(False)
+    for panel, axes in zip(study.panels, grid, strict=False):
+        for i, arm in enumerate(scope.arms(study)):
+            xs, means, errors = curve(list(finding.results.records[arm.name].values()), panel)
+            color = colormaps["tab20" if len(study.arms) > 10 else "tab10"](i)
+            axes.plot(xs, means, color=color, label=arm.title, marker=".", markersize=4, linewidth=1.3)
+            low, high = ([m + sign * e for m, e in zip(means, errors, strict=True)] for sign in (-1, 1))
+            axes.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.set(title=panel.title, xlabel=panel.x)
+        if panel.log_y:
+            axes.set_yscale("log")
+        if panel.log_x:
+            # Linear up to the first checkpoint, so that the start is in the picture.
+            axes.set_xscale("symlog", linthresh=next((place for place in xs if place > 0), 1.0))
+        if panel.x == "tasks":
+            axes.set_xticks(xs)
+        axes.grid(alpha=0.3)
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(4, columns + 1), fontsize="small", frameon=False
+    )
+    figure.savefig(path, dpi=90)
+
+
+def curve(records: Sequence[Record], panel: Panel) -> tuple[list[float], list[float], list[float]]:
+    """Averages over the runs, checkpoint by checkpoint, as far as every run has come: x, means, standard errors."""
+    xs, means, errors = [], [], []
+    for points in zip(*(record.points for record in records), strict=False):
+        value = estimate([point.get(panel.y) for point in points])
+        if value is not None:
+            xs.append(sum(point[panel.x] for point in points) / len(points))
+            means.append(value.mean)
+            errors.append(value.error)
+    return xs, means, errors
+
+
+def _anchor(title: str) -> str:
+    """Makes a heading's anchor as GitHub does."""
+    return "".join(c for c in title.lower().replace(" ", "-") if c.isalnum() or c in "-_")
