@@ -26,7 +26,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -84,7 +84,20 @@ class _InTemplate:
     max_teacher_prompt_length: int | None = None  # tokens; None: as many as there are
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # the student's, see `student_prompt_ids`
 
-    def _condition(self, group: Group, tokenizer: Any, text: str, shown_G: Sequence[Shown | None]) -> Conditioned:
+    own_text: ClassVar[str] = templates.PLAIN  # where no template is given
+    given_as: ClassVar[str] = "template"  # the field that has one
+    must_show: ClassVar[tuple[str, ...]] = ("privileged_context",)
+
+    def __post_init__(self) -> None:
+        check_overflow(self.overflow, self.max_teacher_prompt_length, shows_feedback=False)
+        templates.check_template(self.given_as, self._text, must_show=self.must_show)
+
+    @property
+    def _text(self) -> str:
+        given: str | None = getattr(self, self.given_as)
+        return self.own_text if given is None else given
+
+    def _condition(self, group: Group, tokenizer: Any, shown_G: Sequence[Shown | None]) -> Conditioned:
         """Returns the prompts that show these; None is a completion without anything to show."""
         example, student = group.example, group.prompt_ids
         # Most completions of a group show the same, and looking for what fits asks for the same prompt twice.
@@ -101,7 +114,7 @@ class _InTemplate:
 
                 def place(question: str) -> str:
                     given = variables | {"prompt": question}
-                    return templates.render(text, given, example.columns, source=example.source)
+                    return templates.render(self._text, given, example.columns, source=example.source)
 
                 prompt = with_context(example.prompt, place)
                 kwargs = self.chat_template_kwargs
@@ -125,19 +138,19 @@ class _InTemplate:
                     student_length=len(student),
                     source=example.source,
                 )
-            found = fitted[shown]
-            counts["context/overflow"] += found.overflow
-            counts["context/truncated_tokens"] += found.truncated_tokens
-            counts["context/dropped_feedback"] += found.dropped_feedback
-            counts["context/dropped"] += found.ids is None
-            prompts_G.append(student if found.ids is None else found.ids)
-            active.append(found.ids is not None)
-            if found.ids is not None:
+            teacher = fitted[shown]
+            counts["context/overflow"] += teacher.overflow
+            counts["context/truncated_tokens"] += teacher.truncated_tokens
+            counts["context/dropped_feedback"] += teacher.dropped_feedback
+            counts["context/dropped"] += teacher.ids is None
+            prompts_G.append(student if teacher.ids is None else teacher.ids)
+            active.append(teacher.ids is not None)
+            if teacher.ids is not None:
                 counts["context/prompt_tokens"] += len(student)
-                counts["context/shared_tokens"] += _shared(student, found.ids)
-                counts["context/teacher_tokens"] += len(found.ids)
-                counts["context/with_solution"] += bool(found.shown.privileged_context or found.shown.attempt)
-                counts["context/with_feedback"] += bool(found.shown.feedback)
+                counts["context/shared_tokens"] += _shared(student, teacher.ids)
+                counts["context/teacher_tokens"] += len(teacher.ids)
+                counts["context/with_solution"] += bool(teacher.shown.privileged_context or teacher.shown.attempt)
+                counts["context/with_feedback"] += bool(teacher.shown.feedback)
         return Conditioned(teacher_prompts=tuple(prompts_G), active=tuple(active), counts=dict(counts))
 
 
@@ -148,10 +161,6 @@ class _OfRow(_InTemplate):
     remove_thinking: bool = False  # take thinking blocks out of the privileged context
 
     @property
-    def _text(self) -> str:
-        raise NotImplementedError
-
-    @property
     def needs_privileged_context(self) -> bool:
         return "privileged_context" in templates.variables_of(self._text)
 
@@ -159,12 +168,12 @@ class _OfRow(_InTemplate):
         """Returns one prompt for all; none is active where the row lacks the context that the template reads."""
         size = len(group.rollouts)
         if not self.needs_privileged_context:
-            return self._condition(group, tokenizer, self._text, [Shown()] * size)
+            return self._condition(group, tokenizer, [Shown()] * size)
         context = group.example.privileged_context or ""
         if self.remove_thinking:
             context = templates.without_thinking(context)
         shown = Shown(privileged_context=context) if context.strip() else None
-        return self._condition(group, tokenizer, self._text, [shown] * size)
+        return self._condition(group, tokenizer, [shown] * size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,43 +187,26 @@ class Template(_OfRow):
 
     text: str | None = field(default=None, kw_only=False)
 
-    def __post_init__(self) -> None:
-        check_overflow(self.overflow, self.max_teacher_prompt_length, shows_feedback=False)
-        templates.check_template("text", self._text)
-
-    @property
-    def _text(self) -> str:
-        return templates.PLAIN if self.text is None else self.text
+    given_as: ClassVar[str] = "text"
+    must_show: ClassVar[tuple[str, ...]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration(_OfRow):
     """Shows an expert's answer to this question as an example: SDFT (arXiv:2601.19897). Raises `ArgumentError`."""
 
-    template: str | None = None  # Jinja; None: `templates.DEMONSTRATION`
+    template: str | None = None  # Jinja; None: `own_text`
 
-    def __post_init__(self) -> None:
-        check_overflow(self.overflow, self.max_teacher_prompt_length, shows_feedback=False)
-        templates.check_template("template", self._text, must_show=("privileged_context",))
-
-    @property
-    def _text(self) -> str:
-        return templates.DEMONSTRATION if self.template is None else self.template
+    own_text: ClassVar[str] = templates.DEMONSTRATION
 
 
 @dataclass(frozen=True, kw_only=True)
 class Solution(_OfRow):
     """Shows a reference solution to derive in one's own way: OPSD (arXiv:2601.18734). Raises `ArgumentError`."""
 
-    template: str | None = None  # Jinja; None: `templates.SOLUTION`
+    template: str | None = None  # Jinja; None: `own_text`
 
-    def __post_init__(self) -> None:
-        check_overflow(self.overflow, self.max_teacher_prompt_length, shows_feedback=False)
-        templates.check_template("template", self._text, must_show=("privileged_context",))
-
-    @property
-    def _text(self) -> str:
-        return templates.SOLUTION if self.template is None else self.template
+    own_text: ClassVar[str] = templates.SOLUTION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,13 +218,15 @@ class SuccessOrFeedback(_InTemplate):
     in its teacher's prompt. Raises `ArgumentError`.
     """
 
-    template: str | None = None  # Jinja, with `attempt` and `feedback`; None: `templates.SUCCESS_OR_FEEDBACK`
+    template: str | None = None  # Jinja, with `attempt` and `feedback`; None: `own_text`
     success_threshold: float = 0.5  # reward from which a completion is a successful attempt
     use_solution: bool = True  # show successful attempts
     use_feedback: bool = True  # show the feedback about the completion itself
     dont_reprompt_on_self_success: bool = True  # False: a completion may be shown itself, if it succeeded
     environment_feedback_only_without_solution: bool = True  # False: both, where there are both
     remove_thinking: bool = True  # take thinking blocks out of attempts
+
+    own_text: ClassVar[str] = templates.SUCCESS_OR_FEEDBACK
 
     def __post_init__(self) -> None:
         if not (self.use_solution or self.use_feedback):
@@ -243,15 +237,11 @@ class SuccessOrFeedback(_InTemplate):
         used = {"attempt": self.use_solution, "feedback": self.use_feedback}
         templates.check_template("template", self._text, must_show=tuple(name for name, use in used.items() if use))
 
-    @property
-    def _text(self) -> str:
-        return templates.SUCCESS_OR_FEEDBACK if self.template is None else self.template
-
     def condition(self, group: Group, tokenizer: Any) -> Conditioned:
         """Returns a prompt per completion, the same tensor where they show the same."""
         attempts = self._attempts(group)
         shown_G = [self._shown(group, i, attempts) for i in range(len(group.rollouts))]
-        return self._condition(group, tokenizer, self._text, shown_G)
+        return self._condition(group, tokenizer, shown_G)
 
     def _attempts(self, group: Group) -> dict[int, str]:
         """Returns index → text of the completions that may be shown, in the group's order."""
@@ -285,12 +275,7 @@ class Custom(_InTemplate):
     def __post_init__(self) -> None:
         if not callable(self.function):
             raise ArgumentError(f"function must be callable, got {type(self.function).__name__}")
-        check_overflow(self.overflow, self.max_teacher_prompt_length, shows_feedback=False)
-        templates.check_template("template", self._text, must_show=("privileged_context",))
-
-    @property
-    def _text(self) -> str:
-        return templates.PLAIN if self.template is None else self.template
+        super().__post_init__()
 
     def condition(self, group: Group, tokenizer: Any) -> Conditioned:
         """Returns a prompt per completion; those whose text is None or blank are not active."""
@@ -308,7 +293,7 @@ class Custom(_InTemplate):
                 f"{group.example.source}: the context function must give text or None, got {type(odd).__name__}"
             )
         shown_G = [Shown(privileged_context=text) if text and text.strip() else None for text in texts_G]
-        return self._condition(group, tokenizer, self._text, shown_G)
+        return self._condition(group, tokenizer, shown_G)
 
 
 def check_examples(builder: ContextBuilder, examples: Sequence[Example]) -> int:

@@ -14,6 +14,7 @@ Not covered: servers (`rollouts.vllm`), tools and several turns, and beam search
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,15 +80,8 @@ class Sampling:
     pad_token_id: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelSampler:
-    """Samples from the model itself, each prompt read once (`sdcore.prefix.generate`)."""
-
-    prompts_at_a_time: int | None = None  # bounds the memory; None: all. Another number draws other completions
-
-    def __post_init__(self) -> None:
-        if self.prompts_at_a_time is not None and self.prompts_at_a_time < 1:
-            raise ArgumentError(f"prompts_at_a_time must be at least 1, got {self.prompts_at_a_time}")
+class BaseSampler(ABC):
+    """Takes the keywords of `Sampler.sample` as one `Sampling`."""
 
     def sample(
         self,
@@ -103,23 +97,45 @@ class ModelSampler:
         pad_token_id: int | None = None,
         seed: int,
     ) -> list[list[SampledCompletion]]:
-        """Draws as the protocol says. Raises what `sdcore.prefix.generate` raises."""
+        """Draws as the protocol says."""
+        sampling = Sampling(
+            num_completions=num_completions,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+        )
+        return self.draw(model, prompts, sampling, seed)
+
+    @abstractmethod
+    def draw(
+        self, model: nn.Module, prompts: Sequence[Tensor], sampling: Sampling, seed: int
+    ) -> list[list[SampledCompletion]]:
+        """Draws the completions of each prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSampler(BaseSampler):
+    """Samples from the model itself, each prompt read once. Raises what `sdcore.prefix.generate` raises."""
+
+    prompts_at_a_time: int | None = None  # bounds the memory; None: all. Another number draws other completions
+
+    def __post_init__(self) -> None:
+        if self.prompts_at_a_time is not None and self.prompts_at_a_time < 1:
+            raise ArgumentError(f"prompts_at_a_time must be at least 1, got {self.prompts_at_a_time}")
+
+    def draw(
+        self, model: nn.Module, prompts: Sequence[Tensor], sampling: Sampling, seed: int
+    ) -> list[list[SampledCompletion]]:
         size = self.prompts_at_a_time or len(prompts)
-        ends = frozenset(eos_token_id)
+        ends = frozenset(sampling.eos_token_id)
+        options = vars(sampling) | {"eos_token_id": list(sampling.eos_token_id) or None}
         completions_B_G: list[list[SampledCompletion]] = []
         for start in range(0, len(prompts), size):
-            sampled = generate(
-                model,
-                prompts[start : start + size],
-                num_completions=num_completions,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=list(eos_token_id) or None,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                pad_token_id=pad_token_id,
-                seed=seed if start == 0 else seed_of(seed, start),
-            )
+            part_seed = seed if start == 0 else seed_of(seed, start)
+            sampled = generate(model, prompts[start : start + size], **options, seed=part_seed)
             lengths = [len(ids) for group in sampled.completions for ids in group]
             logprobs = iter(sampled.logprobs.cpu().split(lengths))
             for group in sampled.completions:

@@ -29,7 +29,7 @@ import json
 import os
 import urllib.error
 import urllib.request
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -45,7 +45,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import ArgumentError, SdcoreError
 from ..models import find_body
-from .samplers import SampledCompletion, completion_of, seed_of
+from .samplers import BaseSampler, SampledCompletion, Sampling, completion_of, seed_of
 
 WEIGHTS = "model.safetensors"
 
@@ -90,46 +90,35 @@ class Server:
             raise EngineError(f"{request.full_url} must answer JSON, got {text[:200]!r}") from error
 
 
-class _Engine(ABC):
+class _Engine(BaseSampler):
     """Samples by an engine with weights of its own."""
 
-    def sample(
-        self,
-        model: nn.Module,
-        prompts: Sequence[Tensor],
-        *,
-        num_completions: int,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        eos_token_id: Sequence[int] = (),
-        pad_token_id: int | None = None,
-        seed: int,
+    def draw(
+        self, model: nn.Module, prompts: Sequence[Tensor], sampling: Sampling, seed: int
     ) -> list[list[SampledCompletion]]:
-        """Draws as `Sampler.sample` says, with a seed for each prompt.
+        """Asks in vLLM's words, with a seed for each prompt.
 
         What is not asked for is said too: else a server takes it from the model's generation config, which for chat
         models often penalises repetitions, and ends completions at the model's own ends.
         """
-        del model, pad_token_id
+        del model
         asked = {
             "min_p": 0.0,
             "repetition_penalty": 1.0,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             "ignore_eos": True,
-            "n": num_completions,
-            "max_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_p": 1.0 if top_p is None else top_p,
-            "top_k": -1 if top_k is None else top_k,
-            "stop_token_ids": list(eos_token_id),
+            "n": sampling.num_completions,
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": 1.0 if sampling.top_p is None else sampling.top_p,
+            "top_k": -1 if sampling.top_k is None else sampling.top_k,
+            "stop_token_ids": list(sampling.eos_token_id),
             "logprobs": 0,  # of the sampled token alone
         }
         # vLLM takes 31 bits.
         seeded = [asked | {"seed": seed_of(seed, i) % 2**31} for i in range(len(prompts))]
-        return self._drawn([prompt.tolist() for prompt in prompts], seeded, frozenset(eos_token_id))
+        return self._drawn([prompt.tolist() for prompt in prompts], seeded, frozenset(sampling.eos_token_id))
 
     @abstractmethod
     def _drawn(

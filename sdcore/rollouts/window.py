@@ -28,6 +28,7 @@ from ..types import Example, Group, Message, Rollout
 from .samplers import seed_of
 
 COMPLETION = "completion"
+PLAIN = ("text", "finished", "reward", "feedback")  # fields of a rollout that JSON has as they are
 
 
 class WindowOrder(TorchSampler[int]):
@@ -108,23 +109,7 @@ def _rendered(
 
 def save_rollouts(path: Path, batches: Sequence[Sequence[Group]]) -> None:
     """Writes the rollouts of a window, whole or not at all. JSON keeps every digit of a float."""
-    saved = [
-        [
-            [
-                {
-                    "ids": rollout.completion_ids.tolist(),
-                    "logprobs": None if rollout.logprobs is None else rollout.logprobs.tolist(),
-                    "text": rollout.text,
-                    "finished": rollout.finished,
-                    "reward": rollout.reward,
-                    "feedback": rollout.feedback,
-                }
-                for rollout in group.rollouts
-            ]
-            for group in batch
-        ]
-        for batch in batches
-    ]
+    saved = [[[_as_json(rollout) for rollout in group.rollouts] for group in batch] for batch in batches]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -136,20 +121,17 @@ def save_rollouts(path: Path, batches: Sequence[Sequence[Group]]) -> None:
 
 def load_rollouts(path: Path) -> list[list[tuple[Rollout, ...]]]:
     """Reads what `save_rollouts` wrote: batches of groups of rollouts, without their examples."""
-    return [
-        [
-            tuple(
-                Rollout(
-                    completion_ids=torch.tensor(one["ids"], dtype=torch.int64),
-                    logprobs=None if one["logprobs"] is None else torch.tensor(one["logprobs"], dtype=torch.float32),
-                    text=one["text"],
-                    finished=one["finished"],
-                    reward=one["reward"],
-                    feedback=one["feedback"],
-                )
-                for one in group
-            )
-            for group in batch
-        ]
-        for batch in json.loads(path.read_text(encoding="utf-8"))
-    ]
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    return [[tuple(_from_json(rollout) for rollout in group) for group in batch] for batch in saved]
+
+
+def _as_json(rollout: Rollout) -> dict[str, Any]:
+    logprobs = None if rollout.logprobs is None else rollout.logprobs.tolist()
+    tensors = {"ids": rollout.completion_ids.tolist(), "logprobs": logprobs}
+    return tensors | {name: getattr(rollout, name) for name in PLAIN}
+
+
+def _from_json(saved: dict[str, Any]) -> Rollout:
+    logprobs = None if saved["logprobs"] is None else torch.tensor(saved["logprobs"], dtype=torch.float32)
+    ids = torch.tensor(saved["ids"], dtype=torch.int64)
+    return Rollout(completion_ids=ids, logprobs=logprobs, **{name: saved[name] for name in PLAIN})

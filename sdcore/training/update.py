@@ -176,34 +176,10 @@ def update(
     """
     totals = batch.normalizers if normalizers is None else normalizers
     how = (options or Options())._asdict()
-    if method.target == "divergence":
-        policy = None
-        if method.distillation_weight < 1:
-            policy = _policy(model, batch, method, totals, reference, off_policy, sampling_temperature, how)
-        return distill_step(
-            model,
-            batch.plan,
-            loss=method.build_loss(),
-            teacher=teacher,
-            token_weights=batch.divergence_weights,
-            old_logprobs=None if method.importance_clip is None else batch.old_logprobs,
-            normalizer=totals.divergence,
-            policy=policy,
-            backward=backward,
-            **how,
-        )
-    if method.target == "token_tilt":
-        return distill_step(
-            model,
-            batch.plan,
-            loss=method.build_loss(),
-            teacher=teacher,
-            token_weights=batch.divergence_weights,
-            normalizer=totals.divergence,
-            tilt=TokenTilt(exponents=method.inv_temperature * _advantages(batch, method)),
-            backward=backward,
-            **how,
-        )
+    run: dict[str, Any] = {"backward": backward, **how}
+    divergence: dict[str, Any] = {"token_weights": batch.divergence_weights, "normalizer": totals.divergence}
+    if method.target == "imitation":
+        return imitate_step(model, batch.plan, **divergence, **run)
     if method.target == "tilt":
         return tilt_step(
             model,
@@ -214,19 +190,27 @@ def update(
             completion_mask=batch.policy_weights != 0,
             normalizer=totals.policy,
             temperature=sampling_temperature,
-            backward=backward,
-            **how,
+            **run,
         )
     if method.target == "policy_gradient":
         term = _policy(model, batch, method, totals, None, off_policy, sampling_temperature, how)
-        return policy_gradient_step(model, batch.plan, term, reference=reference, backward=backward, **how)
-    return imitate_step(
+        return policy_gradient_step(model, batch.plan, term, reference=reference, **run)
+    loss = method.build_loss()
+    if method.target == "token_tilt":
+        tilt = TokenTilt(exponents=method.inv_temperature * _advantages(batch, method))
+        return distill_step(model, batch.plan, loss=loss, teacher=teacher, tilt=tilt, **divergence, **run)
+    policy = None
+    if method.distillation_weight < 1:
+        policy = _policy(model, batch, method, totals, reference, off_policy, sampling_temperature, how)
+    return distill_step(
         model,
         batch.plan,
-        token_weights=batch.divergence_weights,
-        normalizer=totals.divergence,
-        backward=backward,
-        **how,
+        loss=loss,
+        teacher=teacher,
+        old_logprobs=None if method.importance_clip is None else batch.old_logprobs,
+        policy=policy,
+        **divergence,
+        **run,
     )
 
 
