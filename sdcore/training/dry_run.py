@@ -20,9 +20,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
+from rich.console import Console, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from ..contexts import ContextBuilder, require_text, student_prompt_ids
@@ -33,9 +37,6 @@ from ..presets.method import Method
 from ..rollouts.rewards import score
 from ..types import Example, Group, Rollout
 from .config import SelfDistillationConfig
-
-if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
 
 # Columns that may hold an answer, for the stand-in; the first that a row has.
 ANSWERS: Final = ("completion", "answer", "solution", "response", "target")
@@ -73,9 +74,9 @@ class Preview:
     source: str
     segments: tuple[Segment, ...]
     prompt_tokens: int  # P
-    teacher_tokens: int | None  # None: the method has no teacher
-    shared_tokens: int
-    active: bool  # False: there is nothing privileged to show, so the completion would carry no loss
+    teacher_tokens: int | None = None  # None: the method has no teacher
+    shared_tokens: int = 0
+    active: bool = True  # False: there is nothing privileged to show, so the completion would carry no loss
     supposed: str = ""  # what the stand-in group is, where the teacher's context depends on it
     reward: float | None = None  # of the empty attempt
     feedback: str | None = None
@@ -202,9 +203,6 @@ def dry_run(
 
 def show(run: DryRun, console: Console) -> None:
     """Prints the rows in colours, a table of lengths, a table of memory."""
-    from rich.padding import Padding
-    from rich.text import Text
-
     legend = Text("colours: ")
     for name, colour in COLOURS.items():
         legend.append(name, style=colour).append("  ")
@@ -272,9 +270,6 @@ def _preview(
             source=example.source,
             segments=_segments(segments, tokenizer),
             prompt_tokens=len(student),
-            teacher_tokens=None,
-            shared_tokens=0,
-            active=True,
             reward=reward,
             feedback=feedback,
         )
@@ -348,8 +343,6 @@ def _alike(one: Tensor, other: Tensor) -> int:
 
 
 def _headline(preview: Preview) -> RenderableType:
-    from rich.text import Text
-
     line = Text(preview.source or "a row", style="bold")
     line.append(f"  student's prompt {preview.prompt_tokens} tokens", style="not bold")
     if preview.teacher_tokens is not None:
@@ -363,9 +356,6 @@ def _headline(preview: Preview) -> RenderableType:
 
 
 def _table_of(preview: Preview) -> RenderableType:
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(box=None, padding=(0, 2), show_header=True, header_style="dim")
     for column, justify in (("part", "left"), ("read by", "left"), ("tokens", "right"), ("text", "left")):
         table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]  # two of rich's literals
@@ -380,8 +370,6 @@ def _table_of(preview: Preview) -> RenderableType:
 
 
 def _lengths(run: DryRun) -> RenderableType:
-    from rich.table import Table
-
     table = Table(title=f"{run.rows} rows", title_justify="left")
     for column in ("tokens", "least", "median", "most"):
         table.add_column(column, justify="left" if column == "tokens" else "right")
