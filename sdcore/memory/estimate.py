@@ -28,7 +28,7 @@ from torch import nn
 from ..errors import ArgumentError
 from ..prefix.costs.count import STRATEGIES, cost_of_sizes
 from ..prefix.costs.sizes import ModelSizes, model_sizes
-from ..presets.methods import TeacherKind
+from ..presets.method import TeacherKind
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -24,7 +24,7 @@ from sdcore.errors import ArgumentError, PlanError, SdcoreError
 from sdcore.losses import FusedLinearDivergence
 from sdcore.models import Head
 from sdcore.prefix import plan
-from sdcore.presets.methods import Method
+from sdcore.presets import Method
 from sdcore.step import distill_step
 from sdcore.teachers import Frozen, Live, TrustRegion
 from sdcore.types import Conditioned, Example, Group, Rollout
