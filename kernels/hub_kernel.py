@@ -1,4 +1,4 @@
-"""Lay `sdkernels` out as a kernel of the Hugging Face Hub, which the `kernels` library loads by its path or its name.
+"""Lays `sdkernels` out as a kernel of the Hugging Face Hub, which the `kernels` library loads by path or by name.
 
     python kernels/hub_kernel.py build/hub --repo-id me/sdkernels        # or: make hub-kernel
     kernels.get_local_kernel(Path("build/hub")).linear_divergence(...)
@@ -83,7 +83,7 @@ Version {release} of the Python package; pure Python and Triton.
 
 
 def lay_out(output: Path, *, repo_id: str | None = None) -> Path:
-    """Write the layout into `output`, which must be new, empty, or an earlier layout; returns it."""
+    """Writes the layout into `output`, which must be new, empty, or an earlier layout; returns it."""
     if output.exists() and any(output.iterdir()) and not (output / "build.toml").exists():
         raise FileExistsError(f"output must be new, empty or an earlier layout, got {output} with other files in it")
     shutil.rmtree(output, ignore_errors=True)
@@ -120,20 +120,20 @@ def lay_out(output: Path, *, repo_id: str | None = None) -> Path:
 
 
 def release_of() -> str:
-    """The version of the whole project, which is not imported for it."""
-    found = re.search(r'^__version__ = "([^"]+)"', VERSION_FILE.read_text(), re.MULTILINE)
-    if found is None:
+    """Reads the version of the whole project, which is not imported for it."""
+    line = re.search(r'^__version__ = "([^"]+)"', VERSION_FILE.read_text(), re.MULTILINE)
+    if line is None:
         raise ValueError(f'{VERSION_FILE} must have a line __version__ = "...", got none')
-    return found[1]
+    return line[1]
 
 
 def _sources() -> list[Path]:
-    found = [path for path in SOURCES.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    return sorted(path for path in found if path.name not in LEFT_OUT)
+    paths = [path for path in SOURCES.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    return sorted(path for path in paths if path.name not in LEFT_OUT)
 
 
 def _digest(files: dict[Path, bytes]) -> str:
-    """Of names and contents: another one for every change."""
+    """Returns a digest of names and contents: another one for every change."""
     whole = hashlib.sha256()
     for path, content in sorted(files.items()):
         whole.update(f"{path.as_posix()} {len(content)}\n".encode() + content)

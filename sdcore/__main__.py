@@ -1,4 +1,4 @@
-"""`python -m sdcore`: the command line, same as the console script `sdcore`."""
+"""Answers `python -m sdcore`: the command line, same as the console script `sdcore`."""
 
 from sdcore.cli.main import app
 

@@ -1,4 +1,4 @@
-"""From rows to `Example`s, with errors that say which row and which column.
+"""Turns rows into `Example`s, with errors that say which row and which column.
 
     examples = read_examples("train.jsonl")                        # also .json, .parquet, a hub id, a Dataset, dicts
 
@@ -39,7 +39,7 @@ FILES: Final = (".jsonl", ".ndjson", ".json", ".parquet")
 
 
 def read_examples(source: str | Path | Rows, *, split: str = "train", limit: int | None = None) -> list[Example]:
-    """The rows of a source, checked.
+    """Reads the rows of a source, and checks them.
 
     Args:
         source: a `.jsonl` (one object a line), `.json` (a list of objects) or `.parquet` file; a folder that `datasets`
@@ -61,7 +61,7 @@ def read_examples(source: str | Path | Rows, *, split: str = "train", limit: int
 
 
 def example_of(row: Mapping[str, Any], source: str) -> Example:
-    """One row as an `Example`; `source` says where it stands. Raises `DataError`, which names source and column."""
+    """Makes an `Example` of a row; `source` says where it stands. Raises `DataError`, which names source and column."""
     if not isinstance(row, Mapping):
         raise DataError(f"{source}: a row must be an object with columns, got {_described(row)}")
     odd = [key for key in row if not isinstance(key, str)]
@@ -88,7 +88,7 @@ def example_of(row: Mapping[str, Any], source: str) -> Example:
 
 
 def _open(source: object, split: str) -> tuple[str, Iterator[tuple[str, Any]]]:
-    """The source's name, and its rows with where each of them stands."""
+    """Returns the source's name, and its rows with where each of them stands."""
     if isinstance(source, str | Path):
         path, suffix = Path(source), Path(source).suffix.lower()
         if path.is_dir():
@@ -168,27 +168,27 @@ def _parsed(text: str, where: str) -> Any:
 
 
 def _load(path: Path, split: str) -> Any:
-    """A folder: one that `Dataset.save_to_disk` wrote, or one of data files."""
+    """Loads a folder: one that `Dataset.save_to_disk` wrote, or one of data files."""
     library = importlib.import_module("datasets")
     saved = any((path / name).exists() for name in ("dataset_dict.json", "state.json"))
     try:
-        found = library.load_from_disk(str(path)) if saved else library.load_dataset(str(path))
+        loaded = library.load_from_disk(str(path)) if saved else library.load_dataset(str(path))
     except Exception as error:
         raise DataError(f"{path}: expected a folder that `datasets` can load, got {_failure(error)}") from error
-    return _split_of(found, split, str(path)) if isinstance(found, Mapping) else found
+    return _split_of(loaded, split, str(path)) if isinstance(loaded, Mapping) else loaded
 
 
 def _load_from_hub(name: str, split: str) -> Any:
     library = importlib.import_module("datasets")
     identifier, _, config = name.partition(":")
     try:
-        found = library.load_dataset(identifier, config or None)
+        splits = library.load_dataset(identifier, config or None)
     except Exception as error:
         raise DataError(
             f"{name!r}: expected a file that ends in one of {', '.join(FILES)}, a folder, or the id of a data set on "
             f"the hub; there is no such file or folder here, and the hub gave {_failure(error)}"
         ) from error
-    return _split_of(found, split, name)
+    return _split_of(splits, split, name)
 
 
 def _split_of(splits: Mapping[str, Any], split: str, name: str) -> Any:
@@ -198,14 +198,14 @@ def _split_of(splits: Mapping[str, Any], split: str, name: str) -> Any:
 
 
 def _the_one(names: Sequence[str], present: Mapping[str, Any], source: str) -> str | None:
-    """Which of the columns that mean the same there is; None if there is none."""
-    found = [name for name in names if name in present]
-    if len(found) > 1:
+    """Returns which of the columns that mean the same there is; None if there is none."""
+    columns = [name for name in names if name in present]
+    if len(columns) > 1:
         raise DataError(
             f"{source}: expected one of the columns {', '.join(f'`{name}`' for name in names)}, which mean the same, "
-            f"got {' and '.join(f'`{name}`' for name in found)} (rename what is meant for reward functions)"
+            f"got {' and '.join(f'`{name}`' for name in columns)} (rename what is meant for reward functions)"
         )
-    return found[0] if found else None
+    return columns[0] if columns else None
 
 
 def _prompt(value: object, where: str, *, may_be_text: bool) -> Prompt:
@@ -233,18 +233,18 @@ def _message(message: object, where: str) -> Message:
     if not isinstance(message, Mapping):
         raise DataError(f'{where}: expected {{"role": ..., "content": ...}}, got {_described(message)}')
     # Arrow gives every message every key that any of them has, null where there is nothing.
-    found: dict[str, Any] = {key: value for key, value in message.items() if value is not None}
-    role = found.get("role")
+    given: dict[str, Any] = {key: value for key, value in message.items() if value is not None}
+    role = given.get("role")
     if not isinstance(role, str) or not role:
-        raise DataError(f"{where}: expected a `role` that is text, got {_key(found, 'role')}")
-    if "content" not in found and found.get("tool_calls"):
-        return found  # an assistant's turn that only calls tools
-    content = found.get("content")
+        raise DataError(f"{where}: expected a `role` that is text, got {_key(given, 'role')}")
+    if "content" not in given and given.get("tool_calls"):
+        return given  # an assistant's turn that only calls tools
+    content = given.get("content")
     if isinstance(content, str):
-        return found
+        return given
     if isinstance(content, Mapping) or not isinstance(content, Sequence):
-        raise DataError(f"{where}: expected a `content` that is text or a list of parts, got {_key(found, 'content')}")
-    return found | {"content": [_part(part, f"{where}, part {i}") for i, part in enumerate(content)]}
+        raise DataError(f"{where}: expected a `content` that is text or a list of parts, got {_key(given, 'content')}")
+    return given | {"content": [_part(part, f"{where}, part {i}") for i, part in enumerate(content)]}
 
 
 def _part(part: object, where: str) -> dict[str, Any]:
@@ -262,7 +262,7 @@ def _says_something(content: str | list[dict[str, Any]]) -> bool:
 
 
 def _privileged(value: object, where: str) -> str | None:
-    """Text; of a conversation, as other libraries have it in this column, the texts of its turns."""
+    """Returns the text; of a conversation, as other libraries have it in this column, the texts of its turns."""
     if isinstance(value, str):
         return value if value.strip() else None
     if isinstance(value, Sequence) and value and all(isinstance(turn, Mapping) for turn in value):
@@ -273,7 +273,7 @@ def _privileged(value: object, where: str) -> str | None:
 
 
 def _check_unicode(value: object, where: str) -> None:
-    """JSON can spell half a character, which no tokenizer takes."""
+    """Refuses half a character, which JSON can spell and no tokenizer takes."""
     if isinstance(value, str) and not value.isascii():
         try:
             value.encode()
@@ -295,7 +295,7 @@ def _texts(content: str | list[dict[str, Any]], where: str) -> list[str]:
 
 
 def _columns(row: Mapping[str, Any]) -> str:
-    """The row's columns, with what may have been meant."""
+    """Lists the row's columns, with what may have been meant."""
     if not row:
         return "a row without columns"
     empty = [name for name in QUESTIONS if name in row]
@@ -305,8 +305,8 @@ def _columns(row: Mapping[str, Any]) -> str:
     return ", ".join(f"`{name}`" for name in row) + (f" (rename `{alike[0]}`?)" if alike else "")
 
 
-def _key(found: Mapping[str, Any], key: str) -> str:
-    return _described(found[key]) if key in found else f"none, only {', '.join(map(repr, found)) or 'nothing'}"
+def _key(given: Mapping[str, Any], key: str) -> str:
+    return _described(given[key]) if key in given else f"none, only {', '.join(map(repr, given)) or 'nothing'}"
 
 
 def _described(value: object) -> str:
@@ -317,6 +317,3 @@ def _described(value: object) -> str:
 def _failure(error: Exception) -> str:
     first = str(error).strip().splitlines()
     return f"{type(error).__name__}: {first[0] if first else 'no message'}"
-
-
-__all__ = ["example_of", "read_examples"]

@@ -79,7 +79,7 @@ def seed() -> int:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Faster than two for the small world's matrices."""
+    """Gives torch a single thread, which is faster than two for small matrices and adds in one order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -74,6 +74,8 @@ def test_links_inside_the_repository_lead_somewhere(file: Path) -> None:
     links = [m["markdown"] or m["html"] for m in LINK.finditer(FENCE.sub("", file.read_text(encoding="utf-8")))]
     inside = [link.partition("#")[0] for link in links if not re.match(r"[a-z]+:|#", link)]
     assert [link for link in inside if not (file.parent / link).exists()] == []
+
+
 def test_the_readmes_tree_names_every_folder_of_the_packages_and_no_other() -> None:
     tree = next(block.code for block in blocks(ROOT / "README.md") if block.code.startswith("kernels/sdkernels/"))
     named, above = set(), ""

@@ -1,24 +1,17 @@
-"""The public functions: check the arguments, say what is computed in scalars, call the operator."""
+"""The public functions: resolve the arguments, check them, compute by an operator, wrap what it returns."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .definition import divergence_by_definition
 from .driver import operators
-from .driver.call import (
-    choose_backend,
-    machine_of,
-    normalizer_of,
-    objective_of,
-    shards_of,
-    teacher_transform,
-    transform_scalars,
-    without_bias,
-    workspace_bytes_for,
-)
+from .driver.call import DIVERGENCE_NAMES, HEAD_NAMES, heads_of, objective_of, setting_of, shards_of
 from .types import (
     Backend,
     DivergenceOutput,
@@ -26,27 +19,28 @@ from .types import (
     ImportanceClip,
     LogitTransform,
     Nonfinite,
-    Objective,
+    Operands,
+    Options,
     Reduction,
     TeacherMix,
     TopK,
     TopKLogprobs,
 )
-from .validation import check_call, check_head, check_linear, check_logits, check_row_operands, check_targets
+from .validation import check_head_call, check_linear_divergence, check_logit_divergence, check_reference
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # not in every build of torch
 
 
 class LogprobOutput(NamedTuple):
-    """Result of `linear_logprobs`, both in the graph."""
+    """What `linear_logprobs` returns, both in the graph."""
 
     logprobs: Tensor | None  # (N,) log p(target) in nats; None without target_ids
     entropy: Tensor  # (N,) nats
 
 
 class TopKOutput(NamedTuple):
-    """Result of `linear_topk`, detached; most likely id first."""
+    """What `linear_topk` returns, detached; most likely id first."""
 
     ids: Tensor  # (N, k) int64
     logprobs: Tensor  # (N, k) under the full vocabulary
@@ -71,20 +65,24 @@ def linear_divergence(
     entry_clip: float | None = None,
     vocab_size: int | None = None,
     reduction: Reduction = "mean",
-    backend: Backend = "auto",
+    backend: Backend | Literal["reference"] = "auto",
     gradient: Gradient = "auto",
     workspace_mb: float | None = None,
     on_nonfinite: Nonfinite = "propagate",
     process_group: ProcessGroup | None = None,
     normalizer_group: ProcessGroup | None = None,
 ) -> DivergenceOutput:
-    """Divergence between two softmax heads without their logits ever existing as a whole.
+    """Returns the divergence between two softmax heads without their logits ever existing as a whole.
 
     The same value and gradients as this, for `alpha=1` (reverse KL) and no option set::
 
         log_p = torch.log_softmax((student_hidden @ student_weight.T).float(), -1)
         log_q = torch.log_softmax((teacher_hidden @ teacher_weight.T).float(), -1).detach()
         loss = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+    What the loss is for any `alpha` and option is defined in `sdkernels.reference`, in float64 and textbook formulas:
+    `divergence(log_p, log_q, alpha)` there answers "what is the loss at alpha 0.5?", and `backend="reference"` runs it,
+    for whoever wants to step through it or to check another backend.
 
     Args:
         student_hidden: (N, H), any floating dtype; the states that predict the N completion tokens.
@@ -108,7 +106,9 @@ def linear_divergence(
         vocab_size: columns from here on are padding and ignored on both sides.
         reduction: "mean" over the sum of weights, "sum", or "none" for (N,).
         backend: "triton" on a GPU, "native" on a CPU with a C compiler, "torch" anywhere; "auto" picks and
-            `output.backend` says which.
+            `output.backend` says which. "reference" is the definition itself: float64 inside, gradients through
+            autograd, all logits at once, so at most 2²³ of them (N·V), and with none of the options about how a call is
+            run (`gradient`, `workspace_mb`, `on_nonfinite`, `process_group`, `normalizer_group`).
         gradient: "in_forward" forms the gradients with the loss (4 matrix products in all), "recompute" in backward
             (6); "auto" recomputes only where the upstream gradient of each token must be known: `reduction="none"`
             with a head that is trained.
@@ -129,93 +129,35 @@ def linear_divergence(
     Raises:
         TypeError, ValueError: before any work, naming the argument, what came and what was expected.
     """
-    shards = shards_of(
-        process_group,
-        backend,
-        {
-            "student_weight": student_weight,
-            "teacher_weight": teacher_weight,
-            "teacher.weight": getattr(teacher, "weight", None),
-            "student_head.bias": getattr(student_head, "bias", None),
-            "teacher_head.bias": getattr(teacher_head, "bias", None),
-        },
-        {
-            "student_hidden": student_hidden,
-            "teacher_hidden": teacher_hidden,
-            "teacher.hidden": getattr(teacher, "hidden", None),
-            "token_weights": token_weights,
-            "target_ids": target_ids,
-            "importance.old_logprobs": getattr(importance, "old_logprobs", None),
-            "teacher.ids": getattr(teacher, "ids", None),
-            "teacher.logprobs": getattr(teacher, "logprobs", None),
-        },
-        *(alpha, normalize, temperature, support, entry_clip, vocab_size, reduction, gradient, workspace_mb),
-        *(getattr(teacher, "share", None), getattr(importance, "clip", None), on_nonfinite, normalizer_group is None),
-        *(without_bias(student_head), without_bias(teacher_head)),
-    )
-    whole_vocab = sum(shards) or None
-    check_linear(student_hidden, student_weight, teacher_hidden, teacher_weight, teacher, vocab_size, whole_vocab)
-    rows, vocab = student_hidden.shape[0], vocab_size or whole_vocab or student_weight.shape[0]
-    check_call(alpha, normalize, temperature, reduction, backend, gradient, workspace_mb, on_nonfinite)
-    check_row_operands(
-        rows,
-        vocab,
-        student_hidden,
+    options = Options(
         alpha=alpha,
         normalize=normalize,
-        token_weights=token_weights,
-        target_ids=target_ids,
-        importance=importance,
-        teacher=teacher,
+        temperature=temperature,
+        student_head=student_head,
+        teacher_head=teacher_head,
         support=support,
+        teacher=teacher,
+        importance=importance,
         entry_clip=entry_clip,
+        vocab_size=vocab_size,
+        reduction=reduction,
+        backend=backend,
+        gradient=gradient,
+        workspace_mb=workspace_mb,
+        on_nonfinite=on_nonfinite,
     )
-    student_head = LogitTransform() if student_head is None else student_head
-    check_head("student_head", student_head, student_weight.shape[0], student_hidden)
-    teacher_head = teacher_transform(student_head, teacher_head, teacher_weight)
-    check_head("teacher_head", teacher_head, student_weight.shape[0], student_hidden)
-
-    mix = teacher if isinstance(teacher, TeacherMix) else None
-    cached = teacher if isinstance(teacher, TopKLogprobs) else None
-    hidden, weight, bias = _autocast(student_hidden), _autocast(student_weight), student_head.bias
-    sides = (teacher_hidden, teacher_weight, None if mix is None else mix.hidden, None if mix is None else mix.weight)
-    teacher_hidden, teacher_weight, mix_hidden, mix_weight = (
-        None if side is None else _autocast(side.detach()) for side in sides
-    )
-    objective = objective_of(
-        alpha, normalize, temperature, student_head, teacher_head, support, teacher, importance, entry_clip
-    )
-    gradients = _formed_in_forward(hidden, weight, bias, reduction, gradient)
-    machine = machine_of(
-        process_group,
-        shards,
-        choose_backend(backend, hidden, weight, teacher_hidden, teacher_weight, buckets=objective.topk),
-        workspace_mb,
-        weight,
-    )
-    normalizer = normalizer_of(normalizer_group, reduction, hidden, token_weights)
-    loss, *values = operators.divergence(
-        hidden,
-        weight,
-        bias,
-        teacher_hidden,
-        teacher_weight,
-        _detached(teacher_head.bias),
-        mix_hidden,
-        mix_weight,
-        _detached(token_weights),
-        _int64(target_ids),
-        None if importance is None else importance.old_logprobs.detach(),
-        None if cached is None else _int64(cached.ids),
-        None if cached is None else cached.logprobs.detach(),
-        *objective.for_vocabulary(vocab_size).encode(),
-        reduction,
-        gradients,
-        normalizer,
-        *machine,
-        on_nonfinite == "raise",
-    )
-    return _output(loss, values, machine.backend, target_ids is not None, cached is not None)
+    sides = (student_hidden, student_weight, teacher_hidden, teacher_weight)
+    given = _operands(options, *sides, token_weights, target_ids)
+    shards = shards_of(process_group, given, options, normalizer_group is None, names=DIVERGENCE_NAMES)
+    check_linear_divergence(given, options, sum(shards))
+    if backend == "reference":
+        check_reference(given, options, process_group, normalizer_group)
+        return _output(divergence_by_definition(given, options), backend, given)
+    operands, objective = _ready(given, options), objective_of(options, teacher_weight)
+    setting = setting_of(operands, options, objective.topk, process_group, shards, normalizer_group)
+    formed = _formed_in_forward(operands, options)
+    values = operators.divergence(*operands, *objective.encode(), *setting, formed)
+    return _output(values, setting.backend, given)
 
 
 def logit_divergence(
@@ -238,50 +180,32 @@ def logit_divergence(
     workspace_mb: float | None = None,
     on_nonfinite: Nonfinite = "propagate",
 ) -> DivergenceOutput:
-    """`linear_divergence` for those who have logits (N, V) already: the same options, values and errors.
+    """Does what `linear_divergence` does for logits (N, V) that exist already: the same options, values and errors.
 
     The gradient (N, V) is formed in backward, so that forward holds a workspace and nothing of the logits' size.
     `teacher_temperature` None is `temperature`.
     """
-    check_logits(student_logits, teacher_logits, teacher, vocab_size)
-    check_call(alpha, normalize, temperature, reduction, backend, "auto", workspace_mb, on_nonfinite)
-    check_row_operands(
-        student_logits.shape[0],
-        student_logits.shape[1] if vocab_size is None else vocab_size,
-        student_logits,
+    options = Options(
         alpha=alpha,
         normalize=normalize,
-        token_weights=token_weights,
-        target_ids=target_ids,
-        importance=importance,
-        teacher=teacher,
+        temperature=temperature,
+        teacher_head=LogitTransform(temperature=teacher_temperature),
         support=support,
+        teacher=teacher,
+        importance=importance,
         entry_clip=entry_clip,
+        vocab_size=vocab_size,
+        reduction=reduction,
+        backend=backend,
+        workspace_mb=workspace_mb,
+        on_nonfinite=on_nonfinite,
     )
-    teacher_head = LogitTransform(temperature=teacher_temperature)
-    check_head("teacher_head", teacher_head, student_logits.shape[1], student_logits)
-    objective = objective_of(
-        alpha, normalize, temperature, LogitTransform(), teacher_head, support, teacher, importance, entry_clip
-    )
-    chosen = choose_backend(backend, student_logits, teacher_logits, buckets=objective.topk)
-    loss, *values = operators.logit_divergence(
-        student_logits,
-        None,
-        None,
-        _detached(teacher_logits),
-        *[None] * 4,
-        _detached(token_weights),
-        _int64(target_ids),
-        None if importance is None else importance.old_logprobs.detach(),
-        None if teacher is None else _int64(teacher.ids),
-        None if teacher is None else teacher.logprobs.detach(),
-        *objective.for_vocabulary(vocab_size).encode(),
-        reduction,
-        chosen,
-        workspace_bytes_for(workspace_mb, None),
-        on_nonfinite == "raise",
-    )
-    return _output(loss, values, chosen, target_ids is not None, teacher is not None)
+    given = _operands(options, student_logits, None, teacher_logits, None, token_weights, target_ids)
+    check_logit_divergence(given, options)
+    operands, objective = _ready(given, options), objective_of(options, None)
+    setting = setting_of(operands, options, objective.topk)
+    values = operators.divergence(*operands, *objective.encode(), *setting, "")
+    return _output(values, setting.backend, given)
 
 
 def linear_logprobs(
@@ -296,7 +220,7 @@ def linear_logprobs(
     workspace_mb: float | None = None,
     process_group: ProcessGroup | None = None,
 ) -> LogprobOutput:
-    """Log-probabilities of given tokens and the entropy, with gradients and without the logits.
+    """Returns log-probabilities of given tokens and the entropy, with gradients and without the logits.
 
     Equal to this, for `head=None`::
 
@@ -306,27 +230,15 @@ def linear_logprobs(
     `hidden` (N, H), `weight` (V, H), `target_ids` (N,) int64 or None. Backward projects once more (4 matrix products
     in all). `process_group`, and what is raised, as in `linear_divergence`.
     """
-    shards = shards_of(
-        process_group,
-        backend,
-        {"weight": weight, "head.bias": getattr(head, "bias", None)},
-        {"hidden": hidden, "target_ids": target_ids},
-        *(temperature, vocab_size, workspace_mb, without_bias(head)),
+    options = Options(
+        temperature=temperature, student_head=head, vocab_size=vocab_size, backend=backend, workspace_mb=workspace_mb
     )
-    head = LogitTransform() if head is None else head
-    whole = sum(shards) or None
-    check_targets(hidden, weight, target_ids, head, temperature, vocab_size, backend, workspace_mb, whole_vocab=whole)
-    hidden, weight = _autocast(hidden), _autocast(weight)
-    logprobs, entropy = operators.logprobs(
-        hidden,
-        weight,
-        head.bias,
-        *[None] * 6,
-        _int64(target_ids),
-        *[None] * 3,
-        *Objective(student=transform_scalars(head, temperature)).for_vocabulary(vocab_size).encode(),
-        *machine_of(process_group, shards, choose_backend(backend, hidden, weight), workspace_mb, weight),
-    )
+    given = _operands(options, hidden, weight, target_ids=target_ids)
+    shards = shards_of(process_group, given, options, names=HEAD_NAMES)
+    check_head_call(given, options, sum(shards))
+    operands, objective = _ready(given, options), objective_of(options, None)
+    setting = setting_of(operands, options, 0, process_group, shards)
+    logprobs, entropy = operators.logprobs(*operands, *objective.encode(), *setting, "")
     return LogprobOutput(None if target_ids is None else logprobs, entropy)
 
 
@@ -343,35 +255,100 @@ def linear_topk(
     workspace_mb: float | None = None,
     process_group: ProcessGroup | None = None,
 ) -> TopKOutput:
-    """The k most likely ids of each row and their log-probabilities, without gradient and without the logits.
+    """Returns each row's k most likely ids and their log-probabilities, without gradient and without the logits.
 
     Equal to `torch.log_softmax((hidden @ weight.T).float() / temperature, -1).topk(k)`; what a teacher has to send in
     order to be a `TopKLogprobs` elsewhere. `process_group`, and what is raised, as in `linear_divergence`.
     """
-    shards = shards_of(
-        process_group,
-        backend,
-        {"weight": weight, "head.bias": getattr(head, "bias", None)},
-        {"hidden": hidden},
-        *(k, temperature, vocab_size, workspace_mb, without_bias(head)),
+    options = Options(
+        temperature=temperature, student_head=head, vocab_size=vocab_size, backend=backend, workspace_mb=workspace_mb
     )
-    head = LogitTransform() if head is None else head
-    whole = sum(shards) or None
-    check_targets(hidden, weight, None, head, temperature, vocab_size, backend, workspace_mb, k=k, whole_vocab=whole)
-    hidden, weight = _autocast(hidden), _autocast(weight)
-    ids, logprobs = operators.topk(
-        hidden,
-        weight,
-        head.bias,
-        *[None] * 10,
-        *Objective(student=transform_scalars(head, temperature), topk=k).for_vocabulary(vocab_size).encode(),
-        *machine_of(process_group, shards, choose_backend(backend, hidden, weight, buckets=k), workspace_mb, weight),
-    )
-    return TopKOutput(ids, logprobs)
+    given = _operands(options, hidden, weight)
+    shards = shards_of(process_group, given, options, k, names=HEAD_NAMES)
+    check_head_call(given, options, sum(shards), k)
+    operands, objective = _ready(given, options), replace(objective_of(options, None), topk=k)
+    setting = setting_of(operands, options, k, process_group, shards)
+    return TopKOutput(*operators.topk(*operands, *objective.encode(), *setting, ""))
 
 
-def _output(loss: Tensor, values: list[Tensor], backend: str, targets: bool, cached: bool) -> DivergenceOutput:
-    per_token, student_logprobs, teacher_logprobs, student_entropy, teacher_entropy, active_tokens, *_ = values
+def _operands(
+    options: Options,
+    student_hidden: Tensor,
+    student_weight: Tensor | None,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    target_ids: Tensor | None = None,
+) -> Operands:
+    """Returns the tensors of a call as they were given, before anything is known of them."""
+    return Operands(
+        student_hidden=student_hidden,
+        student_weight=student_weight,
+        student_bias=getattr(options.student_head, "bias", None),
+        teacher_hidden=teacher_hidden,
+        teacher_weight=teacher_weight,
+        teacher_bias=getattr(options.teacher_head, "bias", None),
+        mix_hidden=getattr(options.teacher, "hidden", None),
+        mix_weight=getattr(options.teacher, "weight", None),
+        token_weights=token_weights,
+        target_ids=target_ids,
+        old_logprobs=getattr(options.importance, "old_logprobs", None),
+        teacher_ids=getattr(options.teacher, "ids", None),
+        teacher_logprobs=getattr(options.teacher, "logprobs", None),
+    )
+
+
+def _ready(given: Operands, options: Options) -> Operands:
+    """Returns checked tensors as an operator takes them: int64 ids, a graph on the student alone, autocast done."""
+
+    def constant(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach()
+
+    def factor(tensor: Tensor | None) -> Tensor | None:
+        return tensor if tensor is None or given.student_weight is None else _autocast(tensor)
+
+    def int64(ids: Tensor | None) -> Tensor | None:
+        return None if ids is None else ids.to(torch.int64)
+
+    _, teacher_head = heads_of(options, given.teacher_weight)
+    return Operands(
+        student_hidden=given.student_hidden if given.student_weight is None else _autocast(given.student_hidden),
+        student_weight=factor(given.student_weight),
+        student_bias=given.student_bias,
+        teacher_hidden=factor(constant(given.teacher_hidden)),
+        teacher_weight=factor(constant(given.teacher_weight)),
+        teacher_bias=constant(teacher_head.bias),
+        mix_hidden=factor(constant(given.mix_hidden)),
+        mix_weight=factor(constant(given.mix_weight)),
+        token_weights=constant(given.token_weights),
+        target_ids=int64(given.target_ids),
+        old_logprobs=constant(given.old_logprobs),
+        teacher_ids=int64(given.teacher_ids),
+        teacher_logprobs=constant(given.teacher_logprobs),
+    )
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """Does what autocast would do to the operands of a linear layer."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
+def _formed_in_forward(operands: Operands, options: Options) -> str:
+    """Returns the letters of the gradients that the forward pass forms; "" where none is needed or backward does it."""
+    student = (operands.student_hidden, operands.student_weight, operands.student_bias)
+    hidden, weight, bias = (tensor is not None and tensor.requires_grad for tensor in student)
+    per_token = options.reduction == "none" and (weight or bias)
+    if not torch.is_grad_enabled() or per_token or options.gradient == "recompute":
+        return ""
+    return "h" * hidden + "w" * weight + "b" * bias
+
+
+def _output(values: Sequence[Any], backend: str, given: Operands) -> DivergenceOutput:
+    loss, per_token, student_logprobs, teacher_logprobs, student_entropy, teacher_entropy, active_tokens, *_ = values
+    targets, cached = given.target_ids is not None, given.teacher_ids is not None
     return DivergenceOutput(
         loss=loss,
         per_token=loss if loss.dim() else per_token,
@@ -382,37 +359,3 @@ def _output(loss: Tensor, values: list[Tensor], backend: str, targets: bool, cac
         active_tokens=active_tokens,
         backend=backend,
     )
-
-
-def _formed_in_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, reduction: str, gradient: str) -> str:
-    """Letters of the gradients that the forward pass forms; "" where none is needed or backward does it."""
-    head = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if not torch.is_grad_enabled() or not (head or hidden.requires_grad):
-        return ""
-    if reduction == "none" and head:
-        if gradient == "in_forward":
-            raise ValueError(
-                "gradient must be 'auto' or 'recompute' for reduction='none' with a head that is trained (its gradient "
-                "depends on each token's upstream gradient), got 'in_forward'"
-            )
-        return ""
-    if gradient == "recompute":
-        return ""
-    trained = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
-    return "".join(letter for letter, is_trained in zip("hwb", trained, strict=True) if is_trained)
-
-
-def _autocast(tensor: Tensor) -> Tensor:
-    """What autocast would do to the operands of a linear layer."""
-    device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
-
-
-def _detached(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
-
-
-def _int64(ids: Tensor | None) -> Tensor | None:
-    return None if ids is None else ids.to(torch.int64)

@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for every architecture, without a GPU, and refuse what would run badly.
+"""Compiles every Triton kernel for every architecture, without a GPU, and refuses what would run badly.
 
 `python -m sdkernels.compile_check [--arch sm_90 ...] [--json FILE] [--jobs 2]` compiles each kernel, in the
 variants that differ in code, with the block sizes of `triton_backend/configs.py` and of `tables/`, down to machine code
@@ -86,31 +86,31 @@ class Result:
 
 
 def cases(arch: str) -> list[Case]:
-    """Every kernel in every variant that is launched on `arch`: untuned, and as its measured table has it."""
+    """Returns every kernel in every variant that `arch` launches: untuned, and as its measured table has it."""
     from sdkernels.tile.triton_backend.configs import TABLE, Config
     from sdkernels.tile.tuned import table_of
 
-    found = launched_by(TABLE[arch])
+    launched = launched_by(TABLE[arch])
     measured = table_of(arch)
     for entry, rows in {} if measured is None else measured.kernels.items():
         for config in dict.fromkeys(Config(row.block, row.warps, row.stages) for row in rows):
             if config != TABLE[arch][entry]:
-                found += [case for case in launched_by(TABLE[arch] | {entry: config}) if case.entry == entry]
-    return found
+                launched += [case for case in launched_by(TABLE[arch] | {entry: config}) if case.entry == entry]
+    return launched
 
 
 def launched_by(table: Mapping[str, Any]) -> list[Case]:
-    """Every kernel in every variant, with the launches of `table`, a Config by kernel."""
+    """Returns every kernel in every variant, with the launches of `table`, a Config by kernel."""
     from sdkernels.tile.triton_backend.configs import MOST_BUCKETS, bucket_config
     from sdkernels.tile.triton_backend.topk import CANDIDATE_WARPS, CANDIDATES_PER_PROGRAM, LEAST_GROUP, MOST_GROUP
 
-    found = []
+    launched = []
 
     def add(entry: str, variant: str, size: int, constants: dict[str, Any], gradient: str = "*bf16") -> None:
         config = table[entry]
         constants = constants | {"BV": config.block, "STAGES": config.stages}
         kernel = entry.removesuffix("_clipped") + "_kernel"
-        found.append(Case(kernel, variant, config.block, config.warps, size, constants, gradient, entry))
+        launched.append(Case(kernel, variant, config.block, config.warps, size, constants, gradient, entry))
 
     no_bias: dict[str, Any] = {"p_student_bias": None, "p_teacher_bias": None}
     plain = no_bias | {"STUDENT_SOFTCAP": False, "TEACHER_SOFTCAP": False}
@@ -153,17 +153,17 @@ def launched_by(table: Mapping[str, Any]) -> list[Case]:
         launch = bucket_config(k + 1)
         for variant, absent in supports:
             constants = absent | capped | {"FAMILY": 2, "BK": launch.block}
-            found.append(Case("bucket_kernel", f"k={k}, {variant}", launch.block, launch.warps, 0, constants))
+            launched.append(Case("bucket_kernel", f"k={k}, {variant}", launch.block, launch.warps, 0, constants))
     for group in (LEAST_GROUP, MOST_GROUP):
         constants = {"SOFTCAP": True, "GROUP": group, "BC": CANDIDATES_PER_PROGRAM}
-        found.append(
+        launched.append(
             Case("candidates_kernel", f"groups of {group}", CANDIDATES_PER_PROGRAM, CANDIDATE_WARPS, 0, constants)
         )
-    return found
+    return launched
 
 
 def kernel_named(name: str) -> Any:
-    """The Triton function of that name."""
+    """Returns the Triton function of that name."""
     from sdkernels.tile.triton_backend import buckets, divergence, softmax_gradient, statistics, topk
 
     for module in (statistics, divergence, softmax_gradient, buckets, topk):
@@ -173,7 +173,7 @@ def kernel_named(name: str) -> Any:
 
 
 def check(arch: str, case: Case) -> Result:
-    """Compile one case for one architecture."""
+    """Compiles a case for one architecture."""
     _, most_shared = CHIPS[arch]
     started = time.perf_counter()
     numbers = {"registers": 0, "stack": 0, "spills": 0, "shared": 0}
@@ -198,7 +198,7 @@ def check(arch: str, case: Case) -> Result:
 
 
 def compile_case(arch: str, case: Case) -> tuple[Any, str]:
-    """Triton's compiled kernel and the assembler's report; never from a cache, which has no report."""
+    """Returns Triton's compiled kernel and the assembler's report; never from a cache, which has no report."""
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -233,7 +233,7 @@ def compile_case(arch: str, case: Case) -> tuple[Any, str]:
 
 
 def parse_assembler_log(log: str) -> dict[str, int]:
-    """Registers per thread, and bytes of stack and of spills (stores and loads), from `ptxas -v`."""
+    """Reads registers per thread, and bytes of stack and of spills (stores and loads), off `ptxas -v`."""
     registers = re.search(r"Used (\d+) registers", log)
     frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     if registers is None or frame is None:
@@ -250,7 +250,7 @@ def problems_of(numbers: dict[str, int], most_shared: int) -> list[str]:
 
 
 def run(archs: Sequence[str], jobs: int) -> Iterator[Result]:
-    """Results in order, compiled in `jobs` processes."""
+    """Yields results in order, compiled in `jobs` processes."""
     work = [(arch, case) for arch in archs for case in cases(arch)]
     if jobs == 1:
         yield from (check(*item) for item in work)
@@ -261,7 +261,7 @@ def run(archs: Sequence[str], jobs: int) -> Iterator[Result]:
 
 
 def row(*columns: object) -> str:
-    """Fixed widths, so that lines can be printed as they come."""
+    """Formats a line in fixed widths, so that lines can be printed as they come."""
     widths = ("<7", "<17", "<38", ">6", ">6", ">5", ">6", ">7", ">7", ">6", "")
     return "".join(f"{column:{width}}" for column, width in zip(columns, widths, strict=True))
 

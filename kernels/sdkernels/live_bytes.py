@@ -33,7 +33,7 @@ FIRST_FACTOR = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "mv": 0, "addmv": 1
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among an operator's arguments or results, also those in lists."""
+    """Yields the tensors among an operator's arguments or results, also those in lists."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -52,7 +52,7 @@ def _name_of(func: Any) -> str:
 
 
 def _factors(name: str, args: tuple[Any, ...]) -> list[tuple[Tensor, Tensor]]:
-    """Of the products that an operator does, each as (..., m, k) and (k, n)."""
+    """Returns the factors of the products that an operator does, each as (..., m, k) and (k, n)."""
     if name in FIRST_FACTOR:
         return [(args[FIRST_FACTOR[name]], args[FIRST_FACTOR[name] + 1])]
     if name == "native_project":
@@ -112,7 +112,7 @@ class LiveBytes(TorchDispatchMode):
         self._allowances = Counter(uncounted_bytes)
 
     def matmul_count(self, *dimensions: int) -> float:
-        """All multiplications in matrix products, in units of one product with these dimensions, e.g. (N, V, H)."""
+        """Counts all multiplications in matrix products in units of a product of these dimensions, e.g. (N, V, H)."""
         return sum(product.m * product.k * product.n for product in self.matmuls) / math.prod(dimensions)
 
     def __torch_dispatch__(
@@ -178,6 +178,3 @@ class LiveBytes(TorchDispatchMode):
 
     def _return_allowance(self, size: int) -> None:
         self._allowances[size] += 1
-
-
-__all__ = ["LiveBytes", "Matmul"]

@@ -1,4 +1,4 @@
-"""The definition of every divergence and of its gradient: float64, full logits, textbook formulas.
+"""Defines every divergence and its gradient: float64, full logits, textbook formulas.
 
 This is the oracle that every backend is tested against, so it shares nothing with them: it imports nothing of ours,
 holds all logits at once, and takes tensors and plain scalars. The papers' sums cancel where teacher and student are
@@ -63,12 +63,12 @@ def final_logits(
 
 
 def log_mixture(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
-    """`log m`, `m = (1 - alpha)·p + alpha·q`."""
+    """Returns `log m`, `m = (1 - alpha)·p + alpha·q`."""
     return torch.logaddexp(log_p + math.log1p(-alpha), log_q + math.log(alpha))
 
 
 def contributions(log_p: Tensor, log_q: Tensor, alpha: float, normalize: bool = False) -> Tensor:
-    """What each entry adds to the divergence, (…, V); of either sign.
+    """Returns what each entry adds to the divergence, (…, V); of either sign.
 
     alpha 0: `q (log q - log p)`; alpha 1: `p (log p - log q)`; between:
     `alpha q (log q - log m) + (1 - alpha) p (log p - log m)`, divided by `alpha (1 - alpha)` with `normalize`.
@@ -89,12 +89,12 @@ def contributions(log_p: Tensor, log_q: Tensor, alpha: float, normalize: bool = 
 
 
 def textbook_divergence(log_p: Tensor, log_q: Tensor, alpha: float, normalize: bool = False) -> Tensor:
-    """`divergence` as the papers write it, (…): next to equality its error exceeds it, and it may be negative."""
+    """Returns `divergence` as the papers write it, (…): near equality its error exceeds it and it may be negative."""
     return contributions(log_p, log_q, alpha, normalize).sum(-1)
 
 
 def divergence(log_p: Tensor, log_q: Tensor, alpha: float, normalize: bool = False) -> Tensor:
-    """KL(q‖p), KL(p‖q), or the generalised JSD of GKD (arXiv:2306.13649), (…); never negative.
+    """Returns KL(q‖p), KL(p‖q), or the generalised JSD of GKD (arXiv:2306.13649), (…); never negative.
 
     `KL(a‖b) = Σ a (log a - log b)` is here `Σ a (exp(gap) - 1 - gap)`, `gap = log b - log a`: the terms differ by
     `b - a`, which sums to 0, and none of these is negative, so that none takes digits from another.
@@ -117,7 +117,7 @@ def divergence(log_p: Tensor, log_q: Tensor, alpha: float, normalize: bool = Fal
 
 
 def divergence_gradient(log_p: Tensor, log_q: Tensor, alpha: float, normalize: bool = False) -> Tensor:
-    """Gradient of `divergence`, (…, V)."""
+    """Returns the gradient of `divergence`, (…, V)."""
     p, q = log_p.exp(), log_q.exp()
     if alpha == 0:
         return p - q
@@ -132,14 +132,14 @@ def divergence_gradient(log_p: Tensor, log_q: Tensor, alpha: float, normalize: b
 def clipped_divergence(
     log_p: Tensor, log_q: Tensor, alpha: float, entry_clip: float, normalize: bool = False
 ) -> Tensor:
-    """Sum of the contributions, each capped from above at `entry_clip` (OPSD, arXiv:2601.18734); may be negative."""
+    """Adds up the contributions, each at most `entry_clip` (OPSD, arXiv:2601.18734); may be negative."""
     return contributions(log_p, log_q, alpha, normalize).clamp(max=entry_clip).sum(-1)
 
 
 def clipped_divergence_gradient(
     log_p: Tensor, log_q: Tensor, alpha: float, entry_clip: float, normalize: bool = False
 ) -> Tensor:
-    """Gradient of `clipped_divergence`: capped entries are constants, the others count with d entry / d log p."""
+    """Returns the gradient of that: capped entries are constants, the others count with d entry / d log p."""
     p, q = log_p.exp(), log_q.exp()
     if alpha == 0:
         per_entry = -q
@@ -153,7 +153,7 @@ def clipped_divergence_gradient(
 
 
 def bucketed(logits: Tensor, ids: Tensor, tail: bool) -> Tensor:
-    """Log-probabilities (…, K + 1) of `ids` (…, K) and of all other entries; without tail (…, K), renormalised.
+    """Returns log-probabilities (…, K + 1) of `ids` (…, K) and of the rest; without tail (…, K), renormalised.
 
     With K = V there are no others, and `tail` must be False.
     """
@@ -165,7 +165,7 @@ def bucketed(logits: Tensor, ids: Tensor, tail: bool) -> Tensor:
 
 
 def bucketed_logprobs(logprobs: Tensor, tail: bool) -> Tensor:
-    """`bucketed` for a teacher of which only the K log-probabilities (…, K) are known."""
+    """Does what `bucketed` does for a teacher of which only the K log-probabilities (…, K) are known."""
     if not tail:
         return logprobs.log_softmax(-1)
     rest = torch.log(-torch.expm1(logprobs.logsumexp(-1, keepdim=True).clamp(max=0.0)))
@@ -173,7 +173,7 @@ def bucketed_logprobs(logprobs: Tensor, tail: bool) -> Tensor:
 
 
 def bucketed_gradient(bucket_gradient: Tensor, student_logits: Tensor, ids: Tensor, tail: bool) -> Tensor:
-    """From the gradient per bucket to that per logit (…, V); entries of the tail share theirs by probability."""
+    """Spreads the gradient per bucket over the logits (…, V); entries of the tail share theirs by probability."""
     k = ids.shape[-1]
     if not tail:
         return torch.zeros_like(student_logits).scatter(-1, ids, bucket_gradient)
@@ -182,34 +182,34 @@ def bucketed_gradient(bucket_gradient: Tensor, student_logits: Tensor, ids: Tens
 
 
 def sampled_divergence(log_p: Tensor, log_q: Tensor, target_ids: Tensor) -> Tensor:
-    """`sg(log p(y) - log q(y)) · log p(y)`, (…): the score-function form of KL(p‖q); of either sign."""
+    """Returns `sg(log p(y) - log q(y)) · log p(y)`, (…): the score-function form of KL(p‖q); of either sign."""
     at_p, at_q = at(log_p, target_ids), at(log_q, target_ids)
     return (at_p - at_q).detach() * at_p
 
 
 def sampled_divergence_gradient(log_p: Tensor, log_q: Tensor, target_ids: Tensor) -> Tensor:
-    """`sg(log p(y) - log q(y)) · (onehot(y) - p)`, (…, V)."""
+    """Returns `sg(log p(y) - log q(y)) · (onehot(y) - p)`, (…, V)."""
     gap = (at(log_p, target_ids) - at(log_q, target_ids)).unsqueeze(-1)
     return gap * (torch.nn.functional.one_hot(target_ids, log_p.shape[-1]) - log_p.exp())
 
 
 def importance_weight(log_p_target: Tensor, old_logprobs: Tensor, clip: float) -> Tensor:
-    """`min(exp(sg(log p(y) - old_logprob)), clip)`, (…)."""
+    """Returns `min(exp(sg(log p(y) - old_logprob)), clip)`, (…)."""
     return (log_p_target.detach() - old_logprobs).exp().clamp(max=clip)
 
 
 def at(log_p: Tensor, ids: Tensor) -> Tensor:
-    """Log-probability of one id per row, (…)."""
+    """Returns the log-probability of one id per row, (…)."""
     return log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
 def entropy(log_p: Tensor) -> Tensor:
-    """`-Σ p log p` in nats, (…)."""
+    """Returns `-Σ p log p` in nats, (…)."""
     return -(log_p.exp() * log_p).sum(-1)
 
 
 def entropy_gradient(log_p: Tensor) -> Tensor:
-    """`-p ⊙ (log p + entropy)`, (…, V)."""
+    """Returns `-p ⊙ (log p + entropy)`, (…, V)."""
     return -log_p.exp() * (log_p + entropy(log_p).unsqueeze(-1))
 
 
@@ -241,7 +241,7 @@ def linear_divergence_reference(
     reduction: Literal["mean", "sum", "none"] = "mean",
     precision: torch.dtype = torch.float64,
 ) -> ReferenceOutput:
-    """`linear_divergence` on full float64 logits, differentiable in student_hidden, student_weight, student.bias.
+    """Does `linear_divergence` on full float64 logits, with a graph to student_hidden, student_weight, student.bias.
 
     Hidden states are (N, H) and (N, Ht), weights (V, H) and (V, Ht), `teacher_weight` None for the student's;
     `cached_ids` and `cached_logprobs` (N, K) stand in for the teacher's hidden states; `mix_*` is the second teacher

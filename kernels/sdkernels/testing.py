@@ -1,4 +1,4 @@
-"""What tests, benchmarks and users need to check a fused operation: inputs, the float64 answer, tolerances, live bytes.
+"""Gives whoever checks a fused operation inputs, the float64 answer, tolerances and live bytes.
 
 Tolerances come from the data: an error is held against that of an independent naive run on the same inputs, and is
 never a number that somebody widened. Memory is counted by `LiveBytes`, see `live_bytes.py`.
@@ -16,9 +16,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .definition import reference_output
 from .live_bytes import LiveBytes, Matmul
-from .reference import Transform, linear_divergence_reference
-from .types import DivergenceOutput, ImportanceClip, LogitTransform, TeacherMix, TopK, TopKLogprobs
+from .types import DivergenceOutput, ImportanceClip, LogitTransform, Operands, Options, TeacherMix, TopK, TopKLogprobs
 
 
 class Inputs(NamedTuple):
@@ -46,7 +46,7 @@ def make_inputs(
     seed: int = 0,
     requires_grad: bool = True,
 ) -> Inputs:
-    """Seeded inputs whose logits have a standard deviation of `logit_std`, far enough from uniform to show errors.
+    """Makes seeded inputs; their logits' standard deviation, `logit_std`, is far enough from uniform to show errors.
 
     The teacher's states are the student's plus `noise` times a normal variable, or, with `teacher_size`, independent
     states (N, teacher_size) with a head of their own. A share `masked` of the rows gets weight 0, the others weights
@@ -82,7 +82,7 @@ def make_inputs(
 
 
 def _cached_topk(inputs: Inputs) -> TopKLogprobs:
-    """The log-probabilities of K ids of a made-up teacher; they leave some mass to the tail."""
+    """Makes up a teacher's log-probabilities of K ids; they leave some mass to the tail."""
     rows, vocab = len(inputs.student_hidden), len(inputs.student_weight)
     k = min(4, vocab)
     generator = torch.Generator().manual_seed(rows)
@@ -126,7 +126,7 @@ OBJECTIVES: dict[str, Callable[[Inputs], dict[str, Any]]] = {
 
 
 def make_arguments(inputs: Inputs, objective: str, **changes: Any) -> dict[str, Any]:
-    """Keyword arguments of `linear_divergence` for one of `OBJECTIVES`, with `changes` on top."""
+    """Returns keyword arguments of `linear_divergence` for one of `OBJECTIVES`, with `changes` on top."""
     arguments = {
         "student_hidden": inputs.student_hidden,
         "student_weight": inputs.student_weight,
@@ -152,7 +152,7 @@ class Run(NamedTuple):
 def run_operation(
     operation: Callable[..., DivergenceOutput], *, upstream: Tensor | None = None, **arguments: Any
 ) -> Run:
-    """Call `operation` on fresh leaves over the same memory, go backward if anything requires a gradient."""
+    """Calls `operation` on fresh leaves over the same memory, goes backward if anything requires a gradient."""
 
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().requires_grad_(tensor.requires_grad)
@@ -196,59 +196,41 @@ def run_reference(
     upstream: Tensor | None = None,
     naive: bool = False,
 ) -> Run:
-    """The float64 answer to a call of `linear_divergence` with the same arguments, gradients included.
+    """Returns the float64 answer to a call of `linear_divergence` with the same arguments, gradients included.
 
     With `naive` it is the path to hold errors against instead: logits and gradient matmuls in the dtype of the inputs,
     `log_softmax` and textbook sums in float32.
     """
-    student_head = student_head or LogitTransform()
-    if teacher_head is None:
-        shared_bias = student_head.bias if teacher_weight is None else None
-        teacher_head = LogitTransform(
-            bias=shared_bias,
-            scale=student_head.scale,
-            softcap=student_head.softcap,
-            temperature=student_head.temperature,
-        )
 
     def leaf(tensor: Tensor) -> Tensor:
         copy = tensor.detach().to(tensor.dtype if naive else torch.float64, copy=True)
         return copy.requires_grad_(tensor.requires_grad)
 
-    def transform(head: LogitTransform, bias: Tensor | None) -> Transform:
-        return Transform(bias, head.scale, head.softcap, head.temperature or temperature)
-
     hidden, weight = leaf(student_hidden), leaf(student_weight)
-    bias = None if student_head.bias is None else leaf(student_head.bias)
-    mix = teacher if isinstance(teacher, TeacherMix) else None
-    cached = teacher if isinstance(teacher, TopKLogprobs) else None
-    output = linear_divergence_reference(
-        hidden,
-        weight,
-        teacher_hidden,
-        teacher_weight,
+    bias = None if student_head is None or student_head.bias is None else leaf(student_head.bias)
+    options = Options(
         alpha=alpha,
         normalize=normalize,
-        student=transform(student_head, bias),
-        teacher=transform(teacher_head, teacher_head.bias),
-        topk=support.k if isinstance(support, TopK) else None,
-        topk_of=support.of if isinstance(support, TopK) else "student",
-        tail=support.tail if isinstance(support, TopK) else True,
-        sampled=support == "sampled",
-        cached_ids=cached.ids if cached else None,
-        cached_logprobs=cached.logprobs if cached else None,
-        mix_hidden=mix.hidden if mix else None,
-        mix_weight=mix.weight if mix else None,
-        mix_share=mix.share if mix else 0.5,
-        token_weights=token_weights,
-        target_ids=target_ids,
-        old_logprobs=importance.old_logprobs if importance else None,
-        importance_clip=importance.clip if importance else 2.0,
+        temperature=temperature,
+        student_head=student_head,
+        teacher_head=teacher_head,
+        support=support,
+        teacher=teacher,
+        importance=importance,
         entry_clip=entry_clip,
         vocab_size=vocab_size,
         reduction=reduction,
-        precision=torch.float32 if naive else torch.float64,
     )
+    given = Operands(
+        student_hidden=hidden,
+        student_weight=weight,
+        student_bias=bias,
+        teacher_hidden=teacher_hidden,
+        teacher_weight=teacher_weight,
+        token_weights=token_weights,
+        target_ids=target_ids,
+    )
+    output = reference_output(given, options, torch.float32 if naive else torch.float64)
     return _with_gradients(output, hidden, weight, bias, upstream)
 
 

@@ -1,7 +1,7 @@
-"""Measure how to launch the kernels on this device, for the table that `tuned` reads.
+"""Measures how to launch the kernels on this device, for the table that `tuned` reads.
 
-    found = tune("divergence", SHAPES, torch.device("cuda"), seconds=60)
-    tuned.write(merged([found], [], torch.device("cuda")), tuned.FOLDER)
+    tuning = tune("divergence", SHAPES, torch.device("cuda"), seconds=60)
+    tuned.write(merged([tuning], [], torch.device("cuda")), tuned.FOLDER)
 
 A candidate (block, warps, stages) is timed only if it compiles without stack and spills in every variant of its kernel
 (`compile_check`, in processes of its own), and if its results are those of the present launch. Candidates are tried
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from typing import Any, Final, NamedTuple
@@ -68,7 +69,7 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """What was found for one kernel."""
+    """What trying launches of a kernel said."""
 
     kernel: str
     chosen: tuple[KernelRow, ...]  # per V
@@ -77,20 +78,20 @@ class Tuning:
 
 
 def candidates(kernel: str, device: torch.device) -> list[Config]:
-    """The present launch first, then those that differ least from it."""
+    """Returns the present launch first, then those that differ least from it."""
     if architecture(device) not in CHIPS:
-        found = list(INTERPRETED) if device.type == "cpu" else []
-        return list(dict.fromkeys([TABLE[architecture(device)][kernel], *found]))
+        others = list(INTERPRETED) if device.type == "cpu" else []
+        return list(dict.fromkeys([TABLE[architecture(device)][kernel], *others]))
     present = TABLE[architecture(device)][kernel]
     least, most = ENTRIES_PER_LANE
-    found = [
+    configs = [
         Config(block, warps, stages)
         for block in BLOCKS
         for warps in WARPS
         for stages in STAGES.get(kernel, OTHER_STAGES)
         if least <= block // (32 * warps) <= most
     ]
-    return sorted({present, *found}, key=lambda one: (one != present, _distance(one, present), one))
+    return sorted({present, *configs}, key=lambda config: (config != present, _distance(config, present), config))
 
 
 def tune(
@@ -102,7 +103,7 @@ def tune(
     seconds: float = math.inf,
     jobs: int | None = None,
 ) -> Tuning:
-    """Try the candidates (`tried`, or all) at every (C, V); no other starts after `seconds`. `jobs` compile.
+    """Tries the candidates (`tried`, or all) at every (C, V); no other starts after `seconds`. `jobs` compile.
 
     Raises `ValueError` for a kernel that has no row in the tables of launches.
     """
@@ -116,11 +117,11 @@ def tune(
     for rows, vocab in shapes:
         work = _Work(kernel, rows, vocab, device)
         expected = work.results(present)
-        for one in tried:
-            trial = Trial(rows, vocab, one)
-            if refused[one]:
-                trial = trial._replace(problem=refused[one])
-            elif one != present and time.perf_counter() - began > seconds:
+        for config in tried:
+            trial = Trial(rows, vocab, config)
+            if refused[config]:
+                trial = trial._replace(problem=refused[config])
+            elif config != present and time.perf_counter() - began > seconds:
                 trial = trial._replace(problem="not reached")
             else:
                 trial = work.tried(trial, expected)
@@ -130,18 +131,18 @@ def tune(
 
 
 def choose(trials: Sequence[Trial], present: Config) -> tuple[tuple[KernelRow, ...], tuple[float, ...]]:
-    """Per V the launch that takes least over its chunks, in relation to the present one; and by how much."""
+    """Picks per V the launch that takes least over its chunks, in relation to the present one; says by how much."""
     chosen, gains = [], []
     for vocab in dict.fromkeys(trial.vocab for trial in trials):
         of_vocab = [trial for trial in trials if trial.vocab == vocab]
         base = {trial.rows: trial.seconds for trial in of_vocab if trial.config == present}
         best, gain = present, 1.0
-        for one in dict.fromkeys(trial.config for trial in of_vocab):
-            ratios = [base[trial.rows] / trial.seconds for trial in of_vocab if trial.config == one]
+        for config in dict.fromkeys(trial.config for trial in of_vocab):
+            ratios = [base[trial.rows] / trial.seconds for trial in of_vocab if trial.config == config]
             # A NaN, of a shape at which it was not timed, fails the comparison.
             mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
             if mean > max(gain, 1 + LEAST_GAIN):
-                best, gain = one, mean
+                best, gain = config, mean
         chosen.append(KernelRow(vocab, *best))
         gains.append(gain)
     return tuple(chosen), tuple(gains)
@@ -150,7 +151,7 @@ def choose(trials: Sequence[Trial], present: Config) -> tuple[tuple[KernelRow, .
 def merged(
     kernels: Iterable[tuple[str, tuple[KernelRow, ...]]], workspace: Iterable[WorkspaceRow], device: torch.device
 ) -> Table:
-    """A table of this device, of today."""
+    """Makes a table of this device, of today."""
     return Table(
         architecture=architecture(device),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton's interpreter",
@@ -163,19 +164,26 @@ def merged(
 
 
 def problems(kernel: str, tried: Sequence[Config], arch: str, jobs: int | None = None) -> dict[Config, str]:
-    """Why a launch is not to be tried, by what the compiler says of all variants; empty where nothing speaks against
-    it, and where nothing is compiled."""
+    """Says why a launch is not to be tried, by what the compiler says of all variants.
+
+    Empty where nothing speaks against it, and where nothing is compiled.
+    """
     if arch not in CHIPS:
         return dict.fromkeys(tried, "")
-    work = [(one, case) for one in tried for case in launched_by(TABLE[arch] | {kernel: one}) if case.entry == kernel]
+    work = [
+        (config, case)
+        for config in tried
+        for case in launched_by(TABLE[arch] | {kernel: config})
+        if case.entry == kernel
+    ]
     # Not forked: the parent holds threads of torch, and perhaps a CUDA context.
     with ProcessPoolExecutor(jobs or max(1, (os.cpu_count() or 2) - 2), mp_context=get_context("spawn")) as pool:
         results = list(pool.map(check, [arch] * len(work), [case for _, case in work]))
-    found = dict.fromkeys(tried, "")
-    for (one, case), result in zip(work, results, strict=True):
-        if result.problems and not found[one]:
-            found[one] = f"{case.variant}: {'; '.join(result.problems)}"
-    return found
+    reasons = dict.fromkeys(tried, "")
+    for (config, case), result in zip(work, results, strict=True):
+        if result.problems and not reasons[config]:
+            reasons[config] = f"{case.variant}: {'; '.join(result.problems)}"
+    return reasons
 
 
 class _Work:
@@ -191,7 +199,7 @@ class _Work:
         self.statistics, _ = row_statistics(self.student, self.teacher, self.rows, Objective())
 
     def launches(self) -> dict[str, Launch]:
-        """By name; each destroys the student's logits that it is given."""
+        """Returns launches by name; each destroys the student's logits that it is given."""
         if self.kernel == "row_statistics":
             return {"both sides": self._statistics}
         if self.kernel == "softmax_gradient":
@@ -199,8 +207,8 @@ class _Work:
         clip = 0.01 if self.kernel == "divergence_clipped" else None
         objectives = {"forward KL": Objective(alpha=0.0), "JSD": Objective(alpha=0.5)}
         return {
-            name: lambda student, one=one: self._divergence(student, replace(one, entry_clip=clip))  # type: ignore[misc]
-            for name, one in objectives.items()
+            name: partial(self._divergence, objective=replace(objective, entry_clip=clip))
+            for name, objective in objectives.items()
         }
 
     def results(self, launched: Config) -> list[tuple[Tensor, ...]]:
@@ -208,12 +216,12 @@ class _Work:
             return [launch(self.student.clone()) for launch in self.launches().values()]
 
     def tried(self, trial: Trial, expected: list[tuple[Tensor, ...]]) -> Trial:
-        """The trial with its time, or with what is wrong with its results."""
+        """Returns the trial with its time, or with what is wrong with its results."""
         try:
             for actual, right in zip(self.results(trial.config), expected, strict=True):
-                for one, other in zip(actual, right, strict=True):
-                    error = _relative_error(one, other)
-                    if not error <= (EQUAL if one.dtype == torch.float32 else EQUAL_16_BITS):
+                for result, wanted in zip(actual, right, strict=True):
+                    error = _relative_error(result, wanted)
+                    if not error <= (EQUAL if result.dtype == torch.float32 else EQUAL_16_BITS):
                         return trial._replace(problem=f"its results differ by {error:.1e}")
             with using(self._table(trial.config)):
                 return trial._replace(seconds=sum(self._seconds(launch) for launch in self.launches().values()))
@@ -221,13 +229,13 @@ class _Work:
             return trial._replace(problem=f"{type(error).__name__}: {str(error)[:120]}")
 
     def _seconds(self, launch: Launch) -> float:
-        """Median of one launch, over and over on the same memory: what is in it does not change the time."""
+        """Times a launch (median), over and over on the same memory: what is in it does not change the time."""
         student = self.student.clone()
         if self.device.type != "cuda":
             began = time.perf_counter()
             launch(student)
             return time.perf_counter() - began
-        found = []
+        times = []
         for number in range(WARM_UP + REPETITIONS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda._sleep(HEAD_START_CYCLES)
@@ -236,15 +244,15 @@ class _Work:
             end.record()
             end.synchronize()
             if number >= WARM_UP:
-                found.append(start.elapsed_time(end) / 1e3)
-        return numbers.median(found)
+                times.append(start.elapsed_time(end) / 1e3)
+        return numbers.median(times)
 
     def _table(self, launched: Config) -> Table:
         return merged([(self.kernel, (KernelRow(self.student.shape[1], *launched),))], [], self.device)
 
     def _statistics(self, student: Tensor) -> tuple[Tensor, ...]:
-        found, _ = row_statistics(student, self.teacher, self.rows, Objective())
-        return found.array.unbind()
+        statistics, _ = row_statistics(student, self.teacher, self.rows, Objective())
+        return statistics.array.unbind()
 
     def _divergence(self, student: Tensor, objective: Objective) -> tuple[Tensor, ...]:
         gradient = gradient_view(student, torch.bfloat16)
@@ -265,12 +273,12 @@ class _Work:
         return (gradient,)
 
 
-def as_json(found: Tuning) -> dict[str, Any]:
-    """For a file beside the table: every trial."""
+def as_json(tuning: Tuning) -> dict[str, Any]:
+    """Describes every trial, for a file beside the table."""
     return {
-        "kernel": found.kernel,
-        "chosen": [row._asdict() for row in found.chosen],
-        "gains": list(found.gains),
+        "kernel": tuning.kernel,
+        "chosen": [row._asdict() for row in tuning.chosen],
+        "gains": list(tuning.gains),
         "trials": [
             {
                 "rows": trial.rows,
@@ -279,13 +287,13 @@ def as_json(found: Tuning) -> dict[str, Any]:
                 "seconds": None if math.isnan(trial.seconds) else trial.seconds,
                 "problem": trial.problem,
             }
-            for trial in found.trials
+            for trial in tuning.trials
         ],
     }
 
 
 def chosen_of(stored: Mapping[str, Any]) -> tuple[str, tuple[KernelRow, ...]]:
-    """What `as_json` wrote, for `merged`."""
+    """Reads what `as_json` wrote, for `merged`."""
     return stored["kernel"], tuple(KernelRow(**row) for row in stored["chosen"])
 
 

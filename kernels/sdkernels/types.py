@@ -1,15 +1,17 @@
-"""What goes into the fused operations and what comes out, beyond plain tensors.
+"""Names what goes into the fused operations and what comes out, beyond plain tensors.
 
 The public part is what a caller writes (`TopK(20)`, `LogitTransform(softcap=30.0)`) and gets back
-(`DivergenceOutput`). `Objective`, `TileRows` and `RowValues` are the seam between the driver, which walks over
-chunks of rows and does the matrix products, and a backend, which turns one tile of logits into row values and a
-gradient tile. `Objective` holds scalars only, so that it can cross a `torch.library` operator.
+(`DivergenceOutput`). `Options` and `Operands` are what the face hands to the driver: the call as it was written and its
+tensors. `Objective`, `TileRows` and `RowValues` are the seam between the driver, which walks over chunks of rows and
+does the matrix products, and a backend, which turns one tile of logits into row values and a gradient tile. `Objective`
+and `Setting` hold scalars only, so that they can cross a `torch.library` operator.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -98,6 +100,27 @@ class DivergenceOutput(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a caller wrote beside the tensors of student and teacher, each as `linear_divergence` explains it."""
+
+    alpha: float = 1.0
+    normalize: bool = False
+    temperature: float = 1.0
+    student_head: LogitTransform | None = None
+    teacher_head: LogitTransform | None = None
+    support: TopK | str | None = None
+    teacher: TeacherMix | TopKLogprobs | None = None
+    importance: ImportanceClip | None = None
+    entry_clip: float | None = None
+    vocab_size: int | None = None
+    reduction: str = "mean"
+    backend: str = "auto"
+    gradient: str = "auto"
+    workspace_mb: float | None = None
+    on_nonfinite: str = "propagate"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Objective:
     """Every scalar that says what is computed for a row. Reference: `reference.py`, function by function."""
 
@@ -115,11 +138,8 @@ class Objective:
     teacher: tuple[float, float | None, float] = (1.0, None, 1.0)
     vocab_size: int = 0  # 0: the head's own
 
-    def for_vocabulary(self, vocab_size: int | None) -> Objective:
-        return replace(self, vocab_size=vocab_size or 0)
-
     def encode(self) -> tuple[str, list[float], list[int]]:
-        """As operator arguments: words, floats, ints. Floats and ints stay apart for torch.compile's symbols."""
+        """Returns words, floats and ints, as operators take them; torch.compile's symbols keep the last two apart."""
         words = [self.support, self.topk_of, "tail" if self.tail else "", "normalize" if self.normalize else ""]
         entry_clip = math.inf if self.entry_clip is None else self.entry_clip
         numbers = [self.alpha, entry_clip, self.importance_clip, self.mix_share]
@@ -129,6 +149,8 @@ class Objective:
 
     @staticmethod
     def decode(words: str, numbers: list[float], counts: list[int]) -> Objective:
+        """Returns what was encoded."""
+
         def side(scale: float, softcap: float, temperature: float) -> tuple[float, float | None, float]:
             return scale, None if math.isinf(softcap) else softcap, temperature
 
@@ -150,8 +172,7 @@ class Objective:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Operands:
+class Operands(NamedTuple):
     """The tensors of a call. A teacher weight of None is the student's, a mixed-in teacher's None is the teacher's.
 
     Without a `student_weight`, what stands for hidden states are logits (N, V).
@@ -173,22 +194,24 @@ class Operands:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the logits and of every row value."""
+        """The dtype of the logits and of every row value."""
         sides = (self.student_hidden, self.teacher_hidden, self.mix_hidden)
         return compute_dtype_of(*sides, self.student_weight, self.teacher_weight, self.mix_weight)
 
     @property
     def vocab(self) -> int:
+        """The columns of the logits, padding included."""
         return self.student_hidden.shape[1] if self.student_weight is None else self.student_weight.shape[0]
 
     @property
     def weight(self) -> torch.Tensor:
+        """The student's head, which logits do not have."""
         if self.student_weight is None:
             raise TypeError("these operands are logits: they have no head")
         return self.student_weight
 
     def sides(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(hidden, weight) of each distribution: student, teacher, mixed-in teacher."""
+        """Returns (hidden, weight) of each distribution: student, teacher, mixed-in teacher."""
         teacher_weight = self.teacher_weight
         if teacher_weight is None or is_same(teacher_weight, self.weight):
             teacher_weight = self.weight
@@ -201,20 +224,20 @@ class Operands:
         return sides
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """Which of the student's gradients to form."""
+class Setting(NamedTuple):
+    """How a call is run, as opposed to what it computes; in the order in which an operator takes it."""
 
-    hidden: bool = False
-    weight: bool = False
-    bias: bool = False
-
-    def __bool__(self) -> bool:
-        return self.hidden or self.weight or self.bias
+    backend: str = "torch"
+    workspace_bytes: int = 0
+    process_group: str = ""  # name of the group over which the head is sharded; "" where it is not
+    shards: Sequence[int] = ()  # rows of the head that each of its ranks holds
+    reduction: str = "mean"
+    normalizer: float = 0.0  # what a mean divides by; 0: the sum of the weights
+    raise_on_nonfinite: bool = False
 
 
 class Gradients(NamedTuple):
-    """In the shapes and dtypes of their inputs; None where not wanted."""
+    """What a pass forms, in the shapes and dtypes of the inputs; None where it is not wanted."""
 
     hidden: torch.Tensor | None
     weight: torch.Tensor | None
@@ -235,7 +258,7 @@ class TileRows:
     teacher_is_gap: bool = False
 
     def part(self, block: slice) -> TileRows:
-        """Those of a block of the tile's rows."""
+        """Returns what belongs to a block of the tile's rows."""
 
         def part(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor[block]
@@ -261,31 +284,13 @@ class RowValues(NamedTuple):
 
 
 def compute_dtype_of(*tensors: torch.Tensor | None) -> torch.dtype:
-    """float64 if any operand has it, else float32."""
+    """Returns float64 if any operand has it, else float32."""
     wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if wide else torch.float32
 
 
-def is_same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    """Both absent, or one memory: a detached bias is its original."""
-    if one is None or other is None:
-        return one is other
-    same_layout = one.dtype == other.dtype and one.shape == other.shape and one.stride() == other.stride()
-    return same_layout and one.data_ptr() == other.data_ptr()
-
-
-__all__ = [
-    "Backend",
-    "DivergenceOutput",
-    "Gradient",
-    "ImportanceClip",
-    "LogitTransform",
-    "Nonfinite",
-    "Objective",
-    "Reduction",
-    "RowValues",
-    "TeacherMix",
-    "TileRows",
-    "TopK",
-    "TopKLogprobs",
-]
+def is_same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """True where both are absent or lie in one memory: a detached bias is its original."""
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride() and a.data_ptr() == b.data_ptr()

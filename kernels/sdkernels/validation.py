@@ -1,4 +1,4 @@
-"""Every argument error of the public functions, raised before any work is done.
+"""Raises every argument error of the public functions, before any work is done.
 
 What shapes, dtypes and scalars say is checked in the public function; what only values say (ids in range, weights not
 NaN) is checked inside the operator, so that a compiled graph checks it too. On a GPU that costs one synchronisation.
@@ -11,15 +11,18 @@ import math
 import torch
 from torch import Tensor
 
-from .types import ImportanceClip, LogitTransform, Operands, TeacherMix, TopK, TopKLogprobs
+from .types import ImportanceClip, LogitTransform, Operands, Options, TeacherMix, TopK, TopKLogprobs
 
-# Of a row of teacher log-probabilities; above 1 by what 16-bit log-probabilities of a server may be off.
+# The most that a row of teacher probabilities may add up to: 16-bit log-probabilities of a server are a little off.
 MOST_MASS = 1.02
+# The most logits (rows times V) that the reference is run on: each of its dozen tensors then takes 64 MiB.
+MOST_REFERENCE_LOGITS = 1 << 23
+BACKENDS = ("auto", "torch", "native", "triton")
 INTEGER_DTYPES = (torch.int64, torch.int32)
 
 
 def check_tensor(name: str, tensor: object, shape: tuple[int | None, ...], like: Tensor | None = None) -> None:
-    """A floating-point tensor of this shape (None: any size) on the device of `like`."""
+    """Refuses all but a floating-point tensor of this shape (None: any size) on the device of `like`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if hasattr(tensor, "full_tensor"):
@@ -32,6 +35,7 @@ def check_tensor(name: str, tensor: object, shape: tuple[int | None, ...], like:
 
 
 def check_ids(name: str, tensor: object, shape: tuple[int | None, ...], like: Tensor) -> None:
+    """Refuses all but int64 or int32 of this shape on the device of `like`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in INTEGER_DTYPES:
@@ -41,12 +45,13 @@ def check_ids(name: str, tensor: object, shape: tuple[int | None, ...], like: Te
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuses a word that is none of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_number(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
-    """A real number in [low, high], or (low, high] with `open_low`."""
+    """Refuses all but a real number in [low, high], or (low, high] with `open_low`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     inside = (value > low if open_low else value >= low) and value <= high and value < math.inf
@@ -56,7 +61,7 @@ def check_number(name: str, value: object, low: float, high: float = math.inf, *
 
 
 def check_count(name: str, value: object, low: int, high: int | None, meaning: str) -> None:
-    """An int in [low, high]; `high` None where it is not known yet."""
+    """Refuses all but an int in [low, high]; `high` is None where it is not known yet."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < low or (high is not None and value > high):
@@ -64,7 +69,10 @@ def check_count(name: str, value: object, low: int, high: int | None, meaning: s
         raise ValueError(f"{name} must be in [{low}, {bound}], got {value}")
 
 
-def check_head(name: str, head: object, rows: int, like: Tensor) -> None:
+def check_head(name: str, head: LogitTransform | None, rows: int, like: Tensor) -> None:
+    """Refuses a transform that a head of so many rows cannot have."""
+    if head is None:
+        return
     if not isinstance(head, LogitTransform):
         raise TypeError(f"{name} must be a LogitTransform, got {type(head).__name__}")
     if head.bias is not None:
@@ -85,8 +93,9 @@ def check_call(
     gradient: str,
     workspace_mb: float | None,
     on_nonfinite: str,
+    backends: tuple[str, ...] = BACKENDS,
 ) -> None:
-    """The scalar options of a divergence."""
+    """Refuses scalar options of a divergence."""
     check_number("alpha", alpha, 0.0, 1.0)
     if not isinstance(normalize, bool):
         raise TypeError(f"normalize must be a bool, got {type(normalize).__name__}")
@@ -94,13 +103,13 @@ def check_call(
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     check_choice("gradient", gradient, ("auto", "in_forward", "recompute"))
     check_choice("on_nonfinite", on_nonfinite, ("propagate", "raise"))
-    _check_machine(backend, workspace_mb)
+    _check_machine(backend, workspace_mb, backends)
 
 
 def check_support(
     alpha: float, normalize: bool, support: TopK | str | None, entry_clip: float | None, vocab: int | None
 ) -> None:
-    """What is compared of a row, as far as no tensor has a say; `vocab` None where it is not known yet."""
+    """Refuses what may not be compared of a row, as far as no tensor has a say; `vocab` is None where it is unknown."""
     if isinstance(support, TopK):
         check_choice("support.of", support.of, ("student", "teacher"))
         check_count("support.k (topk)", support.k, 1, vocab, "V")
@@ -119,127 +128,153 @@ def check_support(
 
 
 def check_vocab_size(vocab_size: int | None, columns: int | None) -> None:
+    """Refuses a size beyond the head's own; `columns` is None where that is not known yet."""
     if vocab_size is not None:
         check_count("vocab_size", vocab_size, 1, columns, "V")
 
 
-def check_linear(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher: TeacherMix | TopKLogprobs | None,
-    vocab_size: int | None,
-    whole_vocab: int | None = None,
-) -> None:
-    """Hidden states and heads of both sides; `whole_vocab` where the heads are slices of a larger one."""
+def check_linear_divergence(given: Operands, options: Options, whole_vocab: int) -> None:
+    """Refuses arguments of `linear_divergence`; `whole_vocab` is 0 unless the heads are slices of a larger one."""
+    _check_sides(given, options, whole_vocab)
+    hidden, weight = given.student_hidden, given.weight
+    check_options(options, (*BACKENDS, "reference"))
+    _check_rows(given, options, options.vocab_size or whole_vocab or weight.shape[0])
+    check_head("student_head", options.student_head, weight.shape[0], hidden)
+    check_head("teacher_head", options.teacher_head, weight.shape[0], hidden)
+    trained = weight.requires_grad or (given.student_bias is not None and given.student_bias.requires_grad)
+    if options.gradient == "in_forward" and options.reduction == "none" and trained and torch.is_grad_enabled():
+        raise ValueError(
+            "gradient must be 'auto' or 'recompute' for reduction='none' with a head that is trained (its gradient "
+            "depends on each token's upstream gradient), got 'in_forward'"
+        )
+
+
+def check_logit_divergence(given: Operands, options: Options) -> None:
+    """Refuses arguments of `logit_divergence`."""
+    student, teacher, cached = given.student_hidden, given.teacher_hidden, options.teacher
+    check_tensor("student_logits", student, (None, None))
+    if student.shape[1] == 0:
+        raise ValueError(f"student_logits must have at least one column, got shape {tuple(student.shape)}")
+    check_vocab_size(options.vocab_size, student.shape[1])
+    if cached is not None and not isinstance(cached, TopKLogprobs):
+        raise TypeError(f"teacher must be a TopKLogprobs or None (mix logits yourself), got {type(cached).__name__}")
+    if (cached is None) == (teacher is None):
+        came = "both" if cached is not None else "neither"
+        raise ValueError(f"teacher_logits or teacher=TopKLogprobs(...) must be given, and only one, got {came}")
+    if teacher is not None:
+        check_tensor("teacher_logits", teacher, tuple(student.shape), student)
+    check_options(options, BACKENDS)
+    _check_rows(given, options, student.shape[1] if options.vocab_size is None else options.vocab_size)
+    check_head("teacher_head", options.teacher_head, student.shape[1], student)
+
+
+def check_head_call(given: Operands, options: Options, whole_vocab: int, k: int | None = None) -> None:
+    """Refuses arguments of `linear_logprobs` and, with `k`, of `linear_topk`; `whole_vocab` as above."""
+    hidden, weight = given.student_hidden, given.student_weight
+    check_tensor("hidden", hidden, (None, None))
+    check_tensor("weight", weight, (None, hidden.shape[1]), hidden)
+    rows = given.weight.shape[0]
+    if rows == 0:
+        raise ValueError(f"weight must have at least one row, got shape {tuple(given.weight.shape)}")
+    check_vocab_size(options.vocab_size, whole_vocab or rows)
+    if given.target_ids is not None:
+        check_ids("target_ids", given.target_ids, (hidden.shape[0],), hidden)
+    check_head("head", options.student_head, rows, hidden)
+    check_number("temperature", options.temperature, 0.0, open_low=True)
+    if k is not None:
+        check_count("k (topk)", k, 1, options.vocab_size or whole_vocab or rows, "V")
+    _check_machine(options.backend, options.workspace_mb, BACKENDS)
+
+
+def check_options(options: Options, backends: tuple[str, ...]) -> None:
+    """Refuses scalar options of a divergence that has these backends."""
+    check_call(
+        options.alpha,
+        options.normalize,
+        options.temperature,
+        options.reduction,
+        options.backend,
+        options.gradient,
+        options.workspace_mb,
+        options.on_nonfinite,
+        backends,
+    )
+
+
+def check_reference(given: Operands, options: Options, process_group: object, normalizer_group: object) -> None:
+    """Refuses what the reference does not know, and inputs too large for it."""
+    unknown = {
+        "gradient": options.gradient != "auto",
+        "workspace_mb": options.workspace_mb is not None,
+        "on_nonfinite": options.on_nonfinite != "propagate",
+        "process_group": process_group is not None,
+        "normalizer_group": normalizer_group is not None,
+    }
+    for name, is_set in unknown.items():
+        if is_set:
+            raise ValueError(f"{name} must be left at its default with backend='reference', which has no such thing")
+    rows, vocab = given.student_hidden.shape[0], given.weight.shape[0]
+    if rows * vocab > MOST_REFERENCE_LOGITS:
+        raise ValueError(
+            f"backend='reference' holds all logits in float64 and takes at most {MOST_REFERENCE_LOGITS} of them, got "
+            f"{rows * vocab}: student_hidden has {rows} rows, student_weight V={vocab}"
+        )
+
+
+def _check_sides(given: Operands, options: Options, whole_vocab: int) -> None:
+    """Refuses hidden states and heads of either side that do not fit together."""
+    student_hidden, student_weight, teacher = given.student_hidden, given.student_weight, options.teacher
     check_tensor("student_hidden", student_hidden, (None, None))
     rows, width = student_hidden.shape
     check_tensor("student_weight", student_weight, (None, width), student_hidden)
-    vocab = student_weight.shape[0]
+    vocab = given.weight.shape[0]
     if vocab == 0:
-        raise ValueError("student_weight must have at least one row, got shape " + str(tuple(student_weight.shape)))
-    check_vocab_size(vocab_size, vocab if whole_vocab is None else whole_vocab)
+        raise ValueError(f"student_weight must have at least one row, got shape {tuple(given.weight.shape)}")
+    check_vocab_size(options.vocab_size, whole_vocab or vocab)
     if isinstance(teacher, TopKLogprobs):
-        for name, given in (("teacher_hidden", teacher_hidden), ("teacher_weight", teacher_weight)):
-            if given is not None:
-                raise ValueError(f"{name} must be None where the teacher is TopKLogprobs, got {_describe(given)}")
+        for name, tensor in (("teacher_hidden", given.teacher_hidden), ("teacher_weight", given.teacher_weight)):
+            if tensor is not None:
+                raise ValueError(f"{name} must be None where the teacher is TopKLogprobs, got {_describe(tensor)}")
         return
     if teacher is not None and not isinstance(teacher, TeacherMix):
         raise TypeError(f"teacher must be a TeacherMix, a TopKLogprobs or None, got {type(teacher).__name__}")
-    if teacher_hidden is None:
+    if given.teacher_hidden is None:
         raise ValueError("teacher_hidden must be a tensor unless the teacher is TopKLogprobs, got None")
-    check_tensor("teacher_hidden", teacher_hidden, (rows, None), student_hidden)
-    if teacher_weight is None:
-        check_tensor("teacher_hidden (without a teacher_weight)", teacher_hidden, (rows, width))
+    check_tensor("teacher_hidden", given.teacher_hidden, (rows, None), student_hidden)
+    if given.teacher_weight is None:
+        check_tensor("teacher_hidden (without a teacher_weight)", given.teacher_hidden, (rows, width))
     else:
-        check_tensor("teacher_weight", teacher_weight, (vocab, teacher_hidden.shape[1]), student_hidden)
+        check_tensor("teacher_weight", given.teacher_weight, (vocab, given.teacher_hidden.shape[1]), student_hidden)
     if isinstance(teacher, TeacherMix):
         check_number("teacher.share", teacher.share, 0.0, 1.0)
         check_tensor("teacher.hidden", teacher.hidden, (rows, None), student_hidden)
         if teacher.weight is None:
-            check_tensor("teacher.hidden (without a weight)", teacher.hidden, (rows, teacher_hidden.shape[1]))
+            check_tensor("teacher.hidden (without a weight)", teacher.hidden, (rows, given.teacher_hidden.shape[1]))
         else:
             check_tensor("teacher.weight", teacher.weight, (vocab, teacher.hidden.shape[1]), student_hidden)
 
 
-def check_logits(
-    student_logits: Tensor, teacher_logits: Tensor | None, teacher: TopKLogprobs | None, vocab_size: int | None
-) -> None:
-    check_tensor("student_logits", student_logits, (None, None))
-    if student_logits.shape[1] == 0:
-        raise ValueError(f"student_logits must have at least one column, got shape {tuple(student_logits.shape)}")
-    check_vocab_size(vocab_size, student_logits.shape[1])
-    if teacher is not None and not isinstance(teacher, TopKLogprobs):
-        raise TypeError(f"teacher must be a TopKLogprobs or None (mix logits yourself), got {type(teacher).__name__}")
-    if (teacher is None) == (teacher_logits is None):
-        came = "both" if teacher is not None else "neither"
-        raise ValueError(f"teacher_logits or teacher=TopKLogprobs(...) must be given, and only one, got {came}")
-    if teacher_logits is not None:
-        check_tensor("teacher_logits", teacher_logits, tuple(student_logits.shape), student_logits)
-
-
-def check_targets(
-    hidden: Tensor,
-    weight: Tensor,
-    target_ids: Tensor | None,
-    head: LogitTransform,
-    temperature: float,
-    vocab_size: int | None,
-    backend: str,
-    workspace_mb: float | None,
-    *,
-    k: int | None = None,
-    whole_vocab: int | None = None,
-) -> None:
-    """The arguments of `linear_logprobs` and `linear_topk`; `whole_vocab` where the head is a slice of a larger one."""
-    check_tensor("hidden", hidden, (None, None))
-    check_tensor("weight", weight, (None, hidden.shape[1]), hidden)
-    if weight.shape[0] == 0:
-        raise ValueError(f"weight must have at least one row, got shape {tuple(weight.shape)}")
-    vocab = weight.shape[0] if whole_vocab is None else whole_vocab
-    check_vocab_size(vocab_size, vocab)
-    if target_ids is not None:
-        check_ids("target_ids", target_ids, (hidden.shape[0],), hidden)
-    check_head("head", head, weight.shape[0], hidden)
-    check_number("temperature", temperature, 0.0, open_low=True)
-    if k is not None:
-        check_count("k (topk)", k, 1, vocab if vocab_size is None else vocab_size, "V")
-    _check_machine(backend, workspace_mb)
-
-
-def check_row_operands(
-    rows: int,
-    vocab: int,
-    like: Tensor,
-    *,
-    alpha: float,
-    normalize: bool,
-    token_weights: Tensor | None,
-    target_ids: Tensor | None,
-    importance: ImportanceClip | None,
-    teacher: TeacherMix | TopKLogprobs | None,
-    support: TopK | str | None,
-    entry_clip: float | None,
-) -> None:
-    """The operands that have one entry a row, and the combinations of options that contradict each other."""
-    if token_weights is not None:
-        check_tensor("token_weights", token_weights, (rows,), like)
-    if target_ids is not None:
-        check_ids("target_ids", target_ids, (rows,), like)
+def _check_rows(given: Operands, options: Options, vocab: int) -> None:
+    """Refuses operands with one entry a row that do not fit, and combinations of options that contradict each other."""
+    like, teacher, support, importance = given.student_hidden, options.teacher, options.support, options.importance
+    rows = like.shape[0]
+    if given.token_weights is not None:
+        check_tensor("token_weights", given.token_weights, (rows,), like)
+    if given.target_ids is not None:
+        check_ids("target_ids", given.target_ids, (rows,), like)
     if importance is not None:
         if not isinstance(importance, ImportanceClip):
             raise TypeError(f"importance must be an ImportanceClip, got {type(importance).__name__}")
         check_tensor("importance.old_logprobs", importance.old_logprobs, (rows,), like)
         check_number("importance.clip", importance.clip, 0.0, open_low=True)
-        if target_ids is None:
+        if given.target_ids is None:
             raise ValueError("importance needs target_ids, the tokens that its old_logprobs belong to; got None")
     if isinstance(teacher, TopKLogprobs):
         check_ids("teacher.ids", teacher.ids, (rows, None), like)
         check_tensor("teacher.logprobs", teacher.logprobs, tuple(teacher.ids.shape), like)
         check_count("the number of columns of teacher.ids", teacher.ids.shape[1], 1, vocab, "V")
-    check_support(alpha, normalize, support, entry_clip, vocab)
-    if support == "sampled" and target_ids is None:
+    check_support(options.alpha, options.normalize, support, options.entry_clip, vocab)
+    if support == "sampled" and given.target_ids is None:
         raise ValueError("support='sampled' needs target_ids, got None")
     if not isinstance(teacher, TopKLogprobs):
         return
@@ -250,12 +285,12 @@ def check_row_operands(
         )
     if support == "sampled":
         raise ValueError("support='sampled' needs the teacher's full distribution, got TopKLogprobs")
-    if entry_clip is not None:
+    if options.entry_clip is not None:
         raise ValueError(f"entry_clip is for the full vocabulary, got teacher={type(teacher).__name__}")
 
 
 def check_values(operands: Operands, vocab_size: int, reduction: str) -> None:
-    """What only the values say; called by the operators."""
+    """Refuses what only the values of tensors say; the operators call it."""
     vocab = vocab_size or operands.vocab
     weights = operands.token_weights
     if weights is not None:
@@ -288,8 +323,8 @@ def check_values(operands: Operands, vocab_size: int, reduction: str) -> None:
             )
 
 
-def _check_machine(backend: str, workspace_mb: float | None) -> None:
-    check_choice("backend", backend, ("auto", "torch", "native", "triton"))
+def _check_machine(backend: str, workspace_mb: float | None, backends: tuple[str, ...]) -> None:
+    check_choice("backend", backend, backends)
     if workspace_mb is not None:
         check_number("workspace_mb", workspace_mb, 0.0, open_low=True)
 

@@ -1,1 +1,1 @@
-"""The command line. `main.py` holds the app, every other file one command; importing it imports no torch."""
+"""Answers the command line: `main.py` has the app, every other file one command; importing it imports no torch."""

@@ -1,15 +1,16 @@
-"""`sdcore eval`: sampled answers of a model to a data file, judged by reward functions."""
+"""Runs `sdcore eval`: sampled answers of a model to a data file, judged by reward functions."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sdcore.cli.running import MODEL_HELP, console, load_model, quiet_libraries, readable_errors
+
+SAVED = ("text", "finished", "reward", "feedback")  # of each answer
 
 
 def evaluate(
@@ -51,7 +52,7 @@ def evaluate(
         loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
             bar = progress.add_task("sampling", total=len(examples))
-            found = measure(
+            result = measure(
                 loaded,
                 tokenizer,
                 examples,
@@ -64,17 +65,18 @@ def evaluate(
                 advance=lambda count: progress.advance(bar, count),
             )
         table = Table("measure", "value", title=f"{model} on {data}", title_justify="left")
-        for name, value in found.metrics.items():
+        for name, value in result.metrics.items():
             table.add_row(name, f"{value:.4f}" if value != int(value) else f"{value:g}")
         screen.print(table)
         if output is not None:
             answers = [
-                {"source": group.example.source, "prompt": group.example.prompt, "answers": kept}
-                for group in found.groups
-                for kept in [
-                    [{k: asdict(one)[k] for k in ("text", "finished", "reward", "feedback")} for one in group.rollouts]
-                ]
+                {
+                    "source": group.example.source,
+                    "prompt": group.example.prompt,
+                    "answers": [{name: getattr(rollout, name) for name in SAVED} for rollout in group.rollouts],
+                }
+                for group in result.groups
             ]
-            text = json.dumps({"model": model, "data": data, "metrics": found.metrics, "samples": answers}, indent=1)
+            text = json.dumps({"model": model, "data": data, "metrics": result.metrics, "samples": answers}, indent=1)
             output.write_text(text, encoding="utf-8")
             screen.print(f"answers: {output}")

@@ -1,4 +1,4 @@
-"""The `sdcore` command: an app that knows its commands and nothing about what they do.
+"""Assembles the `sdcore` command: an app that knows its commands and nothing about what they do.
 
 Commands import torch inside their bodies, so that every `--help` answers at once.
 """

@@ -117,7 +117,7 @@ def _measure(
     layers, width, tokens = scale
     small = shrunk(config, load, layers=layers, width=width, tokens=tokens)
     folder = Path(output)
-    found = measure(
+    steps = measure(
         small.config,
         small.load,
         setting,
@@ -130,16 +130,16 @@ def _measure(
     screen = console()
     screen.print(f"Measured on {device}, random weights. Scaled down: " + ("; ".join(small.changes) or "nothing"))
     screen.print(
-        measured_table(found, predictions(small.config, small.load, setting, small.tiles), f"A step of {model}")
+        measured_table(steps, predictions(small.config, small.load, setting, small.tiles), f"A step of {model}")
     )
-    for one in found.values():
-        if one.reason:
-            screen.print(f"{one.contender} did not run: {one.reason}")
+    for step in steps.values():
+        if step.reason:
+            screen.print(f"{step.contender} did not run: {step.reason}")
     about = {"model": model, "device": device, "scaled": list(small.changes), "load": vars(small.load)}
-    (folder / "memory.json").write_text(json.dumps(about | {"contenders": as_json(found)}) + "\n")
+    (folder / "memory.json").write_text(json.dumps(about | {"contenders": as_json(steps)}) + "\n")
     written = [str(folder / "memory.json")]
     try:
-        written.append(str(save_plot(found, folder / "memory.png", title=f"{model}, scaled down, on {device}")))
+        written.append(str(save_plot(steps, folder / "memory.png", title=f"{model}, scaled down, on {device}")))
     except ImportError as error:
         screen.print(str(error))
     screen.print("Written: " + ", ".join(written))

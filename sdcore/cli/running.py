@@ -1,4 +1,4 @@
-"""What the commands share: errors in one line, and models by name.
+"""Gives all commands what they share: errors in one line, and models by name.
 
 Nothing heavy is imported until a function is called. Exit codes: 1, something went wrong with the data, the model or
 the machine; 2, the command was not used as it is meant, an option or an override without meaning. With
@@ -25,7 +25,7 @@ MODEL_HELP: Final = "Path or Hub name of a causal model; `world` is the bundled 
 
 @contextmanager
 def readable_errors(command: str) -> Iterator[None]:
-    """An error becomes one line on stderr and an exit code; what cannot be one of use keeps its traceback."""
+    """Turns an error into one line on stderr and an exit code; what would be of no use as one keeps its traceback."""
     from sdcore.errors import ArgumentError, SdcoreError
 
     try:
@@ -42,7 +42,7 @@ def readable_errors(command: str) -> Iterator[None]:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Without transformers' bar for loading a model and its hints about generation."""
+    """Silences, inside, transformers' bar for loading a model and its hints about generation."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -55,7 +55,7 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def resolved(model: str) -> str:
-    """The bundled model's path for its name."""
+    """Returns the bundled model's path for its name."""
     if model != WORLD:
         return model
     from sdcore.world import CHECKPOINT
@@ -64,7 +64,7 @@ def resolved(model: str) -> str:
 
 
 def load_model(model: str, *, dtype: str, device: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Model, in evaluation mode on its device (None: a GPU if there is one), and tokenizer."""
+    """Loads a model, in evaluation mode on its device (None: a GPU if there is one), and its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -76,7 +76,7 @@ def load_model(model: str, *, dtype: str, device: str | None, trust_remote_code:
 
 
 def lora_config(rank: int | None) -> object:
-    """PEFT's, of all linear layers but the head; None without a rank."""
+    """Returns PEFT's configuration for all linear layers but the head; None without a rank."""
     if rank is None:
         return None
     try:
@@ -87,7 +87,7 @@ def lora_config(rank: int | None) -> object:
 
 
 def console() -> Console:
-    """For what a command says; wide where nobody's terminal sets a width, so that files and pipes are not folded."""
+    """Returns where a command prints; wide where no terminal sets a width, so that files and pipes are not folded."""
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=160, soft_wrap=False)

@@ -1,4 +1,4 @@
-"""`sdcore solve`: test-time discovery on one question with a verifier command."""
+"""Runs `sdcore solve`: test-time discovery on one question with a verifier command."""
 
 from __future__ import annotations
 
@@ -79,18 +79,18 @@ def solve(
         )
         screen = console()
 
-        def show(one: Round) -> None:
-            learned = "" if one.loss is None else f", loss {one.loss:.4g} on {one.active}"
-            screen.print(f"round {one.number}: {one.samples} answers, best reward {one.best_reward:g}{learned}")
+        def show(last: Round) -> None:
+            learned = "" if last.loss is None else f", loss {last.loss:.4g} on {last.active}"
+            screen.print(f"round {last.number}: {last.samples} answers, best reward {last.best_reward:g}{learned}")
 
         loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         verify = command_verifier(verifier, wall_seconds=verifier_seconds)
-        found = search(loaded, tokenizer, example, verify, chosen, settings, on_round=show)
+        ended = search(loaded, tokenizer, example, verify, chosen, settings, on_round=show)
         if output is not None:
-            output.write_text(json.dumps(asdict(found), indent=1), encoding="utf-8")
-        tokens = f"{found.sampled_tokens} tokens sampled, {found.trained_tokens} trained on, {found.seconds:.0f} s"
-        if not found.solved:
-            typer.echo(f"sdcore solve: not solved after {found.samples} answers ({tokens})", err=True)
+            output.write_text(json.dumps(asdict(ended), indent=1), encoding="utf-8")
+        tokens = f"{ended.sampled_tokens} tokens sampled, {ended.trained_tokens} trained on, {ended.seconds:.0f} s"
+        if not ended.solved:
+            typer.echo(f"sdcore solve: not solved after {ended.samples} answers ({tokens})", err=True)
             raise typer.Exit(code=1)
-        screen.print(f"solved after {found.samples} answers ({tokens}):", highlight=False)
-        typer.echo(found.answer)
+        screen.print(f"solved after {ended.samples} answers ({tokens}):", highlight=False)
+        typer.echo(ended.answer)

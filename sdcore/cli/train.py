@@ -1,4 +1,4 @@
-"""`sdcore train`: a method, a model, a data file, and reward functions where the method needs them."""
+"""Runs `sdcore train`: a method, a model, a data file, and reward functions where the method needs them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sdcore.cli.running import MODEL_HELP, console, lora_config, quiet_libraries, readable_errors, resolved
-from sdcore.presets.methods import PRESETS
+from sdcore.presets import PRESETS
 
 
 def train(
@@ -78,7 +78,7 @@ def train(
         examples, screen = read_examples(data), console()
         if dry_run:
             remote = {"trust_remote_code": args.trust_remote_code}
-            found = looking.dry_run(
+            preview = looking.dry_run(
                 examples,
                 AutoTokenizer.from_pretrained(resolved(model), **remote),
                 chosen,
@@ -90,7 +90,7 @@ def train(
                 prompts=args.per_device_train_batch_size,
                 setting=looking.setting_of_run(args, chosen, lora_rank=lora_rank),
             )
-            looking.show(found, screen)
+            looking.show(preview, screen)
             return
 
         from sdcore.training.trainer import SelfDistillationTrainer

@@ -1,4 +1,4 @@
-"""Contexts: from a group of completions to the token ids that their teacher reads.
+"""Turns a group of completions into the token ids that their teacher reads.
 
 builder = SuccessOrFeedback(overflow="truncate_context", max_teacher_prompt_length=4096)
 conditioned = builder.condition(group, tokenizer)

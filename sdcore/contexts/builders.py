@@ -1,4 +1,4 @@
-"""Context builders: what the teacher of each completion of a group reads beside the question.
+"""Builds contexts: what the teacher of each completion of a group reads beside the question.
 
     conditioned = Demonstration().condition(group, tokenizer)          # → teacher's prompts, active, counts
     plan(prompts, completions, [list(c.teacher_prompts) for c in conditioned_B])
@@ -26,7 +26,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -56,15 +56,15 @@ class ContextBuilder(Protocol):
     """Says what the teacher reads."""
 
     def condition(self, group: Group, tokenizer: Any) -> Conditioned:
-        """The teacher's prompts of a group's completions. Raises `ContextError`."""
+        """Returns the teacher's prompts of a group's completions. Raises `ContextError`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class No:
-    """No context: the teacher reads the student's prompt. For targets that need rewards alone, and other teachers."""
+    """Shows nothing: the teacher reads the student's prompt. For targets of rewards alone, and for other teachers."""
 
     def condition(self, group: Group, tokenizer: Any) -> Conditioned:
-        """Every completion is active."""
+        """Returns the student's prompt; every completion is active."""
         del tokenizer
         size = len(group.rollouts)
         student = group.prompt_ids
@@ -78,14 +78,27 @@ class No:
 
 @dataclass(frozen=True, kw_only=True)
 class _InTemplate:
-    """What all builders with a template have."""
+    """Renders and fits what builders with a template show."""
 
     overflow: Overflow = "error"
     max_teacher_prompt_length: int | None = None  # tokens; None: as many as there are
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # the student's, see `student_prompt_ids`
 
-    def _condition(self, group: Group, tokenizer: Any, text: str, shown_G: Sequence[Shown | None]) -> Conditioned:
-        """The prompts that show these; None for a completion without anything to show."""
+    own_text: ClassVar[str] = templates.PLAIN  # where no template is given
+    given_as: ClassVar[str] = "template"  # the field that has one
+    must_show: ClassVar[tuple[str, ...]] = ("privileged_context",)
+
+    def __post_init__(self) -> None:
+        check_overflow(self.overflow, self.max_teacher_prompt_length, shows_feedback=False)
+        templates.check_template(self.given_as, self._text, must_show=self.must_show)
+
+    @property
+    def _text(self) -> str:
+        given: str | None = getattr(self, self.given_as)
+        return self.own_text if given is None else given
+
+    def _condition(self, group: Group, tokenizer: Any, shown_G: Sequence[Shown | None]) -> Conditioned:
+        """Returns the prompts that show these; None is a completion without anything to show."""
         example, student = group.example, group.prompt_ids
         # Most completions of a group show the same, and looking for what fits asks for the same prompt twice.
         rendered: dict[Shown, Tensor] = {}
@@ -101,7 +114,7 @@ class _InTemplate:
 
                 def place(question: str) -> str:
                     given = variables | {"prompt": question}
-                    return templates.render(text, given, example.columns, source=example.source)
+                    return templates.render(self._text, given, example.columns, source=example.source)
 
                 prompt = with_context(example.prompt, place)
                 kwargs = self.chat_template_kwargs
@@ -125,51 +138,47 @@ class _InTemplate:
                     student_length=len(student),
                     source=example.source,
                 )
-            found = fitted[shown]
-            counts["context/overflow"] += found.overflow
-            counts["context/truncated_tokens"] += found.truncated_tokens
-            counts["context/dropped_feedback"] += found.dropped_feedback
-            counts["context/dropped"] += found.ids is None
-            prompts_G.append(student if found.ids is None else found.ids)
-            active.append(found.ids is not None)
-            if found.ids is not None:
+            teacher = fitted[shown]
+            counts["context/overflow"] += teacher.overflow
+            counts["context/truncated_tokens"] += teacher.truncated_tokens
+            counts["context/dropped_feedback"] += teacher.dropped_feedback
+            counts["context/dropped"] += teacher.ids is None
+            prompts_G.append(student if teacher.ids is None else teacher.ids)
+            active.append(teacher.ids is not None)
+            if teacher.ids is not None:
                 counts["context/prompt_tokens"] += len(student)
-                counts["context/shared_tokens"] += _shared(student, found.ids)
-                counts["context/teacher_tokens"] += len(found.ids)
-                counts["context/with_solution"] += bool(found.shown.privileged_context or found.shown.attempt)
-                counts["context/with_feedback"] += bool(found.shown.feedback)
+                counts["context/shared_tokens"] += _shared(student, teacher.ids)
+                counts["context/teacher_tokens"] += len(teacher.ids)
+                counts["context/with_solution"] += bool(teacher.shown.privileged_context or teacher.shown.attempt)
+                counts["context/with_feedback"] += bool(teacher.shown.feedback)
         return Conditioned(teacher_prompts=tuple(prompts_G), active=tuple(active), counts=dict(counts))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _OfRow(_InTemplate):
-    """What all builders share that show the row's privileged context: one prompt for the group."""
+    """Shows the row's privileged context, in one prompt for the group."""
 
     remove_thinking: bool = False  # take thinking blocks out of the privileged context
-
-    @property
-    def _text(self) -> str:
-        raise NotImplementedError
 
     @property
     def needs_privileged_context(self) -> bool:
         return "privileged_context" in templates.variables_of(self._text)
 
     def condition(self, group: Group, tokenizer: Any) -> Conditioned:
-        """One prompt for the group; no completion is active where the row lacks the context that the template reads."""
+        """Returns one prompt for all; none is active where the row lacks the context that the template reads."""
         size = len(group.rollouts)
         if not self.needs_privileged_context:
-            return self._condition(group, tokenizer, self._text, [Shown()] * size)
+            return self._condition(group, tokenizer, [Shown()] * size)
         context = group.example.privileged_context or ""
         if self.remove_thinking:
             context = templates.without_thinking(context)
         shown = Shown(privileged_context=context) if context.strip() else None
-        return self._condition(group, tokenizer, self._text, [shown] * size)
+        return self._condition(group, tokenizer, [shown] * size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Template(_OfRow):
-    """The row's privileged context and its other columns, in a Jinja template of one's own.
+    """Shows the row's privileged context and other columns in a Jinja template of one's own.
 
     A template that does not read `privileged_context`, such as a fixed instruction after the question, or one that
     reads other columns, is active for every row; `overflow` then has nothing that it may cut. None: question and
@@ -178,61 +187,46 @@ class Template(_OfRow):
 
     text: str | None = field(default=None, kw_only=False)
 
-    def __post_init__(self) -> None:
-        check_overflow(self.overflow, self.max_teacher_prompt_length, shows_feedback=False)
-        templates.check_template("text", self._text)
-
-    @property
-    def _text(self) -> str:
-        return templates.PLAIN if self.text is None else self.text
+    given_as: ClassVar[str] = "text"
+    must_show: ClassVar[tuple[str, ...]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration(_OfRow):
-    """SDFT: an expert's answer to this question as an example (arXiv:2601.19897). Raises `ArgumentError`."""
+    """Shows an expert's answer to this question as an example: SDFT (arXiv:2601.19897). Raises `ArgumentError`."""
 
-    template: str | None = None  # Jinja; None: `templates.DEMONSTRATION`
+    template: str | None = None  # Jinja; None: `own_text`
 
-    def __post_init__(self) -> None:
-        check_overflow(self.overflow, self.max_teacher_prompt_length, shows_feedback=False)
-        templates.check_template("template", self._text, must_show=("privileged_context",))
-
-    @property
-    def _text(self) -> str:
-        return templates.DEMONSTRATION if self.template is None else self.template
+    own_text: ClassVar[str] = templates.DEMONSTRATION
 
 
 @dataclass(frozen=True, kw_only=True)
 class Solution(_OfRow):
-    """OPSD: a reference solution to derive in one's own way (arXiv:2601.18734). Raises `ArgumentError`."""
+    """Shows a reference solution to derive in one's own way: OPSD (arXiv:2601.18734). Raises `ArgumentError`."""
 
-    template: str | None = None  # Jinja; None: `templates.SOLUTION`
+    template: str | None = None  # Jinja; None: `own_text`
 
-    def __post_init__(self) -> None:
-        check_overflow(self.overflow, self.max_teacher_prompt_length, shows_feedback=False)
-        templates.check_template("template", self._text, must_show=("privileged_context",))
-
-    @property
-    def _text(self) -> str:
-        return templates.SOLUTION if self.template is None else self.template
+    own_text: ClassVar[str] = templates.SOLUTION
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuccessOrFeedback(_InTemplate):
-    """SDPO: an attempt that succeeded, the environment's feedback on this completion, or both (arXiv:2601.20802).
+    """Shows an attempt that succeeded, feedback on this completion, or both: SDPO (arXiv:2601.20802).
 
     A completion is active when another one of its group reached the success threshold, or when it has feedback. The
     attempt is the group's first that succeeded, as in the authors' code; the completion itself, failed or not, is not
     in its teacher's prompt. Raises `ArgumentError`.
     """
 
-    template: str | None = None  # Jinja, with `attempt` and `feedback`; None: `templates.SUCCESS_OR_FEEDBACK`
+    template: str | None = None  # Jinja, with `attempt` and `feedback`; None: `own_text`
     success_threshold: float = 0.5  # reward from which a completion is a successful attempt
     use_solution: bool = True  # show successful attempts
     use_feedback: bool = True  # show the feedback about the completion itself
     dont_reprompt_on_self_success: bool = True  # False: a completion may be shown itself, if it succeeded
     environment_feedback_only_without_solution: bool = True  # False: both, where there are both
     remove_thinking: bool = True  # take thinking blocks out of attempts
+
+    own_text: ClassVar[str] = templates.SUCCESS_OR_FEEDBACK
 
     def __post_init__(self) -> None:
         if not (self.use_solution or self.use_feedback):
@@ -243,25 +237,21 @@ class SuccessOrFeedback(_InTemplate):
         used = {"attempt": self.use_solution, "feedback": self.use_feedback}
         templates.check_template("template", self._text, must_show=tuple(name for name, use in used.items() if use))
 
-    @property
-    def _text(self) -> str:
-        return templates.SUCCESS_OR_FEEDBACK if self.template is None else self.template
-
     def condition(self, group: Group, tokenizer: Any) -> Conditioned:
-        """A prompt per completion, the same tensor where they show the same."""
+        """Returns a prompt per completion, the same tensor where they show the same."""
         attempts = self._attempts(group)
         shown_G = [self._shown(group, i, attempts) for i in range(len(group.rollouts))]
-        return self._condition(group, tokenizer, self._text, shown_G)
+        return self._condition(group, tokenizer, shown_G)
 
     def _attempts(self, group: Group) -> dict[int, str]:
-        """Index → text of the completions that may be shown, in the group's order."""
-        found = {}
+        """Returns index → text of the completions that may be shown, in the group's order."""
+        attempts = {}
         for i, rollout in enumerate(group.rollouts):
             if self.use_solution and rollout.reward is not None and rollout.reward >= self.success_threshold:
                 text = templates.without_thinking(rollout.text) if self.remove_thinking else rollout.text.strip()
                 if text:  # a success that says nothing teaches nothing
-                    found[i] = text
-        return found
+                    attempts[i] = text
+        return attempts
 
     def _shown(self, group: Group, index: int, attempts: Mapping[int, str]) -> Shown | None:
         others = (text for i, text in attempts.items() if i != index or not self.dont_reprompt_on_self_success)
@@ -274,7 +264,7 @@ class SuccessOrFeedback(_InTemplate):
 
 @dataclass(frozen=True, kw_only=True)
 class Custom(_InTemplate):
-    """What a function says: `function(group)` gives per completion the text that its teacher may see, or None.
+    """Shows what a function says: `function(group)` gives a text or None for the teacher of each completion.
 
     Raises `ArgumentError`, and `ContextError` for a function that does not give one text or None per completion.
     """
@@ -285,15 +275,10 @@ class Custom(_InTemplate):
     def __post_init__(self) -> None:
         if not callable(self.function):
             raise ArgumentError(f"function must be callable, got {type(self.function).__name__}")
-        check_overflow(self.overflow, self.max_teacher_prompt_length, shows_feedback=False)
-        templates.check_template("template", self._text, must_show=("privileged_context",))
-
-    @property
-    def _text(self) -> str:
-        return templates.PLAIN if self.template is None else self.template
+        super().__post_init__()
 
     def condition(self, group: Group, tokenizer: Any) -> Conditioned:
-        """A prompt per completion; those whose text is None or blank are not active."""
+        """Returns a prompt per completion; those whose text is None or blank are not active."""
         texts_G: object = self.function(group)
         size = len(group.rollouts)
         if isinstance(texts_G, str) or not isinstance(texts_G, Sequence) or len(texts_G) != size:
@@ -308,11 +293,11 @@ class Custom(_InTemplate):
                 f"{group.example.source}: the context function must give text or None, got {type(odd).__name__}"
             )
         shown_G = [Shown(privileged_context=text) if text and text.strip() else None for text in texts_G]
-        return self._condition(group, tokenizer, self._text, shown_G)
+        return self._condition(group, tokenizer, shown_G)
 
 
 def check_examples(builder: ContextBuilder, examples: Sequence[Example]) -> int:
-    """How many of the examples lack the privileged context that the builder reads; they will carry no loss.
+    """Counts the examples that lack the privileged context that the builder reads; they will carry no loss.
 
     Raises `DataError` where all of them do, which is a column of another name, not data with gaps.
     """
@@ -334,16 +319,3 @@ def _shared(student: Tensor, teacher: Tensor) -> int:
     length = min(len(student), len(teacher) - 1)
     different = torch.nonzero(student[:length] != teacher[:length])
     return int(different[0]) if len(different) else length
-
-
-__all__ = [
-    "COUNTS",
-    "ContextBuilder",
-    "Custom",
-    "Demonstration",
-    "No",
-    "Solution",
-    "SuccessOrFeedback",
-    "Template",
-    "check_examples",
-]

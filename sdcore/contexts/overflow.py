@@ -1,4 +1,4 @@
-"""What is left out of a teacher's prompt that is too long, and how much of it: counted, never silent.
+"""Leaves out what makes a teacher's prompt too long, and counts it: never silently.
 
 Only what is privileged may be left out. The question, the other turns, the template's own words and the generation
 prompt are the same at any length. Three policies:
@@ -38,7 +38,7 @@ BETWEEN_ENTRIES: Final = "\n\n"
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """What is privileged in a prompt, as far as it may be left out."""
+    """Holds what is privileged in a prompt, as far as it may be left out."""
 
     privileged_context: str | None = None
     attempt: str | None = None
@@ -54,7 +54,7 @@ class Shown:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Fitted:
-    """A prompt that fits."""
+    """Holds a prompt that fits."""
 
     ids: Tensor | None  # (T,) int64; None: nothing privileged fits
     shown: Shown
@@ -64,12 +64,12 @@ class Fitted:
 
 
 def join_feedback(entries: Sequence[str]) -> str:
-    """Several messages about one completion, oldest first, as one `Rollout.feedback`."""
+    """Joins several messages about one completion, oldest first, to one `Rollout.feedback`."""
     return FEEDBACK_SEPARATOR.join(entries)
 
 
 def split_feedback(feedback: str | None) -> tuple[str, ...]:
-    """The entries of a feedback, without those that say nothing."""
+    """Returns the entries of a feedback, without those that say nothing."""
     return tuple(entry for entry in (feedback or "").split(FEEDBACK_SEPARATOR) if entry.strip())
 
 
@@ -93,7 +93,7 @@ def fit(
     student_length: int,
     source: str,
 ) -> Fitted:
-    """The prompt that `render` makes of as much as may be shown in at most `limit` tokens.
+    """Returns the prompt that `render` makes of as much as may be shown in at most `limit` tokens.
 
     `student_length` is the number of tokens without any context. Raises `ContextError`.
     """
@@ -129,7 +129,7 @@ def fit(
 
 
 def _shorter(shown: Shown) -> Iterator[Shown]:
-    """With the attempt and ever less feedback, then the same without the attempt; never with nothing."""
+    """Yields the attempt with ever less feedback, then the same without the attempt; never nothing."""
     for attempt in dict.fromkeys((shown.attempt, None)):
         for first in range(len(shown.feedback) + 1):
             candidate = replace(shown, attempt=attempt, feedback=shown.feedback[first:])
@@ -138,7 +138,7 @@ def _shorter(shown: Shown) -> Iterator[Shown]:
 
 
 def _cut(shown: Shown, render: Callable[[Shown], Tensor], tokenizer: Any, limit: int) -> Iterator[Shown]:
-    """Ever shorter, by as many tokens as the last one was too long by; never with nothing."""
+    """Yields ever shorter ones, by as many tokens as the last one was too long by; never nothing."""
     pieces = {"feedback": shown.feedback_text, "attempt": shown.attempt, "privileged_context": shown.privileged_context}
     for name, text in pieces.items():
         if text is None:
@@ -160,7 +160,7 @@ def _cut(shown: Shown, render: Callable[[Shown], Tensor], tokenizer: Any, limit:
 
 
 def _latest(entries: tuple[str, ...], characters: int) -> tuple[str, ...]:
-    """The last characters of the entries, counted with what stands between them."""
+    """Returns the last characters of the entries, counted with what stands between them."""
     kept: list[str] = []
     for entry in reversed(entries):
         if characters <= 0:
@@ -171,7 +171,7 @@ def _latest(entries: tuple[str, ...], characters: int) -> tuple[str, ...]:
 
 
 def _edges(text: str, tokenizer: Any) -> list[tuple[int, int]]:
-    """Where each token of a text begins and ends in it, in characters."""
+    """Returns where each token of a text begins and ends in it, in characters."""
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if getattr(tokenizer, "is_fast", False):
         offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
@@ -183,15 +183,3 @@ def _edges(text: str, tokenizer: Any) -> list[tuple[int, int]]:
         edges.append((min(start, len(text)), end))
         start = end
     return edges
-
-
-__all__ = [
-    "FEEDBACK_SEPARATOR",
-    "Fitted",
-    "Overflow",
-    "Shown",
-    "check_overflow",
-    "fit",
-    "join_feedback",
-    "split_feedback",
-]

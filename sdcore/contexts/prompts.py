@@ -1,4 +1,4 @@
-"""From a prompt's text to its token ids, and where in a conversation the privileged context goes.
+"""Turns a prompt's text into its token ids, and puts the privileged context into a conversation.
 
 A conversation is rendered by the tokenizer's chat template, with the generation prompt; plain text is tokenized as it
 is, with the special tokens that the tokenizer puts around a text. Both for the student and for the teacher, so their
@@ -50,14 +50,14 @@ def require_text(examples: Sequence[Example]) -> None:
 
 
 def _is_there(value: object) -> bool:
-    """A data set's rows have every column, null or an empty list where there is nothing."""
+    """True where a column holds something: a data set's rows have every column, null or an empty list for nothing."""
     return value is not None and not (isinstance(value, list) and not value)
 
 
 def student_prompt_ids(
     example: Example, tokenizer: Any, *, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> Tensor:
-    """(P,) int64, on the CPU: what the student reads, with the generation prompt.
+    """Returns what the student reads, with the generation prompt: (P,) int64, on the CPU.
 
     `chat_template_kwargs` go to the chat template, such as `{"enable_thinking": False}`; give a builder the same ones.
     Raises `ContextError`, which names the row, where the chat template refuses the conversation, and
@@ -70,7 +70,7 @@ def student_prompt_ids(
 def prompt_ids(
     prompt: Prompt, tokenizer: Any, *, chat_template_kwargs: Mapping[str, Any] | None = None, source: str
 ) -> Tensor:
-    """(T,) int64, on the CPU: a prompt as the model reads it. Raises as `student_prompt_ids`."""
+    """Returns a prompt as the model reads it: (T,) int64, on the CPU. Raises as `student_prompt_ids`."""
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
     if not isinstance(prompt, str):
         _check_parts(prompt, source)
@@ -94,7 +94,7 @@ def prompt_ids(
 
 
 def question_of(prompt: Prompt) -> str:
-    """The text of the last user turn; of a turn with several parts, those that are text."""
+    """Returns the text of the last user turn; of a turn with several parts, those that are text."""
     if isinstance(prompt, str):
         return prompt
     content = prompt[-1]["content"]
@@ -102,7 +102,7 @@ def question_of(prompt: Prompt) -> str:
 
 
 def with_context(prompt: Prompt, place: Callable[[str], str]) -> Prompt:
-    """The prompt whose last user turn says `place(question)` in place of the question.
+    """Returns the prompt whose last user turn says `place(question)` in place of the question.
 
     Where that adds to the question, the addition goes to the end of the turn: into its last part, or, where that is an
     image, into a new one behind it. Where it does not, the text stands in place of the turn's first text.
@@ -143,6 +143,3 @@ def _check_parts(prompt: tuple[Message, ...], source: str) -> None:
                     f"{source}: message {i} has a part of type {part['type']!r}, and the passes over shared prefixes "
                     "take token ids alone: expected text"
                 )
-
-
-__all__ = ["prompt_ids", "question_of", "require_text", "student_prompt_ids", "with_context"]

@@ -1,4 +1,4 @@
-"""The texts that put privileged context beside a question, and the sandbox that they are rendered in.
+"""Renders, in a sandbox, the texts that put privileged context beside a question.
 
 A template is Jinja. It sees `prompt`, the text of the last user turn; what the builder shows (`privileged_context`, or
 `attempt` and `feedback`), each None where there is none; and every column of the row that is plain data. What comes
@@ -87,7 +87,7 @@ _ATOMS: Final = (str, int, float, bool, type(None), date, datetime, time)
 
 
 def without_thinking(text: str) -> str:
-    """A completion without its thinking blocks: what it says after `</think>`, or around `<think>…</think>`."""
+    """Returns a text without its thinking blocks: what it says after `</think>`, or around `<think>…</think>`."""
     for pattern in _THINKING:
         text = pattern.sub("", text)
     return text.strip()
@@ -112,12 +112,12 @@ def check_template(name: str, text: str, *, must_show: tuple[str, ...] = ()) -> 
 
 @lru_cache(maxsize=64)
 def variables_of(text: str) -> frozenset[str]:
-    """The variables that a template may read. Raises `jinja2.TemplateSyntaxError`."""
+    """Returns the variables that a template may read. Raises `jinja2.TemplateSyntaxError`."""
     return frozenset(meta.find_undeclared_variables(_environment().parse(text)))
 
 
 def render(text: str, variables: Mapping[str, Any], columns: Mapping[str, Any], *, source: str) -> str:
-    """A template with its variables, which win over columns of the same name. Raises `ContextError`."""
+    """Renders a template with its variables, which win over columns of the same name. Raises `ContextError`."""
     given = {name: value for name, value in columns.items() if _is_plain(value)} | dict(variables)
     try:
         return _compiled(text).render(given)
@@ -145,7 +145,7 @@ def _compiled(text: str) -> jinja2.Template:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether a value has nothing but data in it. Exact types: a subclass may have methods that do something."""
+    """True where a value has nothing but data in it. Exact types: a subclass may have methods that do something."""
     if type(value) is list or type(value) is tuple:
         return all(map(_is_plain, value))
     if type(value) is dict:
@@ -155,15 +155,3 @@ def _is_plain(value: object) -> bool:
 
 def _listed(names: Mapping[str, Any] | frozenset[str]) -> str:
     return ", ".join(f"`{name}`" for name in sorted(names)) or "no variable"
-
-
-__all__ = [
-    "DEMONSTRATION",
-    "PLAIN",
-    "SOLUTION",
-    "SUCCESS_OR_FEEDBACK",
-    "check_template",
-    "render",
-    "variables_of",
-    "without_thinking",
-]

@@ -10,7 +10,7 @@ Direction = Literal["up", "down", "watch", "none"]
 
 
 class Key(NamedTuple):
-    """A metric's name, what it is, and how to read it."""
+    """Says what a metric's name stands for, and how to read it."""
 
     name: str
     meaning: str

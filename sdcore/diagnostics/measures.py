@@ -171,7 +171,7 @@ def _common_prefix(first: Tensor, second: Tensor) -> int:
 
 
 def _deviation(values: Sequence[float]) -> float:
-    """Is the standard deviation of a sample, 0 of a single value."""
+    """Computes the standard deviation of a sample, 0 of a single value."""
     if len(values) < 2:
         return 0.0
     mean = _mean(values)

@@ -45,7 +45,7 @@ GATHERED = 2**24
 
 
 class _Chosen(NamedTuple):
-    """A completion that a probe looks at."""
+    """Holds a completion that a probe looks at."""
 
     group: Group
     ids: Tensor  # (R,)
@@ -54,7 +54,7 @@ class _Chosen(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Both sides' states of all rows, and their heads."""
+    """Holds both sides' states of all rows, and their heads."""
 
     plan: Plan
     student: Tensor  # (N, H)

@@ -28,7 +28,7 @@ from torch import nn
 from ..errors import ArgumentError
 from ..prefix.costs.count import STRATEGIES, cost_of_sizes
 from ..prefix.costs.sizes import ModelSizes, model_sizes
-from ..presets.methods import TeacherKind
+from ..presets.method import TeacherKind
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -111,7 +111,7 @@ class Setting:
 
 
 class Parameters(NamedTuple):
-    """Counts how many a model has."""
+    """Counts the parameters of a model."""
 
     all: int
     head: int  # of the output layer, also where it is tied to the embedding
@@ -120,7 +120,7 @@ class Parameters(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Bytes of each part of a step, in the order of `PARTS`."""
+    """Holds the bytes of each part of a step, in the order of `PARTS`."""
 
     parts: Mapping[str, int]
     sampling: int  # what sampling holds beside weights and optimizer, before the update
@@ -137,7 +137,7 @@ class Prediction:
 
     @property
     def total(self) -> int:
-        """Is the larger of update and sampling."""
+        """Takes the larger of update and sampling."""
         return max(self.update, self.resident + self.sampling)
 
 

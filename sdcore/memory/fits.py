@@ -60,7 +60,7 @@ MOST: Final = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """The largest value of one quantity."""
+    """Holds the largest value of one quantity."""
 
     value: int | None  # None: not even the least fits
     rows: int  # N, completion tokens in the step; 0 for None
@@ -155,23 +155,23 @@ def what_fits(
     }
 
 
-def fits_table(found: Mapping[str, Mapping[str, Fit]], load: Load, title: str) -> Table:
+def fits_table(fits: Mapping[str, Mapping[str, Fit]], load: Load, title: str) -> Table:
     """Lists on a terminal a line per quantity, a column per variant."""
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", caption=_caption(found), caption_justify="left")
+    table = Table(title=title, title_justify="left", caption=_caption(fits), caption_justify="left")
     table.add_column("largest, alone")
     table.add_column("given", justify="right")
-    for name in found:
+    for name in fits:
         table.add_column(name, justify="right")
     for quantity, (label, _) in QUANTITIES.items():
-        cells = [_shown(fits[quantity], with_rows=quantity not in LENGTHS[:2]) for fits in found.values()]
+        cells = [_shown(variant[quantity], with_rows=quantity not in LENGTHS[:2]) for variant in fits.values()]
         table.add_row(label, f"{getattr(load, quantity):,}", *cells)
     return table
 
 
-def _caption(found: Mapping[str, Mapping[str, Fit]]) -> str:
-    limits = {fit.limit for fits in found.values() for fit in fits.values() if fit.limit}
+def _caption(fits: Mapping[str, Mapping[str, Fit]]) -> str:
+    limits = {fit.limit for variant in fits.values() for fit in variant.values() if fit.limit}
     notes = ["N: completion tokens in the step, B·G·R."]
     if "the model's positions" in limits:
         notes.append("*: as long as the model's positions allow.")

@@ -55,7 +55,7 @@ class Tiles(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The tokens of a step, and the settings of all contenders."""
+    """Holds the tokens of a step, and the settings of all contenders."""
 
     plan: Plan
     student_ids: Tensor  # (B·G, P + R)
@@ -67,7 +67,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One contender's step. Without `lives` it did not run, and `reason` says why."""
+    """Holds one contender's step. Without `lives` it did not run, and `reason` says why."""
 
     contender: str
     lives: Lives | None = None
@@ -81,7 +81,7 @@ Run = Callable[[nn.Module, Batch, Callable[[str], None]], Tensor]
 
 
 class Contender(NamedTuple):
-    """One way to do the step."""
+    """Names one way to do the step."""
 
     name: str
     run: Run  # forward and backward: model, batch and the time line's `enter` to the detached loss
@@ -331,30 +331,21 @@ def _model(config: Any, setting: Setting, dtype: torch.dtype, device: torch.devi
 def _batch(load: Load, setting: Setting, tiles: Tiles, vocab: int, device: torch.device, seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
 
-    def ids(count: int) -> Tensor:
-        return torch.randint(vocab, (count,), generator=generator)
+    def ids(*shape: int) -> Tensor:
+        return torch.randint(vocab, (load.prompts, *shape), generator=generator).to(device)
 
-    prompts_B = [ids(load.prompt_tokens) for _ in range(load.prompts)]
-    completions_B_G = [[ids(load.completion_tokens) for _ in range(load.completions)] for _ in prompts_B]
-    contexts = load.completions if load.context_per_completion else 1
-    teachers_B_G = [[torch.cat([prompt, ids(load.context_tokens)]) for _ in range(contexts)] for prompt in prompts_B]
-
-    def sequences(prompts_B_G: Sequence[Sequence[Tensor]]) -> Tensor:
-        pairs = [
-            torch.cat(pair)
-            for prompts, completions in zip(prompts_B_G, completions_B_G, strict=True)
-            for pair in zip(prompts, completions, strict=True)
-        ]
-        return torch.stack(pairs).to(device)
-
+    group, each = load.completions, load.context_per_completion
+    prompts, completions = ids(1, load.prompt_tokens), ids(group, load.completion_tokens)  # (B, 1, P) and (B, G, R)
+    contexts = ids(group if each else 1, load.context_tokens)
+    teachers = torch.cat([prompts.expand(-1, contexts.shape[1], -1), contexts], -1)  # (B, G or 1, P + C)
     return Batch(
         plan=plan(
-            [prompt.to(device) for prompt in prompts_B],
-            [[completion.to(device) for completion in group] for group in completions_B_G],
-            [group if load.context_per_completion else group[0] for group in teachers_B_G],
+            [prompt for (prompt,) in prompts],
+            [[*members] for members in completions],
+            [[*members] if each else members[0] for members in teachers],
         ),
-        student_ids=sequences([[prompt] * load.completions for prompt in prompts_B]),
-        teacher_ids=sequences([group * (load.completions // contexts) for group in teachers_B_G]),
+        student_ids=torch.cat([prompts.expand(-1, group, -1), completions], -1).flatten(0, 1),
+        teacher_ids=torch.cat([teachers.expand(-1, group, -1), completions], -1).flatten(0, 1),
         completion_tokens=load.completion_tokens,
         setting=setting,
         tiles=tiles,

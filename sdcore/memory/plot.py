@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from ..report.charts import Areas, Level, Panel, Span, Words, figure_of, require_matplotlib, save
+from ..charts import areas, figure_of, require_matplotlib, save
 from .estimate import MIB, Prediction, shown_bytes
 from .measured import CONTENDERS, Measurement
 from .timeline import CATEGORIES, Lives
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from rich.table import Table
 
 POINTS: Final = 1200  # of a curve that is drawn or written
@@ -57,25 +58,26 @@ PREDICTED: Final = {"weights": ("weights", "teacher weights")} | {
 }
 
 
-def save_plot(found: Mapping[str, Measurement], path: Path | str, *, title: str = "") -> Path:
+def save_plot(measurements: Mapping[str, Measurement], path: Path | str, *, title: str = "") -> Path:
     """Writes a picture of all contenders that ran. Raises `ImportError` without matplotlib, `ValueError` for none."""
     require_matplotlib("a plot")
-    ran = {name: lives for name, measured in found.items() if (lives := measured.lives)}
+    ran = {name: lives for name, measured in measurements.items() if (lives := measured.lives)}
     if not ran:
-        raise ValueError("found must hold a contender that ran, got none")
-    highest = 1.08 * max(lives.peak for lives in ran.values()) / MIB
-    curves = [_curves(name, lives, highest) for name, lives in ran.items()]
-    stripes = [_stripes(lives) for lives in ran.values()]
+        raise ValueError("measurements must hold a contender that ran, got none")
+    highest = max(lives.peak for lives in ran.values()) / MIB
+    curves = [partial(_curves, name, lives, highest) for name, lives in ran.items()]
+    stripes = [partial(_stripes, lives) for lives in ran.values()]
     figure = figure_of(
-        [replace(curves[0], y_label="live MiB"), *curves[1:], *stripes],
+        [*curves, *stripes],
         columns=len(ran),
         size=(3.4, 2.6),
         title=title,
         legend="below",
-        share_x="col",
-        share_y="row",
-        heights=(18, 1),
+        sharex="col",
+        sharey="row",
+        height_ratios=(18, 1),
     )
+    figure.axes[0].set_ylabel("live MiB")
     return save(figure, path)
 
 
@@ -95,32 +97,26 @@ def _places(lives: Lives) -> tuple[np.ndarray, np.ndarray]:
     return np.array(edges), np.array(places)
 
 
-def _curves(name: str, lives: Lives, highest: float) -> Panel:
+def _curves(name: str, lives: Lives, highest: float, axes: Axes) -> None:
     ticks, curves = _by_phase(lives)
     edges, places = _places(lives)
-    heights = {category: (curves[category] / MIB).tolist() for category in CATEGORIES if lives.bytes[category].any()}
-    peak = lives.peak / MIB
-    return Panel(
-        marks=[
-            Areas(x=np.interp(ticks, edges, places), heights=heights, colours=COLOURS),
-            Level(y=peak),
-            Words(text=f"peak {peak:,.0f} MiB, {lives.phase_at(lives.peak_at)}", y=peak, on_value=True),
-        ],
-        title=NAMES.get(name, name),
-        bold=name == "ours",
-        x_limits=(0, places[-1]),
-        y_limits=(0, highest),
-    )
+    heights = {category: curves[category] / MIB for category in CATEGORIES if lives.bytes[category].any()}
+    areas(axes, np.interp(ticks, edges, places), heights, COLOURS)
+    peak, words = lives.peak / MIB, lives.phase_at(lives.peak_at)
+    axes.axhline(peak, color="black", linewidth=0.7, linestyle="--")
+    axes.annotate(f"peak {peak:,.0f} MiB, {words}", (0.03, peak), (0, 2), textcoords="offset points", fontsize=8)
+    axes.set_title(NAMES.get(name, name), fontweight="bold" if name == "ours" else "normal")
+    axes.set(xlim=(0, places[-1]), ylim=(0, 1.08 * highest))
 
 
-def _stripes(lives: Lives) -> Panel:
+def _stripes(lives: Lives, axes: Axes) -> None:
     edges, places = _places(lives)
-    stripes = []
     for phase in lives.phases:
         start, end = np.interp((phase.start, phase.end), edges, places)
         label = {"optimizer": "update", "rest": ""}.get(phase.name, phase.name)
-        stripes.append(Span(start=start, end=end, colour=PHASE_COLOURS[phase.name], label=label))
-    return Panel(marks=stripes, x_label=f"{edges[-1]:,} allocations and releases", x_ticks={}, y_ticks=False)
+        axes.axvspan(start, end, color=PHASE_COLOURS[phase.name], label=label, linewidth=0)
+    axes.set(xlabel=f"{edges[-1]:,} allocations and releases", xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
 
 
 def _by_phase(lives: Lives) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -132,7 +128,9 @@ def _by_phase(lives: Lives) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def measured_table(
-    found: Mapping[str, Measurement], predicted: Mapping[str, Prediction] | None = None, title: str = "Measured peak"
+    measurements: Mapping[str, Measurement],
+    predicted: Mapping[str, Prediction] | None = None,
+    title: str = "Measured peak",
 ) -> Table:
     """Says on a terminal what each contender's peak is made of, with the estimate of the same step behind it."""
     from rich.table import Table
@@ -140,7 +138,7 @@ def measured_table(
     estimates = predicted or {}
     table = Table(title=title, title_justify="left")
     table.add_column("at the peak")
-    for name in found:
+    for name in measurements:
         table.add_column(NAMES.get(name, name), justify="right")
         if name in estimates:
             table.add_column("estimate", justify="right", style="dim")
@@ -149,7 +147,7 @@ def measured_table(
         label: str, measured: Callable[[Lives], str], estimated: Callable[[Prediction], str], style: str = ""
     ) -> None:
         cells = []
-        for name, measurement in found.items():
+        for name, measurement in measurements.items():
             cells.append(measured(measurement.lives) if measurement.lives else "–")
             cells += [estimated(estimates[name])] if name in estimates else []
         table.add_row(label, *cells, style=style)
@@ -167,10 +165,10 @@ def measured_table(
     return table
 
 
-def as_json(found: Mapping[str, Measurement]) -> dict[str, Any]:
+def as_json(measurements: Mapping[str, Measurement]) -> dict[str, Any]:
     """Writes what `save_plot` draws and the table says for other programs."""
     written: dict[str, Any] = {}
-    for name, measured in found.items():
+    for name, measured in measurements.items():
         written[name] = {"describes": CONTENDERS[name].describes}
         lives = measured.lives
         if lives is None:

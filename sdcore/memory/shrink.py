@@ -32,7 +32,7 @@ SPECIAL: Final = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 @dataclass(frozen=True, kw_only=True)
 class Shrunk:
-    """What to measure instead."""
+    """Says what to measure instead."""
 
     config: Any
     load: Load

@@ -50,7 +50,7 @@ FORWARDS: Final = ("student forward", "teacher forward")
 
 
 class Phase(NamedTuple):
-    """One stretch of the clock."""
+    """Names one stretch of the clock."""
 
     name: str  # one of PHASES
     start: int
@@ -59,7 +59,7 @@ class Phase(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class _Storage:
-    """The life of one storage."""
+    """Records the life of one storage."""
 
     size: int
     born: int
@@ -75,14 +75,14 @@ class _Storage:
 
 @dataclass(frozen=True, kw_only=True)
 class Lives:
-    """Bytes that are alive after each tick of the clock, by category."""
+    """Counts the bytes that are alive after each tick of the clock, by category."""
 
     bytes: Mapping[str, np.ndarray]  # category -> (ticks + 1,) int64
     phases: tuple[Phase, ...]
 
     @property
     def total(self) -> np.ndarray:
-        """(ticks + 1,) int64."""
+        """Adds up the categories to (ticks + 1,) int64."""
         return np.sum(list(self.bytes.values()), axis=0)
 
     @property

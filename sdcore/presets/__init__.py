@@ -1,7 +1,8 @@
-"""The methods as data, and their translation from YAML and from other projects' configurations; none imports torch."""
+"""Names the methods and translates them from YAML and from other projects' configurations; nothing imports torch."""
 
 from .configure import dump_config, load_config, types_of
 from .lasgroup import from_lasgroup
+from .method import Method, field_types
 from .methods import (
     GRPO,
     OPSD,
@@ -9,12 +10,10 @@ from .methods import (
     SDPO,
     SFT,
     ContextDistillation,
-    Method,
     RLTilt,
     SDFTAsRun,
     SDFTPaper,
     SDPOCode,
-    field_types,
     preset,
 )
 from .trl import from_trl

@@ -1,4 +1,4 @@
-"""A flat YAML file, and `key=value` on top of it, as a method and arguments of a run; and back.
+"""Reads a flat YAML file, and `key=value` on top of it, as a method and arguments of a run; and writes them back.
 
     method: sdpo              # a preset; without it, a Method of its own
     topk: 20                  # a field of the method
@@ -23,7 +23,8 @@ from typing import Any, get_type_hints
 
 from ..errors import ArgumentError
 from .fields import closest, read_yaml, typed, typed_text, yaml_of
-from .methods import Method, field_types, preset
+from .method import Method, field_types
+from .methods import preset
 
 METHOD = "method"
 # Never written to a file.
@@ -33,7 +34,7 @@ SECRET = ("hub_token",)
 def load_config(
     path: str | Path | None, overrides: Sequence[str] = (), *, trainer_fields: Mapping[str, Any]
 ) -> tuple[Method, dict[str, Any]]:
-    """The method and the arguments of a run; those that nobody gave are left out.
+    """Returns the method and the arguments of a run; those that nobody gave are left out.
 
     Args:
         path: the YAML file; None: the overrides alone.
@@ -52,8 +53,8 @@ def load_config(
             raise ArgumentError(f"{path}: {name} is no field of a method or a run{closest(str(name), known)}")
         values[name] = typed(f"{path}: {name}", value, known[name])
     for override in overrides:
-        name, found, text = override.partition("=")
-        if not found:
+        name, equals, text = override.partition("=")
+        if not equals:
             raise ArgumentError(f"overrides must be of the form key=value, got {override!r}")
         if name not in known:
             raise ArgumentError(f"{name} is no field of a method or a run{closest(name, known)}")
@@ -65,7 +66,7 @@ def load_config(
 
 
 def dump_config(method: Method, arguments: Mapping[str, Any], path: str | Path | None = None) -> str:
-    """The text that `load_config` reads as the same again: the preset and what was changed. Written, given a path.
+    """Returns the text that `load_config` reads as the same again, preset and changes; writes it where `path` says.
 
     Tokens are left out. Raises `ArgumentError` for an argument that is no plain data.
     """
@@ -79,13 +80,13 @@ def dump_config(method: Method, arguments: Mapping[str, Any], path: str | Path |
 
 
 def types_of(configuration: type) -> dict[str, Any]:
-    """Name → type of every argument of a dataclass."""
+    """Returns name → type of every argument of a dataclass."""
     hints = get_type_hints(configuration)
     return {f.name: hints[f.name] for f in dataclasses.fields(configuration) if f.init}
 
 
 def _plain(name: str, value: Any) -> Any:
-    """As YAML has it."""
+    """Returns the value as YAML has it."""
     if isinstance(value, Enum):
         return _plain(name, value.value)
     if isinstance(value, Path):
@@ -97,6 +98,3 @@ def _plain(name: str, value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ArgumentError(f"{name} must be plain data to be written as YAML, got {type(value).__name__}")
-
-
-__all__ = ["METHOD", "dump_config", "load_config", "types_of"]

@@ -1,4 +1,4 @@
-"""What a field of a method may be, and how a text becomes its value: by the field's annotation.
+"""Checks what a field of a method may be, and turns text into its value: both by the field's annotation.
 
 The same for Python, YAML and the command line. What differs from the obvious: True is no number here. YAML is read as
 its version 1.2 has it, where `1e-5` is a number and `off` a word, and a key that stands twice in a mapping is refused.
@@ -67,7 +67,7 @@ def check_field(name: str, value: object, annotation: Any) -> None:
 
 
 def typed(name: str, value: Any, annotation: Any) -> Any:
-    """A value of YAML as the field's annotation has it: 1 is 1.0 for a float, 1e3 is 1000 for a whole number.
+    """Returns a value of YAML as the annotation has it: 1 is 1.0 for a float, 1e3 is 1000 for a whole number.
 
     Raises `ArgumentError` where it is none.
     """
@@ -83,7 +83,7 @@ def typed(name: str, value: Any, annotation: Any) -> Any:
 
 
 def typed_text(name: str, text: str, annotation: Any) -> Any:
-    """The text behind `name=` on a command line: YAML, except that where text is expected it need not be quoted."""
+    """Reads the text behind `name=` on a command line: YAML, except that expected text need not be quoted."""
     kinds = kinds_of(annotation)
     if set(kinds) - {NoneType} == {str}:
         return None if NoneType in kinds and text in ("null", "None", "") else text
@@ -94,14 +94,14 @@ def typed_text(name: str, text: str, annotation: Any) -> Any:
 
 
 def kinds_of(annotation: Any) -> tuple[Any, ...]:
-    """The types of a union, or the one."""
+    """Returns the types of a union, or the one."""
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
 def _fits(value: object, kind: Any) -> bool:
     origin = get_origin(kind) or kind
     if origin is Literal:
-        return any(value == one and type(value) is type(one) for one in get_args(kind))
+        return any(value == choice and type(value) is type(choice) for choice in get_args(kind))
     if origin in (int, float):
         return isinstance(value, (int, float) if origin is float else int) and not isinstance(value, bool)
     return isinstance(origin, type) and isinstance(value, origin)
@@ -118,7 +118,7 @@ def _expected(kinds: tuple[Any, ...]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Numbers and truth values as in YAML 1.2."""
+    """Reads numbers and truth values as in YAML 1.2, and refuses a key that stands twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -147,12 +147,12 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 
 
 def yaml_of(values: Mapping[str, Any]) -> str:
-    """Plain data, as `parse_yaml` reads it."""
+    """Writes plain data as `parse_yaml` reads it."""
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Plain data; raises `ArgumentError`, which names the source and the line."""
+    """Returns plain data; raises `ArgumentError`, which names the source and the line."""
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except yaml.YAMLError as error:
@@ -160,27 +160,14 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def read_yaml(path: str | Path) -> Mapping[str, Any]:
-    """A file with a mapping; an empty one is an empty mapping. Raises `ArgumentError`, and what opening a file does."""
-    found = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
-    if not isinstance(found, Mapping | None):
-        raise ArgumentError(f"{path} must be a mapping, `key: value`, got {type(found).__name__}")
-    return found or {}
+    """Reads a mapping, an empty one of an empty file. Raises `ArgumentError`, and what opening a file does."""
+    values = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+    if not isinstance(values, Mapping | None):
+        raise ArgumentError(f"{path} must be a mapping, `key: value`, got {type(values).__name__}")
+    return values or {}
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'alpha'?"`, or nothing."""
-    found = get_close_matches(name, list(known), n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
-
-
-__all__ = [
-    "RANGES",
-    "check_field",
-    "closest",
-    "kinds_of",
-    "parse_yaml",
-    "read_yaml",
-    "typed",
-    "typed_text",
-    "yaml_of",
-]
+    """Returns `"; did you mean 'alpha'?"`, or nothing."""
+    nearest = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""

@@ -1,4 +1,4 @@
-"""What both translations of other projects' configurations need: keys that are taken once, and their templates.
+"""Gives both translations of other projects' configurations what they need: keys taken once, and templates.
 
 A key that nobody takes is refused by name. Templates for `str.format` become Jinja that gives the same text.
 """
@@ -14,7 +14,7 @@ from ..errors import ArgumentError
 
 
 class Keys:
-    """A configuration from which every key is taken once."""
+    """Holds a configuration from which every key is taken once."""
 
     def __init__(self, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         self._given, self._defaults, self._taken = dict(given), defaults, set[str]()
@@ -24,16 +24,16 @@ class Keys:
         return self._given.get(name, self._defaults[name]) if name in self._defaults else self._given[name]
 
     def rest(self) -> dict[str, Any]:
-        """What is given and nobody took: arguments of transformers' own, other than their defaults."""
-        found = {}
+        """Returns what is given and nobody took: arguments of transformers' own, other than their defaults."""
+        left = {}
         arguments = {f.name for f in dataclasses.fields(training_arguments())}
         for name, value in self._given.items():
             if name in self._taken or value == self._defaults[name]:
                 continue
             if name not in arguments:
                 raise ArgumentError(f"{name}={value!r} is not known here")
-            found[name] = value
-        return found
+            left[name] = value
+        return left
 
 
 def training_arguments() -> Any:
@@ -43,7 +43,7 @@ def training_arguments() -> Any:
 
 
 def attempt_template(reprompt: str, solution: str, feedback: str) -> str:
-    """SDPO's three texts as one template of ours."""
+    """Returns SDPO's three texts as one template of ours."""
     shown = jinja_of("solution_template", solution, {"successful_previous_attempt": "{{ attempt }}"}, last=False)
     said = jinja_of("feedback_template", feedback, {"feedback_raw": "{{ feedback }}"}, last=False)
     fields = {
@@ -55,7 +55,7 @@ def attempt_template(reprompt: str, solution: str, feedback: str) -> str:
 
 
 def jinja_of(name: str, text: str, fields: Mapping[str, str], *, last: bool = True) -> str:
-    """A text for `str.format` as a Jinja template that gives the same. `last`: it is the end of the template."""
+    """Returns a Jinja template that gives the same as a text for `str.format`. `last`: it is the template's end."""
     parts = []
     try:
         pieces = list(Formatter().parse(text))
@@ -69,11 +69,8 @@ def jinja_of(name: str, text: str, fields: Mapping[str, str], *, last: bool = Tr
         if field is None:
             continue
         if field not in fields or form or conversion:
-            known = ", ".join(f"{{{one}}}" for one in fields)
+            known = ", ".join(f"{{{field}}}" for field in fields)
             raise ArgumentError(f"{name} may have the fields {known}, without formats, got {{{field}}} in {text!r}")
         parts.append(fields[field])
     # Jinja drops one newline at the end.
     return "".join(parts) + ("\n" if last and text.endswith("\n") else "")
-
-
-__all__ = ["Keys", "attempt_template", "jinja_of", "training_arguments"]

@@ -1,4 +1,4 @@
-"""Configurations of the SDPO authors' code, github.com/lasgroup/SDPO, as a method and arguments of a run.
+"""Translates configurations of the SDPO authors' code, github.com/lasgroup/SDPO, to a method and arguments of a run.
 
     method, arguments = from_lasgroup("sdpo.yaml", "user.yaml", overrides=["actor_rollout_ref.rollout.n=4"])
 
@@ -22,7 +22,8 @@ from typing import Any
 from ..errors import ArgumentError
 from .fields import closest, parse_yaml, read_yaml
 from .foreign import Keys, attempt_template
-from .methods import GRPO, SDPO, Method
+from .method import Method
+from .methods import GRPO, SDPO
 
 Source = str | Path | Mapping[str, Any]
 
@@ -126,7 +127,7 @@ LASGROUP: dict[str, Any] = {
 def from_lasgroup(
     *sources: Source, overrides: Sequence[str] = (), num_processes: int = 1
 ) -> tuple[Method, dict[str, Any]]:
-    """The method, and arguments of `SelfDistillationConfig`, of a configuration of github.com/lasgroup/SDPO.
+    """Returns the method, and arguments of `SelfDistillationConfig`, for a configuration of github.com/lasgroup/SDPO.
 
     `sources` are its YAML files, or mappings, the later over the earlier; `overrides` are Hydra's, `a.b.c=value`, as in
     its scripts. What none of them says is as in its `actor.yaml` and `rollout.yaml`, except for the templates' texts,
@@ -139,8 +140,8 @@ def from_lasgroup(
     for source in sources:
         given |= _flat(source if isinstance(source, Mapping) else read_yaml(source))
     for override in overrides:
-        name, found, value = override.partition("=")
-        if not found:
+        name, equals, value = override.partition("=")
+        if not equals:
             raise ArgumentError(f"overrides must be of the form name=value, got {override!r}")
         given[name.lstrip("+")] = parse_yaml(value, name)
     given = {name: value for name, value in given.items() if not _is_left_out(name)}
@@ -205,7 +206,7 @@ def _teacher(regularization: str, rate: float) -> dict[str, Any]:
 
 
 def _clip(keys: Keys, clip: float | None) -> float | None:
-    """Its two ratios, of the student now to the one that sampled and of that to the sampler, are one here."""
+    """Merges its two ratios, of the student now to the one that sampled and of that to the sampler, into one."""
     if keys.take(f"{ALGORITHM}.rollout_correction.rollout_is") is None:
         return clip
     threshold = keys.take(f"{ALGORITHM}.rollout_correction.rollout_is_threshold")
@@ -261,21 +262,18 @@ def _arguments(keys: Keys, num_processes: int) -> dict[str, Any]:
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted names. A mapping that is itself a value stays one."""
-    found: dict[str, Any] = {}
+    """Returns dotted names → values. A mapping that is itself a value stays one."""
+    flat: dict[str, Any] = {}
     for key, value in nested.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and name not in LASGROUP:
-            found |= _flat(value, f"{name}.")
+            flat |= _flat(value, f"{name}.")
         else:
-            found[name] = value
-    return found
+            flat[name] = value
+    return flat
 
 
 def _is_left_out(name: str) -> bool:
     if name in LASGROUP:
         return False
     return any(name == left or name.startswith(f"{left}.") for left in NOT_TRANSLATED)
-
-
-__all__ = ["LASGROUP", "NOT_TRANSLATED", "from_lasgroup"]

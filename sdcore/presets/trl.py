@@ -1,4 +1,4 @@
-"""Configurations of TRL's SDPO and SDFT trainers, as a method and arguments of a run.
+"""Translates configurations of TRL's SDPO and SDFT trainers to a method and arguments of a run.
 
     method, arguments = from_trl(SDPOConfig(output_dir="out", distillation_mode="topk_logits", distillation_topk=20))
     trainer = SelfDistillationTrainer(model, SelfDistillationConfig(**arguments), method=method, ...)
@@ -23,7 +23,8 @@ from typing import Any, Literal
 from ..errors import ArgumentError
 from .fields import closest
 from .foreign import Keys, attempt_template, jinja_of, training_arguments
-from .methods import GRPO, SDPO, Aggregation, Method
+from .method import Aggregation, Method
+from .methods import GRPO, SDPO
 
 # Of the configurations: their names on the left, ours on the right.
 RUN = {
@@ -76,7 +77,7 @@ WITHOUT_EFFECT = (
 
 
 def from_trl(config: Any, *, kind: Literal["sdpo", "sdft"] | None = None) -> tuple[Method, dict[str, Any]]:
-    """The method, and arguments of `SelfDistillationConfig`, that do what a configuration of TRL does.
+    """Returns the method, and arguments of `SelfDistillationConfig`, that do what a configuration of TRL does.
 
     `config` is an `SDPOConfig` or `SDFTConfig` of `trl.experimental`, or a mapping of their arguments, which needs
     `kind`; TRL's own defaults fill in the rest. Raises `ArgumentError`.
@@ -97,8 +98,8 @@ def from_trl(config: Any, *, kind: Literal["sdpo", "sdft"] | None = None) -> tup
         if name in defaults:
             keys.take(name)
     for old, new in RENAMED.items():
-        found = [keys.take(name) for name in (new, old) if name in defaults]
-        arguments[new if new in defaults else old] = next((value for value in found if value is not None), None)
+        given = [keys.take(name) for name in (new, old) if name in defaults]
+        arguments[new if new in defaults else old] = next((value for value in given if value is not None), None)
     # TRL's None is on, ours is on where the machine has it.
     half, mixed = keys.take("fp16"), keys.take("bf16")
     arguments |= {"fp16": half, "bf16": not half if mixed is None else mixed}
@@ -108,7 +109,7 @@ def from_trl(config: Any, *, kind: Literal["sdpo", "sdft"] | None = None) -> tup
 
 
 def _sdft(keys: Keys, temperature: float) -> Method:
-    """TRL's SDFT: any context in its template, the divergence averaged per completion."""
+    """Translates SDFT: any context in its template, the divergence averaged per completion."""
     return Method(
         context="template",
         template=jinja_of("teacher_prompt_template", keys.take("teacher_prompt_template"), _SDFT_FIELDS),
@@ -179,13 +180,13 @@ def _sdpo(keys: Keys, arguments: dict[str, Any], temperature: float) -> Method:
 
 
 def _divergence(keys: Keys) -> dict[str, Any]:
-    """Teacher and divergence, which both trainers have."""
+    """Translates teacher and divergence, which both trainers have."""
     mode, topk, tail = (keys.take(f"distillation_{name}") for name in ("mode", "topk", "add_tail"))
     if mode == "topk_logits" and topk is None:
         raise ArgumentError("distillation_topk must be given with distillation_mode='topk_logits', got None")
     if mode not in ("topk_logits", "full_logits", "sampled_token"):
         raise ArgumentError(f"distillation_mode={mode!r} is not known")
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "alpha": keys.take("distillation_alpha"),
         "importance_clip": keys.take("distillation_is_clip"),
         "topk": topk if mode == "topk_logits" else None,
@@ -196,21 +197,21 @@ def _divergence(keys: Keys) -> dict[str, Any]:
     teachers = {"base": "frozen", "live": "live", "ema": "ema"}
     if kind not in teachers:
         raise ArgumentError(f"teacher_model_kind={kind!r} is not known")
-    found["teacher"] = teachers[kind]
+    fields["teacher"] = teachers[kind]
     if kind != "ema":
-        return found
+        return fields
     if rate == 1.0:
-        return found | {"teacher": "periodic", "sync_every": every}
+        return fields | {"teacher": "periodic", "sync_every": every}
     if every != 1:
         raise ArgumentError(
             f"teacher_sync_steps={every} has no counterpart here: an average moves after every step; a rate of "
             f"{1 - (1 - rate) ** (1 / every):.3g} forgets as fast as {rate} every {every} steps"
         )
-    return found | {"teacher": "ema" if rate else "frozen", "update_rate": rate}
+    return fields | {"teacher": "ema" if rate else "frozen", "update_rate": rate}
 
 
 def _batches(keys: Keys, count: int) -> dict[str, Any]:
-    """The same completions per optimizer step and device, counted in prompts."""
+    """Returns sizes that give the same completions per optimizer step and device, counted in prompts."""
     size, steps = keys.take("per_device_train_batch_size"), keys.take("gradient_accumulation_steps")
     generation_size, per_generation = keys.take("generation_batch_size"), keys.take("steps_per_generation")
     if generation_size is not None and per_generation is None:
@@ -226,19 +227,19 @@ def _batches(keys: Keys, count: int) -> dict[str, Any]:
             f"groups of num_generations={count}: a group is not divided among devices here"
         )
     evaluated = keys.take("num_generations_eval") or count
-    found = {
+    sizes = {
         "eval_generations": evaluated,
         "per_device_eval_batch_size": max(1, keys.take("per_device_eval_batch_size") // evaluated),
     }
     if size % count == 0:
-        return found | {"per_device_train_batch_size": size // count, "gradient_accumulation_steps": steps}
+        return sizes | {"per_device_train_batch_size": size // count, "gradient_accumulation_steps": steps}
     # TRL has so many completions in flight.
     alone = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": size * steps // count}
-    return found | alone | ({"micro_batch": size} if count % size == 0 else {})
+    return sizes | alone | ({"micro_batch": size} if count % size == 0 else {})
 
 
 def _read(config: Any, kind: str | None) -> tuple[dict[str, Any], dict[str, Any], bool]:
-    """(what is given, all defaults, whether it is SDFT's)."""
+    """Returns what is given, all defaults, and whether it is SDFT's."""
     if kind not in (None, "sdpo", "sdft"):
         raise ArgumentError(f"kind must be 'sdpo' or 'sdft', got {kind!r}")
     if isinstance(config, Mapping):
@@ -276,16 +277,13 @@ def _class(kind: str) -> Any:
 
 
 def _defaults(configuration: Any) -> dict[str, Any]:
-    found = {}
+    defaults = {}
     for f in dataclasses.fields(configuration):
         if f.init:
             made = f.default_factory() if f.default_factory is not dataclasses.MISSING else None
-            found[f.name] = made if f.default is dataclasses.MISSING else f.default
-    return found
+            defaults[f.name] = made if f.default is dataclasses.MISSING else f.default
+    return defaults
 
 
 # Fields of their templates → variables of ours.
 _SDFT_FIELDS = {"prompt": "{{ prompt }}", "privileged_context": "{{ privileged_context }}"}
-
-
-__all__ = ["REFUSED", "WITHOUT_EFFECT", "from_trl"]

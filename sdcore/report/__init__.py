@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
+from ..charts import require_matplotlib
 from ..diagnostics import RunLogError, read_run
 from ..errors import ArgumentError
-from .charts import require_matplotlib
 
 Format = Literal["html", "markdown"]
 SUFFIXES: dict[str, str] = {"html": ".html", "markdown": ".md"}

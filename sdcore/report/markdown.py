@@ -6,15 +6,19 @@ Texts of the run are put into code blocks, whose fence is longer than any in the
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
+from ..charts import figure_of, save
 from ..diagnostics import RunData
-from .charts import figure_of, save
 from .notes import notes_of
 from .page import Runs, compared, headline, sections_of, subtitle_of, title_of
 from .samples import Sample, samples_of
-from .series import changes_of, charts_by_topic, constants_of, panel_of, shown
+from .series import Chart, changes_of, charts_by_topic, constants_of, draw, shown
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLUMNS: Final = 3
 
@@ -35,8 +39,7 @@ def markdown(runs: Runs, path: Path) -> str:
     for number, (topic, charts) in enumerate(charts_by_topic(runs).items()):
         picture = folder / f"{number:02d}-{re.sub(r'[^a-z0-9]+', '-', topic.lower()).strip('-')}.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
-        panels = [panel_of(chart, chart.axes[0], title=chart.heading) for chart in charts]
-        save(figure_of(panels, columns=min(COLUMNS, len(charts))), picture)
+        save(figure_of([partial(_titled, chart) for chart in charts], columns=min(COLUMNS, len(charts))), picture)
         titles = ", ".join(chart.title for chart in charts)
         lines += ["", f"## {inline(topic)}", "", f"![{inline(titles)}]({folder.name}/{picture.name})"]
     if constants := constants_of(runs):
@@ -48,6 +51,11 @@ def markdown(runs: Runs, path: Path) -> str:
             lines += _sample(sample, with_run=single is None)
     lines += _tables(runs, single)
     return "\n".join(lines) + "\n"
+
+
+def _titled(chart: Chart, axes: Axes) -> None:
+    axes.set_title(f"{chart.title} ({chart.unit})" if chart.unit else chart.title)
+    draw(chart, chart.axes[0], axes)
 
 
 def inline(text: str) -> str:

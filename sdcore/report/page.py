@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -11,9 +12,9 @@ from typing import Any, Final, NamedTuple
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
 
+from ..charts import COLOURS, GRID, INK, figure_of, inline_svg
 from ..diagnostics import RunData
 from ..diagnostics.keys import COST, OTHER
-from .charts import COLOURS, GRID, INK, figure_of, inline_svg
 from .notes import notes_of
 from .samples import SHADES, samples_of
 from .series import (
@@ -25,8 +26,8 @@ from .series import (
     changes_of,
     charts_by_topic,
     constants_of,
+    draw,
     key_for,
-    panel_of,
     shown,
 )
 
@@ -53,7 +54,7 @@ ARROWS: Final = {"up": "↑ is better", "down": "↓ is better", "watch": "watch
 
 
 class Fact(NamedTuple):
-    """A setting of a run."""
+    """Names a setting of a run."""
 
     name: str
     value: str
@@ -87,10 +88,7 @@ def page(runs: Runs) -> str:
         shades=[
             (shade, shown(shown_samples.darkest * (shade / SHADES) ** 2)) for shade in range(0, SHADES + 1, SHADES // 5)
         ],
-        changes=changes_of(single) if single else [],
-        keys=[
-            key_for(name) for name in dict.fromkeys(change.key.name for _, run in runs for change in changes_of(run))
-        ],
+        metrics=list({change.key.name: change for _, run in runs for change in changes_of(run)}.values()),
         descriptions=[(label, sections_of(run)) for label, run in runs],
         arrows=ARROWS,
         lines=len(COLOURS),
@@ -101,7 +99,7 @@ def page(runs: Runs) -> str:
 def _drawn(chart: Chart, axis: Axis) -> Markup:
     """Draws a chart without its title and its legend, which are the page's."""
     names = ", ".join(series.label for series in chart.series)
-    figure = figure_of([panel_of(chart, axis)], size=(3.8, 2.0), legend="none", margins=(0.13, 0.2, 0.98, 0.97))
+    figure = figure_of([partial(draw, chart, axis)], size=(3.8, 2.0), legend="none", margins=(0.13, 0.2, 0.98, 0.97))
     name = f"{chart.title} over {AXIS_TITLES[axis]}: {names}"
     return Markup(inline_svg(figure, name, colours=VARIABLES))  # escaped there
 

@@ -20,7 +20,7 @@ DARKEST_SHARE: Final = 0.97
 
 
 class Token(NamedTuple):
-    """A token of a completion and how dark it stands there."""
+    """Says how dark a token of a completion stands there."""
 
     text: str
     divergence: float | None  # None: not known, or not finite
@@ -29,7 +29,7 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A completion as it is shown; texts are raw, and whoever writes them somewhere escapes them."""
+    """Holds a completion as it is shown; texts are raw, and whoever writes them somewhere escapes them."""
 
     run: str
     step: int
@@ -50,7 +50,7 @@ class Sample:
 
 
 class Shown(NamedTuple):
-    """The completions of a report and their one scale of shades."""
+    """Holds the completions of a report and their one scale of shades."""
 
     samples: list[Sample]
     darkest: float  # nats of the darkest shade; 0 where no token has a divergence

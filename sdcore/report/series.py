@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
+from ..charts import count_on_x, line
 from ..diagnostics import RunData, key_of
 from ..diagnostics.keys import OTHER, TOPICS, Key
 from ..diagnostics.runlog import RESERVED
-from .charts import Line, Panel
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Axis = Literal["step", "samples", "tokens"]
 AXES: Final[tuple[Axis, ...]] = ("step", "samples", "tokens")
@@ -76,7 +78,7 @@ TOGETHER: Final[dict[str, dict[str, str]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One metric of one run."""
+    """Holds one metric of one run."""
 
     name: str
     label: str
@@ -90,7 +92,7 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """Series that are read together."""
+    """Holds the series that are read together."""
 
     title: str
     unit: str
@@ -99,17 +101,21 @@ class Chart:
 
     @property
     def axes(self) -> list[Axis]:
-        """What it can be drawn over."""
+        """Lists what it can be drawn over."""
         return [axis for axis in AXES if all(axis in series.x for series in self.series)]
 
-    @property
-    def heading(self) -> str:
-        """Its title with the unit."""
-        return f"{self.title} ({self.unit})" if self.unit else self.title
+
+class Point(NamedTuple):
+    """Averages a bucket of consecutive values."""
+
+    x: float
+    y: float  # mean
+    least: float
+    most: float
 
 
 class Change(NamedTuple):
-    """A metric at the start and at the end of a run."""
+    """Holds a metric at the start and at the end of a run."""
 
     key: Key
     first: float
@@ -132,16 +138,16 @@ def key_for(name: str) -> Key:
 
 def series_of(run: RunData, *, label: str | None = None) -> dict[str, Series]:
     """Returns every metric of a run that has a number on some line. `label` None: the metric's own title."""
-    axes = [axis for axis in AXES if run.metrics and all(is_number(line.get(axis)) for line in run.metrics)]
+    axes = [axis for axis in AXES if run.metrics and all(is_number(row.get(axis)) for row in run.metrics)]
     values: dict[str, tuple[dict[Axis, list[float]], list[float]]] = {}
-    for line in run.metrics:
-        for name, value in line.items():
+    for row in run.metrics:
+        for name, value in row.items():
             if name in RESERVED or not is_number(value):
                 continue
             x, y = values.setdefault(name, ({axis: [] for axis in axes}, []))
             y.append(float(value))
             for axis in axes:
-                x[axis].append(float(line[axis]))
+                x[axis].append(float(row[axis]))
     return {name: Series(name=name, label=label or key_for(name).title, x=x, y=y) for name, (x, y) in values.items()}
 
 
@@ -166,7 +172,7 @@ def constants_of(runs: Sequence[tuple[str, RunData]]) -> list[Change]:
 
 
 def changes_of(run: RunData) -> list[Change]:
-    """Holds the first of every metric against its last, in the order of the table."""
+    """Compares the first of every metric with its last, in the order of the table."""
     order = {topic: i for i, topic in enumerate((*TOPICS, OTHER))}
     changes = [
         Change(key_for(name), *first_and_last(series.y), len(series.y)) for name, series in series_of(run).items()
@@ -180,43 +186,34 @@ def first_and_last(values: Sequence[float]) -> tuple[float, float]:
     return _mean(values[:count]), _mean(values[-count:])
 
 
-def reduced(series: Series, axis: Axis) -> Line:
-    """Averages a series to at most `MOST_POINTS` points, with the band that they were averaged over."""
+def reduced(series: Series, axis: Axis) -> list[Point]:
+    """Averages a series to at most `MOST_POINTS` points, in the order of the log."""
     size = math.ceil(len(series.y) / MOST_POINTS)
-    starts = range(0, len(series.y), size)
-    buckets = [series.y[start : start + size] for start in starts]
-    return Line(
-        x=[_mean(series.x[axis][start : start + size]) for start in starts],
-        y=[_mean(bucket) for bucket in buckets],
-        label=series.label,
-        band=([min(bucket) for bucket in buckets], [max(bucket) for bucket in buckets]) if size > 1 else None,
-        marker="o" if len(buckets) <= MARKED else "",
-    )
+    buckets = [slice(start, start + size) for start in range(0, len(series.y), size)]
+    ys = [series.y[bucket] for bucket in buckets]
+    return [Point(_mean(series.x[axis][at]), _mean(y), min(y), max(y)) for at, y in zip(buckets, ys, strict=True)]
 
 
-def panel_of(chart: Chart, axis: Axis, *, title: str = "") -> Panel:
-    """Returns what draws a chart over one of the axes that its series have."""
-    lines = [reduced(series, axis) for series in chart.series]
-    return Panel(
-        marks=lines,
-        title=title,
-        x_label=AXIS_TITLES[axis],
-        x_counts=True,
-        y_text=partial(shown, unit="share") if chart.unit == "share" else None,
-        y_limits=_limits([point for line in lines for point in (line.band or (line.y,))], chart.unit),
-    )
-
-
-def _limits(curves: Sequence[Sequence[float]], unit: str) -> tuple[float | None, float | None]:
-    """Shares that come near 1 are seen on the whole scale; others from 0 on where that squeezes nothing."""
-    low, high = min(map(min, curves)), max(map(max, curves))
-    if unit == "share" and low >= 0 and 0.5 < high <= 1:
-        return -0.02, 1.02
-    return (0.0 if 0 <= low < 0.6 * high else None), None
+def draw(chart: Chart, axis: Axis, axes: Axes) -> None:
+    """Draws a chart, without its title, over one of the axes that its series have."""
+    curves = [reduced(series, axis) for series in chart.series]
+    for series, points in zip(chart.series, curves, strict=True):
+        x, y, least, most = zip(*points, strict=True)
+        marker = "o" if len(points) <= MARKED else ""
+        line(axes, x, y, band=(least, most) if least != most else None, label=series.label, marker=marker)
+    axes.set_xlabel(AXIS_TITLES[axis])
+    count_on_x(axes)
+    low, high = min(p.least for points in curves for p in points), max(p.most for points in curves for p in points)
+    if chart.unit == "share":
+        axes.yaxis.set_major_formatter(lambda value, _: shown(value, "share"))
+    if chart.unit == "share" and low >= 0 and 0.5 < high <= 1:
+        axes.set_ylim(-0.02, 1.02)
+    elif 0 <= low < 0.6 * high:  # from 0 on where that does not squeeze what there is to see
+        axes.set_ylim(bottom=0)
 
 
 def is_number(value: Any) -> bool:
-    """True for a finite number, which True and False are not."""
+    """Is true for a finite number, which True and False are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

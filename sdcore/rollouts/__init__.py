@@ -1,4 +1,4 @@
-"""Rollouts: where completions come from, and what they are worth.
+"""Draws completions and says what they are worth.
 
 `samplers` draws them, `rewards` calls reward functions, `sandbox` runs what a completion says under limits, `vllm` is
 an engine of its own.

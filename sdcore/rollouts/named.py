@@ -1,4 +1,4 @@
-"""Functions that are given by name: "module:function", or "path/to/file.py:function".
+"""Loads functions that are given by name: "module:function", or "path/to/file.py:function".
 
     exact = load("my_rewards:exact")          # of a module, installed or in the working directory
     exact = load("rewards.py:exact")          # of a file
@@ -21,23 +21,23 @@ from ..errors import ArgumentError
 
 
 def load(name: str) -> Callable[..., Any]:
-    """The function of "module:function" or "path/to/file.py:function"; the working directory is searched too.
+    """Returns the function of "module:function" or "file.py:function"; the working directory is searched too.
 
-    Runs the module, which is code. Raises `ArgumentError`, which says what was not found.
+    Runs the module, which is code. Raises `ArgumentError`, which says what is missing.
     """
     place, _, attribute = name.rpartition(":")
     if not place or not attribute:
         raise ArgumentError(f"a function must be given as module:function or file.py:function, got {name!r}")
     module = _from_file(place, name) if place.endswith(".py") else _from_module(place, name)
-    found: Any = module
+    value: Any = module
     for part in attribute.split("."):
-        if not hasattr(found, part):
-            defined = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        if not hasattr(value, part):
+            defined = [key for key, known in vars(module).items() if callable(known) and not key.startswith("_")]
             raise ArgumentError(f"{place} has no function {attribute!r}; it has {', '.join(defined) or 'none at all'}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise ArgumentError(f"{name} must be a function, got {type(found).__name__}")
-    return found
+        value = getattr(value, part)
+    if not callable(value):
+        raise ArgumentError(f"{name} must be a function, got {type(value).__name__}")
+    return value
 
 
 def _from_module(place: str, name: str) -> ModuleType:
@@ -73,13 +73,10 @@ def _from_file(place: str, name: str) -> ModuleType:
 
 @contextmanager
 def _working_directory_first() -> Iterator[None]:
-    """A console script, unlike `python -m`, does not search the directory that it is started in."""
+    """Searches the working directory inside, which a console script, unlike `python -m`, does not."""
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
         yield
     finally:
         sys.path.remove(here)
-
-
-__all__ = ["load"]

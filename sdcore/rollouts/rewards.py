@@ -1,4 +1,4 @@
-"""Reward functions: what they are given, what they may return, and what becomes of one that fails or hangs.
+"""Calls reward functions: what they are given, what they may return, and what becomes of one that fails or hangs.
 
     def exact(*, completion: str, answer: str, **columns) -> float | tuple[float, str | None]:
         right = completion.strip() == answer
@@ -50,11 +50,11 @@ GRACE_SECONDS: Final = 1.0  # for an event loop to notice that a call is too lat
 
 
 class RewardError(SdcoreError, RuntimeError):
-    """A reward function raised, hung, or returned no finite number."""
+    """Says that a reward function raised, hung, or returned no finite number."""
 
 
 class Scored(NamedTuple):
-    """Groups with their rewards, and what there is to say about the functions."""
+    """Holds groups with their rewards, and what there is to say about the functions."""
 
     groups: list[Group]
     counts: dict[
@@ -72,7 +72,7 @@ def score(
     on_error: OnError = "raise",
     workers: int = 1,
 ) -> list[Group]:
-    """The groups of `judge`, without its counts."""
+    """Returns the groups of `judge`, without its counts."""
     return judge(groups, reward_functions, weights=weights, timeout=timeout, on_error=on_error, workers=workers).groups
 
 
@@ -85,7 +85,7 @@ def judge(
     on_error: OnError = "raise",
     workers: int = 1,
 ) -> Scored:
-    """Call every function on every completion.
+    """Calls every function on every completion.
 
     `weights` has one per function (None: all 1). `timeout` is in seconds for each call; None sets no limit and calls
     sync functions in the calling thread. `workers` calls of sync functions run at the same time. Without functions the
@@ -142,7 +142,7 @@ def judge(
 
 @dataclass(frozen=True, eq=False)
 class Reward:
-    """A reward function with its name and weight, and which arguments it takes."""
+    """Holds a reward function with its name and weight, and says which arguments it takes."""
 
     function: RewardFunction
     name: str
@@ -159,7 +159,7 @@ class Reward:
         )
 
     def arguments(self, group: Group, completion: str) -> dict[str, Any]:
-        """What it is called with; what the trainer says comes before a column of the same name."""
+        """Returns what it is called with; what the trainer says comes before a column of the same name."""
         example = group.example
         offered = {
             **example.columns,
@@ -188,29 +188,29 @@ class Reward:
 
 
 def prepare(functions: Sequence[RewardFunction | Reward | str], weights: Sequence[float] | None = None) -> list[Reward]:
-    """Load what is named by a string, check the rest, give each its own name. Raises `ArgumentError`."""
+    """Loads what is named by a string, checks the rest, gives each its own name. Raises `ArgumentError`."""
     if isinstance(functions, str) or callable(functions):
         raise ArgumentError(f"reward functions must be a list, got {functions!r:.80}")
     if weights is not None and (len(weights) != len(functions) or not all(math.isfinite(w) for w in weights)):
         raise ArgumentError(f"weights must be finite, one per reward function, {len(functions)}, got {list(weights)}")
-    found: list[Reward] = []
+    rewards: list[Reward] = []
     for i, given in enumerate(functions):
         if isinstance(given, Reward):
-            found.append(given)
+            rewards.append(given)
             continue
         if not isinstance(given, str) and not callable(given):
             raise ArgumentError(f"reward function {i} must be callable or 'module:function', got {given!r:.80}")
         function = load(given) if isinstance(given, str) else given
         name = getattr(function, "__name__", type(function).__name__)
-        name = name if all(name != other.name for other in found) else f"{name}_{i}"
+        name = name if all(name != other.name for other in rewards) else f"{name}_{i}"
         reward = Reward(function, name, 1.0 if weights is None else float(weights[i]))
         positional = [p.name for p in reward._parameters.values() if p.kind is inspect.Parameter.POSITIONAL_ONLY]
         if positional:
             raise ArgumentError(
                 f"reward function {name} is called with keywords, but {positional[0]} is positional-only"
             )
-        found.append(reward)
-    return found
+        rewards.append(reward)
+    return rewards
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,7 +237,7 @@ class _Answer:
 
 
 def _checked(returned: Any) -> _Answer:
-    """A number, or a number and a text."""
+    """Reads what a function returned: a number, or a number and a text."""
     feedback = None
     value = returned
     if isinstance(returned, tuple):
@@ -262,7 +262,7 @@ def _late(timeout: float) -> _Answer:
 
 
 def _answers(calls: Sequence[_Call], timeout: float | None, workers: int, *, stop_early: bool) -> list[_Answer]:
-    """In the order of the calls. With `stop_early` nothing is called after a sync function has failed."""
+    """Returns answers in the order of the calls. With `stop_early` nothing is called after a sync one has failed."""
     answers: list[_Answer | None] = [None] * len(calls)
     waiting = [i for i, call in enumerate(calls) if call.reward.is_async]
     for i, answer in zip(waiting, _await_all([calls[i] for i in waiting], timeout), strict=True):
@@ -304,30 +304,30 @@ def _left_behind() -> int:
 
 
 def _call(call: _Call, timeout: float | None) -> _Answer:
-    """One sync call, in a thread of its own if it has a time limit."""
-    found: list[_Answer] = []
+    """Makes one sync call, in a thread of its own if it has a time limit."""
+    answers: list[_Answer] = []
 
     def run() -> None:
         try:
-            found.append(_checked(call.reward.function(**call.arguments)))
+            answers.append(_checked(call.reward.function(**call.arguments)))
         except Exception as error:
-            found.append(_raised(error))
+            answers.append(_raised(error))
 
     if timeout is None:
         run()
-        return found[0]
+        return answers[0]
     # Not a pool: its threads are joined when the process ends, and a hung one would keep it from ending.
     thread = threading.Thread(target=run, daemon=True, name=f"reward-{call.reward.name}")
     thread.start()
     thread.join(timeout)
-    if thread.is_alive() and not found:
+    if thread.is_alive() and not answers:
         _ABANDONED.append(thread)
         return _late(timeout)
-    return found[0] if found else _Answer(problem="ended its thread", why="raised")
+    return answers[0] if answers else _Answer(problem="ended its thread", why="raised")
 
 
 def _await_all(calls: Sequence[_Call], timeout: float | None) -> list[_Answer]:
-    """Async calls, some at the same time, in an event loop of their own thread: the caller may have one already."""
+    """Makes async calls, some at a time, in an event loop of their own thread: the caller may have one already."""
     if not calls:
         return []
     answers: list[_Answer | None] = [None] * len(calls)
@@ -355,6 +355,3 @@ def _await_all(calls: Sequence[_Call], timeout: float | None) -> list[_Answer]:
         _ABANDONED.append(thread)
     blocked = _late(timeout) if timeout is not None else _Answer(problem="was never finished", why="raised")
     return [answer or blocked for answer in answers]
-
-
-__all__ = ["OnError", "Reward", "RewardError", "RewardFunction", "Scored", "judge", "load", "prepare", "score"]

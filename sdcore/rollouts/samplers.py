@@ -1,6 +1,7 @@
-"""Where completions come from: a protocol, the model itself as its sampler, and what samplers share.
+"""Draws completions: the protocol of a sampler, the model itself as one, and groups of what was drawn.
 
     sampler.sample(model, prompts, num_completions=8, max_new_tokens=256, seed=seed_of(args.seed, step, batch), ...)
+    groups = sample_groups(sampler, model, examples, prompts, Sampling(num_completions=8, max_new_tokens=256), ...)
 
 What differs from the obvious: a sampler gets a seed with every call and never looks at a global generator, so what is
 sampled at a step depends on the weights and on the step, not on what was drawn before; a run that is resumed there
@@ -13,6 +14,7 @@ Not covered: servers (`rollouts.vllm`), tools and several turns, and beam search
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,10 +27,11 @@ from torch.distributed.fsdp import FSDPModule
 from ..errors import ArgumentError
 from ..models import find_body
 from ..prefix.sampling import check_room, generate
+from ..types import Example, Group, Rollout
 
 
 class SampledCompletion(NamedTuple):
-    """One completion as it was drawn; on the CPU."""
+    """Holds one completion as it was drawn, on the CPU."""
 
     ids: Tensor  # (R,) int64; ends with an end-of-sequence id if it is finished
     logprobs: Tensor  # (R,) float32, of the distribution drawn from
@@ -53,26 +56,32 @@ class Sampler(Protocol):
         pad_token_id: int | None,
         seed: int,
     ) -> list[list[SampledCompletion]]:
-        """`num_completions` of each of B prompts, (P,) int64 each: `[b][g]`. An engine of its own ignores `model`."""
+        """Draws `num_completions` of each of B prompts, (P,) int64: `[b][g]`. An engine of its own ignores `model`."""
 
 
 @runtime_checkable
 class FollowsWeights(Protocol):
-    """A sampler with weights of its own, which the trainer tells when the student's have changed."""
+    """Has weights of its own, and is told by the trainer when the student's have changed."""
 
     def follow(self, model: nn.Module, step: int) -> None:
-        """Take the student's weights after `step` optimizer steps. Called by all ranks."""
+        """Takes the student's weights after `step` optimizer steps. Called by all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSampler:
-    """The model samples from itself, each prompt read once (`sdcore.prefix.generate`)."""
+class Sampling:
+    """Says how completions are drawn: the keywords of `Sampler.sample`, without the seed."""
 
-    prompts_at_a_time: int | None = None  # bounds the memory; None: all. Another number draws other completions
+    num_completions: int = 1  # G, of each prompt
+    max_new_tokens: int = 256
+    temperature: float = 1.0  # 0 takes the likeliest token
+    top_p: float | None = None  # None: from all tokens
+    top_k: int | None = None  # None: from all tokens
+    eos_token_id: Sequence[int] = ()  # ids that end a completion
+    pad_token_id: int | None = None
 
-    def __post_init__(self) -> None:
-        if self.prompts_at_a_time is not None and self.prompts_at_a_time < 1:
-            raise ArgumentError(f"prompts_at_a_time must be at least 1, got {self.prompts_at_a_time}")
+
+class BaseSampler(ABC):
+    """Takes the keywords of `Sampler.sample` as one `Sampling`."""
 
     def sample(
         self,
@@ -88,43 +97,99 @@ class ModelSampler:
         pad_token_id: int | None = None,
         seed: int,
     ) -> list[list[SampledCompletion]]:
-        """As the protocol says. Raises what `sdcore.prefix.generate` raises."""
+        """Draws as the protocol says."""
+        sampling = Sampling(
+            num_completions=num_completions,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+        )
+        return self.draw(model, prompts, sampling, seed)
+
+    @abstractmethod
+    def draw(
+        self, model: nn.Module, prompts: Sequence[Tensor], sampling: Sampling, seed: int
+    ) -> list[list[SampledCompletion]]:
+        """Draws the completions of each prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSampler(BaseSampler):
+    """Samples from the model itself, each prompt read once. Raises what `sdcore.prefix.generate` raises."""
+
+    prompts_at_a_time: int | None = None  # bounds the memory; None: all. Another number draws other completions
+
+    def __post_init__(self) -> None:
+        if self.prompts_at_a_time is not None and self.prompts_at_a_time < 1:
+            raise ArgumentError(f"prompts_at_a_time must be at least 1, got {self.prompts_at_a_time}")
+
+    def draw(
+        self, model: nn.Module, prompts: Sequence[Tensor], sampling: Sampling, seed: int
+    ) -> list[list[SampledCompletion]]:
         size = self.prompts_at_a_time or len(prompts)
-        ends = frozenset(eos_token_id)
-        found: list[list[SampledCompletion]] = []
+        ends = frozenset(sampling.eos_token_id)
+        options = vars(sampling) | {"eos_token_id": list(sampling.eos_token_id) or None}
+        completions_B_G: list[list[SampledCompletion]] = []
         for start in range(0, len(prompts), size):
-            sampled = generate(
-                model,
-                prompts[start : start + size],
-                num_completions=num_completions,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=list(eos_token_id) or None,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                pad_token_id=pad_token_id,
-                seed=seed if start == 0 else seed_of(seed, start),
-            )
+            part_seed = seed if start == 0 else seed_of(seed, start)
+            sampled = generate(model, prompts[start : start + size], **options, seed=part_seed)
             lengths = [len(ids) for group in sampled.completions for ids in group]
             logprobs = iter(sampled.logprobs.cpu().split(lengths))
             for group in sampled.completions:
                 host = [ids.cpu() for ids in group]
-                found.append([SampledCompletion(ids, next(logprobs), _ended(ids, ends)) for ids in host])
-        return found
+                completions_B_G.append([SampledCompletion(ids, next(logprobs), _ended(ids, ends)) for ids in host])
+        return completions_B_G
 
 
-def require_room(sampler: Sampler, model: nn.Module, prompts: Sequence[Tensor], max_completion_length: int) -> None:
-    """Refuse completions that a model cannot sample after these prompts, by the name that callers have for it.
+def sample_groups(
+    sampler: Sampler,
+    model: nn.Module,
+    examples: Sequence[Example],
+    prompts: Sequence[Tensor],
+    sampling: Sampling,
+    *,
+    tokenizer: Any,
+    seed: int,
+) -> list[Group]:
+    """Draws completions after the prompt of each example; groups with their texts, not judged yet.
 
-    Another engine knows its own limits.
+    Refuses lengths that the model cannot sample, as `max_completion_length`; another engine knows its own limits.
     """
     if isinstance(sampler, ModelSampler):
         longest = max(len(prompt) for prompt in prompts)
-        check_room(find_body(model), longest, max_completion_length, name="max_completion_length")
+        check_room(find_body(model), longest, sampling.max_new_tokens, name="max_completion_length")
+    completions_B = sampler.sample(model, prompts, **vars(sampling), seed=seed)
+    groups = []
+    for example, prompt, completions in zip(examples, prompts, completions_B, strict=True):
+        rollouts = tuple(
+            Rollout(
+                completion_ids=completion.ids,
+                logprobs=completion.logprobs,
+                text=tokenizer.decode(completion.ids.tolist(), skip_special_tokens=True),
+                finished=completion.finished,
+            )
+            for completion in completions
+        )
+        groups.append(Group(example=example, prompt_ids=prompt, rollouts=rollouts))
+    return groups
+
+
+def stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Returns the ids that end a completion: the tokenizer's end of sequence, and the model's generation config's.
+
+    A chat model often ends its turn with another token than a text.
+    """
+    config = getattr(getattr(model, "module", model), "generation_config", None)
+    entries = [getattr(tokenizer, "eos_token_id", None), getattr(config, "eos_token_id", None)]
+    flat = [token for entry in entries for token in (entry if isinstance(entry, list | tuple) else [entry])]
+    return sorted({int(token) for token in flat if token is not None})
 
 
 def seed_of(*parts: int) -> int:
-    """A seed for a generator, in [0, 2^63), from integers: equal for equal ones, and else as if drawn anew.
+    """Makes a seed for a generator, in [0, 2^63), of integers: equal for equal ones, and else as if drawn anew.
 
     Sums and products of seeds and steps would meet: `seed + step` of one run is another run's a step later.
     """
@@ -134,7 +199,7 @@ def seed_of(*parts: int) -> int:
 
 @contextmanager
 def whole_weights(model: nn.Module, sampler: Sampler | FollowsWeights | None = None) -> Iterator[None]:
-    """Inside, a model that FSDP2 has sharded has all its weights on every rank, and its forward waits for nobody.
+    """Gives every rank all weights of a model that FSDP2 has sharded, inside; its forward then waits for nobody.
 
     To be entered and left by all ranks together; does nothing for other models, nor for a `sampler` with weights of its
     own. Needs memory for the whole model: where there is none, sample by such a one (`rollouts.vllm`).
@@ -165,7 +230,7 @@ def _state(module: FSDPModule) -> Any:
 
 
 def _parameter_groups(module: FSDPModule) -> list[Any]:
-    """FSDP2's own: `set_reshard_after_forward` sets the same attribute of them, but nothing tells what it was."""
+    """Returns FSDP2's own: `set_reshard_after_forward` sets the same attribute, but nothing tells what it was."""
     state = _state(module)
     # torch up to 2.12 has at most one.
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
@@ -177,20 +242,8 @@ def _ended(ids: Tensor, ends: frozenset[int]) -> bool:
 
 
 def completion_of(ids: Sequence[int], logprobs: Sequence[float], ends: frozenset[int]) -> SampledCompletion:
-    """What an engine answered in lists. Raises `ArgumentError` where there is not a log-probability per token."""
+    """Makes a completion of an engine's lists. Raises `ArgumentError` without a log-probability per token."""
     if len(ids) != len(logprobs):
         raise ArgumentError(f"logprobs must have one entry per token, {len(ids)}, got {len(logprobs)}")
     tensor = torch.tensor(list(ids), dtype=torch.int64)
     return SampledCompletion(tensor, torch.tensor(list(logprobs), dtype=torch.float32), _ended(tensor, ends))
-
-
-__all__ = [
-    "FollowsWeights",
-    "ModelSampler",
-    "SampledCompletion",
-    "Sampler",
-    "completion_of",
-    "require_room",
-    "seed_of",
-    "whole_weights",
-]

@@ -1,4 +1,4 @@
-"""Run a command or a piece of Python with limits on time, memory, files and output: what a verifier's code runs in.
+"""Runs a command or a piece of Python with limits on time, memory, files and output: what verifiers run in.
 
     result = run_limited(python="print(sum(range(10)))", wall_seconds=2)
     result.stdout, result.ok                                # "45\\n", True
@@ -41,12 +41,12 @@ GRACE_SECONDS: Final = 8.0
 
 
 class SandboxError(SdcoreError, RuntimeError):
-    """A command could not be run under limits at all; what it did itself is in a `SandboxResult`."""
+    """Says that a command could not be run under limits at all; what it did itself is in a `SandboxResult`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SandboxResult:
-    """What a limited command did."""
+    """Holds what a limited command did."""
 
     exit_code: int | None  # None: it was ended by a signal, its own or ours
     signal: int | None  # the number, where it was
@@ -62,7 +62,7 @@ class SandboxResult:
 
     @property
     def outcome(self) -> str:
-        """In words: "exit code 1", "timed out after 2.0 s", "used up its CPU time"."""
+        """Says in words: "exit code 1", "timed out after 2.0 s", "used up its CPU time"."""
         if self.timed_out:
             return f"timed out after {self.seconds:.1f} s"
         if self.signal is None:
@@ -84,7 +84,7 @@ def run_limited(
     processes: int = 64,
     open_files: int = 64,
 ) -> SandboxResult:
-    """Run a command under limits and wait for it.
+    """Runs a command under limits and waits for it.
 
     Args:
         command: a list is run as it is, a string by `/bin/sh -c`. Or `python`, the text of a program for this
@@ -175,7 +175,7 @@ def _supervised(
 
 
 class _Kept:
-    """The beginning and the end of a stream, in bounded memory."""
+    """Keeps the beginning and the end of a stream, in bounded memory."""
 
     def __init__(self, most: int) -> None:
         self._head, self._tail = bytearray(), bytearray()
@@ -197,7 +197,7 @@ class _Kept:
 
 
 def _read_all(pipes: dict[str, IO[bytes]], outputs: dict[str, _Kept], deadline: float) -> None:
-    """Read until every pipe has ended, which is when the last process that could write to it has."""
+    """Reads until every pipe has ended, which is when the last process that could write to it has."""
     with selectors.DefaultSelector() as selector:
         for name, pipe in pipes.items():
             selector.register(pipe, selectors.EVENT_READ, name)
@@ -219,7 +219,7 @@ def _facts(lines: str) -> dict[str, Any]:
 
 
 def _end(child: subprocess.Popen[bytes], command: int | None) -> None:
-    """Whatever happened, nobody is left: the watching process, and the command's group where that died before it."""
+    """Kills whoever is left: the watching process, and the command's group where that died before it."""
     if child.poll() is None and command is not None:
         child.terminate()  # it kills what it watches
         with suppress(subprocess.TimeoutExpired):
@@ -235,7 +235,7 @@ def _end(child: subprocess.Popen[bytes], command: int | None) -> None:
 
 
 def _remove(directory: Path) -> None:
-    """Also directories that the command made unreadable, or nested too deep for Python."""
+    """Removes also directories that the command made unreadable, or nested too deep for Python."""
     with suppress(OSError, RecursionError):
         shutil.rmtree(directory)
         return
@@ -275,22 +275,22 @@ for number, test in enumerate(task["tests"] if error is None else [], 1):
 
 
 def extract_code(completion: str) -> str:
-    """The last fenced block of a completion, closed or cut off; all of it where there is none."""
-    found, inside = None, False
+    """Returns the last fenced block of a completion, closed or cut off; all of it where there is none."""
+    code, inside = None, False
     for line in completion.splitlines(keepends=True):
         if line.lstrip().startswith("```"):
             inside = not inside
             if inside:
-                found = ""
+                code = ""
         elif inside:
-            found = (found or "") + line
-    return completion if found is None else found
+            code = (code or "") + line
+    return completion if code is None else code
 
 
 def code_reward(
     *, tests: str = "tests", wall_seconds: float = 10.0, memory_mb: float = 1024.0, max_feedback: int = 1_500
 ) -> Callable[..., tuple[float, str | None]]:
-    """A reward function for completions that are Python: the share of a row's tests that pass, and the first error.
+    """Makes a reward function for completions that are Python: the share of a row's tests that pass, the first error.
 
     The column `tests` of a row is a text or a list of texts, each a few lines that raise if the code is wrong
     (`assert add(1, 2) == 3`). The code runs once, in the sandbox, then each test in a copy of its names. The feedback
@@ -334,8 +334,5 @@ def code_reward(
 def python_tests(
     *, prompt: object, completion: str, tests: str | Sequence[str], **columns: Any
 ) -> tuple[float, str | None]:
-    """`code_reward()` with its defaults, for the command line: `--reward sdcore.rollouts.sandbox:python_tests`."""
+    """Is `code_reward()` with its defaults, for the command line: `--reward sdcore.rollouts.sandbox:python_tests`."""
     return code_reward()(prompt=prompt, completion=completion, tests=tests)
-
-
-__all__ = ["SandboxError", "SandboxResult", "code_reward", "extract_code", "python_tests", "run_limited"]

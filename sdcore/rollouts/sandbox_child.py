@@ -1,4 +1,4 @@
-"""The process between ours and a limited command: sets the limits, watches the clock, and leaves nobody behind.
+"""Stands, as a process, between ours and a limited command: sets limits, watches the clock, leaves nobody behind.
 
     python -I -S sandbox_child.py STATUS_FD LIMITS_JSON COMMAND [ARGUMENT ...]
 
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
 
 
 def start(command: list[str], limits: dict[str, float], status_fd: int, prctl: object) -> None:
-    """Become the command; never returns."""
+    """Becomes the command; never returns."""
     try:
         os.setsid()
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # type: ignore[operator]
@@ -73,14 +73,14 @@ def start(command: list[str], limits: dict[str, float], status_fd: int, prctl: o
 
 
 def limit(which: int, soft: int, hard: int | None = None) -> None:
-    """Set a limit, as far as the one that we are under ourselves allows."""
+    """Sets a limit, as far as the one that we are under ourselves allows."""
     _, most = resource.getrlimit(which)
     cap = (lambda value: value) if most == resource.RLIM_INFINITY else (lambda value: min(value, most))
     resource.setrlimit(which, (cap(soft), cap(soft if hard is None else hard)))
 
 
 def tasks_of_user() -> int:
-    """The kernel counts the processes and threads of a user, not those of a command."""
+    """Counts a user's processes and threads, as the kernel's limit does, and not those of a command."""
     count, user = 0, os.getuid()
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -92,7 +92,7 @@ def tasks_of_user() -> int:
 
 
 def wait_for(child: int, deadline: float) -> int | None:
-    """The command's wait status; None if its time was up, or if we are to stop."""
+    """Returns the command's wait status; None if its time was up, or if we are to stop."""
     while True:
         while True:
             try:
@@ -112,7 +112,7 @@ def wait_for(child: int, deadline: float) -> int | None:
 
 
 def clear(child: int) -> None:
-    """Kill the command's group and then, generation by generation, whoever became ours when its parent died."""
+    """Kills the command's group and then, generation by generation, whoever became ours when its parent died."""
     with suppress(OSError):  # nobody is left in it, or it has not made it yet
         os.killpg(child, signal.SIGKILL)
     until = time.monotonic() + CLEARING_SECONDS
@@ -130,8 +130,8 @@ def clear(child: int) -> None:
 
 
 def children() -> list[int]:
-    """Processes whose parent we are."""
-    found, ours = [], os.getpid()
+    """Returns the processes whose parent we are."""
+    pids, ours = [], os.getpid()
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             # The name, in parentheses, may hold anything; state and parent follow the last one.
@@ -139,8 +139,8 @@ def children() -> list[int]:
         except OSError:
             continue
         if int(fields[1]) == ours:
-            found.append(int(name))
-    return found
+            pids.append(int(name))
+    return pids
 
 
 def tell(status_fd: int, fact: dict[str, object]) -> None:

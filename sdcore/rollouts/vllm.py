@@ -1,4 +1,4 @@
-"""vLLM as the sampler: in this process, or a server that speaks the OpenAI completions protocol.
+"""Samples with vLLM: in this process, or by a server that speaks the OpenAI completions protocol.
 
     sampler = VLLMServer("http://localhost:8000", model="policy", weights_folder="/shared/policy")
     sampler = VLLMColocated("Qwen/Qwen3-8B", gpu_memory_utilization=0.4)        # needs pip install 'sdcore[vllm]'
@@ -29,6 +29,7 @@ import json
 import os
 import urllib.error
 import urllib.request
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -44,18 +45,18 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import ArgumentError, SdcoreError
 from ..models import find_body
-from .samplers import SampledCompletion, completion_of, seed_of
+from .samplers import BaseSampler, SampledCompletion, Sampling, completion_of, seed_of
 
 WEIGHTS = "model.safetensors"
 
 
 class EngineError(SdcoreError, RuntimeError):
-    """An engine that cannot be reached, or answers what was not asked."""
+    """Says that an engine cannot be reached, or answers what was not asked."""
 
 
 @dataclass(kw_only=True)
 class Server:
-    """Where an engine answers over HTTP. Raises `EngineError` where it fails, with its address and words."""
+    """Asks an engine over HTTP. Raises `EngineError` where it fails, with its address and words."""
 
     url: str = field(kw_only=False)
     api_key: str | None = None
@@ -63,12 +64,12 @@ class Server:
     concurrent: int = 16  # requests at a time
 
     def post_all(self, path: str, bodies: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """The JSON answers to requests, in their order."""
+        """Returns the JSON answers to requests, in their order."""
         with ThreadPoolExecutor(max(1, min(self.concurrent, len(bodies)))) as pool:
             return list(pool.map(lambda body: self.post(path, body), bodies))
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The JSON answer; None where it is empty."""
+        """Returns the JSON answer; None where it is empty."""
         headers = {"Content-Type": "application/json"}
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
@@ -89,9 +90,46 @@ class Server:
             raise EngineError(f"{request.full_url} must answer JSON, got {text[:200]!r}") from error
 
 
+class _Engine(BaseSampler):
+    """Samples by an engine with weights of its own."""
+
+    def draw(
+        self, model: nn.Module, prompts: Sequence[Tensor], sampling: Sampling, seed: int
+    ) -> list[list[SampledCompletion]]:
+        """Asks in vLLM's words, with a seed for each prompt.
+
+        What is not asked for is said too: else a server takes it from the model's generation config, which for chat
+        models often penalises repetitions, and ends completions at the model's own ends.
+        """
+        del model
+        asked = {
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "ignore_eos": True,
+            "n": sampling.num_completions,
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": 1.0 if sampling.top_p is None else sampling.top_p,
+            "top_k": -1 if sampling.top_k is None else sampling.top_k,
+            "stop_token_ids": list(sampling.eos_token_id),
+            "logprobs": 0,  # of the sampled token alone
+        }
+        # vLLM takes 31 bits.
+        seeded = [asked | {"seed": seed_of(seed, i) % 2**31} for i in range(len(prompts))]
+        return self._drawn([prompt.tolist() for prompt in prompts], seeded, frozenset(sampling.eos_token_id))
+
+    @abstractmethod
+    def _drawn(
+        self, prompts: list[list[int]], asked: list[dict[str, Any]], ends: frozenset[int]
+    ) -> list[list[SampledCompletion]]:
+        """Asks the engine, in vLLM's words, for completions of each prompt."""
+
+
 @dataclass(kw_only=True)
-class VLLMServer(Server):
-    """Completions over HTTP."""
+class VLLMServer(_Engine, Server):
+    """Samples over HTTP, one request per prompt."""
 
     model: str  # the name that the server knows it by
     weights_folder: str | Path | None = None  # that the server reads its weights from; None: they stay as they are
@@ -104,35 +142,16 @@ class VLLMServer(Server):
                 "by which the server would read others: save the model with max_shard_size='1TB'"
             )
 
-    def sample(
-        self,
-        model: nn.Module,
-        prompts: Sequence[Tensor],
-        *,
-        num_completions: int,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        eos_token_id: Sequence[int] = (),
-        pad_token_id: int | None = None,
-        seed: int,
+    def _drawn(
+        self, prompts: list[list[int]], asked: list[dict[str, Any]], ends: frozenset[int]
     ) -> list[list[SampledCompletion]]:
-        """One request per prompt."""
-        del model, pad_token_id
-        common = {
-            "model": self.model,
-            "return_token_ids": True,
-            "skip_special_tokens": False,
-            **_asked(num_completions, max_new_tokens, temperature, top_p, top_k, eos_token_id),
-        }
-        requests = [common | {"prompt": prompt.tolist(), "seed": _seed(seed, i)} for i, prompt in enumerate(prompts)]
-        ends = frozenset(eos_token_id)
+        common = {"model": self.model, "return_token_ids": True, "skip_special_tokens": False}
+        requests = [common | words | {"prompt": prompt} for prompt, words in zip(prompts, asked, strict=True)]
         answers = self.post_all("/v1/completions", requests)
-        return [self._completions(answer, num_completions, ends) for answer in answers]
+        return [self._completions(answer, words["n"], ends) for answer, words in zip(answers, asked, strict=True)]
 
     def follow(self, model: nn.Module, step: int) -> None:
-        """Write the weights where the server reads them, and have it read them."""
+        """Writes the weights where the server reads them, and has it read them."""
         if self.weights_folder is None or step == self._step:
             return
         self._step = step
@@ -152,7 +171,7 @@ class VLLMServer(Server):
     def _completions(self, answer: Mapping[str, Any], count: int, ends: frozenset[int]) -> list[SampledCompletion]:
         try:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            found = [
+            completions = [
                 completion_of(choice["token_ids"], choice["logprobs"]["token_logprobs"], ends) for choice in choices
             ]
         except (KeyError, TypeError, ArgumentError) as error:
@@ -160,13 +179,13 @@ class VLLMServer(Server):
                 f"{self.url} must answer with choices that have token_ids and logprobs.token_logprobs, one per token "
                 f"(vLLM 0.10.2 or later, with return_token_ids); {type(error).__name__}: {error}"
             ) from error
-        if len(found) != count:
-            raise EngineError(f"{self.url} was asked for {count} completions, got {len(found)}")
-        return found
+        if len(completions) != count:
+            raise EngineError(f"{self.url} was asked for {count} completions, got {len(completions)}")
+        return completions
 
 
-class VLLMColocated:
-    """An engine in this process, beside the student. `options` go to `vllm.LLM`.
+class VLLMColocated(_Engine):
+    """Samples by an engine in this process, beside the student. `options` go to `vllm.LLM`.
 
     Raises `ImportError`, which names what to install, where vllm is missing.
     """
@@ -179,40 +198,25 @@ class VLLMColocated:
         self.engine = self._vllm.LLM(model=model, **(defaults | options))
         self._step: int | None = None
 
-    def sample(
-        self,
-        model: nn.Module,
-        prompts: Sequence[Tensor],
-        *,
-        num_completions: int,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        eos_token_id: Sequence[int] = (),
-        pad_token_id: int | None = None,
-        seed: int,
+    def _drawn(
+        self, prompts: list[list[int]], asked: list[dict[str, Any]], ends: frozenset[int]
     ) -> list[list[SampledCompletion]]:
-        """All prompts at once; the engine batches them."""
-        del model, pad_token_id
-        common = _asked(num_completions, max_new_tokens, temperature, top_p, top_k, eos_token_id)
-        asked = [self._vllm.SamplingParams(**common, seed=_seed(seed, i)) for i in range(len(prompts))]
-        given = [{"prompt_token_ids": prompt.tolist()} for prompt in prompts]
-        ends = frozenset(eos_token_id)
+        given = [{"prompt_token_ids": prompt} for prompt in prompts]
+        parameters = [self._vllm.SamplingParams(**words) for words in asked]
         return [
             [
                 completion_of(
-                    list(one.token_ids),
-                    [entry[token].logprob for token, entry in zip(one.token_ids, one.logprobs, strict=True)],
+                    list(output.token_ids),
+                    [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)],
                     ends,
                 )
-                for one in answer.outputs
+                for output in answer.outputs
             ]
-            for answer in self.engine.generate(given, asked, use_tqdm=False)
+            for answer in self.engine.generate(given, parameters, use_tqdm=False)
         ]
 
     def follow(self, model: nn.Module, step: int) -> None:
-        """Hand the student's weights over; the cache of prefixes under the old ones is emptied."""
+        """Hands the student's weights over; the cache of prefixes under the old ones is emptied."""
         if step == self._step:
             return
         self._step = step
@@ -230,48 +234,14 @@ class VLLMColocated:
         self.engine.reset_prefix_cache()
 
 
-def _asked(
-    num_completions: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float | None,
-    top_k: int | None,
-    eos_token_id: Sequence[int],
-) -> dict[str, Any]:
-    """In vLLM's words, the same for a request and for its `SamplingParams`.
-
-    What is not asked for is said too: else a server takes it from the model's generation config, which for chat models
-    often penalises repetitions, and ends completions at the model's own ends.
-    """
-    return {
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "ignore_eos": True,
-        "n": num_completions,
-        "max_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": 1.0 if top_p is None else top_p,
-        "top_k": -1 if top_k is None else top_k,
-        "stop_token_ids": list(eos_token_id),
-        "logprobs": 0,  # of the sampled token alone
-    }
-
-
-def _seed(seed: int, prompt: int) -> int:
-    """Of a prompt's request; vLLM takes 31 bits."""
-    return seed_of(seed, prompt) % 2**31
-
-
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a causal language model by their names in its checkpoint: gathered, adapters merged, on the CPU.
+    """Returns a causal language model's weights by their names in its checkpoint: gathered, merged, on the CPU.
 
-    To be called by all ranks. Tied weights come once.
+    To be called by all ranks. Adapters are part of the weights that they are on; tied weights come once.
     """
     body = find_body(model)
     with _merged(model):
-        found: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
         seen: set[int] = set()
         for name, weight in body.causal_lm.state_dict(keep_vars=True).items():
             name = name.replace("base_layer.", "")
@@ -279,13 +249,13 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
                 continue
             seen.add(id(weight))
             whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
-            found[name] = whole.detach().to("cpu", copy=True).contiguous()
-    return found
+            weights[name] = whole.detach().to("cpu", copy=True).contiguous()
+    return weights
 
 
 @contextmanager
 def _merged(model: nn.Module) -> Iterator[None]:
-    """Inside, a PEFT adapter is part of the weights that it is on."""
+    """Makes a PEFT adapter part of the weights that it is on, inside."""
     inner: Any = model
     while inner is not None and not hasattr(inner, "merge_adapter"):
         inner = getattr(inner, "module", getattr(inner, "_orig_mod", None))

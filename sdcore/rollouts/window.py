@@ -1,4 +1,4 @@
-"""A window: the examples of one optimizer step, with the completions that may serve several steps.
+"""Orders examples in windows, one an optimizer step, and keeps completions that serve several steps.
 
     order = WindowOrder(len(examples), window=32, repeats=2, seed=0)        # which examples, in which order
     save_rollouts(path, batches); batches = load_rollouts(path)             # what a checkpoint keeps of a window
@@ -28,10 +28,11 @@ from ..types import Example, Group, Message, Rollout
 from .samplers import seed_of
 
 COMPLETION = "completion"
+PLAIN = ("text", "finished", "reward", "feedback")  # fields of a rollout that JSON has as they are
 
 
 class WindowOrder(TorchSampler[int]):
-    """Indices of examples, a window of them after another, each window `repeats` times."""
+    """Yields indices of examples, a window of them after another, each window `repeats` times."""
 
     def __init__(
         self, count: int, *, window: int, repeats: int = 1, seed: int = 0, shuffle: bool = True, drop_last: bool = False
@@ -74,7 +75,7 @@ def given_completion(
     max_length: int,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Rollout:
-    """The example's column `completion` as if it had been sampled, up to what ends it.
+    """Returns the example's column `completion` as if it had been sampled, up to what ends it.
 
     In a conversation it is rendered as the assistant's turn, where that begins with the prompt; else its own tokens and
     the end of the sequence follow the prompt. Raises `DataError` where there is no such text.
@@ -107,52 +108,30 @@ def _rendered(
 
 
 def save_rollouts(path: Path, batches: Sequence[Sequence[Group]]) -> None:
-    """Write the rollouts of a window, whole or not at all. JSON keeps every digit of a float."""
-    found = [
-        [
-            [
-                {
-                    "ids": rollout.completion_ids.tolist(),
-                    "logprobs": None if rollout.logprobs is None else rollout.logprobs.tolist(),
-                    "text": rollout.text,
-                    "finished": rollout.finished,
-                    "reward": rollout.reward,
-                    "feedback": rollout.feedback,
-                }
-                for rollout in group.rollouts
-            ]
-            for group in batch
-        ]
-        for batch in batches
-    ]
+    """Writes the rollouts of a window, whole or not at all. JSON keeps every digit of a float."""
+    saved = [[[_as_json(rollout) for rollout in group.rollouts] for group in batch] for batch in batches]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(json.dumps(found), encoding="utf-8")
+        partial.write_text(json.dumps(saved), encoding="utf-8")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def load_rollouts(path: Path) -> list[list[tuple[Rollout, ...]]]:
-    """What `save_rollouts` wrote: batches of groups of rollouts, without their examples."""
-    return [
-        [
-            tuple(
-                Rollout(
-                    completion_ids=torch.tensor(one["ids"], dtype=torch.int64),
-                    logprobs=None if one["logprobs"] is None else torch.tensor(one["logprobs"], dtype=torch.float32),
-                    text=one["text"],
-                    finished=one["finished"],
-                    reward=one["reward"],
-                    feedback=one["feedback"],
-                )
-                for one in group
-            )
-            for group in batch
-        ]
-        for batch in json.loads(path.read_text(encoding="utf-8"))
-    ]
+    """Reads what `save_rollouts` wrote: batches of groups of rollouts, without their examples."""
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    return [[tuple(_from_json(rollout) for rollout in group) for group in batch] for batch in saved]
 
 
-__all__ = ["COMPLETION", "WindowOrder", "given_completion", "load_rollouts", "save_rollouts"]
+def _as_json(rollout: Rollout) -> dict[str, Any]:
+    logprobs = None if rollout.logprobs is None else rollout.logprobs.tolist()
+    tensors = {"ids": rollout.completion_ids.tolist(), "logprobs": logprobs}
+    return tensors | {name: getattr(rollout, name) for name in PLAIN}
+
+
+def _from_json(saved: dict[str, Any]) -> Rollout:
+    logprobs = None if saved["logprobs"] is None else torch.tensor(saved["logprobs"], dtype=torch.float32)
+    ids = torch.tensor(saved["ids"], dtype=torch.int64)
+    return Rollout(completion_ids=ids, logprobs=logprobs, **{name: saved[name] for name in PLAIN})

@@ -1,4 +1,4 @@
-"""Whole runs: the trainer and its configuration, evaluation, search at test time, and a look ahead before a run."""
+"""Runs a whole training: trainer, configuration, evaluation, search at test time, and a look ahead before a run."""
 
 from .config import SelfDistillationConfig
 from .evaluation import EvalResult, evaluate

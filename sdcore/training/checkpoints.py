@@ -1,4 +1,4 @@
-"""Checkpoints that are whole: what they hold of ours, which one to go on from, and what if one cannot be written.
+"""Keeps checkpoints whole: what they hold of ours, which one to go on from, and what if one cannot be written.
 
     own = OwnState.of(args, teacher=teacher, reference=reference)
     with writing(folder, main_process=True):         # a full disk: the folder goes, and the error says what is left
@@ -46,11 +46,11 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointError(SdcoreError, OSError):
-    """A checkpoint that could not be written, or that cannot be gone on from."""
+    """Says that a checkpoint could not be written, or cannot be gone on from."""
 
 
 def whole(folder: Path) -> bool:
-    """Whether everything was written."""
+    """True where everything was written."""
     try:
         json.loads((folder / STATE).read_text(encoding="utf-8"))
         json.loads((folder / OWN_STATE).read_text(encoding="utf-8"))
@@ -60,17 +60,17 @@ def whole(folder: Path) -> bool:
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """All of them, whole or not, by step."""
-    found = [
+    """Returns all checkpoints, whole or not, by step."""
+    numbered = [
         (int(match[1]), path)
         for path in Path(output_dir).glob("checkpoint-*")
         if (match := _NUMBERED.search(path.name))
     ]
-    return [path for _, path in sorted(found) if path.is_dir()]
+    return [path for _, path in sorted(numbered) if path.is_dir()]
 
 
 def to_resume(output_dir: str | Path, asked: str | Path | bool) -> Path:
-    """The folder to go on from; `asked` True is the last whole one. Raises `CheckpointError` where there is none."""
+    """Returns the folder to go on from; `asked` True is the last whole one. Raises `CheckpointError` for none."""
     if asked is True:
         torn: list[str] = []
         for folder in reversed(checkpoints(output_dir)):
@@ -94,7 +94,7 @@ def to_resume(output_dir: str | Path, asked: str | Path | bool) -> Path:
 
 @contextmanager
 def writing(folder: Path, *, main_process: bool) -> Iterator[None]:
-    """Around all that writes a checkpoint. Raises `CheckpointError` where it could not be written, and removes it."""
+    """Wraps all that writes a checkpoint. Where it could not be written, removes it and raises `CheckpointError`."""
     if main_process:
         # A torn one, or one of an earlier run, must not look whole because of what it had.
         (folder / STATE).unlink(missing_ok=True)
@@ -112,7 +112,7 @@ def writing(folder: Path, *, main_process: bool) -> Iterator[None]:
 
 @contextmanager
 def saving_whole(plugin: Any) -> Iterator[None]:
-    """Inside, accelerate's FSDP plugin is for state dicts of the whole model, not of its shards; None: no FSDP."""
+    """Sets accelerate's FSDP plugin to state dicts of the whole model, not of its shards, inside; None: no FSDP."""
     if plugin is None:
         yield
         return
@@ -126,14 +126,14 @@ def saving_whole(plugin: Any) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OwnState:
-    """What a checkpoint holds beside transformers' files: counts, teachers' states, and completions still in use."""
+    """Saves and loads what a checkpoint holds beside transformers' files: counts, teachers, completions in use."""
 
     args: SelfDistillationConfig
     stateful: Mapping[str, Any]  # folder in a checkpoint → what is saved and loaded there
 
     @classmethod
     def of(cls, args: SelfDistillationConfig, **parts: Any) -> OwnState:
-        """Of those parts that have a state; what comes under two names is kept under the first."""
+        """Takes the parts that have a state; what comes under two names is kept under the first."""
         kept: dict[str, Any] = {}
         for name, one in parts.items():
             if hasattr(one, "save") and all(one is not other for other in kept.values()):
@@ -141,7 +141,7 @@ class OwnState:
         return cls(args=args, stateful=kept)
 
     def save(self, folder: Path, step: int, *, seen: Mapping[str, int], window: Sequence[Sequence[Group]]) -> None:
-        """To be called by all ranks. The completions of `window` are kept if the next step uses them too."""
+        """Writes the state, the completions of `window` if the next step uses them too. All ranks must call it."""
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps({**seen, **self._batching}, indent=1) + "\n"
@@ -152,7 +152,7 @@ class OwnState:
             save_rollouts(self._rollouts(folder), window)
 
     def load(self, folder: Path) -> dict[str, int]:
-        """Put the states back; returns what was seen."""
+        """Puts the states back; returns what was seen."""
         for name, one in self.stateful.items():
             one.load(folder / name)
         saved = _own_file(folder)
@@ -161,7 +161,7 @@ class OwnState:
     def window(
         self, folder: Path, examples: Sequence[Sequence[Example]], prompt: Callable[[Example], Tensor]
     ) -> list[list[Group]]:
-        """The completions in use when the checkpoint was written, with the examples that the data gives again.
+        """Returns the completions in use when the checkpoint was written, with the examples that the data gives again.
 
         Raises `CheckpointError` where the data or its batches are others.
         """
@@ -171,19 +171,19 @@ class OwnState:
         if changed or [len(batch) for batch in rollouts] != [len(batch) for batch in examples]:
             raise CheckpointError(
                 f"{folder} was written between two uses of its completions: it can only be gone on from with the same "
-                f"batches and data{''.join(f', and {one}' for one in changed)}"
+                f"batches and data{''.join(f', and {change}' for change in changed)}"
             )
         return [
             [
-                Group(example=example, prompt_ids=prompt(example), rollouts=found)
-                for example, found in zip(batch, kept, strict=True)
+                Group(example=example, prompt_ids=prompt(example), rollouts=rollouts_G)
+                for example, rollouts_G in zip(batch, kept, strict=True)
             ]
             for batch, kept in zip(examples, rollouts, strict=True)
         ]
 
     @property
     def _batching(self) -> dict[str, int]:
-        """Of which a window of completions is a part."""
+        """Returns what a window of completions depends on, which resuming must not change."""
         return {"world_size": self.args.world_size, "num_iterations": self.args.num_iterations}
 
     def _rollouts(self, folder: Path) -> Path:
@@ -192,6 +192,3 @@ class OwnState:
 
 def _own_file(folder: Path) -> dict[str, Any]:
     return json.loads((folder / OWN_STATE).read_text(encoding="utf-8"))
-
-
-__all__ = ["CheckpointError", "OwnState", "checkpoints", "saving_whole", "to_resume", "whole", "writing"]

@@ -1,7 +1,6 @@
-"""From examples to judged groups: prompt ids, completions, rewards.
+"""Turns examples into judged groups: prompt ids, completions, rewards.
 
-    found = collector.collect(model, batches, seeds)          # found.groups[batch][group].rollouts[completion]
-    result = collector.evaluate(model, examples)              # result.metrics["reward_mean"]
+    collected = collector.collect(model, batches, seeds)      # collected.groups[batch][group].rollouts[completion]
 
 A batch is sampled with a seed of its own, so what is sampled for it does not depend on which process does it, nor on
 what was sampled before. Where the method learns from completions in the data, those are taken and nothing is sampled.
@@ -11,26 +10,25 @@ Not covered: prompts that are cut; one that is too long is an error, since the q
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
 
-from accelerate.utils import gather_object  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor, nn
 
 from ..contexts import student_prompt_ids
 from ..errors import DataError
-from ..presets.methods import Method
-from ..rollouts.rewards import Reward, judge
-from ..rollouts.samplers import Sampler, require_room, whole_weights
+from ..presets.method import Method
+from ..rollouts.rewards import OnError, Reward, Scored, judge
+from ..rollouts.samplers import Sampler, Sampling, sample_groups, whole_weights
 from ..rollouts.window import given_completion
-from ..types import Example, Group
+from ..types import Example, Group, Rollout
 from .config import SelfDistillationConfig
-from .evaluation import EvalResult, evaluate, group_of
 
 
 class Collected(NamedTuple):
-    """Groups, as the batches of examples were, and what is to be logged."""
+    """Holds groups, as the batches of examples were, and what is to be logged."""
 
     groups: list[list[Group]]
     counts: dict[str, int]
@@ -39,104 +37,96 @@ class Collected(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Collector:
-    """What is needed for it. `collect` raises `DataError` and what sampling and rewards raise."""
+    """Samples and judges. Raises `DataError` and what sampling and rewards raise."""
 
-    method: Method
-    args: SelfDistillationConfig
     tokenizer: Any
     sampler: Sampler
+    sampling: Sampling
     rewards: Sequence[Reward]
-    stop_ids: tuple[int, ...]  # that end a completion
+    from_data: bool = False  # True: completions are the examples' own
+    max_prompt_length: int | None = None  # tokens; None: what the model can read
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    timeout: float | None = 60.0  # this and the next two: see `rollouts.rewards.judge`
+    on_error: OnError = "raise"
+    workers: int = 1
+
+    @classmethod
+    def of_run(
+        cls,
+        args: SelfDistillationConfig,
+        method: Method,
+        *,
+        tokenizer: Any,
+        sampler: Sampler,
+        rewards: Sequence[Reward],
+        stop_ids: Sequence[int],
+    ) -> Collector:
+        """Makes the collector of a run's training steps."""
+        return cls(
+            tokenizer=tokenizer,
+            sampler=sampler,
+            sampling=Sampling(
+                num_completions=method.num_generations,
+                max_new_tokens=args.max_completion_length,
+                temperature=args.sampling_temperature,
+                top_p=None if args.top_p == 1 else args.top_p,
+                top_k=args.top_k,
+                eos_token_id=tuple(stop_ids),
+                pad_token_id=getattr(tokenizer, "pad_token_id", None),
+            ),
+            rewards=rewards,
+            from_data=method.samples == "dataset",
+            max_prompt_length=args.max_prompt_length,
+            chat_template_kwargs=cast("dict[str, Any] | None", args.chat_template_kwargs),
+            timeout=args.reward_timeout,
+            on_error=cast(OnError, args.reward_on_error),
+            workers=args.reward_workers,
+        )
+
+    def for_evaluation(self, args: SelfDistillationConfig) -> Collector:
+        """Returns the same with the run's number and temperature of evaluated answers, which are always sampled."""
+        temperature = args.sampling_temperature if args.eval_temperature is None else args.eval_temperature
+        sampling = replace(self.sampling, num_completions=args.eval_generations, temperature=temperature)
+        return replace(self, sampling=sampling, from_data=False, max_prompt_length=None)
 
     def collect(self, model: nn.Module, batches: Sequence[Sequence[Example]], seeds: Sequence[int]) -> Collected:
-        """One seed per batch. With FSDP2 to be called by all ranks."""
-        if self.method.samples == "dataset":
-            sampled = [[self._given(example) for example in batch] for batch in batches]
-        else:
-            with whole_weights(model, self.sampler):
-                sampled = [self._sampled(model, batch, seed) for batch, seed in zip(batches, seeds, strict=True)]
-        scored = judge(
-            [group for groups in sampled for group in groups],
-            self.rewards,
-            timeout=self.args.reward_timeout,
-            on_error=self.args.reward_on_error,  # type: ignore[arg-type]  # checked by the config
-            workers=self.args.reward_workers,
-        )
+        """Samples and judges batches, one seed for each. With FSDP2 to be called by all ranks."""
+        with nullcontext() if self.from_data else whole_weights(model, self.sampler):
+            drawn = [self.draw(model, batch, seed) for batch, seed in zip(batches, seeds, strict=True)]
+        scored = self.judge([group for groups in drawn for group in groups])
         means = {f"rewards/{name}/mean": total / number for name, (total, number) in scored.sums.items() if number}
         judged = iter(scored.groups)
-        return Collected([[next(judged) for _ in groups] for groups in sampled], scored.counts, means)
+        return Collected([[next(judged) for _ in groups] for groups in drawn], scored.counts, means)
 
-    def evaluate(self, model: nn.Module, examples: Sequence[Example]) -> EvalResult:
-        """Evaluates as the run's arguments have it, with the same seeds each time. All ranks must call it."""
-        args = self.args
-        return evaluate(
-            model,
-            self.tokenizer,
-            examples,
-            self.rewards,
-            num_generations=args.eval_generations,
-            max_completion_length=args.max_completion_length,
-            seed=args.seed if args.eval_seed is None else args.eval_seed,
-            batch_size=args.per_device_eval_batch_size,
-            temperature=args.sampling_temperature if args.eval_temperature is None else args.eval_temperature,
-            top_p=None if args.top_p == 1 else args.top_p,
-            top_k=args.top_k,
-            stop_token_ids=self.stop_ids,
-            chat_template_kwargs=self._template_kwargs,
-            success_threshold=self.method.success_threshold,
-            timeout=args.reward_timeout,
-            on_error=args.reward_on_error,  # type: ignore[arg-type]  # checked by the config
-            workers=args.reward_workers,
-            sampler=self.sampler,
-            rank=args.process_index,
-            world_size=args.world_size,
-            gather=gather_object,
-        )
+    def draw(self, model: nn.Module, examples: Sequence[Example], seed: int) -> list[Group]:
+        """Returns groups that are not judged yet. With FSDP2 to be called inside `whole_weights`."""
+        prompts = [self.prompt(example) for example in examples]
+        if not self.from_data:
+            sampling, tokenizer = self.sampling, self.tokenizer
+            return sample_groups(self.sampler, model, examples, prompts, sampling, tokenizer=tokenizer, seed=seed)
+        return [
+            Group(example=example, prompt_ids=prompt, rollouts=(self._given(example, prompt),))
+            for example, prompt in zip(examples, prompts, strict=True)
+        ]
+
+    def judge(self, groups: Sequence[Group]) -> Scored:
+        """Asks the reward functions about every completion."""
+        return judge(groups, self.rewards, timeout=self.timeout, on_error=self.on_error, workers=self.workers)
 
     def prompt(self, example: Example) -> Tensor:
-        """(P,) int64: what the student reads."""
-        ids = student_prompt_ids(example, self.tokenizer, chat_template_kwargs=self._template_kwargs)
-        most = self.args.max_prompt_length
+        """Returns what the student reads, (P,) int64."""
+        ids = student_prompt_ids(example, self.tokenizer, chat_template_kwargs=self.chat_template_kwargs)
+        most = self.max_prompt_length
         if most is not None and len(ids) > most:
             raise DataError(f"{example.source}: a prompt may have max_prompt_length={most} tokens, got {len(ids)}")
         return ids
 
-    def _sampled(self, model: nn.Module, examples: Sequence[Example], seed: int) -> list[Group]:
-        args = self.args
-        prompts = [self.prompt(example) for example in examples]
-        require_room(self.sampler, model, prompts, args.max_completion_length)
-        completions_B = self.sampler.sample(
-            model,
-            prompts,
-            num_completions=self.method.num_generations,
-            max_new_tokens=args.max_completion_length,
-            temperature=args.sampling_temperature,
-            top_p=None if args.top_p == 1 else args.top_p,
-            top_k=args.top_k,
-            eos_token_id=self.stop_ids,
-            pad_token_id=getattr(self.tokenizer, "pad_token_id", None),
-            seed=seed,
-        )
-        return [
-            group_of(example, prompt, completions, self.tokenizer)
-            for example, prompt, completions in zip(examples, prompts, completions_B, strict=True)
-        ]
-
-    def _given(self, example: Example) -> Group:
-        prompt = self.prompt(example)
-        rollout = given_completion(
+    def _given(self, example: Example, prompt: Tensor) -> Rollout:
+        return given_completion(
             example,
             self.tokenizer,
             prompt,
-            stop_ids=self.stop_ids,
-            max_length=self.args.max_completion_length,
-            chat_template_kwargs=self._template_kwargs,
+            stop_ids=self.sampling.eos_token_id,
+            max_length=self.sampling.max_new_tokens,
+            chat_template_kwargs=self.chat_template_kwargs,
         )
-        return Group(example=example, prompt_ids=prompt, rollouts=(rollout,))
-
-    @property
-    def _template_kwargs(self) -> dict[str, Any] | None:
-        return self.args.chat_template_kwargs  # type: ignore[return-value]  # parsed by the config
-
-
-__all__ = ["Collected", "Collector"]

@@ -1,4 +1,4 @@
-"""The arguments of `SelfDistillationTrainer`: those of transformers' `TrainingArguments`, and what sampling needs.
+"""Defines the arguments of `SelfDistillationTrainer`: transformers' `TrainingArguments`, and what sampling needs.
 
     args = SelfDistillationConfig(output_dir="out", max_completion_length=512, learning_rate=1e-5, max_steps=200)
 
@@ -31,7 +31,7 @@ PROBES: Final = ("leak_probe_every", "overlap_probe_every", "drift_probe_every")
 
 @dataclass
 class SelfDistillationConfig(TrainingArguments):
-    """How a method is run. Raises `ArgumentError`, which names the argument, beside what transformers raises."""
+    """Says how a method is run. Raises `ArgumentError`, which names the argument, beside what transformers raises."""
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "chat_template_kwargs"]
 
@@ -191,8 +191,5 @@ class SelfDistillationConfig(TrainingArguments):
 
     @property
     def samples_plainly(self) -> bool:
-        """Whether completions come from the model's own distribution, neither sharpened nor cut."""
+        """True where completions come from the model's own distribution, neither sharpened nor cut."""
         return self.sampling_temperature == 1.0 and self.top_p == 1.0 and self.top_k is None
-
-
-__all__ = ["SelfDistillationConfig"]

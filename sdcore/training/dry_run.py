@@ -1,7 +1,7 @@
-"""What training would do with these rows and this model, before anything is sampled, loaded or spent.
+"""Shows what training would do with these rows and this model, before anything is sampled, loaded or spent.
 
-    found = dry_run(read_examples("train.jsonl"), tokenizer, preset("sdpo"), config, reward_functions=[reward])
-    show(found, Console())
+    preview = dry_run(read_examples("train.jsonl"), tokenizer, preset("sdpo"), config, reward_functions=[reward])
+    show(preview, Console())
 
 Every row is rendered for the student and for the teacher; a few are shown, token by token: the prefix that both
 prompts share and one pass computes, `c_ext` (what only the teacher reads), and the completion tokens that carry a loss.
@@ -20,22 +20,23 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
+from rich.console import Console, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from ..contexts import ContextBuilder, require_text, student_prompt_ids
 from ..contexts.builders import check_examples
 from ..errors import ArgumentError, DataError, UnsupportedModelError
 from ..memory import Load, Prediction, Setting, compare, memory_table
-from ..presets.methods import Method
+from ..presets.method import Method
 from ..rollouts.rewards import score
 from ..types import Example, Group, Rollout
 from .config import SelfDistillationConfig
-
-if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
 
 # Columns that may hold an answer, for the stand-in; the first that a row has.
 ANSWERS: Final = ("completion", "answer", "solution", "response", "target")
@@ -58,7 +59,7 @@ COLOURS: Final = {
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """Neighbouring tokens with the same part to play."""
+    """Holds neighbouring tokens with the same part to play."""
 
     name: str  # one of COLOURS
     read_by: str  # "student", "teacher", "both"
@@ -68,27 +69,27 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """One row, as both will read it."""
+    """Holds one row, as student and teacher will read it."""
 
     source: str
     segments: tuple[Segment, ...]
     prompt_tokens: int  # P
-    teacher_tokens: int | None  # None: the method has no teacher
-    shared_tokens: int
-    active: bool  # False: there is nothing privileged to show, so the completion would carry no loss
+    teacher_tokens: int | None = None  # None: the method has no teacher
+    shared_tokens: int = 0
+    active: bool = True  # False: there is nothing privileged to show, so the completion would carry no loss
     supposed: str = ""  # what the stand-in group is, where the teacher's context depends on it
     reward: float | None = None  # of the empty attempt
     feedback: str | None = None
 
     @property
     def shared_fraction(self) -> float:
-        """Of the student's prompt."""
+        """Returns the share of the student's prompt that both read."""
         return self.shared_tokens / self.prompt_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class DryRun:
-    """What `show` shows."""
+    """Holds what `show` shows."""
 
     rows: int
     prompt_tokens: tuple[int, ...]  # of the rows that were rendered
@@ -130,7 +131,7 @@ def dry_run(
     setting: Setting | None = None,
     shown: int = 2,
 ) -> DryRun:
-    """Render, count and predict. `config` is the model's Hugging Face configuration; no weights are read.
+    """Renders, counts and predicts. `config` is the model's Hugging Face configuration; no weights are read.
 
     `builder` None is the method's own. `prompts` is how many groups a device holds at a time. Raises `DataError`,
     `ContextError`, `RewardError` or `ArgumentError` for what training would stumble over.
@@ -167,7 +168,7 @@ def dry_run(
         remarks.append(f"{missing} rows have no privileged context and carry no loss")
     if too_long:
         remarks.append(f"{too_long} of {len(lengths)} prompts are longer than max_prompt_length={max_prompt_length}")
-    extra = [(one.teacher_tokens or 0) - one.prompt_tokens for one in taught]
+    extra = [(preview.teacher_tokens or 0) - preview.prompt_tokens for preview in taught]
     load = Load(
         prompt_tokens=max(lengths),
         context_tokens=max(0, *extra) if extra else 0,
@@ -182,14 +183,15 @@ def dry_run(
     except UnsupportedModelError as error:
         remarks.append(f"no prediction of memory: {error}")
     positions = getattr(config, "max_position_embeddings", None)
-    longest = max([*lengths, *(one.teacher_tokens or 0 for one in taught)]) + max_completion_length - 1
+    teacher_lengths = tuple(preview.teacher_tokens or 0 for preview in taught)
+    longest = max([*lengths, *teacher_lengths]) + max_completion_length - 1
     if positions is not None and longest > positions:
         remarks.append(f"the longest sequence has {longest} tokens, the model has {positions} positions")
     return DryRun(
         rows=len(examples),
         prompt_tokens=lengths,
-        teacher_tokens=tuple(one.teacher_tokens or 0 for one in taught),
-        shared_fraction=statistics.fmean(one.shared_fraction for one in taught) if taught else None,
+        teacher_tokens=teacher_lengths,
+        shared_fraction=statistics.fmean(preview.shared_fraction for preview in taught) if taught else None,
         without_context=missing,
         too_long=too_long,
         previews=tuple(previews[:shown]),
@@ -199,16 +201,13 @@ def dry_run(
     )
 
 
-def show(found: DryRun, console: Console) -> None:
-    """Print it: the rows in colours, a table of lengths, a table of memory."""
-    from rich.padding import Padding
-    from rich.text import Text
-
+def show(run: DryRun, console: Console) -> None:
+    """Prints the rows in colours, a table of lengths, a table of memory."""
     legend = Text("colours: ")
     for name, colour in COLOURS.items():
         legend.append(name, style=colour).append("  ")
     console.print(legend)
-    for preview in found.previews:
+    for preview in run.previews:
         console.print()
         console.print(_headline(preview))
         console.print(_table_of(preview))
@@ -217,17 +216,17 @@ def show(found: DryRun, console: Console) -> None:
             line = Text(f"reward functions on an empty attempt: reward {preview.reward:g}, {said}", overflow="fold")
             console.print(Padding(line, (0, 2)))
     console.print()
-    console.print(_lengths(found))
-    if found.shared_fraction is not None:
-        console.print(f"shared prefix: on average {100 * found.shared_fraction:.0f} % of the student's prompt")
-    for remark in found.remarks:
+    console.print(_lengths(run))
+    if run.shared_fraction is not None:
+        console.print(f"shared prefix: on average {100 * run.shared_fraction:.0f} % of the student's prompt")
+    for remark in run.remarks:
         console.print(Text(f"note: {remark}", style="yellow"))
-    if found.memory is not None and found.load is not None:
-        load = found.load
+    if run.memory is not None and run.load is not None:
+        load = run.load
         console.print()
         console.print(
             memory_table(
-                found.memory,
+                run.memory,
                 f"Predicted peak memory for B={load.prompts} prompts of P={load.prompt_tokens} tokens, "
                 f"C={load.context_tokens} more for the teacher, G={load.completions} completions of "
                 f"R={load.completion_tokens}",
@@ -245,7 +244,7 @@ def _preview(
     *,
     success: bool,
 ) -> Preview:
-    """The last completion of a group of stand-ins, of which one succeeded or none."""
+    """Previews the last completion of a group of stand-ins, of which one succeeded or none."""
     text = _answer_of(example)
     answer = _rollout(text, tokenizer, reward=method.success_threshold)
     group = Group(example=example, prompt_ids=student, rollouts=(answer,))
@@ -271,9 +270,6 @@ def _preview(
             source=example.source,
             segments=_segments(segments, tokenizer),
             prompt_tokens=len(student),
-            teacher_tokens=None,
-            shared_tokens=0,
-            active=True,
             reward=reward,
             feedback=feedback,
         )
@@ -347,8 +343,6 @@ def _alike(one: Tensor, other: Tensor) -> int:
 
 
 def _headline(preview: Preview) -> RenderableType:
-    from rich.text import Text
-
     line = Text(preview.source or "a row", style="bold")
     line.append(f"  student's prompt {preview.prompt_tokens} tokens", style="not bold")
     if preview.teacher_tokens is not None:
@@ -362,9 +356,6 @@ def _headline(preview: Preview) -> RenderableType:
 
 
 def _table_of(preview: Preview) -> RenderableType:
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(box=None, padding=(0, 2), show_header=True, header_style="dim")
     for column, justify in (("part", "left"), ("read by", "left"), ("tokens", "right"), ("text", "left")):
         table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]  # two of rich's literals
@@ -378,16 +369,11 @@ def _table_of(preview: Preview) -> RenderableType:
     return table
 
 
-def _lengths(found: DryRun) -> RenderableType:
-    from rich.table import Table
-
-    table = Table(title=f"{found.rows} rows", title_justify="left")
+def _lengths(run: DryRun) -> RenderableType:
+    table = Table(title=f"{run.rows} rows", title_justify="left")
     for column in ("tokens", "least", "median", "most"):
         table.add_column(column, justify="left" if column == "tokens" else "right")
-    for name, lengths in (("student's prompt", found.prompt_tokens), ("teacher's prompt", found.teacher_tokens)):
+    for name, lengths in (("student's prompt", run.prompt_tokens), ("teacher's prompt", run.teacher_tokens)):
         if lengths:
             table.add_row(name, str(min(lengths)), f"{statistics.median(lengths):g}", str(max(lengths)))
     return table
-
-
-__all__ = ["DryRun", "Preview", "Segment", "dry_run", "show"]

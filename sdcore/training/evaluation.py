@@ -1,4 +1,4 @@
-"""Evaluation by sampling: the same questions with the same seeds, judged by the same reward functions.
+"""Evaluates a model by sampling: the same questions with the same seeds, judged by the same reward functions.
 
     result = evaluate(model, tokenizer, examples, [exact], num_generations=4, max_completion_length=256, seed=0)
     result.metrics["reward_mean"], result.metrics["reward_stderr"], result.groups[0].rollouts[0].text
@@ -19,14 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..contexts import require_text, student_prompt_ids
+from ..contexts import require_text
 from ..errors import ArgumentError
-from ..rollouts.rewards import OnError, Reward, RewardFunction, judge, prepare
-from ..rollouts.samplers import ModelSampler, SampledCompletion, Sampler, require_room, seed_of, whole_weights
-from ..types import Example, Group, Rollout
+from ..rollouts.rewards import OnError, Reward, RewardFunction, prepare
+from ..rollouts.samplers import ModelSampler, Sampler, Sampling, seed_of, stop_ids, whole_weights
+from ..types import Example, Group
+from .collect import Collector
 
 # Told apart from training's seeds, which have other parts.
 EVALUATION = -1
@@ -34,7 +34,7 @@ EVALUATION = -1
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EvalResult:
-    """What was sampled, and what it is worth."""
+    """Holds what was sampled, and what it is worth."""
 
     groups: tuple[Group, ...]  # in the order of the examples
     metrics: dict[str, float]  # reward_mean, reward_stderr, success_rate, pass_any, mean_length, clipped_ratio, ...
@@ -66,7 +66,7 @@ def evaluate(
     gather: Callable[[Any], list[Any]] | None = None,
     advance: Callable[[int], object] | None = None,
 ) -> EvalResult:
-    """Sample `num_generations` completions of every example's prompt, as the student sees it, and judge them.
+    """Samples `num_generations` completions of every example's prompt, as the student sees it, and judges them.
 
     Args:
         batch_size: questions sampled at a time.
@@ -80,83 +80,79 @@ def evaluate(
 
     Dropout is off meanwhile and modes are put back. Raises `ArgumentError` and what sampling and rewards raise.
     """
+    stops = stop_ids(model, tokenizer) if stop_token_ids is None else stop_token_ids
+    collector = Collector(
+        tokenizer=tokenizer,
+        sampler=ModelSampler() if sampler is None else sampler,
+        sampling=Sampling(
+            num_completions=num_generations,
+            max_new_tokens=max_completion_length,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            eos_token_id=tuple(stops),
+            pad_token_id=getattr(tokenizer, "pad_token_id", None),
+        ),
+        rewards=prepare(reward_funcs, reward_weights),
+        chat_template_kwargs=chat_template_kwargs,
+        timeout=timeout,
+        on_error=on_error,
+        workers=workers,
+    )
+    return evaluate_by(
+        collector,
+        model,
+        examples,
+        seed=seed,
+        batch_size=batch_size,
+        success_threshold=success_threshold,
+        rank=rank,
+        world_size=world_size,
+        gather=gather,
+        advance=advance,
+    )
+
+
+def evaluate_by(
+    collector: Collector,
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    seed: int,
+    batch_size: int,
+    success_threshold: float,
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Callable[[Any], list[Any]] | None = None,
+    advance: Callable[[int], object] | None = None,
+) -> EvalResult:
+    """Does what `evaluate` does, with a collector in place of its choices of sampling and judging."""
     if not examples:
         raise ArgumentError("examples must have at least one, got none")
-    if batch_size < 1 or num_generations < 1:
+    sampling = collector.sampling
+    if batch_size < 1 or sampling.num_completions < 1:
         raise ArgumentError(
-            f"batch_size and num_generations must be at least 1, got {batch_size} and {num_generations}"
+            f"batch_size and num_generations must be at least 1, got {batch_size} and {sampling.num_completions}"
         )
-    if max_completion_length < 1:
-        raise ArgumentError(f"max_completion_length must be at least 1, got {max_completion_length}")
+    if sampling.max_new_tokens < 1:
+        raise ArgumentError(f"max_completion_length must be at least 1, got {sampling.max_new_tokens}")
     require_text(examples)
-    rewards = prepare(reward_funcs, reward_weights)
-    engine = ModelSampler() if sampler is None else sampler
-    stops = stop_ids(model, tokenizer) if stop_token_ids is None else list(stop_token_ids)
-    starts = range(0, len(examples), batch_size)
-    found: list[tuple[int, list[Group], dict[str, int]]] = []
-    with whole_weights(model, engine):
-        for number, start in list(enumerate(starts))[rank::world_size]:
+    parts: list[tuple[int, list[Group], dict[str, int]]] = []
+    with whole_weights(model, collector.sampler):
+        for number, start in list(enumerate(range(0, len(examples), batch_size)))[rank::world_size]:
             batch = examples[start : start + batch_size]
-            prompts = [
-                student_prompt_ids(example, tokenizer, chat_template_kwargs=chat_template_kwargs) for example in batch
-            ]
-            require_room(engine, model, prompts, max_completion_length)
-            sampled = engine.sample(
-                model,
-                prompts,
-                num_completions=num_generations,
-                max_new_tokens=max_completion_length,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                eos_token_id=stops,
-                pad_token_id=getattr(tokenizer, "pad_token_id", None),
-                seed=seed_of(seed, EVALUATION, number),
-            )
-            groups = [
-                group_of(example, prompt, completions, tokenizer)
-                for example, prompt, completions in zip(batch, prompts, sampled, strict=True)
-            ]
-            judged = judge(groups, rewards, timeout=timeout, on_error=on_error, workers=workers)
-            found.append((number, judged.groups, judged.counts))
+            judged = collector.judge(collector.draw(model, batch, seed_of(seed, EVALUATION, number)))
+            parts.append((number, judged.groups, judged.counts))
             if advance is not None:
                 advance(len(batch))
     if gather is not None:
-        found = gather(found)
-    found.sort(key=lambda part: part[0])
-    groups = [group for _, part, _ in found for group in part]
+        parts = gather(parts)
+    parts.sort(key=lambda part: part[0])
     counts: Counter[str] = Counter()
-    for _, _, part_counts in found:
+    for _, _, part_counts in parts:
         counts.update(part_counts)
+    groups = [group for _, part, _ in parts for group in part]
     return EvalResult(groups=tuple(groups), metrics=_metrics(groups, counts, success_threshold))
-
-
-def group_of(
-    example: Example, prompt_ids: torch.Tensor, completions: Sequence[SampledCompletion], tokenizer: Any
-) -> Group:
-    """Sampled completions with their text."""
-    rollouts = tuple(
-        Rollout(
-            completion_ids=one.ids,
-            logprobs=one.logprobs,
-            text=tokenizer.decode(one.ids.tolist(), skip_special_tokens=True),
-            finished=one.finished,
-        )
-        for one in completions
-    )
-    return Group(example=example, prompt_ids=prompt_ids, rollouts=rollouts)
-
-
-def stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
-    """The ids that end a completion: the tokenizer's end of sequence, and those of the model's generation config.
-
-    A chat model often ends its turn with another token than a text.
-    """
-    inner = getattr(model, "module", model)
-    config = getattr(inner, "generation_config", None)
-    found = [getattr(tokenizer, "eos_token_id", None), getattr(config, "eos_token_id", None)]
-    flat = [token for entry in found for token in (entry if isinstance(entry, list | tuple) else [entry])]
-    return sorted({int(token) for token in flat if token is not None})
 
 
 def _metrics(groups: Sequence[Group], counts: Mapping[str, int], threshold: float) -> dict[str, float]:
@@ -184,6 +180,3 @@ def _metrics(groups: Sequence[Group], counts: Mapping[str, int], threshold: floa
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-__all__ = ["EvalResult", "evaluate", "group_of", "stop_ids"]

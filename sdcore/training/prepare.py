@@ -1,4 +1,4 @@
-"""What a trainer is made of: its model and data as they are given, and what is refused before any of it is loaded.
+"""Prepares what a trainer is made of, its model and data, and refuses what does not go together before loading.
 
     check(args, method, rewards, sampler)
     model, tokenizer = loaded("Qwen/Qwen3-0.6B", None, args, peft_config=None)
@@ -18,11 +18,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from ..contexts import require_text
 from ..data import read_examples
 from ..errors import ArgumentError, UnsupportedModelError
-from ..presets.methods import Method
+from ..presets.method import Method
 from ..rollouts.rewards import Reward
 from ..rollouts.samplers import ModelSampler, Sampler
 from ..types import Example
 from .config import SelfDistillationConfig
+
+
+def args_of(args: Any, method: Any) -> SelfDistillationConfig:
+    """Returns the arguments, defaults for None. Raises `ArgumentError` where they or the method are something else."""
+    if args is not None and not isinstance(args, SelfDistillationConfig):
+        raise ArgumentError(f"args must be a SelfDistillationConfig, got {type(args).__name__}")
+    if not isinstance(method, Method):
+        raise ArgumentError(f"method must be a Method such as SDPO(), got {method!r:.80}")
+    return args or SelfDistillationConfig()
 
 
 def check(args: SelfDistillationConfig, method: Method, rewards: Sequence[Reward], sampler: Sampler) -> None:
@@ -64,7 +73,7 @@ def check_engine(state: Any) -> None:
 
 
 def loaded(model: Any, tokenizer: Any, args: SelfDistillationConfig, peft_config: Any) -> tuple[Any, Any]:
-    """Model and tokenizer; those that are given by name, or not at all, are loaded. Raises what transformers raises."""
+    """Loads model and tokenizer that are given by name, or not at all. Raises what transformers raises."""
     if isinstance(model, str):
         remote = args.trust_remote_code
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, trust_remote_code=remote)
@@ -83,8 +92,13 @@ def loaded(model: Any, tokenizer: Any, args: SelfDistillationConfig, peft_config
     return model, tokenizer
 
 
-def built(given: Any, build: Callable[..., Any], model: nn.Module, args: SelfDistillationConfig) -> Any:
-    """A teacher as it is given, or the method's own: of a module that is given, or of the model as it is now."""
+def built(given: Any, needed: bool, build: Callable[..., Any], model: nn.Module, args: SelfDistillationConfig) -> Any:
+    """Returns the teacher that is given, or the method's own: of a given module, or of the model as it is now.
+
+    None where the method does not need one.
+    """
+    if not needed:
+        return None
     if isinstance(given, nn.Module):
         given = given.to(args.device).eval().requires_grad_(False)
     elif given is not None:
@@ -93,22 +107,19 @@ def built(given: Any, build: Callable[..., Any], model: nn.Module, args: SelfDis
 
 
 def examples_of(source: Any) -> list[Example] | None:
-    """What `read_examples` reads, or examples as they are. Refuses those that are more than text."""
+    """Returns what `read_examples` reads, or examples as they are. Refuses those that are more than text."""
     if source is None:
         return None
-    if isinstance(source, Sequence) and not isinstance(source, str) and all(isinstance(one, Example) for one in source):
-        found = list(source)
+    if isinstance(source, Sequence) and not isinstance(source, str) and all(isinstance(row, Example) for row in source):
+        examples = list(source)
     else:
-        found = read_examples(source)
-    require_text(found)
-    return found
+        examples = read_examples(source)
+    require_text(examples)
+    return examples
 
 
 def eval_examples_of(source: Any) -> Any:
-    """The same for one data set, or for each of a dict of them."""
+    """Does the same for one data set, or for each of a dict of them."""
     if isinstance(source, dict):
         return {name: examples_of(part) for name, part in source.items()}
     return examples_of(source)
-
-
-__all__ = ["built", "check", "check_engine", "eval_examples_of", "examples_of", "loaded"]

@@ -36,7 +36,7 @@ SHOWN_METRICS: Final = {
 
 
 def sample_rows(batch: Batch, out: StepOutput, tokenizer: Any, *, limit: int) -> list[dict[str, Any]]:
-    """At most `limit` completions, one of each group first; what `RunLog.samples` writes."""
+    """Returns at most `limit` completions, one of each group first, as `RunLog.samples` writes them."""
     per_token, weights = out.rows.get("per_token"), batch.divergence_weights
     if per_token is not None:
         weights = torch.where(weights != 0, weights, batch.policy_weights)
@@ -69,7 +69,7 @@ def sample_rows(batch: Batch, out: StepOutput, tokenizer: Any, *, limit: int) ->
 
 
 def show(rows: Sequence[dict[str, Any]], step: int, console: Console | None = None) -> None:
-    """A table on the terminal."""
+    """Prints the rows as a table on the terminal."""
     table = Table(title=f"step {step}", show_lines=True)
     for column in ("prompt", "privileged context", "completion", "reward", "feedback"):
         table.add_column(column)
@@ -81,40 +81,8 @@ def show(rows: Sequence[dict[str, Any]], step: int, console: Console | None = No
     (console or Console()).print(table, markup=False)
 
 
-def _divergences(per_token: Tensor | None, rows: slice, count: int) -> list[float]:
-    """One for each token of a completion, which has rows if it carried a loss."""
-    if per_token is None or rows.start == rows.stop:
-        return [0.0] * count
-    return per_token[rows].tolist()
-
-
-def _question(example: Example) -> str:
-    if isinstance(example.prompt, str):
-        return example.prompt
-    turns = [(message["role"], message["content"]) for message in example.prompt]
-    if len(turns) == 1 and isinstance(turns[0][1], str):
-        return turns[0][1]
-    return "\n".join(f"{role}: {content}" for role, content in turns)
-
-
-def _added(student: Tensor, teacher: Tensor, tokenizer: Any) -> str | None:
-    """What the teacher's prompt has beyond the student's: between what both begin and what both end with."""
-    ours, theirs = student.tolist(), teacher.tolist()
-    if ours == theirs:
-        return None
-    start = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    most = min(len(ours), len(theirs)) - start
-    end = next((i for i in range(most) if ours[-1 - i] != theirs[-1 - i]), most)
-    return str(tokenizer.decode(theirs[start : len(theirs) - end])).strip()
-
-
-def _short(text: str) -> str:
-    safe = text.replace("[", "\\[")
-    return safe if len(safe) <= SHOWN_CHARACTERS else safe[: SHOWN_CHARACTERS - 1] + "…"
-
-
 class RichProgress(TrainerCallback):
-    """A bar for the terminal; where there is none, a line for every tenth of the run."""
+    """Draws a bar on the terminal; where there is none, prints a line for every tenth of the run."""
 
     def __init__(self, console: Console | None = None) -> None:
         console = console or Console()
@@ -148,3 +116,35 @@ class RichProgress(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.stop()
+
+
+def _divergences(per_token: Tensor | None, rows: slice, count: int) -> list[float]:
+    """Returns the divergence at each token of a completion, which has rows if it carried a loss."""
+    if per_token is None or rows.start == rows.stop:
+        return [0.0] * count
+    return per_token[rows].tolist()
+
+
+def _question(example: Example) -> str:
+    if isinstance(example.prompt, str):
+        return example.prompt
+    turns = [(message["role"], message["content"]) for message in example.prompt]
+    if len(turns) == 1 and isinstance(turns[0][1], str):
+        return turns[0][1]
+    return "\n".join(f"{role}: {content}" for role, content in turns)
+
+
+def _added(student: Tensor, teacher: Tensor, tokenizer: Any) -> str | None:
+    """What the teacher's prompt has beyond the student's: between what both begin and what both end with."""
+    ours, theirs = student.tolist(), teacher.tolist()
+    if ours == theirs:
+        return None
+    start = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    most = min(len(ours), len(theirs)) - start
+    end = next((i for i in range(most) if ours[-1 - i] != theirs[-1 - i]), most)
+    return str(tokenizer.decode(theirs[start : len(theirs) - end])).strip()
+
+
+def _short(text: str) -> str:
+    safe = text.replace("[", "\\[")
+    return safe if len(safe) <= SHOWN_CHARACTERS else safe[: SHOWN_CHARACTERS - 1] + "…"

@@ -1,8 +1,8 @@
-"""Test-time discovery: one question, a verifier, and a model that learns from its failures until it finds the answer.
+"""Solves one question at test time: a model learns from its failures until a verifier accepts an answer.
 
     verify = command_verifier("python check.py")          # reads a completion, exits with 0 if it solves the question
-    found = solve(model, tokenizer, "Write a sorting network for 9 wires.", verify, preset("sdpo"))
-    found.solved, found.answer, found.samples
+    solved = solve(model, tokenizer, "Write a sorting network for 9 wires.", verify, preset("sdpo"))
+    solved.answer, solved.samples
 
 Sample a group of completions, verify each, show the teacher what came back, distil it into the student, sample again.
 Nothing is known of the answer but the verifier's word, so what is counted is how many completions it took
@@ -29,17 +29,16 @@ from torch import nn
 from ..contexts import student_prompt_ids
 from ..errors import ArgumentError
 from ..models import find_body
-from ..presets.methods import Method
-from ..rollouts.samplers import ModelSampler, Sampler, require_room, seed_of
+from ..presets.method import Method
+from ..rollouts.samplers import ModelSampler, Sampler, Sampling, sample_groups, seed_of, stop_ids
 from ..rollouts.sandbox import run_limited
 from ..teachers import Snapshot
 from ..types import Example, Prompt, Rollout
-from .evaluation import group_of, stop_ids
 from .update import Batch, update
 
 
 class Verdict(NamedTuple):
-    """What a verifier says of a completion."""
+    """Holds what a verifier says of a completion."""
 
     solved: bool
     reward: float = 0.0
@@ -73,7 +72,7 @@ class SolveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """One group, and what was learned from it."""
+    """Holds one group, and what was learned from it."""
 
     number: int  # from 1
     samples: int  # completions so far
@@ -86,7 +85,7 @@ class Round:
 
 @dataclass(frozen=True, kw_only=True)
 class Solved:
-    """How it ended."""
+    """Says how the search ended."""
 
     solved: bool
     answer: str | None  # the first completion that the verifier accepted
@@ -108,7 +107,7 @@ def solve(
     sampler: Sampler | None = None,
     on_round: Callable[[Round], object] = lambda _: None,
 ) -> Solved:
-    """Sample, verify and learn until the verifier accepts a completion or `max_samples` are spent.
+    """Samples, verifies and learns until the verifier accepts a completion or `max_samples` are spent.
 
     `method` says what the teacher sees, whose weights it has and what is minimised: "feedback" as context and a
     divergence as target; a group is its `num_generations`. `on_round` hears of each group. Raises `ArgumentError` for a
@@ -122,9 +121,14 @@ def solve(
         )
     example = question if isinstance(question, Example) else Example(prompt=question, source="the question")
     prompt = student_prompt_ids(example, tokenizer)
-    builder, teacher, stops = method.build_context(), method.build_teacher(model), stop_ids(model, tokenizer)
-    sampler = sampler or ModelSampler()
-    require_room(sampler, model, [prompt], config.max_completion_length)
+    builder, teacher = method.build_context(), method.build_teacher(model)
+    sampling = Sampling(
+        max_new_tokens=config.max_completion_length,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        eos_token_id=stop_ids(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
     verdicts: dict[str, Verdict] = {}
@@ -134,19 +138,15 @@ def solve(
     began = time.monotonic()
 
     while answer is None and samples < config.max_samples:
-        (drawn,) = sampler.sample(
+        (group,) = sample_groups(
+            sampler or ModelSampler(),
             model,
+            [example],
             [prompt],
-            num_completions=min(method.num_generations, config.max_samples - samples),
-            max_new_tokens=config.max_completion_length,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=None,
-            eos_token_id=stops,
-            pad_token_id=tokenizer.pad_token_id,
+            replace(sampling, num_completions=min(method.num_generations, config.max_samples - samples)),
+            tokenizer=tokenizer,
             seed=seed_of(config.seed, len(rounds)),
         )
-        group = group_of(example, prompt, drawn, tokenizer)
         judged: list[Rollout] = []
         for rollout in group.rollouts:
             if rollout.text not in verdicts:
@@ -165,7 +165,9 @@ def solve(
             if active:
                 output = update(model, batch, method, teacher=teacher)
                 loss = float(output.loss)
-                trained_tokens += sum(one.tokens for one in (output.report.student, output.report.teacher) if one)
+                trained_tokens += sum(
+                    report.tokens for report in (output.report.student, output.report.teacher) if report
+                )
                 torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -198,7 +200,7 @@ def solve(
 def command_verifier(
     command: str | Sequence[str], *, wall_seconds: float = 30.0, memory_mb: float = 2048.0, max_feedback: int = 4_000
 ) -> Verifier:
-    """A verifier that is a command: it reads the completion from its input and says what it thinks.
+    """Makes a verifier of a command, which reads the completion from its input and says what it thinks.
 
     Exit code 0: solved. What it prints is the feedback; where that begins with a line that is a number, the number is
     the reward (else 1 if it is solved, 0 if not). Where it prints nothing, its error output is the feedback. It runs in
@@ -230,6 +232,3 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
-
-
-__all__ = ["Round", "SolveConfig", "Solved", "Verdict", "Verifier", "command_verifier", "solve"]

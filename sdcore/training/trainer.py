@@ -1,4 +1,4 @@
-"""Self-distillation on `transformers.Trainer`: rollouts, rewards, teacher and divergence in its loop.
+"""Trains by self-distillation in `transformers.Trainer`'s loop: rollouts, rewards, teacher and divergence.
 
     trainer = SelfDistillationTrainer(
         "Qwen/Qwen3-0.6B",
@@ -21,8 +21,6 @@ global generator is used, so a run that was killed and resumed gives the same nu
 `num_iterations` steps share are kept in the checkpoint, as is the teacher's state.
 
 Not covered: DeepSpeed and FSDP1 (refused by name), data without a length, and LOMO optimizers.
-
-Letters: B groups, G completions of a group, N completion tokens.
 """
 
 from __future__ import annotations
@@ -33,6 +31,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import speed_metrics
@@ -41,9 +40,9 @@ from ..contexts import ContextBuilder, check_examples
 from ..diagnostics import RunLog
 from ..errors import ArgumentError
 from ..models import head_of
-from ..presets.methods import Method
+from ..presets.method import Method
 from ..rollouts.rewards import RewardFunction, prepare
-from ..rollouts.samplers import FollowsWeights, ModelSampler, Sampler, seed_of
+from ..rollouts.samplers import FollowsWeights, ModelSampler, Sampler, seed_of, stop_ids
 from ..rollouts.window import WindowOrder
 from ..step import StepOutput
 from ..teachers import Teacher, TrustRegion
@@ -51,8 +50,8 @@ from ..types import Example, Group
 from .checkpoints import OwnState, saving_whole, to_resume, writing
 from .collect import Collector
 from .config import SelfDistillationConfig
-from .evaluation import stop_ids
-from .prepare import built, check, check_engine, eval_examples_of, examples_of, loaded
+from .evaluation import evaluate_by
+from .prepare import args_of, built, check, check_engine, eval_examples_of, examples_of, loaded
 from .samples import RichProgress, sample_rows, show
 from .update import Batch, Normalizers, Options, update
 from .watch import Tally, Watch, due, origin_of
@@ -99,16 +98,11 @@ class SelfDistillationTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
     ) -> None:
-        args = SelfDistillationConfig() if args is None else args
-        if not isinstance(args, SelfDistillationConfig):
-            raise ArgumentError(f"args must be a SelfDistillationConfig, got {type(args).__name__}")
-        if not isinstance(method, Method):
-            raise ArgumentError(f"method must be a Method such as SDPO(), got {method!r:.80}")
+        args = args_of(args, method)
         self.method = method
         self.rewards = prepare(reward_funcs, args.reward_weights)
         self.sampler: Sampler = sampler or ModelSampler(prompts_at_a_time=args.generation_batch_size)
-        kwargs = cast("dict[str, Any] | None", args.chat_template_kwargs)
-        self.context = context or method.build_context(chat_template_kwargs=kwargs)
+        self.context = context or method.build_context(chat_template_kwargs=cast(Any, args.chat_template_kwargs))
         train_examples = examples_of(train_dataset)
         check(args, method, self.rewards, self.sampler)
         check_examples(self.context, train_examples or [])
@@ -129,9 +123,8 @@ class SelfDistillationTrainer(Trainer):
             self.remove_callback(printing)
         if not args.disable_tqdm:
             self.add_callback(RichProgress())
-        self.teacher: Any = built(teacher, method.build_teacher, self.model, args) if method.has_teacher else None
-        build = method.build_reference if method.needs_reference else None
-        self.reference: Any = built(reference, build, self.model, args) if build else None
+        self.teacher: Any = built(teacher, method.has_teacher, method.build_teacher, self.model, args)
+        self.reference: Any = built(reference, method.needs_reference, method.build_reference, self.model, args)
         self.watch = Watch(
             method=method,
             args=args,
@@ -140,13 +133,13 @@ class SelfDistillationTrainer(Trainer):
             teacher=self.teacher,
             origin=origin_of(self.model, args, self.teacher, self.reference),
         )
-        self.collector = Collector(
-            method=method,
-            args=args,
+        self.collector = Collector.of_run(
+            args,
+            method,
             tokenizer=processing_class,
             sampler=self.sampler,
             rewards=self.rewards,
-            stop_ids=tuple(args.stop_token_ids or stop_ids(self.model, processing_class)),
+            stop_ids=args.stop_token_ids or stop_ids(self.model, processing_class),
         )
         self._own = OwnState.of(args, teacher=self.teacher, reference=self.reference, origin=self.watch.origin)
         self._tally = Tally()
@@ -162,7 +155,7 @@ class SelfDistillationTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Normalizers | None]:
-        """The batches of an optimizer step, sampled, judged and planned, and what their losses are divided by."""
+        """Returns an optimizer step's batches, sampled, judged and planned, and what their losses are divided by."""
         examples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not examples:
             return [], None
@@ -174,7 +167,7 @@ class SelfDistillationTrainer(Trainer):
         return batches, self._over_ranks(batches)
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Normalizers | None = None) -> Tensor:
-        """Gradients of one batch; returns its part of the step's loss."""
+        """Computes the gradients of one batch; returns its part of the step's loss."""
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
@@ -188,7 +181,8 @@ class SelfDistillationTrainer(Trainer):
                 normalizers=num_items_in_batch,
                 teacher=self.teacher,
                 reference=self.reference,
-                off_policy=self._off_policy,
+                # The log-probabilities of who sampled are needed: another engine, or an older student.
+                off_policy=self.args.num_iterations > 1 or not isinstance(self.sampler, ModelSampler),
                 sampling_temperature=self.args.sampling_temperature,
                 options=Options(self.args.micro_batch, self.args.strategy, self.args.verify),
                 backward=self.accelerator.backward,
@@ -197,16 +191,19 @@ class SelfDistillationTrainer(Trainer):
         return out.loss.to(self.args.device)
 
     def _collected(self, batches: Sequence[Sequence[Example]]) -> list[list[Group]]:
-        """Groups of completions, judged."""
+        """Returns judged groups of completions, drawn from the weights as they are."""
         step, args = self.state.global_step, self.args
-        if isinstance(self.sampler, FollowsWeights):
-            self.sampler.follow(self.model_wrapped, step)
+        self._hand_over_weights()
         # Batches of all ranks are numbered in the order of the data, whatever the number of ranks.
         seeds = [seed_of(args.seed, step, i * args.world_size + args.process_index) for i in range(len(batches))]
-        found = self.collector.collect(self.model_wrapped, batches, seeds)
-        self._tally.count(found.counts)
-        self._tally.add(found.means)
-        return found.groups
+        groups, counts, means = self.collector.collect(self.model_wrapped, batches, seeds)
+        self._tally.count(counts)
+        self._tally.add(means)
+        return groups
+
+    def _hand_over_weights(self) -> None:
+        if isinstance(self.sampler, FollowsWeights):
+            self.sampler.follow(self.model_wrapped, self.state.global_step)
 
     def _batch(self, groups: Sequence[Group]) -> Batch:
         return Batch.of(
@@ -220,7 +217,7 @@ class SelfDistillationTrainer(Trainer):
         )
 
     def _over_ranks(self, batches: Sequence[Batch]) -> Normalizers:
-        """The mean over ranks of what the losses are divided by, since gradients are averaged; counts what is new."""
+        """Averages what the losses are divided by over ranks, since gradients are averaged; counts what is new."""
         fresh = self.state.global_step % self.args.num_iterations == 0
         completions = sum(len(batch.lengths) for batch in batches) if fresh else 0
         tokens = sum(batch.tokens for batch in batches) if fresh else 0
@@ -231,15 +228,10 @@ class SelfDistillationTrainer(Trainer):
         ranks = self.args.world_size
         return Normalizers(divergence / ranks, policy / ranks)
 
-    @property
-    def _off_policy(self) -> bool:
-        """Whether the log-probabilities of who sampled are needed: another engine, or an older student."""
-        return self.args.num_iterations > 1 or not isinstance(self.sampler, ModelSampler)
-
     # What is known of it.
 
     def _observe(self, batch: Batch, out: StepOutput) -> None:
-        """Into the tally, and the samples into their file."""
+        """Puts metrics into the tally, and now and then samples into their file."""
         self._tally.add(self.watch.metrics(batch, out))
         self._tally.count(batch.counts)
         step = self.state.global_step
@@ -250,11 +242,11 @@ class SelfDistillationTrainer(Trainer):
                 show(rows, step + 1)
 
     def _is_first(self, batch: Batch) -> bool:
-        """Of the step, on this rank."""
+        """True for the first batch of a step on this rank."""
         return batch.groups[0] is self._window[0][0]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in transformers, with the metrics of the steps since the last line; and a line of metrics.jsonl."""
+        """Logs as transformers does, with the metrics since the last line; and writes a line of metrics.jsonl."""
         if "loss" in logs:
             logs |= self._tally.drain()
         super().log(logs, start_time)
@@ -269,7 +261,7 @@ class SelfDistillationTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Data = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Sample answers to the questions, with the same seeds each time, and judge them.
+        """Samples answers to the questions, with the same seeds each time, and judges them.
 
         Metrics are those of `training.evaluation`, as `eval_reward_mean`. Random states and modes are left as they are.
         What is measured before `train` is logged when that begins, in the first lines of a new run.
@@ -282,23 +274,32 @@ class SelfDistillationTrainer(Trainer):
             parts = [self.evaluate(part, None, f"{metric_key_prefix}_{name}") for name, part in data.items()]
             return {name: value for part in parts for name, value in part.items()}
         args, started = self.args, time.time()
-        if isinstance(self.sampler, FollowsWeights):
-            self.sampler.follow(self.model_wrapped, self.state.global_step)
-        result = self.collector.evaluate(self.model_wrapped, data)
-        found = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items()}
-        found |= speed_metrics(metric_key_prefix, started, num_samples=len(data) * args.eval_generations)
-        self.log(found)
-        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, found)
-        return found
+        self._hand_over_weights()
+        result = evaluate_by(
+            self.collector.for_evaluation(args),
+            self.model_wrapped,
+            data,
+            seed=args.seed if args.eval_seed is None else args.eval_seed,
+            batch_size=args.per_device_eval_batch_size,
+            success_threshold=self.method.success_threshold,
+            rank=args.process_index,
+            world_size=args.world_size,
+            gather=gather_object,
+        )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items()}
+        metrics |= speed_metrics(metric_key_prefix, started, num_samples=len(data) * args.eval_generations)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
+        return metrics
 
     def floating_point_ops(self, inputs: Batch) -> int:
-        """Six per weight and token of the student, two of the teacher's; tokens that are shared are counted once."""
+        """Counts six per weight and token of the student, two of the teacher's; shared tokens once."""
         student = sum(tree.tokens(read_shared=False) for tree in inputs.plan.student)
         teacher = sum(tree.tokens(read_shared=False) for tree in inputs.plan.teacher)
         return (6 * student + 2 * teacher) * int(self.model.num_parameters(exclude_embeddings=True))
 
     def _track_num_input_tokens(self, inputs: Batch) -> None:
-        """Completion tokens; what a batch is is ours."""
+        """Counts completion tokens; transformers would look for a batch's `input_ids`."""
         if self.args.include_num_input_tokens_seen != "no":
             self.state.num_input_tokens_seen = self._seen["tokens"]
 
@@ -318,7 +319,7 @@ class SelfDistillationTrainer(Trainer):
         return self._order
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As in transformers; True resumes from the last checkpoint that was written to its end.
+        """Trains as in transformers; True resumes from the last checkpoint that was written to its end.
 
         Raises `CheckpointError` where there is none.
         """
@@ -331,7 +332,7 @@ class SelfDistillationTrainer(Trainer):
             self._resumed = None
 
     def begin(self) -> None:
-        """Once model and optimizer are there, and loaded: take up a checkpoint's state of ours, open the run's log."""
+        """Takes up a checkpoint's state of ours and opens the run's log, once model and optimizer are loaded."""
         self._window, self._seen, self._tally = [], {"samples": 0, "tokens": 0}, Tally()
         step = self.state.global_step
         if self._resumed is not None:
@@ -345,18 +346,19 @@ class SelfDistillationTrainer(Trainer):
             self._early = []
 
     def begin_epoch(self) -> None:
-        if self._order is not None:  # accelerate does not tell it on resuming with several processes
+        """Tells the order of the data its epoch, as accelerate does not on resuming with several processes."""
+        if self._order is not None:
             self._order.set_epoch(int(self.state.epoch or 0))
 
     def after_step(self) -> None:
-        """The teacher follows, before a checkpoint is written; not where the optimizer skipped the step."""
+        """Lets the teacher follow before a checkpoint is written; not where the optimizer skipped the step."""
         self._tally.step()
         if not self.accelerator.optimizer_step_was_skipped:
-            for one in self._own.stateful.values():
-                one.update(self.model_wrapped, self.state.global_step)
+            for teacher in self._own.stateful.values():
+                teacher.update(self.model_wrapped, self.state.global_step)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """With ours first, since transformers' last file says that a checkpoint is whole."""
+        """Writes ours first, since transformers' last file says that a checkpoint is whole."""
         step = self.state.global_step
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
         with writing(folder, main_process=self.args.should_save):
@@ -365,7 +367,7 @@ class SelfDistillationTrainer(Trainer):
             super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in transformers, which writes nothing where checkpoints are of FSDP2's shards; here, the whole model."""
+        """Saves the whole model, also where checkpoints are of FSDP2's shards and transformers writes nothing."""
         plugin = None if _internal_call else getattr(self.accelerator.state, "fsdp_plugin", None)
         with saving_whole(plugin):
             super().save_model(output_dir, _internal_call)
@@ -380,7 +382,7 @@ class SelfDistillationTrainer(Trainer):
 
 
 class _Hooks(TrainerCallback):
-    """Where Trainer's loop tells its callbacks what the trainer has to know."""
+    """Passes on what Trainer's loop tells its callbacks and the trainer has to know."""
 
     def __init__(self, trainer: SelfDistillationTrainer) -> None:
         self._trainer = trainer
@@ -393,6 +395,3 @@ class _Hooks(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.after_step()
-
-
-__all__ = ["SelfDistillationTrainer"]

@@ -1,4 +1,4 @@
-"""From judged groups to gradients: what carries a loss, how much of it, and which step computes it.
+"""Turns judged groups into gradients: what carries a loss, how much of it, and which step computes it.
 
     batch = Batch.of(groups, conditioned, method, device=device)          # plan, masks, weights
     normalizers = sum of batch.normalizers over accumulation and ranks
@@ -35,7 +35,7 @@ from ..prefix import Plan
 from ..prefix import plan as plan_of
 from ..prefix.checks import Verify
 from ..prefix.choice import Strategy
-from ..presets.methods import Method
+from ..presets.method import Method
 from ..step import StepOutput, distill_step, imitate_step, policy_gradient_step, tilt_step, token_logprobs
 from ..step.parts import Backward
 from ..teachers import Teacher, TrustRegion
@@ -43,14 +43,14 @@ from ..types import Conditioned, Group
 
 
 class Normalizers(NamedTuple):
-    """What the losses of a step are divided by; those of its parts add up."""
+    """Holds what the losses of a step are divided by; those of its parts add up."""
 
     divergence: float = 0.0
     policy: float = 0.0  # of the policy gradient, or of the tilt
 
 
 class Options(NamedTuple):
-    """How the passes of an update are run; see `distill_step`."""
+    """Says how the passes of an update are run; see `distill_step`."""
 
     micro_batch: int | None = None
     strategy: Strategy = "auto"
@@ -59,7 +59,7 @@ class Options(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """Groups, and everything that an update on them needs. Tensors are on the model's device."""
+    """Holds groups, and everything that an update on them needs. Tensors are on the model's device."""
 
     groups: tuple[Group, ...]  # B
     conditioned: tuple[Conditioned, ...]  # B
@@ -87,7 +87,7 @@ class Batch:
         must_be_judged: bool = False,
         mask_truncated: bool = False,
     ) -> Batch:
-        """Plan the passes, and weigh the tokens.
+        """Plans the passes, and weighs the tokens.
 
         `must_be_judged`: completions without a reward carry no loss (there were reward functions, and they failed).
         `mask_truncated`: nor do those that were cut. `norm_length` is for the aggregation "sum-norm".
@@ -146,7 +146,7 @@ class Batch:
         return [len(group.rollouts) for group in self.groups]
 
     def weights(self, method: Method) -> Tensor:
-        """(N,) those of the loss that is logged per token."""
+        """Returns the weights of the loss that is logged per token, (N,)."""
         return self.policy_weights if method.target in ("tilt", "policy_gradient") else self.divergence_weights
 
 
@@ -163,7 +163,7 @@ def update(
     options: Options | None = None,
     backward: Backward = Tensor.backward,
 ) -> StepOutput:
-    """Gradients of one batch.
+    """Computes the gradients of one batch.
 
     Args:
         normalizers: of the whole step; None: the batch is the whole step.
@@ -176,34 +176,10 @@ def update(
     """
     totals = batch.normalizers if normalizers is None else normalizers
     how = (options or Options())._asdict()
-    if method.target == "divergence":
-        policy = None
-        if method.distillation_weight < 1:
-            policy = _policy(model, batch, method, totals, reference, off_policy, sampling_temperature, how)
-        return distill_step(
-            model,
-            batch.plan,
-            loss=method.build_loss(),
-            teacher=teacher,
-            token_weights=batch.divergence_weights,
-            old_logprobs=None if method.importance_clip is None else batch.old_logprobs,
-            normalizer=totals.divergence,
-            policy=policy,
-            backward=backward,
-            **how,
-        )
-    if method.target == "token_tilt":
-        return distill_step(
-            model,
-            batch.plan,
-            loss=method.build_loss(),
-            teacher=teacher,
-            token_weights=batch.divergence_weights,
-            normalizer=totals.divergence,
-            tilt=TokenTilt(exponents=method.inv_temperature * _advantages(batch, method)),
-            backward=backward,
-            **how,
-        )
+    run: dict[str, Any] = {"backward": backward, **how}
+    divergence: dict[str, Any] = {"token_weights": batch.divergence_weights, "normalizer": totals.divergence}
+    if method.target == "imitation":
+        return imitate_step(model, batch.plan, **divergence, **run)
     if method.target == "tilt":
         return tilt_step(
             model,
@@ -214,19 +190,27 @@ def update(
             completion_mask=batch.policy_weights != 0,
             normalizer=totals.policy,
             temperature=sampling_temperature,
-            backward=backward,
-            **how,
+            **run,
         )
     if method.target == "policy_gradient":
         term = _policy(model, batch, method, totals, None, off_policy, sampling_temperature, how)
-        return policy_gradient_step(model, batch.plan, term, reference=reference, backward=backward, **how)
-    return imitate_step(
+        return policy_gradient_step(model, batch.plan, term, reference=reference, **run)
+    loss = method.build_loss()
+    if method.target == "token_tilt":
+        tilt = TokenTilt(exponents=method.inv_temperature * _advantages(batch, method))
+        return distill_step(model, batch.plan, loss=loss, teacher=teacher, tilt=tilt, **divergence, **run)
+    policy = None
+    if method.distillation_weight < 1:
+        policy = _policy(model, batch, method, totals, reference, off_policy, sampling_temperature, how)
+    return distill_step(
         model,
         batch.plan,
-        token_weights=batch.divergence_weights,
-        normalizer=totals.divergence,
-        backward=backward,
-        **how,
+        loss=loss,
+        teacher=teacher,
+        old_logprobs=None if method.importance_clip is None else batch.old_logprobs,
+        policy=policy,
+        **divergence,
+        **run,
     )
 
 
@@ -260,12 +244,12 @@ def _policy(
 
 
 def _completion_of(batch: Batch) -> Tensor:
-    """(N,) which of the S completions a token is of."""
+    """Returns which of the S completions each token is of, (N,)."""
     return spread(torch.arange(len(batch.lengths), device=batch.rewards.device), batch.lengths)
 
 
 def _advantages(batch: Batch, method: Method) -> Tensor:
-    """(N,)"""
+    """Returns each token's advantage, that of its completion, (N,)."""
     values = group_advantages(batch.rewards, batch.sizes, estimator=method.advantages, active=batch.judged)
     return spread(values, batch.lengths)
 
@@ -281,7 +265,7 @@ def _number(reward: float | None) -> float:
 def _plan(
     groups: Sequence[Group], lengths: Sequence[int], conditioned: Sequence[Conditioned] | None, device: Any
 ) -> Plan:
-    """Of the completions that have a length; a teacher's prompt that is that of the whole group is given once."""
+    """Plans the completions that have a length; a teacher's prompt that the whole group has is given once."""
     prompts, left = [group.prompt_ids.to(device) for group in groups], iter(lengths)
     completions = [[rollout.completion_ids[: next(left)].to(device) for rollout in group.rollouts] for group in groups]
     if conditioned is None:
@@ -294,6 +278,3 @@ def _plan(
         else:
             teachers.append([prompt.to(device) for prompt in seen.teacher_prompts])
     return plan_of(prompts, completions, teachers)
-
-
-__all__ = ["Batch", "Normalizers", "Options", "update"]

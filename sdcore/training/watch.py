@@ -1,4 +1,4 @@
-"""What a step says about itself, and what is measured beside it now and then.
+"""Says what a step is like: its metrics, what is measured beside it now and then, and the log's lines of both.
 
     probed = watch.probes(model, batch, step)         # before the update, on the first batch of a step
     values = watch.metrics(batch, out)                # after it
@@ -27,7 +27,7 @@ from torch import nn
 from ..contexts import ContextBuilder
 from ..contexts.builders import COUNTS
 from ..diagnostics import drift, leak, metrics, overlap
-from ..presets.methods import Method
+from ..presets.method import Method
 from ..step import StepOutput
 from ..teachers import AdapterOff, Snapshot
 from .config import SelfDistillationConfig
@@ -41,7 +41,7 @@ OVERLAP_TOKENS = 20  # of the overlap probe, where the method has no top-k of it
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Watch:
-    """What is needed for it."""
+    """Measures the batches of a run."""
 
     method: Method
     args: SelfDistillationConfig
@@ -51,8 +51,8 @@ class Watch:
     origin: Any  # the model before training, for the drift; None: it is not measured
 
     def metrics(self, batch: Batch, out: StepOutput) -> dict[str, float]:
-        """See `diagnostics.metrics`; the active fraction is of all tokens, also those that were not computed."""
-        found = metrics(
+        """Returns `diagnostics.metrics`; the active fraction is of all tokens, also those that were not computed."""
+        values = metrics(
             batch.groups,
             batch.conditioned,
             out,
@@ -60,36 +60,36 @@ class Watch:
             token_weights=batch.weights(self.method),
             success_threshold=self.method.success_threshold,
         )
-        return found | {"loss/active_fraction": found["loss/active_tokens"] / max(1, batch.tokens)}
+        return values | {"loss/active_fraction": values["loss/active_tokens"] / max(1, batch.tokens)}
 
     def probes(self, model: nn.Module, batch: Batch, step: int) -> dict[str, float]:
-        """Those that are due after `step` optimizer steps."""
-        found: dict[str, float] = {}
+        """Runs the probes that are due after `step` optimizer steps."""
+        values: dict[str, float] = {}
         method, args = self.method, self.args
         strategy: Any = "auto" if args.strategy == "two_phase" else args.strategy
         taught = {"teacher": self.teacher, "temperature": method.temperature, "strategy": strategy}
         if method.has_teacher and due(args.leak_probe_every, step):
-            found |= leak(model, batch.groups, self.context, self.tokenizer, alpha=method.alpha, **taught)
+            values |= leak(model, batch.groups, self.context, self.tokenizer, alpha=method.alpha, **taught)
         if method.has_teacher and due(args.overlap_probe_every, step):
             k, of = method.topk or OVERLAP_TOKENS, method.topk_of
-            found |= overlap(model, batch.groups, batch.conditioned, k=k, of=of, **taught)
+            values |= overlap(model, batch.groups, batch.conditioned, k=k, of=of, **taught)
         if self.origin is not None and due(args.drift_probe_every, step):
-            found |= drift(model, batch.groups, self.origin, strategy=strategy)
-        return found
+            values |= drift(model, batch.groups, self.origin, strategy=strategy)
+        return values
 
 
 def due(every: int, step: int) -> bool:
-    """Every so many steps, from step 0 on; never for 0."""
+    """True every so many steps, from step 0 on; never for 0."""
     return every > 0 and step % every == 0
 
 
 def origin_of(model: nn.Module, args: SelfDistillationConfig, teacher: Any, reference: Any) -> Any:
-    """The model before training: the frozen teacher or the adapter's base where there is one, else a copy of it."""
+    """Returns the model before training: a frozen teacher or an adapter's base where there is one, else a copy."""
     if args.drift_probe_every == 0:
         return None
-    for one in (reference, teacher, getattr(teacher, "reference", None)):
-        if type(one) in (Snapshot, AdapterOff):
-            return one
+    for candidate in (reference, teacher, getattr(teacher, "reference", None)):
+        if type(candidate) in (Snapshot, AdapterOff):
+            return candidate
     return AdapterOff() if hasattr(model, "disable_adapter") else Snapshot(model, device=args.teacher_device)
 
 
@@ -102,22 +102,22 @@ class Tally:
         self._steps = 0
 
     def count(self, values: Mapping[str, int]) -> None:
-        """Numbers that are added up, whatever they are called."""
+        """Adds numbers that are summed in a line and not averaged, whatever they are called."""
         self._counts |= set(values)
         self.add(values)
 
     def add(self, values: Mapping[str, float]) -> None:
-        """What a batch says."""
+        """Adds what a batch says."""
         for name, value in values.items():
             total, number = self._totals.get(name, (0.0, 0))
             self._totals[name] = total + float(value), number + 1
 
     def step(self) -> None:
-        """A step is over."""
+        """Notes that a step is over."""
         self._steps += 1
 
     def drain(self) -> dict[str, float]:
-        """One line of all ranks, which all must call this; empty afterwards."""
+        """Returns one line of all ranks, which all must call this; empty afterwards."""
         mine: list[Any] = [(self._totals, sorted(self._counts), self._steps)]
         ranks = gather_object(mine)
         self._totals, self._steps = {}, 0

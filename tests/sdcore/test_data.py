@@ -208,69 +208,57 @@ def test_a_wrong_row_is_named_with_file_line_and_what_was_expected(
         read_examples(path)
 
 
-def test_a_line_that_is_no_json_is_named(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "train.jsonl", ROWS[0], '{"prompt": "q"')
-    with pytest.raises(DataError, match=r"train\.jsonl:2: expected JSON, got an error at column 15"):
-        read_examples(path)
-    write_lines(path, '["q"]')
-    with pytest.raises(DataError, match=r"train\.jsonl:1: a row must be an object with columns, got list \['q'\]"):
-        read_examples(path)
-    write_lines(path, ROWS[0], "[" * 100_000)
-    with pytest.raises(DataError, match=r"train\.jsonl:2: expected JSON"):
-        read_examples(path)
-
-
-def test_a_line_that_is_no_utf8_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "train.jsonl"
-    path.write_bytes(b'{"prompt": "q"}\n{"prompt": "\xff"}\n')
-    with pytest.raises(DataError, match=r"train\.jsonl:2: expected UTF-8, got byte 0xff at position 12"):
-        read_examples(path)
-
-
 def test_unicode_line_separators_do_not_end_a_line_and_a_mark_at_the_start_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text('\ufeff{"prompt": "a\u2028b"}\r\n{"prompt": "c"}\r\n', encoding="utf-8", newline="")
     assert [(e.prompt, e.source[-2:]) for e in read_examples(path)] == [("a\u2028b", ":1"), ("c", ":2")]
 
 
-@pytest.mark.parametrize("name", ["empty.jsonl", "empty.json"])
-def test_an_empty_file_is_an_error(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text("\n\n", encoding="utf-8")
-    with pytest.raises(DataError, match=rf"{name} has no rows"):
+GOOD = json.dumps(ROWS[0]).encode() + b"\n"
+FILES = {
+    "half an object": (
+        "train.jsonl",
+        GOOD + b'{"prompt": "q"',
+        r"train\.jsonl:2: expected JSON, .* error at column 15",
+    ),
+    "a list": ("train.jsonl", b'["q"]', r"train\.jsonl:1: a row must be an object with columns, got list \['q'\]"),
+    "nested too deep": ("train.jsonl", GOOD + b"[" * 100_000, r"train\.jsonl:2: expected JSON"),
+    "no UTF-8": (
+        "train.jsonl",
+        b'{"prompt": "q"}\n{"prompt": "\xff"}\n',
+        r"train\.jsonl:2: expected UTF-8, got byte 0xff at position 12",
+    ),
+    "no lines": ("empty.jsonl", b"\n\n", r"empty\.jsonl has no rows"),
+    "no list": ("empty.json", b"\n\n", r"empty\.json has no rows"),
+    "lines as .json": (
+        "rows.json",
+        b'{"prompt": "q"}\n{"prompt": "r"}\n',
+        r"rows\.json:2: .*Extra data; one object a line is a \.jsonl file",
+    ),
+    "an object as .json": ("rows.json", b'{"prompt": "q"}', r"rows\.json: expected a list of objects, got dict"),
+    "no parquet": ("rows.parquet", b"not parquet at all", r"rows\.parquet: expected a parquet file"),
+    "another kind": ("rows.csv", b"prompt\nq\n", r"rows\.csv must end in one of \.jsonl"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "said"), FILES.values(), ids=FILES)
+def test_a_file_that_cannot_be_read_is_named(name: str, content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=said):
         read_examples(tmp_path / name)
 
 
-def test_an_empty_list_is_an_error() -> None:
+def test_a_file_that_is_not_there_and_an_empty_list_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.jsonl is not there"):
+        read_examples(tmp_path / "nowhere.jsonl")
     with pytest.raises(DataError, match="the list of rows has no rows"):
         read_examples([])
 
 
-def test_json_that_is_no_list_says_what_it_is(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    path.write_text('{"prompt": "q"}\n{"prompt": "r"}\n', encoding="utf-8")
-    with pytest.raises(DataError, match=r"rows\.json:2: .*Extra data; one object a line is a \.jsonl file"):
-        read_examples(path)
-    path.write_text('{"prompt": "q"}', encoding="utf-8")
-    with pytest.raises(DataError, match=r"rows\.json: expected a list of objects, got dict"):
-        read_examples(path)
-
-
 def test_a_wrong_row_of_a_parquet_file_is_named_by_its_number(tmp_path: Path) -> None:
-    path = tmp_path / "rows.parquet"
-    datasets.Dataset.from_list([{"prompt": "q"}, {"prompt": ""}]).to_parquet(path)
+    datasets.Dataset.from_list([{"prompt": "q"}, {"prompt": ""}]).to_parquet(tmp_path / "rows.parquet")
     with pytest.raises(DataError, match=r"rows\.parquet, row 1, column `prompt`: expected a question"):
-        read_examples(path)
-    path.write_bytes(b"not parquet at all")
-    with pytest.raises(DataError, match=r"rows\.parquet: expected a parquet file"):
-        read_examples(path)
-
-
-def test_a_file_that_is_not_there_or_of_another_kind_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere\.jsonl is not there"):
-        read_examples(tmp_path / "nowhere.jsonl")
-    (tmp_path / "rows.csv").write_text("prompt\nq\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"rows\.csv must end in one of \.jsonl"):
-        read_examples(tmp_path / "rows.csv")
+        read_examples(tmp_path / "rows.parquet")
 
 
 @pytest.mark.parametrize("source", [3, None])

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +24,22 @@ from sdcore.errors import ArgumentError, PlanError, SdcoreError
 from sdcore.losses import FusedLinearDivergence
 from sdcore.models import Head
 from sdcore.prefix import plan
-from sdcore.presets.methods import Method
+from sdcore.presets import Method
 from sdcore.step import distill_step
 from sdcore.teachers import Frozen, Live, TrustRegion
 from sdcore.types import Conditioned, Example, Group, Rollout
 from sdkernels import LogitTransform
 from tests.sdcore.prefix.models import CONFIGS, VOCAB, build, double_precision
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+Sampled = tuple[list[Group], list[Conditioned]]
+random = partial(torch.randn, dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def doubles() -> Iterator[None]:
+    with double_precision():
+        yield
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -65,6 +76,8 @@ def test_resuming_cuts_what_the_checkpoint_does_not_know(tmp_path: Path) -> None
     assert [(line["step"], line["loss"]) for line in run.metrics] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 9.0)]
     assert [line["step"] for line in run.samples] == [1, 2, 3]
     assert run.metrics[-1]["time"] >= 1000
+    RunLog(tmp_path / "new", resume_step=7).metrics(8, {"loss": 1.0}, samples=1, tokens=1)  # nothing to cut
+    assert [line["step"] for line in read_run(tmp_path / "new").metrics] == [8]
 
 
 @pytest.mark.parametrize("cut", [1, 20], ids=["without the newline", "half a line"])
@@ -83,11 +96,6 @@ def test_a_reader_counts_the_lines_that_it_cannot_read(tmp_path: Path) -> None:
         file.write(b'[1]\n{"loss": 1}\n{"step": 3, "lo')
     run = read_run(tmp_path)
     assert (len(run.metrics), run.unreadable) == (2, 3)
-
-
-def test_resuming_where_nothing_was_logged_starts_the_files(tmp_path: Path) -> None:
-    RunLog(tmp_path / "new", resume_step=7).metrics(8, {"loss": 1.0}, samples=1, tokens=1)
-    assert [line["step"] for line in read_run(tmp_path / "new").metrics] == [8]
 
 
 def test_a_new_run_moves_an_older_one_aside_when_it_first_writes(tmp_path: Path) -> None:
@@ -185,12 +193,6 @@ def test_a_description_that_cannot_be_written_leaves_the_old_one(
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_directory_that_is_a_file_is_refused_at_once(tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("")
-    with pytest.raises(RunLogError, match=r"could not create .*out"):
-        RunLog(tmp_path / "out")
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -210,7 +212,10 @@ def test_a_wrong_argument_is_refused_before_anything_is_written(tmp_path: Path, 
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
+def test_a_directory_that_is_a_file_or_has_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(RunLogError, match=r"could not create .*out"):
+        RunLog(tmp_path / "out")
     with pytest.raises(RunLogError, match=r"must be the output directory of a run"):
         read_run(tmp_path)
 
@@ -229,7 +234,7 @@ def group_of(prompt: Sequence[int], rollouts: Sequence[Rollout], **example: Any)
 
 
 @pytest.fixture
-def two_groups() -> tuple[list[Group], list[Conditioned]]:
+def two_groups() -> Sampled:
     """Rewards 1, 0, none and 0.2, 0.2; teachers of the first see one token in the prompt's middle, or nothing."""
     groups = [
         group_of(
@@ -250,7 +255,7 @@ def two_groups() -> tuple[list[Group], list[Conditioned]]:
     return groups, conditioned
 
 
-def test_metrics_count_what_was_sampled(two_groups: tuple[list[Group], list[Conditioned]]) -> None:
+def test_metrics_count_what_was_sampled(two_groups: Sampled) -> None:
     assert metrics(*two_groups) == pytest.approx(
         {
             "self_distillation/reward_mean": (1.0 + 0.0 + 0.2 + 0.2) / 4,
@@ -272,34 +277,22 @@ def test_metrics_count_what_was_sampled(two_groups: tuple[list[Group], list[Cond
     )
 
 
-def test_without_rewards_there_is_no_mean_reward_and_no_flat_group() -> None:
-    groups = [group_of([1], [rollout(2)])]
-    names = metrics(groups, [Conditioned(teacher_prompts=(groups[0].prompt_ids,), active=(False,))]).keys()
-    assert not {name for name in names if "reward" in name or "success" in name or "flat" in name}
-
-
-def test_a_completion_alone_is_no_flat_group() -> None:
-    groups = [group_of([1], [rollout(2, reward=1.0)])]
+@pytest.mark.parametrize("reward", [None, 1.0])
+def test_without_rewards_there_is_no_mean_reward_and_alone_no_completion_is_a_flat_group(reward: float | None) -> None:
+    groups = [group_of([1], [rollout(2, reward=reward)])]
     found = metrics(groups, [Conditioned(teacher_prompts=(groups[0].prompt_ids,), active=(True,))])
-    assert found["self_distillation/reward_mean"] == 1.0
+    judged = {name for name in found if "reward" in name or "success" in name}
+    assert bool(judged) == (reward is not None)
+    assert found.get("self_distillation/reward_mean") == reward
     assert "self_distillation/flat_group_fraction" not in found
 
 
-def test_lists_that_do_not_fit_are_refused(two_groups: tuple[list[Group], list[Conditioned]]) -> None:
+def test_lists_that_do_not_fit_are_refused(two_groups: Sampled) -> None:
     groups, conditioned = two_groups
     with pytest.raises(ArgumentError, match=r"conditioned must have one entry per group, got 2 and 1"):
         metrics(groups, conditioned[:1])
     with pytest.raises(ArgumentError, match=r"conditioned\[0\] must have one entry per completion, 3, got 2 of active"):
         metrics(groups, [replace(conditioned[0], active=(True, True)), conditioned[1]])
-
-
-@pytest.fixture
-def on_one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with double_precision():
-        yield
-    torch.set_num_threads(threads)
 
 
 def model_of(family: str = "llama", seed: int = 0) -> nn.Module:
@@ -325,10 +318,7 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-@pytest.mark.usefixtures("on_one_thread")
-def test_the_first_tokens_divergence_is_per_position_whatever_the_weights(
-    two_groups: tuple[list[Group], list[Conditioned]],
-) -> None:
+def test_the_first_tokens_divergence_is_per_position_whatever_the_weights(two_groups: Sampled) -> None:
     groups, conditioned = two_groups
     model, rows = model_of(), planned(groups, conditioned)
     # Completions of 3, 5, 0, 1 and 2 tokens: position 0 without loss in all of them, the fourth completion wholly.
@@ -354,8 +344,7 @@ def test_the_first_tokens_divergence_is_per_position_whatever_the_weights(
         metrics(groups, conditioned, output, plan=rows, token_weights=weights[:3])
 
 
-@pytest.mark.usefixtures("on_one_thread")
-def test_a_step_that_was_not_finite_says_so(two_groups: tuple[list[Group], list[Conditioned]]) -> None:
+def test_a_step_that_was_not_finite_says_so(two_groups: Sampled) -> None:
     groups, conditioned = two_groups
     rows = planned(groups, conditioned)
     output = distill_step(model_of(), rows)
@@ -367,8 +356,7 @@ def test_a_step_that_was_not_finite_says_so(two_groups: tuple[list[Group], list[
 # The table of keys.
 
 
-@pytest.mark.usefixtures("on_one_thread")
-def test_every_metric_that_is_emitted_is_in_the_table(two_groups: tuple[list[Group], list[Conditioned]]) -> None:
+def test_every_metric_that_is_emitted_is_in_the_table(two_groups: Sampled) -> None:
     groups, conditioned = two_groups
     model, rows = model_of(), planned(groups, conditioned)
     output = distill_step(model, rows, loss=FusedLinearDivergence(alpha=0.5))
@@ -419,20 +407,21 @@ def test_a_placeholder_is_filled_in_by_the_longest_pattern_that_fits() -> None:
 # Probes.
 
 
-def heads_for_overlap() -> list[Any]:
-    soft = LogitTransform(bias=torch.randn(VOCAB), scale=0.7, softcap=2.0)
-    return [pytest.param(LogitTransform(), id="plain"), pytest.param(soft, id="bias, scale and soft-cap")]
-
-
-@pytest.mark.parametrize("transform", heads_for_overlap())
+@pytest.mark.parametrize(
+    "transform",
+    [
+        pytest.param(LogitTransform(), id="plain"),
+        pytest.param(LogitTransform(bias=random(VOCAB), scale=0.7, softcap=2.0), id="bias, scale and soft-cap"),
+    ],
+)
 @pytest.mark.parametrize("of", ["student", "teacher"])
 def test_top_k_overlap_is_that_of_full_distributions(
     transform: LogitTransform, of: Literal["student", "teacher"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sdcore.diagnostics.probes.GATHERED", 300)  # several gathers
     k, temperature = 7, 0.8
-    hidden = [torch.randn(11, 6), torch.randn(11, 5)]
-    heads = [Head(torch.randn(VOCAB, 6), transform), Head(torch.randn(VOCAB, 5), replace(transform, scale=1.3))]
+    hidden = [random(11, 6), random(11, 5)]
+    heads = [Head(random(VOCAB, 6), transform), Head(random(VOCAB, 5), replace(transform, scale=1.3))]
     found = topk_overlap(hidden[0], heads[0], hidden[1], heads[1], k=k, of=of, temperature=temperature)
 
     def distribution(states: Tensor, head: Head) -> Tensor:
@@ -444,32 +433,26 @@ def test_top_k_overlap_is_that_of_full_distributions(
     p, q = (distribution(*side) for side in zip(hidden, heads, strict=True))
     tops = [x.topk(k).indices for x in (p, q)]
     support = tops[0] if of == "student" else tops[1]
-    torch.testing.assert_close(found["distillation/student_mass"], p.gather(1, support).sum(-1))
-    torch.testing.assert_close(found["distillation/teacher_mass"], q.gather(1, support).sum(-1))
+    for name, x in (("student", p), ("teacher", q)):
+        torch.testing.assert_close(found[f"distillation/{name}_mass"], x.gather(1, support).sum(-1))
     common = [len(set(a.tolist()) & set(b.tolist())) / k for a, b in zip(*tops, strict=True)]
     assert found["distillation/overlap_ratio"].tolist() == pytest.approx(common)
 
 
-@pytest.mark.usefixtures("on_one_thread")
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_overlap_looks_at_active_completions_only(
-    two_groups: tuple[list[Group], list[Conditioned]], family: str
-) -> None:
+def test_overlap_looks_at_active_completions_only(two_groups: Sampled, family: str) -> None:
     groups, conditioned = two_groups
     model, one = model_of(family), groups[0].rollouts[1].completion_ids
     found = overlap(model, groups, conditioned, k=5, teacher=Live())
     p, q = (log_softmax_rows(model, x, one).exp() for x in (groups[0].prompt_ids, conditioned[0].teacher_prompts[1]))
     support = p.topk(5).indices
-    assert found["distillation/student_mass"] == pytest.approx(float(p.gather(1, support).sum(-1).mean()))
-    assert found["distillation/teacher_mass"] == pytest.approx(float(q.gather(1, support).sum(-1).mean()))
+    for name, x in (("student", p), ("teacher", q)):
+        assert found[f"distillation/{name}_mass"] == pytest.approx(float(x.gather(1, support).sum(-1).mean()))
     nothing = [replace(seen, active=(False,) * len(seen.active)) for seen in conditioned]
     assert overlap(model, groups, nothing) == {}
 
 
-@pytest.mark.usefixtures("on_one_thread")
-def test_drift_is_the_kl_to_the_reference_without_context(
-    two_groups: tuple[list[Group], list[Conditioned]],
-) -> None:
+def test_drift_is_the_kl_to_the_reference_without_context(two_groups: Sampled) -> None:
     groups, _ = two_groups
     model, base = model_of(), model_of(seed=1)
     pairs = [
@@ -485,8 +468,7 @@ def test_drift_is_the_kl_to_the_reference_without_context(
     assert found["student/drift_logprob_gap"] == pytest.approx(float(gap), rel=1e-6)
 
 
-@pytest.mark.usefixtures("on_one_thread")
-def test_a_model_that_has_not_moved_has_no_drift(two_groups: tuple[list[Group], list[Conditioned]]) -> None:
+def test_a_model_that_has_not_moved_has_no_drift(two_groups: Sampled) -> None:
     groups, _ = two_groups
     model = model_of()
     assert drift(model, groups, Frozen(copy.deepcopy(model)))["student/drift_kl"] == pytest.approx(0, abs=1e-12)
@@ -517,7 +499,6 @@ def asked(*contexts: str | None, prompts: Sequence[Sequence[int]] = ((1, 2, 3), 
     ]
 
 
-@pytest.mark.usefixtures("on_one_thread")
 def test_the_leak_probe_gives_every_prompt_the_context_of_the_next() -> None:
     model, groups = model_of(), asked("10 11", "12", "13 14 15")
     found = leak(model, groups, InTheMiddle(), None, max_completions=6)
@@ -531,13 +512,12 @@ def test_the_leak_probe_gives_every_prompt_the_context_of_the_next() -> None:
             wrong.append(kl(p, r))
             between.append(kl(q, r))
     means = [float(torch.cat(values).mean()) for values in (right, wrong, between)]
-    assert found["teacher/context_kl"] == pytest.approx(means[0], rel=1e-6)
-    assert found["teacher/leak_kl"] == pytest.approx(means[1], rel=1e-6)
-    assert found["teacher/content_kl"] == pytest.approx(means[2], rel=1e-6)
-    assert found["teacher/leak_ratio"] == pytest.approx(means[1] / means[0], rel=1e-6)
+    for name, value in zip(
+        ("context_kl", "leak_kl", "content_kl", "leak_ratio"), [*means, means[1] / means[0]], strict=True
+    ):
+        assert found[f"teacher/{name}"] == pytest.approx(value, rel=1e-6)
 
 
-@pytest.mark.usefixtures("on_one_thread")
 @pytest.mark.parametrize(
     "groups",
     [
@@ -552,7 +532,6 @@ def test_where_there_is_no_other_context_the_leak_probe_says_nothing(groups: Cal
     assert leak(model_of(), groups(), InTheMiddle(), None) == {}
 
 
-@pytest.mark.usefixtures("on_one_thread")
 def test_another_prompts_context_that_does_not_fit_is_passed_over() -> None:
     model, groups = model_of(), asked("10", "11 12 13", "14")
     exchanged = [*groups[:1], groups[2], groups[1]]
@@ -564,7 +543,6 @@ def test_another_prompts_context_that_does_not_fit_is_passed_over() -> None:
         leak(model, groups, InTheMiddle(longest=4), None)
 
 
-@pytest.mark.usefixtures("on_one_thread")
 def test_the_whole_group_is_exchanged_but_the_prompt() -> None:
     seen: list[Group] = []
 
@@ -586,50 +564,45 @@ def test_the_whole_group_is_exchanged_but_the_prompt() -> None:
     assert exchanged.rollouts == groups[1].rollouts
 
 
-@pytest.mark.usefixtures("on_one_thread")
 def test_a_teacher_that_hears_nothing_has_a_ratio_of_none() -> None:
     """With the context of no effect there is neither a leak nor a ratio."""
     model = model_of()
-    for layer in model.model.layers:  # type: ignore[union-attr,operator]
-        nn.init.zeros_(layer.self_attn.o_proj.weight)  # type: ignore[union-attr,arg-type]
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        nn.init.zeros_(layer.self_attn.o_proj.weight)
     found = leak(model, asked("10", "11"), InTheMiddle(), None)
     assert found["teacher/leak_kl"] == pytest.approx(0, abs=1e-12)
     assert "teacher/leak_ratio" not in found
 
 
-@pytest.mark.usefixtures("on_one_thread")
 def test_a_trust_region_is_probed_at_its_reference() -> None:
     model, reference, groups = model_of(), Frozen(model_of(seed=1)), asked("10 11", "12")
-    probe = InTheMiddle()
-    assert leak(model, groups, probe, None, teacher=TrustRegion(reference)) == leak(
-        model, groups, probe, None, teacher=reference
+    of_region, of_reference = (
+        leak(model, groups, InTheMiddle(), None, teacher=t) for t in (TrustRegion(reference), reference)
     )
+    assert of_region == of_reference
 
 
-@pytest.mark.usefixtures("on_one_thread")
 def test_probes_run_the_model_as_often_whatever_they_find() -> None:
     """Or ranks that call them together would wait for each other."""
     model = model_of()
     calls: list[int] = []
-    model.model.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr,operator]
+    model.model.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
 
     def runs(probe: Callable[[], Any]) -> int:
         calls.clear()
         probe()
         return len(calls)
 
-    some, none = asked("10", "11"), asked(None, None)
-    for one in (some, none):
-        leak(model, one, InTheMiddle(), None, strategy="packed")  # the first use is checked
-    probes = [runs(lambda one=one: leak(model, one, InTheMiddle(), None, strategy="packed")) for one in (some, none)]  # type: ignore[misc]
-    assert probes[0] == probes[1] > 0
-    conditioned = [InTheMiddle().condition(group, None) for group in some]
-    nothing = [InTheMiddle().condition(group, None) for group in none]
-    counts = [runs(lambda c=c: overlap(model, some, c, strategy="packed")) for c in (conditioned, nothing)]  # type: ignore[misc]
-    assert counts[0] == counts[1] > 0
+    builder, groups = InTheMiddle(), [asked("10", "11"), asked(None, None)]
+    for some in groups:
+        leak(model, some, builder, None, strategy="packed")  # the first use is checked
+    leaks = [runs(lambda some=some: leak(model, some, builder, None, strategy="packed")) for some in groups]  # type: ignore[misc]
+    assert leaks[0] == leaks[1] > 0
+    seen = [[builder.condition(group, None) for group in some] for some in groups]
+    overlaps = [runs(lambda seen=seen: overlap(model, groups[0], seen, strategy="packed")) for seen in seen]  # type: ignore[misc]
+    assert overlaps[0] == overlaps[1] > 0
 
 
-@pytest.mark.usefixtures("on_one_thread")
 def test_probes_leave_no_gradient_and_the_model_as_it_was() -> None:
     model, groups = model_of(), asked("10 11", "12")
     model.train()

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 from sdcore import world
 from sdcore.data import read_examples
 from sdcore.errors import ArgumentError, ContextError, DataError
-from sdcore.presets.methods import Method, preset
+from sdcore.presets import Method, preset
 from sdcore.rollouts.rewards import RewardError
 from sdcore.training.dry_run import COLOURS, DryRun, Preview, dry_run, show
 from sdcore.types import Example

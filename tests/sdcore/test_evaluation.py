@@ -11,8 +11,8 @@ import torch
 
 from sdcore.data import read_examples
 from sdcore.errors import ArgumentError
-from sdcore.rollouts.samplers import SampledCompletion
-from sdcore.training.evaluation import evaluate, stop_ids
+from sdcore.rollouts.samplers import SampledCompletion, stop_ids
+from sdcore.training.evaluation import evaluate
 from sdcore.world.data import exact, rows
 from tests.sdcore.trainer_runs import one_thread, tokenizer, world_model
 

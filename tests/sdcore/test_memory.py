@@ -1,9 +1,10 @@
-"""The predicted memory against what a step really keeps alive, and what it says of sizes nobody can allocate here."""
+"""The predicted memory against what a step really keeps alive, what it says of sizes nobody can allocate, what fits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -28,15 +29,22 @@ from sdcore.memory import (
     Tiles,
     compare,
     count_parameters,
+    device_bytes,
+    fits_table,
+    largest,
     measure,
     memory_table,
     predict,
+    what_fits,
 )
+from sdcore.memory.fits import MOST, QUANTITIES
 from sdcore.memory.measured import predictions
 from sdcore.presets import preset
 from sdcore.training.config import SelfDistillationConfig
 from sdcore.training.dry_run import setting_of_run
 from sdkernels.live_bytes import LiveBytes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZES: dict[str, Any] = {
     "vocab_size": 3000,
@@ -77,19 +85,13 @@ LARGE = Qwen3Config(
     num_attention_heads=32,
     num_key_value_heads=8,
     head_dim=128,
+    max_position_embeddings=40_960,
     tie_word_embeddings=False,
     dtype="bfloat16",
 )
 LARGE_LOAD = Load(prompt_tokens=1024, context_tokens=512, completion_tokens=512, completions=8)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Faster than two for matrices this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+COUNTED = count_parameters(LARGE)
+GIB = 1 << 30
 
 
 # The torch backend has the scratch that the estimate is about; of tiny models it is a part that counts.
@@ -231,6 +233,76 @@ def test_the_table_names_every_part_and_its_sum() -> None:
     assert "GiB" in shown
 
 
+@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize(
+    "setting", [Setting(), Setting(strategy="two_phase", micro_batch=1), Setting(strategy="naive", fused=False)]
+)
+def test_the_largest_fits_and_one_more_does_not(quantity: str, setting: Setting) -> None:
+    available = int(130 * GIB)
+    found = largest(LARGE, LARGE_LOAD, setting, quantity, available=available, parameters=COUNTED)
+    if found.value is None:
+        smallest = replace(LARGE_LOAD, **{quantity: QUANTITIES[quantity][1]})  # type: ignore[arg-type]
+        assert predict(LARGE, smallest, setting, parameters=COUNTED).total > available
+        return
+    most, more = (replace(LARGE_LOAD, **{quantity: found.value + i}) for i in (0, 1))  # type: ignore[arg-type]
+    assert predict(LARGE, most, setting, parameters=COUNTED).total <= available
+    assert found.rows == most.rows
+    if not found.limit:
+        assert predict(LARGE, more, setting, parameters=COUNTED).total > available
+
+
+def test_sharing_and_fusing_each_fit_more() -> None:
+    found = what_fits(LARGE, LARGE_LOAD, device_bytes=160 * GIB, parameters=COUNTED)
+    completions = {name: fits["completions"].value or 0 for name, fits in found.items()}
+    assert list(found) == ["fused, shared", "fused, naive", "plain, shared", "plain, naive", "fused, 1 at a time"]
+    assert completions["fused, shared"] > completions["plain, shared"] > completions["plain, naive"]
+    assert completions["fused, shared"] > completions["fused, naive"]
+    assert completions["fused, 1 at a time"] > 4 * completions["fused, shared"]
+
+
+def test_a_length_ends_where_the_model_does() -> None:
+    found = largest(
+        LARGE, LARGE_LOAD, Setting(checkpointing=True), "prompt_tokens", available=4000 * GIB, parameters=COUNTED
+    )
+    assert found.value == 40_960 - 1024
+    assert found.limit == "the model's positions"
+    endless = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=8, num_attention_heads=1, num_hidden_layers=1)
+    groups = largest(endless, replace(LARGE_LOAD, prompt_tokens=8), Setting(), "prompts", available=1 << 60)
+    assert groups.value == MOST
+    assert groups.limit
+
+
+def test_what_does_not_fit_at_all_is_nothing() -> None:
+    found = what_fits(LARGE, LARGE_LOAD, device_bytes=GIB, parameters=COUNTED)
+    assert {fit.value for fits in found.values() for fit in fits.values()} == {None}
+    console = Console(record=True, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(fits_table(found, LARGE_LOAD, "nothing"))
+    assert "–" in console.export_text()
+
+
+def test_headroom_is_left_alone() -> None:
+    whole, less = (
+        what_fits(LARGE, LARGE_LOAD, device_bytes=160 * GIB, headroom=share, parameters=COUNTED) for share in (0.0, 0.3)
+    )
+    for name, fits in whole.items():
+        assert (fits["completion_tokens"].value or 0) > (less[name]["completion_tokens"].value or 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("80GB", 80 * 10**9),
+        ("79.5 GiB", int(79.5 * GIB)),
+        ("1024", 1024),
+        ("h100", int(79.2 * GIB)),
+        ("RTX4090", int(23.6 * GIB)),
+        ("a100 40", int(39.4 * GIB)),
+    ],
+)
+def test_a_device_is_a_card_or_a_size(name: str, expected: int) -> None:
+    assert device_bytes(name) == expected
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -241,6 +313,12 @@ def test_the_table_names_every_part_and_its_sum() -> None:
         (lambda: Setting(teacher="emma"), "teacher must be one of live, .*got 'emma'"),  # type: ignore[arg-type]
         (lambda: Setting(lora_rank=0), "lora_rank must be at least 1, or None, got 0"),
         (lambda: Setting(workspace_mb=0), "workspace_mb must be positive, got 0"),
+        (lambda: what_fits(LARGE, LARGE_LOAD, device_bytes=GIB, headroom=1), r"headroom must be in \[0, 1\), got 1"),
+        (lambda: largest(LARGE, LOAD, Setting(), "tokens", available=1), "quantity must be one of .*got 'tokens'"),
+        *(
+            (partial(device_bytes, name), r"device memory must be a size such as 80GB or one of T4, L4, .*got")
+            for name in ("", "big", "H1000", "12 parsec", "-3GB")
+        ),
     ],
 )
 def test_sizes_without_meaning_are_refused(make: Any, message: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedModel, Qwen3_5TextConfig
 
 from sdcore.errors import ArgumentError
@@ -33,26 +32,22 @@ from sdcore.memory.plot import as_json
 from sdcore.memory.timeline import Phase
 from sdkernels.live_bytes import LiveBytes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCAB, HIDDEN, ROWS = 997, 32, 4 * 12
-CONFIG = LlamaConfig(
-    vocab_size=VOCAB,
-    hidden_size=HIDDEN,
-    intermediate_size=80,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    tie_word_embeddings=False,
-)
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
+CONFIG = LlamaConfig(**SIZES)
+IDS = torch.arange(60).view(2, 30)
 LOAD = Load(prompt_tokens=40, context_tokens=10, completion_tokens=12, completions=4)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -71,45 +66,32 @@ def model() -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(CONFIG).train()
 
 
-def plain_step(line: TimeLine | None, made: PreTrainedModel, ids: Tensor) -> None:
-    logits = made(input_ids=ids, use_cache=False).logits
-    if line is not None:
-        line.enter("loss")
+def plain_step(made: PreTrainedModel, enter: Callable[[str], None] = lambda _: None) -> None:
+    logits = made(input_ids=IDS, use_cache=False).logits
+    enter("loss")
     loss = logits.float().logsumexp(-1).mean()
-    if line is not None:
-        line.enter("backward")
+    enter("backward")
     loss.backward()
 
 
-def test_the_categories_add_up_to_every_byte_that_was_allocated() -> None:
+def test_the_categories_add_up_to_every_byte_that_was_allocated_and_end_as_weights_and_gradients() -> None:
     """`LiveBytes` counts the same step without knowing any category."""
-    ids = torch.randint(VOCAB, (2, 30))
     made = model()
-    plain_step(None, made, ids)  # what is made once
+    plain_step(made)  # what is made once
     made.zero_grad()
     with LiveBytes() as probe:
-        plain_step(None, made, ids)
+        plain_step(made)
     made.zero_grad()
-    line = TimeLine(made)
-    with line:
-        plain_step(line, made, ids)
+    with TimeLine(made) as line:
+        plain_step(made, line.enter)
     found = line.finished()
     resident = sum(p.numel() * 4 for p in made.parameters()) + sum(b.numel() * 4 for b in made.buffers())
     assert found.bytes["weights"][0] == found.bytes["weights"][-1] == resident
     assert found.peak - resident == probe.peak_bytes
     assert sum(found.at_peak.values()) == found.peak
     assert all((curve >= 0).all() for curve in found.bytes.values())
-
-
-def test_at_the_end_only_weights_and_gradients_are_left() -> None:
-    made = model()
-    line = TimeLine(made)
-    with line:
-        plain_step(line, made, torch.randint(VOCAB, (2, 30)))
-    found = line.finished()
     left = {name: int(curve[-1]) for name, curve in found.bytes.items() if curve[-1]}
-    assert set(left) == {"weights", "gradients"}
-    assert left["gradients"] == sum(p.numel() * 4 for p in made.parameters())
+    assert left == {"weights": resident, "gradients": sum(p.numel() * 4 for p in made.parameters())}
 
 
 def test_logits_are_what_is_as_wide_as_the_vocabulary() -> None:
@@ -181,16 +163,7 @@ def test_checkpointing_and_lora_are_measured_as_they_are_set() -> None:
 
 
 def test_a_contender_that_cannot_run_says_why() -> None:
-    config = Gemma2Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        pad_token_id=None,
-    )
+    config = Gemma2Config(**SIZES | {"num_hidden_layers": 1, "head_dim": 16, "pad_token_id": None})
     found = measure(config, LOAD, contenders=("naive", "trl"))
     assert found["naive"].lives is not None
     assert found["trl"].lives is None
@@ -201,15 +174,23 @@ def test_a_contender_that_cannot_run_says_why() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("call", "message"),
     [
-        ({"contenders": ("ours", "theirs")}, "contenders must be among ours, naive, trl, liger, got theirs"),
-        ({"setting": Setting(teacher="ema")}, "teacher must be live where a step is measured, got 'ema'"),
+        (
+            lambda: measure(CONFIG, LOAD, contenders=("ours", "theirs")),
+            "must be among ours, naive, trl, liger, got theirs",
+        ),
+        (
+            lambda: measure(CONFIG, LOAD, Setting(teacher="ema")),
+            "teacher must be live where a step is measured, got 'ema'",
+        ),
+        (lambda: TimeLine(model()).enter("sampling"), r"name must be one of student forward, .*, got 'sampling'"),
+        (lambda: shrunk(CONFIG, LOAD, width=0), "width must be at least 1, got 0"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(arguments: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_measured_is_refused(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        measure(CONFIG, LOAD, **arguments)
+        call()
 
 
 def test_contenders_that_compute_different_losses_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,11 +200,6 @@ def test_contenders_that_compute_different_losses_are_refused(monkeypatch: pytes
     monkeypatch.setitem(module.CONTENDERS, "naive", wrong)
     with pytest.raises(ArgumentError, match=r"contenders must compute the same loss, got .* of naive"):
         measure(CONFIG, LOAD, contenders=("ours", "naive"))
-
-
-def test_a_phase_has_one_of_the_names() -> None:
-    with pytest.raises(ArgumentError, match=r"name must be one of student forward, .*, got 'sampling'"):
-        TimeLine(model()).enter("sampling")
 
 
 def test_thinning_keeps_the_peak() -> None:
@@ -250,7 +226,7 @@ def test_the_plot_and_the_numbers_behind_it_are_written(step: dict[str, Measurem
         totals = np.sum(list(curves.values()), axis=0)
         assert totals.max() == written[name]["peak_bytes"] == lives_of(measured).peak
         assert np.all(np.diff(written[name]["ticks"]) >= 0)
-    with pytest.raises(ValueError, match="found must hold a contender that ran"):
+    with pytest.raises(ValueError, match="measurements must hold a contender that ran"):
         save_plot({"trl": Measurement(contender="trl", reason="not installed")}, tmp_path / "none.png")
 
 
@@ -285,5 +261,3 @@ def test_nothing_is_scaled_by_one() -> None:
     assert same.changes == ()
     assert same.load == LOAD
     assert same.config.to_dict() == CONFIG.to_dict()
-    with pytest.raises(ArgumentError, match="width must be at least 1, got 0"):
-        shrunk(CONFIG, LOAD, width=0)

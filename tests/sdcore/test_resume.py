@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from sdcore.presets.methods import GRPO, Method
+from sdcore.presets import GRPO, Method
 from sdcore.training.checkpoints import CheckpointError, to_resume, whole
 from sdcore.world.data import fraction, with_feedback
 from tests.sdcore.trainer_runs import SDFT_METHOD, SDPO_METHOD, lines, losses, one_thread, trainer

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdcore import world
 from sdcore.errors import ArgumentError
-from sdcore.presets.methods import Method, preset
+from sdcore.presets import Method, preset
 from sdcore.rollouts.samplers import SampledCompletion
 from sdcore.training.solve import Round, SolveConfig, Solved, Verdict, command_verifier, solve
 from sdcore.world.data import TEMPLATES, rows, with_feedback

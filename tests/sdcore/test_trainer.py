@@ -24,7 +24,7 @@ from transformers import (
 
 from sdcore.demo import CHECKPOINT
 from sdcore.errors import ArgumentError, DataError, UnsupportedModelError
-from sdcore.presets.methods import (
+from sdcore.presets import (
     GRPO,
     OPSD,
     SDPO,
@@ -82,7 +82,10 @@ def weights_of(made: SelfDistillationTrainer) -> dict[str, Tensor]:
     return {name: weight.detach().clone() for name, weight in made.model.named_parameters()}
 
 
-def moved(made: SelfDistillationTrainer, before: dict[str, Tensor]) -> bool:
+def moves(made: SelfDistillationTrainer) -> bool:
+    """Trains; True where a weight is another afterwards."""
+    before = weights_of(made)
+    made.train()
     return any(not torch.equal(weight, before[name]) for name, weight in weights_of(made).items())
 
 
@@ -96,11 +99,9 @@ def test_every_method_takes_steps(name: str, tmp_path: Path) -> None:
     made = trainer(
         tmp_path, method=method, train_dataset=data, reward_funcs=rewards, max_steps=3, max_completion_length=11
     )
-    before = weights_of(made)
-    made.train()
+    assert moves(made)
     assert len(losses(tmp_path)) == 3
     assert all(math.isfinite(loss) for _, loss in losses(tmp_path))
-    assert moved(made, before)
     for line in lines(tmp_path):
         assert line["completions/count"] == 4 * method.num_generations
         assert "nonfinite" not in line
@@ -218,9 +219,7 @@ def silent(*, completion: str, **columns: Any) -> float:
 def without_loss(tmp_path: Path, **options: Any) -> list[dict[str, Any]]:
     """Runs two steps, that must leave the weights as they are, and returns the log."""
     made = trainer(tmp_path, **options)
-    before = weights_of(made)
-    made.train()
-    assert not moved(made, before)
+    assert not moves(made)
     assert made.state.global_step == 2
     found = lines(tmp_path)
     assert [line["loss"] for line in found] == [0.0, 0.0]
@@ -248,9 +247,7 @@ def test_an_empty_completion_among_others_changes_nothing_for_them(tmp_path: Pat
     made = trainer(
         tmp_path, method=method, kind="sdpo", reward_funcs=[with_feedback], sampler=Saying("", "a1 b2", ended=False)
     )
-    before = weights_of(made)
-    made.train()
-    assert moved(made, before)
+    assert moves(made)
     assert [line["completions/empty_ratio"] for line in lines(tmp_path)] == [0.5, 0.5]
     assert all(math.isfinite(loss) and loss > 0 for _, loss in losses(tmp_path))
 
@@ -264,9 +261,7 @@ def test_completions_that_are_all_masked_carry_no_loss(tmp_path: Path) -> None:
 
 def test_rewards_that_are_alike_have_no_policy_gradient(tmp_path: Path) -> None:
     made = trainer(tmp_path, method=GRPO(num_generations=4), kind="rl", reward_funcs=[silent])
-    before = weights_of(made)
-    made.train()
-    assert not moved(made, before)
+    assert not moves(made)
     assert all(line["self_distillation/flat_group_fraction"] == 1 for line in lines(tmp_path))
 
 
@@ -496,10 +491,8 @@ def test_random_chat_models_of_every_family_train(name: str, family: str, tmp_pa
         reward_funcs=[fraction if kind == "rl" else with_feedback],
         max_steps=2,
     )
-    before = weights_of(made)
-    made.train()
     # A random model is seldom right, and then the tilt has nothing to compare.
-    assert moved(made, before) or name == "rl_tilt"
+    assert moves(made) or name == "rl_tilt"
     assert all(math.isfinite(loss) for _, loss in losses(tmp_path))
     assert all(line["prefix/fallbacks"] == 0 for line in lines(tmp_path))
 

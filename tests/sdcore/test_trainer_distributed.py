@@ -34,7 +34,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from sdcore.demo import CHECKPOINT
 from sdcore.errors import UnsupportedModelError
-from sdcore.presets.methods import GRPO, SFT, Method, RLTilt
+from sdcore.presets import GRPO, SFT, Method, RLTilt
 from sdcore.training.prepare import check_engine
 from sdcore.training.trainer import SelfDistillationTrainer
 from sdcore.world.data import fraction, rows, with_feedback

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sdcore.demo import CHECKPOINT
-from sdcore.presets.methods import SDPO, Method, SDFTAsRun
+from sdcore.presets import SDPO, Method, SDFTAsRun
 from sdcore.training.config import SelfDistillationConfig
 from sdcore.training.trainer import SelfDistillationTrainer
 from sdcore.world.data import Kind, rows

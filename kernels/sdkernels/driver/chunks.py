@@ -1,4 +1,4 @@
-"""The walk over chunks of rows that every fused operation is.
+"""Cuts the rows into chunks and walks over them, which is what every fused operation does.
 
 Rows without weight are left out before anything is projected. Row factors (token weight, importance, upstream
 gradient) multiply a chunk's hidden rows, never its (C, V) tile. Nothing here knows a divergence, and nothing keeps more
@@ -21,7 +21,7 @@ from ..tile.head import fast_products
 from ..tile.support import gradient_view, transform_
 from ..tile.threads import populated
 from ..tile.tiling import MOST_ROWS, block_rows, plan_tiling
-from ..types import Gradients, Objective, Operands, TileRows, Wanted, is_same
+from ..types import Gradients, Objective, Operands, TileRows, is_same
 from ..vocab_parallel.backend import VocabularyParallel
 from ..vocab_parallel.shards import Shards
 
@@ -47,12 +47,12 @@ class RowWalk:
             yield chunk if self.active is None else self.active[chunk]
 
     def per_row(self) -> Tensor:
-        """Zeros (N,) for row values: those of rows without weight."""
+        """Returns zeros (N,) for row values, which rows without weight keep."""
         hidden = self.operands.student_hidden
         return hidden.new_zeros(hidden.shape[0], dtype=self.dtype)
 
     def project(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
-        """Raw logits (C, V) of student and teacher, in buffers that the backend may destroy."""
+        """Returns raw logits (C, V) of student and teacher, in buffers that the backend may destroy."""
         raise NotImplementedError
 
     def tile_rows(self, rows: Rows) -> TileRows:
@@ -74,7 +74,7 @@ class RowWalk:
 
 
 class LogitWalk(RowWalk):
-    """Rows of logits that exist already: the operands' hidden states are logits (N, V)."""
+    """Walks over logits that exist already: the operands' hidden states are logits (N, V)."""
 
     def __init__(self, operands: Operands, objective: Objective, backend: str, workspace_bytes: int) -> None:
         sides = [operands.student_hidden]
@@ -104,7 +104,7 @@ class LogitWalk(RowWalk):
 
 
 class HeadWalk(RowWalk):
-    """Rows of hidden states that are projected by their heads, or, with `shards`, by this rank's rows of them."""
+    """Walks over hidden states and projects them by their heads, or, with `shards`, by this rank's rows of them."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class HeadWalk(RowWalk):
         )
 
     def student_rows(self, rows: Rows) -> Tensor:
-        """(C, H), as they enter the product with a gradient tile."""
+        """Returns the rows (C, H) as they enter the product with a gradient tile."""
         head = self.student_head
         return self.operands.student_hidden[rows].to(head.weight.dtype if head.narrow else head.operand_dtype)
 
@@ -192,7 +192,7 @@ class HeadWalk(RowWalk):
 
 
 class LogitGradient:
-    """The gradient of logits (N, V), written chunk by chunk; zero in rows without weight."""
+    """Writes the gradient of logits (N, V) chunk by chunk; it is zero in rows without weight."""
 
     def __init__(self, walk: LogitWalk) -> None:
         self.logits = torch.zeros_like(walk.operands.student_hidden)
@@ -204,19 +204,19 @@ class LogitGradient:
 
 
 class HeadGradients:
-    """The gradients of hidden states and head, summed chunk by chunk; the head's in the compute dtype."""
+    """Sums the gradients of hidden states and head chunk by chunk, the head's in the compute dtype."""
 
-    def __init__(self, walk: HeadWalk, wanted: Wanted) -> None:
+    def __init__(self, walk: HeadWalk, wanted: str) -> None:
         self.walk = walk
         hidden, weight = walk.operands.student_hidden, walk.operands.weight
-        self.hidden = torch.zeros_like(hidden) if wanted.hidden else None
-        self.chunk = hidden.new_empty((walk.chunk_rows if wanted.hidden else 0, hidden.shape[1]), dtype=walk.dtype)
-        self.weight = populated(weight.new_empty(weight.shape, dtype=walk.dtype)) if wanted.weight else None
-        self.bias = weight.new_zeros(weight.shape[0], dtype=walk.dtype) if wanted.bias else None
+        self.hidden = torch.zeros_like(hidden) if "h" in wanted else None
+        self.chunk = hidden.new_empty((walk.chunk_rows if "h" in wanted else 0, hidden.shape[1]), dtype=walk.dtype)
+        self.weight = populated(weight.new_empty(weight.shape, dtype=walk.dtype)) if "w" in wanted else None
+        self.bias = weight.new_zeros(weight.shape[0], dtype=walk.dtype) if "b" in wanted else None
         self.first = True
 
     def add(self, rows: Rows, gradient: Tensor, factors: Tensor | None, scale: float) -> None:
-        """Add the products of one gradient tile (C, V); row i counts `scale · factors[i]` times."""
+        """Adds the products of one gradient tile (C, V); row i counts `scale · factors[i]` times."""
         head, vocab = self.walk.student_head, self.walk.vocab
         if self.bias is not None:
             ones = gradient.new_ones(gradient.shape[0]) if factors is None else factors.to(gradient.dtype)
@@ -254,7 +254,7 @@ class HeadGradients:
 
 
 def load_backend(name: str) -> ModuleType:
-    """The module of a backend; triton is imported here and nowhere else."""
+    """Imports the module of a backend; triton is imported here and nowhere else."""
     return importlib.import_module(f"..tile.{name}_backend", __package__)
 
 
@@ -266,7 +266,7 @@ def _active_rows(token_weights: Tensor | None) -> Tensor | None:
 
 
 def _narrowed(gradient: Tensor, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A tile (C, V) times its rows' factors, rounded, in the first half of its rows' memory; the tile is gone."""
+    """Rounds a tile (C, V) times its rows' factors into the first half of its rows' memory; the tile is gone."""
     view = gradient_view(gradient, dtype)
     step = block_rows(gradient.shape[1], gradient.device.type)
     for start in range(0, gradient.shape[0], step):

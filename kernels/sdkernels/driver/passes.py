@@ -1,42 +1,21 @@
-"""The fused operations as passes over the rows: values, and the gradients that are asked for.
+"""Does the fused operations as passes over the rows: values, and the gradients that are asked for.
 
 A pass is called once with the gradients that it can already form, or, where the upstream gradient has to be known
-first, a second time from backward with that gradient per row.
+first, a second time from backward with that gradient per row. Which ones is said in letters: "h" the hidden states,
+"w" the head, "b" its bias.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..types import Gradients, Objective, Operands, Wanted
+from ..types import Gradients, Objective, Operands, Setting
 from ..vocab_parallel.shards import Shards
 from .chunks import HeadGradients, HeadWalk, LogitGradient, LogitWalk, RowWalk
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How a pass is run, as opposed to what it computes."""
-
-    backend: str
-    workspace_bytes: int
-    process_group: str = ""  # name of the group over which the head is sharded; "" where it is not
-    shards: Sequence[int] = ()  # rows of the head that each of its ranks holds
-    reduction: str = "mean"
-    normalizer: float = 0.0  # what a mean divides by; 0: the sum of the weights
-    raise_on_nonfinite: bool = False
-
-    def head_walk(self, operands: Operands, objective: Objective) -> HeadWalk:
-        """The walk over rows that this setting asks for."""
-        shards = None
-        if self.process_group:
-            shards = Shards(self.process_group, self.shards, objective.vocab_size or sum(self.shards))
-        return HeadWalk(operands, objective, self.backend, self.workspace_bytes, shards)
 
 
 class Values(NamedTuple):
@@ -51,36 +30,34 @@ class Values(NamedTuple):
     denominator: float  # what the sum over rows is divided by
 
 
-def linear_divergence_pass(
-    operands: Operands, objective: Objective, setting: Setting, wanted: Wanted, upstream: Tensor | None = None
+def divergence_pass(
+    operands: Operands, objective: Objective, setting: Setting, wanted: str, upstream: Tensor | None = None
 ) -> tuple[Values, Gradients]:
-    """Values, and gradients of `Σ_i upstream_i · per_token_i / denominator` (upstream None: ones)."""
-    walk = setting.head_walk(operands, objective)
-    gradients = HeadGradients(walk, wanted)
-    values = _divergence_pass(walk, gradients if wanted else None, setting, upstream)
-    return values, gradients.result()
+    """Returns values, and the wanted gradients of `Σ_i upstream_i · per_token_i / denominator` (upstream None: ones).
 
-
-def logit_divergence_pass(
-    operands: Operands, objective: Objective, setting: Setting, upstream: Tensor | None = None
-) -> tuple[Values, Tensor | None]:
-    """The same for logits (N, V), which the operands hold as hidden states; the gradient only with `upstream`."""
-    walk = LogitWalk(operands, objective, setting.backend, setting.workspace_bytes)
-    gradient = None if upstream is None else LogitGradient(walk)
-    values = _divergence_pass(walk, gradient, setting, upstream)
-    return values, None if gradient is None else gradient.logits
+    Where the operands are logits, theirs is the gradient "h".
+    """
+    if operands.student_weight is not None:
+        walk = _head_walk(operands, objective, setting)
+        gradients = HeadGradients(walk, wanted)
+        values = _divergence_values(walk, gradients if wanted else None, setting, upstream)
+        return values, gradients.result()
+    logits = LogitWalk(operands, objective, setting.backend, setting.workspace_bytes)
+    gradient = LogitGradient(logits) if wanted else None
+    values = _divergence_values(logits, gradient, setting, upstream)
+    return values, Gradients(None if gradient is None else gradient.logits, None, None)
 
 
 def logprob_pass(
     operands: Operands,
     objective: Objective,
     setting: Setting,
-    wanted: Wanted,
+    wanted: str,
     grad_logprobs: Tensor | None = None,
     grad_entropy: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Gradients]:
-    """Log-probabilities of `target_ids` and entropies, (N,) each, and gradients for upstream ones of either."""
-    walk = setting.head_walk(operands, objective)
+    """Returns log-probabilities of `target_ids` and entropies, (N,) each, and gradients for upstream ones of either."""
+    walk = _head_walk(operands, objective, setting)
     gradients = HeadGradients(walk, wanted)
     logprobs = None if operands.target_ids is None else walk.per_row()
     entropy = walk.per_row()
@@ -102,8 +79,8 @@ def logprob_pass(
 
 
 def topk_pass(operands: Operands, objective: Objective, setting: Setting) -> tuple[Tensor, Tensor]:
-    """The `objective.topk` most likely ids of each row and their log-probabilities, (N, k) each."""
-    walk = setting.head_walk(operands, objective)
+    """Returns the `objective.topk` most likely ids of each row and their log-probabilities, (N, k) each."""
+    walk = _head_walk(operands, objective, setting)
     hidden, k = operands.student_hidden, objective.topk
     ids = hidden.new_empty((hidden.shape[0], k), dtype=torch.int64)
     logprobs = hidden.new_empty((hidden.shape[0], k), dtype=walk.dtype)
@@ -113,7 +90,15 @@ def topk_pass(operands: Operands, objective: Objective, setting: Setting) -> tup
     return ids, logprobs
 
 
-def _divergence_pass(
+def _head_walk(operands: Operands, objective: Objective, setting: Setting) -> HeadWalk:
+    """Returns the walk over rows that a setting asks for."""
+    shards = None
+    if setting.process_group:
+        shards = Shards(setting.process_group, setting.shards, objective.vocab_size or sum(setting.shards))
+    return HeadWalk(operands, objective, setting.backend, setting.workspace_bytes, shards)
+
+
+def _divergence_values(
     walk: RowWalk, gradients: HeadGradients | LogitGradient | None, setting: Setting, upstream: Tensor | None
 ) -> Values:
     operands, objective = walk.operands, walk.objective

@@ -1,1 +1,1 @@
-"""What happens to one tile of logits: the products with a head, the formulas, and the backends that apply them."""
+"""Computes one tile of logits and what is made of it: products with a head, formulas, and backends that apply them."""

@@ -1,4 +1,4 @@
-"""What is done to every entry of a block of logits, in place through scratch, and the sums over its columns.
+"""Does what is done to every entry of a block of logits, in place through scratch, and sums over its columns.
 
 The columns are the whole vocabulary (`torch_backend`) or one rank's part of it (`vocab_parallel`). So nothing here uses
 a sum over the vocabulary before the caller, who may have to add other ranks' parts to it, hands it in.
@@ -38,7 +38,7 @@ class Scratch(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Of one side of a block over the columns at hand, (rows, 1) each."""
+    """What one side of a block adds up to over the columns at hand, (rows, 1) each."""
 
     total: Tensor  # Σ e^z
     weighted: Tensor  # Σ e^z z
@@ -58,7 +58,7 @@ class Terms(NamedTuple):
 
 
 def blocks_of(logits: Tensor) -> list[tuple[slice, Scratch]]:
-    """Rows (C, V) a few at a time, with the scratch that all blocks share."""
+    """Cuts rows (C, V) into blocks of a few, with the scratch that all blocks share."""
     count, vocab = logits.shape
     size = min(block_rows(vocab, logits.device.type), max(count, 1))
     whole = [logits.new_empty((size, vocab)) for _ in Scratch._fields]
@@ -67,19 +67,19 @@ def blocks_of(logits: Tensor) -> list[tuple[slice, Scratch]]:
 
 
 def finalise_(z: Tensor, head: tuple[float, float | None, float], bias: Tensor | None) -> Tensor | None:
-    """From raw projections to final logits in place; returns the soft-cap's derivative where there is one."""
+    """Turns raw projections into final logits in place; returns the soft-cap's derivative where there is one."""
     transform_(z, head, bias)
     return slope_of(z, head)
 
 
 def slope_of(z: Tensor, head: tuple[float, float | None, float]) -> Tensor | None:
-    """The soft-cap's derivative at final logits of any shape."""
+    """Returns the soft-cap's derivative at final logits of any shape."""
     _, softcap, temperature = head
     return None if softcap is None else (z * (temperature / softcap)).square_().neg_().add_(1.0)
 
 
 def chain_(gradient: Tensor, head: tuple[float, float | None, float], slope: Tensor | None) -> None:
-    """From the gradient with respect to final logits to that with respect to raw projections, in place."""
+    """Turns the gradient with respect to final logits into that with respect to raw projections, in place."""
     scale, _, temperature = head
     if slope is not None:
         gradient.mul_(slope)
@@ -88,13 +88,13 @@ def chain_(gradient: Tensor, head: tuple[float, float | None, float], slope: Ten
 
 
 def narrow_(block: Tensor, view: Tensor) -> None:
-    """Write a block of the gradient where `gradient_view` has it, over its own memory."""
+    """Writes a block of the gradient where `gradient_view` has it, over its own memory."""
     if view.dtype != block.dtype:
         view.copy_(block.to(view.dtype))
 
 
 def exponential_sums(z: Tensor, exponentials: Tensor, spare: Tensor) -> Sums:
-    """Write `e^z` of final logits (rows, V) into `exponentials`, and add up."""
+    """Writes `e^z` of final logits (rows, V) into `exponentials`, and adds up."""
     total = torch.exp(z, out=exponentials).sum(-1, keepdim=True)
     low, high = total.aminmax()
     shift = None
@@ -107,13 +107,13 @@ def exponential_sums(z: Tensor, exponentials: Tensor, spare: Tensor) -> Sums:
 
 
 def is_close(gap: Tensor) -> bool:
-    """Whether all differences of final logits, teacher minus student, are small; one synchronisation on a GPU."""
+    """True where all differences of final logits, teacher minus student, are small; synchronises a GPU once."""
     low, high = gap.aminmax()
     return float(low) > -CLOSE and float(high) < CLOSE
 
 
 def growth_sums(z: Tensor, gap: Tensor, masses: Tensor, growths: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
-    """`Σ m (e^gap - 1)` and `Σ m e^gap (z + gap)` over masses m of the student's, (rows, 1) each.
+    """Sums `m (e^gap - 1)` and `m e^gap (z + gap)` over masses m of the student's, (rows, 1) each.
 
     `e^gap - 1` is left in `growths`. No difference of anything larger than it is enters the first sum.
     """
@@ -126,7 +126,7 @@ def growth_sums(z: Tensor, gap: Tensor, masses: Tensor, growths: Tensor, spare: 
 def divergence_terms(
     z: Tensor, u: Tensor, t: Tensor | None, scratch: Scratch, alpha: float, normalize: bool, share: Tensor | None = None
 ) -> Terms:
-    """Over the full vocabulary; z is overwritten. `t` is `q/p - 1` in `scratch.a`, or None to have it made of u.
+    """Sums over the full vocabulary and overwrites z. `t` is `q/p - 1` in `scratch.a`; None has it made of u.
 
     `share` (rows,) is these columns' part of p's mass. None for all of it: the loss is then complete, and with
     `alpha=1`, where the loss is the centre, the gradient too.
@@ -162,21 +162,21 @@ def divergence_terms(
 
 
 def far_terms(z: Tensor, log_p: Tensor, log_q: Tensor, alpha: float, normalize: bool) -> Terms:
-    """The same from float64 log-probabilities, for log-ratios that float32 cannot hold the exponential of."""
+    """Does so from float64 log-probabilities, for log-ratios that float32 cannot hold the exponential of."""
     _, loss, numerators, centre = bucket_terms(log_p, log_q, alpha, normalize)
     z.copy_(numerators)
     return Terms(loss.to(z.dtype), None if centre is None else centre.to(z.dtype), 1.0)
 
 
 def capped_terms(z: Tensor, log_p: Tensor, log_q: Tensor, alpha: float, normalize: bool, entry_clip: float) -> Terms:
-    """With each entry's summand capped, from float64 log-probabilities: such sums are of first order in everything."""
+    """Caps each entry's summand, from float64 log-probabilities: such sums are of first order in everything."""
     loss, numerators = clipped_terms(log_p, log_q, alpha, normalize, entry_clip)
     z.copy_(numerators)
     return Terms(loss.to(z.dtype), numerators.sum(-1).to(z.dtype), 1.0)
 
 
 def centre_(numerators: Tensor, neg_p: Tensor, centre: Tensor | None, factor: float = 1.0) -> None:
-    """The gradient with respect to the final logits, in place, from numerators and the centre of all columns."""
+    """Makes the gradient with respect to the final logits, in place, of numerators and the centre of all columns."""
     if centre is not None:
         numerators.addcmul_(neg_p, centre[:, None])
     if factor != 1.0:
@@ -186,7 +186,7 @@ def centre_(numerators: Tensor, neg_p: Tensor, centre: Tensor | None, factor: fl
 def logprob_gradient_(
     z: Tensor, neg_p: Tensor, level: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
 ) -> None:
-    """The gradient of log-probabilities and entropy but for the target's own entry, in place of z.
+    """Puts the gradient of log-probabilities and entropy, but for the target's own entry, in place of z.
 
     `z + level` (rows, 1) is log p plus the entropy, of which `-p (log p + H)` is the derivative; that of log p(y) is
     `onehot(y) - p`. The upstream gradients are (rows, 1).
@@ -201,7 +201,7 @@ def logprob_gradient_(
 
 
 def _near_loss(u: Tensor, neg_p: Tensor, alpha: float) -> Tensor:
-    """The sums of `divergence_terms`, summands in float64, where the first order of a small u cancels to 1e-16."""
+    """Sums as `divergence_terms` does, in float64, where the first order of a small u cancels to 1e-16."""
     wide = u.double()
     ratio = wide.exp()  # q/p
     if alpha == 0.0:

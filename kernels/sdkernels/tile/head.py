@@ -1,4 +1,4 @@
-"""The four matrix products, with full accumulation whatever the dtype of the head.
+"""Does the four matrix products, with full accumulation whatever the dtype of the head.
 
 Logits must not be rounded to 16 bits before the difference of two sides is taken, so a 16-bit head is multiplied into
 float32 outputs: by cuBLAS's mixed-precision products on a GPU. On a CPU PyTorch has no such product, so a tile of the
@@ -30,7 +30,7 @@ FASTER_IN_ONEDNN: dict[str, frozenset[Product]] = {
 
 @cache
 def prefers_bfloat16() -> bool:
-    """Whether a bfloat16 product on this CPU is faster than one in float32, and not a hundred times slower.
+    """True where a bfloat16 product on this CPU is faster than one in float32, and not a hundred times slower.
 
     Of two CPUs with AVX-512's bfloat16 instructions and without AMX, an AMD EPYC has it 2.3 times as fast, an Intel
     Emerald Rapids in 1.5 times the time.
@@ -42,7 +42,7 @@ def prefers_bfloat16() -> bool:
 
 @cache
 def left_to_onednn() -> frozenset[Product]:
-    """Which float32 products on this CPU oneDNN does faster than MKL: with AVX-512 on an AMD CPU all, by 27 %.
+    """Says which float32 products oneDNN does faster than MKL here: with AVX-512 on an AMD CPU all, by 27 %.
 
     On an Intel CPU the projections, where MKL is up to 1.4 times slower for some numbers of rows.
     PyTorch hands them over only under the precision "bf16", which allows rounding the factors. oneDNN rounds them where
@@ -75,7 +75,7 @@ _precision_before = "none"
 
 @contextmanager
 def _float32_precision(precision: str) -> Iterator[None]:
-    """PyTorch's setting for oneDNN's float32 products, which is the process's: the last to leave puts it back."""
+    """Sets what PyTorch lets oneDNN do to float32 products, process-wide: the last to leave puts it back."""
     global _precision_users, _precision_before
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # a property that is set at run time
     with _precision_lock:
@@ -94,7 +94,7 @@ def _float32_precision(precision: str) -> Iterator[None]:
 
 @contextmanager
 def fast_products(device: torch.device, product: Product) -> Iterator[None]:
-    """The fastest exact float32 products that this device has, for those inside."""
+    """Gives those inside the fastest exact float32 products that this device has."""
     if device.type == "cpu" and product in left_to_onednn():
         with _float32_precision("bf16"):
             yield
@@ -120,16 +120,16 @@ class Head:
         self.tile: Tensor | None = None
 
     def reserve(self, columns: int) -> None:
-        """Allocate the tile that casts go through; `columns` of the vocabulary at a time."""
+        """Allocates the tile that casts go through; `columns` of the vocabulary at a time."""
         if self.cast:
             self.tile = self.weight.new_empty((columns, self.weight.shape[1]), dtype=self.dtype)
 
     def scratch_bytes(self) -> tuple[int, int]:
-        """Bytes needed for a product beside its factors and the tile: once, and per row."""
+        """Returns the bytes that a product needs beside its factors and the tile: once, and per row."""
         return 0, 0
 
     def project(self, sides: list[Tensor], outs: list[Tensor]) -> None:
-        """Each `out` (R, V) = its side's hidden rows (R, H) · weightᵀ; a cast tile serves all sides."""
+        """Writes hidden rows (R, H) · weightᵀ into each side's `out` (R, V); a cast tile serves all sides."""
         if self.mixed:
             for hidden, out in zip(sides, outs, strict=True):
                 torch.mm(hidden, self.weight.t(), out_dtype=self.dtype, out=out)
@@ -139,7 +139,7 @@ class Head:
                 torch.mm(hidden, tile.t(), out=out[:, columns])
 
     def hidden_gradient(self, gradient: Tensor, out: Tensor) -> None:
-        """`out` (R, H) = gradient (R, V) · weight."""
+        """Writes gradient (R, V) · weight into `out` (R, H)."""
         if self.mixed:
             torch.mm(gradient, self.weight, out_dtype=self.dtype, out=out)
             return
@@ -153,7 +153,7 @@ class Head:
                 out.addmm_(gradient[:, columns], tile)
 
     def weight_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor, scale: float, first: bool) -> None:
-        """`out` (V, H) += scale · gradientᵀ (V, R) · hidden (R, H), or = where it is the `first` chunk."""
+        """Adds scale · gradientᵀ (V, R) · hidden (R, H) to `out` (V, H), or writes it where it is the `first` chunk."""
         if self.mixed:
             torch.addmm(
                 out, gradient.t(), hidden, out_dtype=self.dtype, beta=0.0 if first else 1.0, alpha=scale, out=out
@@ -171,7 +171,7 @@ class Head:
             out.addmm_(gradient.t(), hidden, beta=0.0 if first else 1.0, alpha=scale)
 
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """(columns, that part of the weight in the operand dtype); each cast tile overwrites the one before."""
+        """Yields columns and that part of the weight in the operand dtype; a cast tile overwrites the one before."""
         if self.tile is None:
             yield slice(0, self.weight.shape[0]), self.weight
             return
@@ -180,6 +180,6 @@ class Head:
 
 
 def _slices(count: int, size: int) -> Iterator[slice]:
-    """0 to `count` in steps of `size`, the last one shorter."""
+    """Cuts 0 to `count` into steps of `size`, the last one shorter."""
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))

@@ -1,4 +1,4 @@
-"""Divergences between two short lists of buckets: the k ids of a top-k support and the rest of the vocabulary.
+"""Computes divergences between two short lists of buckets: a top-k support's k ids and the rest of the vocabulary.
 
 A softmax restricted to k ids with one bucket for the remaining mass is again a softmax, over the k logits and the
 log-sum-exp of the others. So a gradient with respect to the bucket logits is spread over the vocabulary by giving each
@@ -18,7 +18,7 @@ LEAST_MASS = 1e-37
 
 
 def bucket_divergence(student: Tensor, teacher: Tensor, alpha: float, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Loss (rows,) and its gradient with respect to the student's bucket logits (rows, buckets).
+    """Returns the loss (rows,) and its gradient with respect to the student's bucket logits (rows, buckets).
 
     `student` and `teacher` are log-probabilities (rows, buckets) in float64. The loss is clamped at 0, below which only
     rounding (1e-16) takes it.
@@ -33,7 +33,7 @@ def bucket_divergence(student: Tensor, teacher: Tensor, alpha: float, normalize:
 def bucket_terms(
     student: Tensor, teacher: Tensor, alpha: float, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """p (rows, buckets), loss (rows,), numerators (rows, buckets) and centre (rows,).
+    """Returns p (rows, buckets), loss (rows,), numerators (rows, buckets) and centre (rows,).
 
     The gradient is `numerators - p · centre`. All may be of some of the buckets: losses and centres of others are added
     to them. Each summand carries the difference of the masses beside the textbook term, so that an error in the
@@ -54,7 +54,7 @@ def bucket_terms(
 
 
 def with_tail(logprobs: Tensor, tail_mass: Tensor | None, tail: bool) -> Tensor:
-    """Append the log of the remaining mass (rows,) to (rows, k) log-probabilities, or renormalise them without it.
+    """Appends the log of the remaining mass (rows,) to (rows, k) log-probabilities, or renormalises them without it.
 
     `tail_mass` None takes it as one minus the listed mass, for a teacher of which no more is known.
     """
@@ -66,14 +66,14 @@ def with_tail(logprobs: Tensor, tail_mass: Tensor | None, tail: bool) -> Tensor:
 
 
 def tail_share(gradient: Tensor, tail_mass: Tensor) -> Tensor:
-    """What -p of a token in the tail is multiplied by, (rows,), given the tail bucket's gradient and its mass."""
+    """Returns what -p of a token in the tail is multiplied by, (rows,), given the tail's gradient and its mass."""
     return -gradient / tail_mass.clamp(min=LEAST_MASS).to(gradient.dtype)
 
 
 def clipped_divergence(
     student: Tensor, teacher: Tensor, alpha: float, normalize: bool, entry_clip: float
 ) -> tuple[Tensor, Tensor]:
-    """Loss (rows,) = Σ min(entry, entry_clip) and its gradient with respect to the student's logits (rows, V)."""
+    """Returns the loss (rows,) Σ min(entry, entry_clip) and its gradient with respect to the student's logits."""
     loss, numerators = clipped_terms(student, teacher, alpha, normalize, entry_clip)
     return loss, numerators - student.exp() * numerators.sum(-1, keepdim=True)
 
@@ -81,7 +81,7 @@ def clipped_divergence(
 def clipped_terms(
     student: Tensor, teacher: Tensor, alpha: float, normalize: bool, entry_clip: float
 ) -> tuple[Tensor, Tensor]:
-    """Loss (rows,) and numerators (rows, V), as in `bucket_terms`; the centre is the numerators' sum.
+    """Returns loss (rows,) and numerators (rows, V), as in `bucket_terms`; the centre is the numerators' sum.
 
     The entries are the textbook summands, which may be negative (OPSD, arXiv:2601.18734); `student` and `teacher` are
     log-probabilities (rows, V) in float64.
@@ -103,7 +103,7 @@ def clipped_terms(
 
 
 def transform_(z: Tensor, head: tuple[float, float | None, float], bias: Tensor | None) -> None:
-    """From raw projections to final logits, in place."""
+    """Turns raw projections into final logits, in place."""
     scale, softcap, temperature = head
     if bias is not None:
         z.add_(bias)
@@ -114,7 +114,7 @@ def transform_(z: Tensor, head: tuple[float, float | None, float], bias: Tensor 
 
 
 def gradient_view(logits: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Where the gradient (C, V) goes: the logits' own memory, in the first half of each row for a 16-bit `dtype`."""
+    """Returns where the gradient (C, V) goes: the logits' own memory, half of each row for a 16-bit `dtype`."""
     if dtype is None or dtype == logits.dtype:
         return logits
     if dtype not in (torch.bfloat16, torch.float16):

@@ -1,4 +1,4 @@
-"""Work on several threads: those that torch has for its own operators.
+"""Shares work among several threads: those that torch has for its own operators.
 
 Threads of an OpenMP team wait for the next parallel region in a busy loop, for some 20 ms; others, started beside them,
 would share the cores with that waiting. So the work is handed to the same team, through the entry point that compilers
@@ -27,7 +27,7 @@ POPULATE_WRITE = 23  # of madvise, from Linux 5.14 on
 
 
 def together(work: Callable[[], None], threads: int) -> None:
-    """Call `work` on as many threads at once, and wait for all; an exception of any of them is raised."""
+    """Calls `work` on as many threads at once, and waits for all; an exception of any of them is raised."""
     if threads == 1:
         work()
         return
@@ -50,7 +50,7 @@ def together(work: Callable[[], None], threads: int) -> None:
 
 
 def run_all(call: Callable[[int], object], count: int) -> None:
-    """`call(0)` to `call(count - 1)`, on torch's threads if there are more than one."""
+    """Calls `call(0)` to `call(count - 1)`, on torch's threads if there are more than one."""
     left = iter(range(count))
 
     def work() -> None:
@@ -71,7 +71,7 @@ def shares(count: int, *, step: int = 1, most: int) -> list[tuple[int, int]]:
 
 
 def populated(memory: Tensor) -> Tensor:
-    """`memory`, just allocated and about to be written: its pages are asked for at once and by all threads.
+    """Returns `memory`, just allocated and about to be written; all threads at once ask for its pages.
 
     Left to the first writes, it is 4 KiB at a time, amid the products: of a step at N=1024, V=32000, H=1024 that was
     3 %. Does nothing where the system does not know how.
@@ -98,13 +98,13 @@ def _madvise() -> Callable[[int, int, int], int]:
 
 @cache
 def _openmp() -> Any | None:
-    """`GOMP_parallel` of the OpenMP library that torch itself is linked with; LLVM's and Intel's have it too."""
+    """Returns `GOMP_parallel` of the OpenMP library that torch is linked with; LLVM's and Intel's have it too."""
     try:
-        found = ctypes.CDLL(torch._C.__file__).GOMP_parallel
+        parallel = ctypes.CDLL(torch._C.__file__).GOMP_parallel
     except (OSError, AttributeError):
         return None
-    found.argtypes, found.restype = [WORK, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
-    return found
+    parallel.argtypes, parallel.restype = [WORK, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return parallel
 
 
 @cache
@@ -113,10 +113,10 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _after_fork() -> None:
-    """A forked process has none of its parent's threads, and would wait for them; OpenMP's do not come back."""
+    """Forgets the threads: a forked process has none of its parent's and would wait for them for ever."""
     global _openmp
     _pool.cache_clear()
-    _openmp = cache(lambda: None)
+    _openmp = cache(lambda: None)  # OpenMP's do not come back
 
 
 if hasattr(os, "register_at_fork"):

@@ -1,4 +1,4 @@
-"""How many rows are worked on at a time, from shapes and a byte budget: integers only, no tensors.
+"""Says how many rows are worked on at a time, from shapes and a byte budget: integers only, no tensors.
 
 The workspace of the fused operations is, for a chunk of C rows: the logits of every side (C, V), the rows' hidden
 states and gradient (C, H), one tile of the head in the compute dtype where the head's own dtype cannot be multiplied
@@ -34,7 +34,7 @@ class Tiling:
 
 
 def block_rows(vocab: int, device_type: str) -> int:
-    """Rows of one block of the torch backend's element-wise part."""
+    """Returns the rows of one block of the torch backend's element-wise part."""
     return max(1, BLOCK_ENTRIES["cpu" if device_type == "cpu" else "other"] // max(vocab, 1))
 
 
@@ -50,7 +50,7 @@ def plan_tiling(
     workspace_bytes: int,
     most_rows: int | None = None,
 ) -> Tiling:
-    """Rows per chunk so that everything stays within `workspace_bytes`.
+    """Returns the rows per chunk so that everything stays within `workspace_bytes`.
 
     `sides` counts the distributions that are projected, `hidden_entries` what a row costs beside its logits,
     `cast_width` the widest hidden size of a head that is cast (0: none), `itemsize` the bytes of the compute dtype.

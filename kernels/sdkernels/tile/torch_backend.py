@@ -1,4 +1,4 @@
-"""Row values and gradient tile from a tile of logits, in plain torch operations.
+"""Turns a tile of logits into row values and a gradient tile, in plain torch operations.
 
 What differs from the obvious: the element-wise part runs over a few rows at a time through preallocated scratch, so
 that on a CPU its dozens of passes stay in cache, and the gradient overwrites the student's logits. The passes
@@ -38,7 +38,7 @@ make_head = Head
 
 
 def scratch_bytes(rows: int, vocab: int, device_type: str, topk: int) -> tuple[int, int]:
-    """Bytes needed beside the logits of a tile: once, and per row of it."""
+    """Returns the bytes needed beside the logits of a tile: once, and per row of it."""
     return BLOCK_BYTES_PER_ENTRY * vocab * min(max(rows, 1), block_rows(vocab, device_type)), 0
 
 
@@ -51,7 +51,7 @@ def divergence_tile(
     want_gradient: bool,
     gradient_dtype: torch.dtype | None = None,
 ) -> tuple[RowValues, Tensor | None]:
-    """Both logits (C, V) are destroyed; the gradient, with respect to the raw projection, lies in `student_logits`."""
+    """Destroys both logits (C, V); the gradient, with respect to the raw projection, lies in `student_logits`."""
     parts = []
     gradient = gradient_view(student_logits, gradient_dtype) if want_gradient else None
     for block, scratch in blocks_of(student_logits):
@@ -80,7 +80,7 @@ def logprob_tile(
     grad_entropy: Tensor | None = None,
     gradient_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Log-probabilities of `rows.target_ids` (C,), entropy (C,), and the gradient tile for the given upstream ones."""
+    """Returns log-probabilities of `rows.target_ids` (C,), entropy (C,), and the tile of the given gradients'."""
     logprobs, entropies = [], []
     want_gradient = grad_logprobs is not None or grad_entropy is not None
     gradient = gradient_view(logits, gradient_dtype) if want_gradient else None
@@ -105,7 +105,7 @@ def logprob_tile(
 
 
 def topk_tile(logits: Tensor, rows: TileRows, objective: Objective, k: int) -> tuple[Tensor, Tensor]:
-    """The k most likely ids (C, k), most likely first, and their log-probabilities (C, k)."""
+    """Returns the k most likely ids (C, k), most likely first, and their log-probabilities (C, k)."""
     finalise_(logits, objective.student, rows.student_bias)
     values, ids = logits.topk(k, dim=-1)
     return ids, values - torch.logsumexp(logits, dim=-1, keepdim=True)
@@ -120,7 +120,7 @@ class Side(NamedTuple):
     entropy: Tensor  # (rows,) nats
 
     def logprobs_at(self, ids: Tensor) -> Tensor:
-        """(rows,) for ids (rows,)."""
+        """Returns the log-probabilities (rows,) of ids (rows,)."""
         return (self.z.gather(1, ids[:, None]) - self.log_sum)[:, 0]
 
 
@@ -134,7 +134,7 @@ class Teacher(NamedTuple):
 
 
 def _normalise(z: Tensor, exponentials: Tensor, spare: Tensor) -> Side:
-    """Write `e^z` of final logits (rows, V) into `exponentials`, and normalise."""
+    """Writes `e^z` of final logits (rows, V) into `exponentials`, and normalises."""
     sums = exponential_sums(z, exponentials, spare)
     log_sum = sums.total.log()
     return Side(z, sums.total, log_sum, (log_sum - sums.weighted / sums.total)[:, 0])
@@ -174,7 +174,7 @@ def _divergence_block(
 
 
 def _teacher(student: Side, z_teacher: Tensor, rows: TileRows, objective: Objective, scratch: Scratch) -> Teacher:
-    """The teacher of a block from its raw projection, or from that of the difference of the hidden states."""
+    """Makes the teacher of a block from its raw projection, or from that of the hidden states' difference."""
     if not rows.teacher_is_gap:
         finalise_(z_teacher, objective.teacher, rows.teacher_bias)
     else:
@@ -188,7 +188,7 @@ def _teacher(student: Side, z_teacher: Tensor, rows: TileRows, objective: Object
 
 
 def _close_teacher(student: Side, gap: Tensor, scratch: Scratch) -> Teacher:
-    """From `gap`, teacher's minus student's final logits, without a difference of anything larger than it is.
+    """Makes it from `gap`, teacher's minus student's final logits; no difference is of anything larger.
 
     With `g = e^gap - 1` and `G = Σ p g`: `u = gap - log(1 + G)` and `q/p - 1 = (g - G) / (1 + G)`. The teacher's logits
     are the student's plus the gap.
@@ -202,7 +202,7 @@ def _close_teacher(student: Side, gap: Tensor, scratch: Scratch) -> Teacher:
 
 
 def _full_vocabulary(student: Side, teacher: Teacher, objective: Objective, scratch: Scratch) -> Tensor:
-    """Loss (rows,); the student's z becomes its gradient with respect to the final logits."""
+    """Returns the loss (rows,); the student's z becomes its gradient with respect to the final logits."""
     alpha, normalize, z, u = objective.alpha, objective.normalize, student.z, teacher.u
     if objective.entry_clip is not None:
         # Clipped sums are of first order: here an error in the normalisers counts.
@@ -222,7 +222,7 @@ def _full_vocabulary(student: Side, teacher: Teacher, objective: Objective, scra
 
 
 def _sampled(student: Side, log_p: Tensor, gap: Tensor, rows: TileRows, scratch: Scratch) -> Tensor:
-    """sg(log p(y) - log q(y))·log p(y), the score-function form of the reverse KL, given the bracket."""
+    """Returns sg(log p(y) - log q(y))·log p(y), the reverse KL's score-function form, given the bracket."""
     torch.mul(scratch.neg_p, gap[:, None], out=student.z)
     if rows.target_ids is not None:
         student.z.scatter_add_(1, rows.target_ids[:, None], gap[:, None])
@@ -230,7 +230,7 @@ def _sampled(student: Side, log_p: Tensor, gap: Tensor, rows: TileRows, scratch:
 
 
 def _top_k(student: Side, teacher: Teacher | None, rows: TileRows, objective: Objective, scratch: Scratch) -> Tensor:
-    """Loss (rows,) over k ids and the tail; the student's z becomes its gradient with respect to the final logits."""
+    """Returns the loss (rows,) over k ids and the tail; z becomes its gradient with respect to the final logits."""
     z = student.z
     ids = rows.teacher_ids
     if ids is None:
@@ -263,5 +263,5 @@ def _top_k(student: Side, teacher: Teacher | None, rows: TileRows, objective: Ob
 
 
 def _mass_outside(ids: Tensor, masses: Tensor) -> Tensor:
-    """Sum of each row's masses outside `ids`, which are set to 0: exact where one minus the listed mass is not."""
+    """Sums each row's masses outside `ids`, which it sets to 0: exact where one minus the listed mass is not."""
     return masses.scatter_(1, ids, 0.0).sum(-1).double()

@@ -1,4 +1,4 @@
-"""What was measured on a device about how to launch: block sizes of the kernels, and the workspace of a pass.
+"""Reads what was measured on a device about how to launch: block sizes of the kernels, and a pass's workspace.
 
 One JSON file an architecture in `tables/`, written by `tuning`, says where and with what it was measured. What
 `backend="auto"` launches follows it where there is one, and the untuned numbers of `triton_backend/configs.py` and
@@ -60,11 +60,11 @@ class Table:
     workspace: tuple[WorkspaceRow, ...] = ()
 
     def launch(self, kernel: str, vocab: int) -> KernelRow | None:
-        """The row whose V is nearest, by their ratio; None where the kernel was not tuned."""
+        """Returns the row whose V is nearest, by their ratio; None where the kernel was not tuned."""
         return _nearest(self.kernels.get(kernel, ()), lambda row: abs(math.log(row.vocab / max(vocab, 1))))
 
     def workspace_mb(self, vocab: int, hidden: int) -> int | None:
-        """Of the measured head that is nearest; None where none is near."""
+        """Returns what suits the nearest measured head; None where none is near."""
         row = _nearest(
             self.workspace,
             lambda row: max(abs(math.log(row.vocab / max(vocab, 1))), abs(math.log(row.hidden / max(hidden, 1)))),
@@ -74,7 +74,7 @@ class Table:
 
 
 def architecture(device: torch.device) -> str:
-    """Which table a device reads."""
+    """Says which table a device reads."""
     if device.type == "cpu":
         return "interpreter"
     if torch.version.hip is not None:
@@ -86,19 +86,19 @@ def architecture(device: torch.device) -> str:
 
 
 def table_for(device: torch.device) -> Table | None:
-    """The table of a device's architecture, where one was measured."""
+    """Returns the table of a device's architecture, where one was measured."""
     # Without any table nothing is asked of the device, also not while a call is being traced.
     return table_of(architecture(device)) if _current else None
 
 
 def table_of(name: str) -> Table | None:
-    """The table of an architecture, where one was measured."""
+    """Returns the table of an architecture, where one was measured."""
     return _current.get(name)
 
 
 @contextmanager
 def using(*tables: Table) -> Iterator[None]:
-    """In the block these tables hold and no others: how the tuner tries a launch. Not for several threads."""
+    """Makes these tables hold in the block, and no others: how the tuner tries a launch. Not for several threads."""
     before = dict(_current)
     _current.clear()
     _current.update({table.architecture: table for table in tables})
@@ -110,15 +110,15 @@ def using(*tables: Table) -> Iterator[None]:
 
 
 def read(path: Path) -> Table:
-    """Raises `ValueError`, which names the file and what is wrong with it."""
+    """Reads a table; raises `ValueError`, which names the file and what is wrong with it."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise _wrong(path, f"it is not JSON: {error}") from error
-    expected = {one.name for one in fields(Table)}
+    expected = {field.name for field in fields(Table)}
     if not isinstance(stored, dict) or set(stored) != expected:
-        found = sorted(stored) if isinstance(stored, dict) else type(stored).__name__
-        raise _wrong(path, f"it must be an object with {', '.join(sorted(expected))}, got {found}")
+        came = sorted(stored) if isinstance(stored, dict) else type(stored).__name__
+        raise _wrong(path, f"it must be an object with {', '.join(sorted(expected))}, got {came}")
     for name in ("device", "torch", "triton", "date"):
         if not isinstance(stored[name], str) or not stored[name]:
             raise _wrong(path, f"{name} must be a text, got {stored[name]!r}")
@@ -141,7 +141,7 @@ def read(path: Path) -> Table:
 
 
 def write(table: Table, folder: Path) -> Path:
-    """As `read` takes it; returns the path, which the architecture names."""
+    """Writes a table as `read` takes it; returns the path, which the architecture names."""
     stored = asdict(table) | {
         "kernels": {name: [row._asdict() for row in rows] for name, rows in table.kernels.items()},
         "workspace": [row._asdict() for row in table.workspace],
@@ -167,8 +167,8 @@ def _wrong(path: Path, what: str) -> ValueError:
 
 
 def _nearest(rows: Iterable[Row], distance: Any, most: float = math.inf) -> Row | None:
-    found = min(rows, key=distance, default=None)
-    return found if found is not None and distance(found) <= most else None
+    nearest = min(rows, key=distance, default=None)
+    return nearest if nearest is not None and distance(nearest) <= most else None
 
 
 _current: dict[str, Table] = {table.architecture: table for table in map(read, sorted(FOLDER.glob("*.json")))}

@@ -1,4 +1,4 @@
-"""What the ranks of a group settle before a call is done: that they mean the same call, and what its mean is over.
+"""Settles what the ranks of a group must agree on before a call: that they mean the same, and what its mean is over.
 
 One collective of a few hundred bytes each, and one synchronisation on a GPU. Arguments that cannot belong together are
 then an error on every rank, where they would be a hang in the middle of the work.
@@ -19,7 +19,7 @@ FACTS = 6  # of a tensor: whether it is one, whether it is trained, dtype, numbe
 
 
 def check_group(name: str, group: object) -> None:
-    """A process group that this process belongs to."""
+    """Refuses all but a process group that this process belongs to."""
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         hint = ", whose `.get_group()` gives one" if hasattr(group, "get_group") else ""
         raise TypeError(f"{name} must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}{hint}")
@@ -28,7 +28,7 @@ def check_group(name: str, group: object) -> None:
 def agree(
     group: dist.ProcessGroup, tensors: dict[str, object], sharded: tuple[str, ...], options: tuple[Any, ...]
 ) -> list[int]:
-    """Compare what all ranks must have in common, and return how many rows of the head each of them holds.
+    """Compares what all ranks must have in common, and returns how many rows of the head each of them holds.
 
     `tensors` are the operands of the call by name, None included; of the `sharded` ones the first dimension may differ,
     and the first of them is the head. Of the tensors it is shapes, dtypes and `requires_grad` that are compared, and
@@ -71,7 +71,7 @@ def agree(
 
 
 def normalizer_over(group: dist.ProcessGroup, rows: int, token_weights: Tensor | None, device: torch.device) -> float:
-    """The sum of the token weights of all ranks, 1 where none has a row with a weight."""
+    """Returns the sum of the token weights of all ranks, 1 where none has a row with a weight."""
     mine = torch.zeros(2, dtype=torch.float64, device=device)
     if token_weights is None:
         mine += rows
@@ -101,5 +101,5 @@ def _describe(is_tensor: int, is_trained: int, dtype: int, dims: int, *shape: in
 
 
 def _first_difference(values: list[Any]) -> int | None:
-    """The first rank whose value is not that of rank 0."""
+    """Returns the first rank whose value is not that of rank 0."""
     return next((rank for rank, value in enumerate(values) if value != values[0]), None)

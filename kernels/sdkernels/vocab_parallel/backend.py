@@ -1,4 +1,4 @@
-"""The torch backend for a head that is sharded over the vocabulary: the same tiles, each rank with its own columns.
+"""Does what the torch backend does for a head that is sharded over the vocabulary, each rank with its own columns.
 
 Its functions are those of `torch_backend`, every rank calls them alike; the stages of a tile are in `stages.py`.
 """
@@ -30,7 +30,7 @@ class VocabularyParallel:
         self.shards = shards
 
     def scratch_bytes(self, rows: int, vocab: int, device_type: str, topk: int) -> tuple[int, int]:
-        """Bytes needed beside the logits of a tile: once, and per row of it."""
+        """Returns the bytes needed beside the logits of a tile: once, and per row of it."""
         once, _ = torch_backend.scratch_bytes(rows, vocab, device_type, topk)
         chosen = min(topk, self.shards.widest) * self.shards.ranks
         sent = NUMBERS_PER_ROW * (self.shards.ranks + 2) + NUMBERS_PER_CHOSEN * (chosen + 2 * topk)
@@ -47,7 +47,7 @@ class VocabularyParallel:
         want_gradient: bool,
         gradient_dtype: torch.dtype | None = None,
     ) -> tuple[RowValues, Tensor | None]:
-        """As `torch_backend.divergence_tile`: both logits (C, width) are destroyed, the first is the gradient."""
+        """Does `torch_backend.divergence_tile`: both logits (C, width) are destroyed, the first is the gradient."""
         gradient = gradient_view(student_logits, gradient_dtype) if want_gradient else None
         tile = Tile(self._occupied(student_logits), self._occupied(teacher_logits), rows, objective, self.shards)
         merged = tile.merge()
@@ -76,7 +76,7 @@ class VocabularyParallel:
         grad_entropy: Tensor | None = None,
         gradient_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """As `torch_backend.logprob_tile`."""
+        """Does `torch_backend.logprob_tile`."""
         want_gradient = grad_logprobs is not None or grad_entropy is not None
         gradient = gradient_view(logits, gradient_dtype) if want_gradient else None
         tile = Tile(self._occupied(logits), None, rows, objective, self.shards)
@@ -89,7 +89,7 @@ class VocabularyParallel:
         return logprobs, merged.student.entropy.to(logits.dtype), gradient
 
     def topk_tile(self, logits: Tensor, rows: TileRows, objective: Objective, k: int) -> tuple[Tensor, Tensor]:
-        """As `torch_backend.topk_tile`, with the ids of the whole vocabulary."""
+        """Does `torch_backend.topk_tile`, with the ids of the whole vocabulary."""
         tile = Tile(self._occupied(logits), None, rows, objective, self.shards, choose=k)
         merged = tile.merge()
         chosen = tile.chosen(merged)

@@ -1,7 +1,7 @@
-"""How the statistics of parts of the vocabulary are merged: sums of exponentials, expected logits, top-k.
+"""Takes the statistics of a part of the vocabulary and merges those of all: sums of exponentials, top-k.
 
-A part is the columns that one rank holds. Everything arrives as (R, C, …) float64, for R parts and C rows, in the order
-of the parts, so that whoever merges the same numbers gets the same result to the last bit.
+A part is the columns that one rank holds. What is merged arrives as (R, C, …) float64, for R parts and C rows, in the
+order of the parts, so that whoever merges the same numbers gets the same result to the last bit.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..tile.elementwise import Scratch, exponential_sums, growth_sums
 
 
 class Normaliser(NamedTuple):
@@ -21,12 +23,48 @@ class Normaliser(NamedTuple):
 
     @property
     def level(self) -> Tensor:
-        """Log of the sum of exponentials of the logits as they were."""
+        """The log of the sum of exponentials of the logits as they were."""
         return self.shift + self.log_sum
 
 
+def side_sums(
+    z: Tensor, other: Tensor | None, teacher_is_gap: bool, close: bool, scratch: Scratch
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Returns the sums of both sides over a block of one part, in float64; lowers final logits where it must."""
+    sums = exponential_sums(z, scratch.neg_p, scratch.a)
+    total, zero = sums.total.double(), torch.zeros_like(sums.total, dtype=torch.float64)
+    shift = zero if sums.shift is None else sums.shift.double()
+    student = {"student_shift": shift, "student_total": total, "student_weighted": sums.weighted.double()}
+    if other is None:
+        return student, {}
+    if not teacher_is_gap:
+        sums = exponential_sums(other, scratch.a, scratch.b)
+        return student, {
+            "teacher_shift": zero if sums.shift is None else sums.shift.double(),
+            "teacher_total": sums.total.double(),
+            "teacher_weighted": sums.weighted.double(),
+        }
+    if close:
+        growth, weighted = growth_sums(z, other, scratch.neg_p, scratch.a, scratch.b)
+        # In float64 the sum keeps every digit of the growth, however small.
+        total = total + growth.double()
+        return student, {"teacher_shift": shift, "teacher_total": total, "teacher_weighted": weighted.double()}
+    sums = exponential_sums(torch.add(z, other, out=scratch.u), scratch.a, scratch.b)
+    return student, {
+        "teacher_shift": shift if sums.shift is None else shift + sums.shift.double(),
+        "teacher_total": sums.total.double(),
+        "teacher_weighted": sums.weighted.double(),
+    }
+
+
+def lower_(z: Tensor, by: Tensor) -> None:
+    """Subtracts (rows, 1), which is 0 for all rows but in extreme cases."""
+    if bool(by.any()):
+        z.sub_(by.to(z.dtype))
+
+
 def merge_exponentials(shift: Tensor, total: Tensor, weighted: Tensor) -> Normaliser:
-    """Of `Σ e^(z - shift)` and `Σ e^(z - shift) (z - shift)` of each part, (R, C)."""
+    """Normalises by `Σ e^(z - shift)` and `Σ e^(z - shift) (z - shift)` of each part, (R, C)."""
     top = shift.amax(0)
     scales = (shift - top).exp()
     whole = (scales * total).sum(0)
@@ -36,7 +74,7 @@ def merge_exponentials(shift: Tensor, total: Tensor, weighted: Tensor) -> Normal
 
 
 def merge_topk(values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of (R, C, M): their ids (C, k), largest value first, and their places in R · M.
+    """Returns the ids (C, k) of the k largest of each row of (R, C, M), largest first, and their places in R · M.
 
     Of equal values the lower id comes first.
     """
@@ -48,5 +86,5 @@ def merge_topk(values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def by_row(tensor: Tensor) -> Tensor:
-    """(R, C, M) to (C, R · M)."""
+    """Turns (R, C, M) into (C, R · M)."""
     return tensor.transpose(0, 1).reshape(tensor.shape[1], -1)

@@ -1,4 +1,4 @@
-"""Which columns of a sharded vocabulary are whose, and what the ranks of a group tell each other.
+"""Says which columns of a sharded vocabulary are whose, and carries what the ranks of a group tell each other.
 
 The head is cut into consecutive slices in the order of the ranks. Row statistics are gathered, not reduced: they are
 small, one collective carries all of a stage, and every rank merges the same numbers in the same order, so that losses,
@@ -16,14 +16,14 @@ from torch import Tensor
 
 
 class Places(NamedTuple):
-    """Those of (C, K) ids that lie in one shard: which row, which of the K, which column of the shard."""
+    """Where ids of (C, K) lie in one shard: which row, which of the K, which column of the shard."""
 
     row: Tensor
     position: Tensor
     column: Tensor
 
     def of(self, block: slice) -> Places:
-        """Those of a block of rows, with rows counted from its start."""
+        """Returns the places in a block of rows, with rows counted from its start."""
         inside = (self.row >= block.start) & (self.row < block.stop)
         return Places(self.row[inside] - block.start, self.position[inside], self.column[inside])
 
@@ -47,22 +47,22 @@ class Shards:
         self.occupied = sum(width > 0 for width in self.widths)
 
     def gather(self, part: Tensor) -> Tensor:
-        """(C, F) of every rank that has columns: (R, C, F)."""
+        """Returns (R, C, F): the (C, F) of every rank that has columns."""
         whole = part.new_empty((self.ranks, *part.shape))
         dist.all_gather(list(whole.unbind()), part.contiguous(), group=self.group)
         return whole[: self.occupied]
 
     def add_up_(self, part: Tensor) -> None:
-        """The sum over all ranks, in place."""
+        """Sums over all ranks, in place."""
         dist.all_reduce(part, group=self.group)
 
     def places(self, ids: Tensor) -> Places:
-        """Which of (C, K) ids are columns of this rank; those below 0 or beyond the vocabulary are nobody's."""
+        """Finds which of (C, K) ids are columns of this rank; ids below 0 or beyond the vocabulary are nobody's."""
         columns = ids - self.first_id
         row, position = ((columns >= 0) & (columns < self.width)).nonzero(as_tuple=True)
         return Places(row, position, columns[row, position])
 
 
 def resolve(group_name: Any) -> dist.ProcessGroup:
-    """The group of a name, which is how an operator, whose arguments are plain, is told of it."""
+    """Returns the group of a name, which is how an operator, whose arguments are plain, is told of it."""
     return dist.distributed_c10d._resolve_process_group(group_name)

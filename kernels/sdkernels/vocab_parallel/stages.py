@@ -1,4 +1,4 @@
-"""A tile of logits over one rank's columns of a sharded vocabulary, done in stages.
+"""Does a tile of logits over one rank's columns of a sharded vocabulary, in stages.
 
 What a stage adds up over the columns is gathered from all ranks before the next begins:
 
@@ -31,9 +31,7 @@ from ..tile.elementwise import (
     centre_,
     chain_,
     divergence_terms,
-    exponential_sums,
     far_terms,
-    growth_sums,
     is_close,
     logprob_gradient_,
     narrow_,
@@ -41,14 +39,14 @@ from ..tile.elementwise import (
 )
 from ..tile.support import bucket_divergence, tail_share, transform_, with_tail
 from ..types import Objective, TileRows
-from .moments import Normaliser, by_row, merge_exponentials, merge_topk
+from .moments import Normaliser, by_row, lower_, merge_exponentials, merge_topk, side_sums
 from .shards import Places, Shards
 
 
 class Merged(NamedTuple):
     """What the first stage finds of C rows, float64; of the teacher where there are logits of one.
 
-    The offset is exact for close sides too, whose sums of exponentials differ by the exact growth: see `_side_sums`.
+    The offset is exact for close sides too, whose sums of exponentials differ by the exact growth: see `side_sums`.
     """
 
     student: Normaliser
@@ -60,7 +58,7 @@ class Merged(NamedTuple):
     gathered: dict[str, Tensor]  # (R, C, F) by name
 
     def at_target(self, name: str) -> Tensor:
-        """(C,): the one rank that holds the target says more than 0."""
+        """Returns the (C,) that the one rank with the target says: the others say 0."""
         return self.gathered[name].sum(0)[:, 0]
 
 
@@ -102,7 +100,7 @@ class Tile:
         self.close: dict[int, bool] = {}  # by first row of a block: whether all of its gaps are small
 
     def merge(self) -> Merged:
-        """The first stage. It leaves final logits, or the gap, in the tile."""
+        """Does the first stage, which leaves final logits, or the gap, in the tile."""
         parts = [self._statistics(block, scratch) for block, scratch in self.blocks]
         mine = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         gathered = self._gather(mine)
@@ -119,7 +117,7 @@ class Tile:
         return Merged(student, teacher, offset, share, lowered, mine.get("teacher_shift"), gathered)
 
     def chosen(self, merged: Merged) -> Entries:
-        """The `choose` most likely ids of each row."""
+        """Returns the `choose` most likely ids of each row."""
         gathered = merged.gathered
         logits, gaps = gathered["chosen_logit"], gathered.get("chosen_gap")
         values = logits if gaps is None or self.objective.topk_of == "student" else logits + gaps
@@ -127,7 +125,7 @@ class Tile:
         return Entries(ids, by_row(logits).gather(1, places), None if gaps is None else by_row(gaps).gather(1, places))
 
     def full_vocabulary(self, merged: Merged, gradient: Tensor | None) -> Tensor:
-        """Loss (C,) over all ids."""
+        """Returns the loss (C,) over all ids."""
         objective, other = self.objective, self.other
         assert other is not None
         capped = objective.entry_clip is not None
@@ -158,7 +156,7 @@ class Tile:
         return whole[:, 0] if capped else whole[:, 0].clamp(min=0.0)
 
     def sampled(self, merged: Merged, log_p: Tensor, gap: Tensor, gradient: Tensor | None) -> Tensor:
-        """sg(log p(y) - log q(y))·log p(y) for each row, given the bracket; see `torch_backend`."""
+        """Returns sg(log p(y) - log q(y))·log p(y) for each row, given the bracket; see `torch_backend`."""
         if gradient is not None and self.rows.target_ids is not None:
             places = self.shards.places(self.rows.target_ids[:, None])
             factors = gap.to(self.z.dtype)[:, None]
@@ -172,7 +170,7 @@ class Tile:
         return gap * log_p
 
     def top_k(self, merged: Merged, gradient: Tensor | None) -> Tensor:
-        """Loss (C,) over k ids and the tail."""
+        """Returns the loss (C,) over k ids and the tail."""
         objective, head = self.objective, self.objective.student
         if self.rows.teacher_ids is None:
             entries = self.chosen(merged)
@@ -213,7 +211,7 @@ class Tile:
     def logprob_gradient(
         self, merged: Merged, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, gradient: Tensor
     ) -> None:
-        """Write the gradient for upstream ones (C,) of log p(target) and of the entropy."""
+        """Writes the gradient for upstream ones (C,) of log p(target) and of the entropy."""
         dtype, target_ids = self.z.dtype, self.rows.target_ids
         level = (merged.student.entropy - merged.student.log_sum).to(dtype)[:, None]
         of_target = None if grad_logprobs is None or target_ids is None else grad_logprobs[:, None]
@@ -232,12 +230,12 @@ class Tile:
             narrow_(z, gradient[block])
 
     def _gather(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
-        """(C, F) by name to those of all ranks, (R, C, F), in one collective."""
+        """Collects (C, F) by name from all ranks, (R, C, F), in one collective."""
         whole = self.shards.gather(torch.cat(list(mine.values()), dim=-1))
         return dict(zip(mine, whole.split([part.shape[-1] for part in mine.values()], dim=-1), strict=True))
 
     def _statistics(self, block: slice, scratch: Scratch) -> dict[str, Tensor]:
-        """What the first stage has to say of a block, (rows, F) float64 each."""
+        """Returns what the first stage has to say of a block, (rows, F) float64 each."""
         rows, objective = self.rows.part(block), self.objective
         z, other = self.z[block], None if self.other is None else self.other[block]
         transform_(z, objective.student, rows.student_bias)
@@ -249,26 +247,26 @@ class Tile:
         close = other is not None and rows.teacher_is_gap and is_close(other)
         self.close[block.start] = close
         if objective.entry_clip is None:
-            student, teacher = _side_sums(z, other, rows.teacher_is_gap, close, scratch)
+            student, teacher = side_sums(z, other, rows.teacher_is_gap, close, scratch)
         else:
             # Capped sums are of first order: an error in the normalisers counts.
             copies = z.double(), None if other is None else other.double()
             wide = Scratch(*(torch.empty_like(copies[0]) for _ in Scratch._fields))
-            student, teacher = _side_sums(*copies, rows.teacher_is_gap, close, wide)
+            student, teacher = side_sums(*copies, rows.teacher_is_gap, close, wide)
             z.copy_(copies[0])
             if other is not None and copies[1] is not None:
                 other.copy_(copies[1])
         return fields | student | teacher
 
     def _entries(self, z: Tensor, other: Tensor | None, rows: TileRows) -> dict[str, Tensor]:
-        """Final logits of the ids that are asked for, and the teacher's minus the student's; 0 of other ranks' ids."""
+        """Reads final logits of the ids that are asked for, and the teacher's minus them; 0 of other ranks' ids."""
         fields = {}
 
         def gaps(columns: Tensor, logits: Tensor) -> Tensor | None:
             if other is None:
                 return None
-            found = other.gather(1, columns).double()
-            return found if rows.teacher_is_gap else found - logits
+            teacher = other.gather(1, columns).double()
+            return teacher if rows.teacher_is_gap else teacher - logits
 
         for name, ids in (
             ("target", None if rows.target_ids is None else rows.target_ids[:, None]),
@@ -291,19 +289,19 @@ class Tile:
                 chooser = z + other if rows.teacher_is_gap else other
             columns = chooser.topk(min(self.choose, z.shape[1]), dim=-1).indices
             logits = z.gather(1, columns).double()
-            found = {"chosen_id": (columns + self.shards.first_id).double(), "chosen_logit": logits}
+            chosen = {"chosen_id": (columns + self.shards.first_id).double(), "chosen_logit": logits}
             gap = gaps(columns, logits)
             if gap is not None:
-                found["chosen_gap"] = gap
+                chosen["chosen_gap"] = gap
             # Ranks with fewer columns than others send as many entries; the last choice is none of these.
             missing = min(self.choose, self.shards.widest) - columns.shape[1]
             fill = {"chosen_id": float(self.shards.vocab), "chosen_logit": -torch.inf, "chosen_gap": 0.0}
-            for name, entries in found.items():
+            for name, entries in chosen.items():
                 fields[name] = torch.nn.functional.pad(entries, (0, missing), value=fill[name])
         return fields
 
     def _terms(self, merged: Merged, block: slice, scratch: Scratch) -> Terms:
-        """The divergence's terms over this rank's columns; z becomes their numerators."""
+        """Sums the divergence's terms over this rank's columns; z becomes their numerators."""
         objective, z = self.objective, self.z[block]
         student, alpha, normalize = merged.student, self.objective.alpha, self.objective.normalize
         u = self._log_ratio(merged, block, scratch)
@@ -317,7 +315,7 @@ class Tile:
         return divergence_terms(z, u, None, scratch, alpha, normalize, share)
 
     def _tails(self, merged: Merged, block: slice, scratch: Scratch, places: Places) -> Tensor:
-        """Masses outside the chosen ids, of p and q, the latter where it is known; z becomes -p, 0 at the ids."""
+        """Sums masses outside the chosen ids, of p and, where it is known, q; z becomes -p, 0 at the ids."""
         z, slope = self.z[block], self._slope(merged, block)
         neg_p = self._masses(merged, block, scratch)
         neg_p[places.row, places.column] = 0.0
@@ -337,25 +335,25 @@ class Tile:
         return torch.stack(tails, -1)
 
     def _is_near(self, merged: Merged, block: slice) -> bool:
-        """Whether the log-ratios of a block are known to have an exponential, its gaps being small."""
+        """True where the log-ratios of a block are known to have an exponential, its gaps being small."""
         return (
             self.close[block.start] and merged.offset is not None and bool((merged.offset[block] > CLOSE - FAR).all())
         )
 
     def _slope(self, merged: Merged, block: slice) -> Tensor | None:
-        """The soft-cap's derivative, from final logits as the first stage left them."""
+        """Returns the soft-cap's derivative, from final logits as the first stage left them."""
         if self.objective.student[1] is None:
             return None
         return slope_of(self.z[block] + merged.lowered[block].to(self.z.dtype), self.objective.student)
 
     def _masses(self, merged: Merged, block: slice, scratch: Scratch) -> Tensor:
-        """Lower z as the whole vocabulary asks for, and write -p into scratch."""
+        """Lowers z as the whole vocabulary asks for, and writes -p into scratch."""
         z, student = self.z[block], merged.student
-        _lower_(z, student.shift[block, None] - merged.lowered[block])
+        lower_(z, student.shift[block, None] - merged.lowered[block])
         return torch.exp(z, out=scratch.neg_p).mul_(-(-student.log_sum[block, None]).exp().to(z.dtype))
 
     def _log_ratio(self, merged: Merged, block: slice, scratch: Scratch, wide: bool = False) -> Tensor:
-        """u = log q - log p (rows, V) in scratch.u, or in float64; after `_masses`."""
+        """Writes u = log q - log p (rows, V) into scratch.u, or makes it in float64; after `_masses`."""
         z, other, offset = self.z[block], self.other, merged.offset
         assert other is not None
         assert offset is not None
@@ -363,7 +361,7 @@ class Tile:
         if not self.rows.teacher_is_gap and merged.teacher is not None and merged.teacher_lowered is not None:
             shift = merged.teacher.shift[block, None]
             if not wide:
-                _lower_(other, shift - merged.teacher_lowered[block])
+                lower_(other, shift - merged.teacher_lowered[block])
             offset = offset - (shift - merged.student.shift[block, None])
         if wide:
             return (other.double() if self.rows.teacher_is_gap else other.double() - z) - offset
@@ -376,41 +374,5 @@ class Tile:
         return u.sub_((offset - rounded).to(z.dtype)) if bool((offset.abs() > CLOSE).any()) else u
 
     def _add_at(self, z: Tensor, places: Places, values: Tensor) -> None:
-        """Add (rows, k) values to the entries of z that are theirs."""
+        """Adds (rows, k) values to the entries of z that are theirs."""
         z[places.row, places.column] += values[places.row, places.position]
-
-
-def _side_sums(
-    z: Tensor, other: Tensor | None, teacher_is_gap: bool, close: bool, scratch: Scratch
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The first stage's sums of both sides over a block, in float64. Final logits are lowered where they must be."""
-    sums = exponential_sums(z, scratch.neg_p, scratch.a)
-    total, zero = sums.total.double(), torch.zeros_like(sums.total, dtype=torch.float64)
-    shift = zero if sums.shift is None else sums.shift.double()
-    student = {"student_shift": shift, "student_total": total, "student_weighted": sums.weighted.double()}
-    if other is None:
-        return student, {}
-    if not teacher_is_gap:
-        sums = exponential_sums(other, scratch.a, scratch.b)
-        return student, {
-            "teacher_shift": zero if sums.shift is None else sums.shift.double(),
-            "teacher_total": sums.total.double(),
-            "teacher_weighted": sums.weighted.double(),
-        }
-    if close:
-        growth, weighted = growth_sums(z, other, scratch.neg_p, scratch.a, scratch.b)
-        # In float64 the sum keeps every digit of the growth, however small.
-        total = total + growth.double()
-        return student, {"teacher_shift": shift, "teacher_total": total, "teacher_weighted": weighted.double()}
-    sums = exponential_sums(torch.add(z, other, out=scratch.u), scratch.a, scratch.b)
-    return student, {
-        "teacher_shift": shift if sums.shift is None else shift + sums.shift.double(),
-        "teacher_total": sums.total.double(),
-        "teacher_weighted": sums.weighted.double(),
-    }
-
-
-def _lower_(z: Tensor, by: Tensor) -> None:
-    """Subtract (rows, 1), which is 0 for all rows but in extreme cases."""
-    if bool(by.any()):
-        z.sub_(by.to(z.dtype))

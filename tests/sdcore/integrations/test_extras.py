@@ -44,6 +44,7 @@ USES: dict[str, list[tuple[str, str]]] = {
         ("from sdcore.demo.report import require_matplotlib as f; f()", 'pip install "sdcore[plot]"'),
         ("from sdcore.memory.plot import save_plot as f; f({}, 'x.png')", 'pip install "sdcore[plot]"'),
         ("from sdcore.report import write_report as f; f('run', format='markdown')", 'pip install "sdcore[plot]"'),
+        ("from sdcore.report import write_report as f; f('run')", 'pip install "sdcore[plot]"'),
         ("from reproduce.table import run as f; f('output', console=None)", 'pip install "sdcore[plot]"'),
     ],
     "peft": [

@@ -96,19 +96,12 @@ def test_arguments_make_a_configuration_of_ours(tmp_path: Path) -> None:
     assert config.bf16 is False
 
 
-def test_trls_bf16_of_none_is_on() -> None:
-    assert from_trl(GROUP, kind="sdpo")[1]["bf16"] is True
-    assert from_trl(GROUP | {"fp16": True}, kind="sdpo")[1]["bf16"] is False
-
-
-def test_trls_top_k_of_0_is_none() -> None:
-    assert "top_k" not in from_trl(GROUP, kind="sdpo")[1]
-    assert from_trl(GROUP | {"top_k": 20}, kind="sdpo")[1]["top_k"] == 20
-
-
-def test_the_sampling_temperature_is_the_losss_too() -> None:
-    method, arguments = from_trl(GROUP | {"temperature": 0.7}, kind="sdpo")
-    assert (method.temperature, arguments["sampling_temperature"]) == (0.7, 0.7)
+def test_trls_bf16_of_none_is_on_its_top_k_of_0_is_none_and_its_temperature_is_the_losss_too() -> None:
+    plain = from_trl(GROUP, kind="sdpo")[1]
+    assert (plain["bf16"], "top_k" in plain) == (True, False)
+    method, given = from_trl(GROUP | {"fp16": True, "top_k": 20, "temperature": 0.7}, kind="sdpo")
+    assert (given["bf16"], given["top_k"]) == (False, 20)
+    assert (method.temperature, given["sampling_temperature"]) == (0.7, 0.7)
 
 
 MODES = [

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 
 from sdcore.demo import CHECKPOINT
 from sdcore.prefix import generate, plan
-from sdcore.presets.methods import GRPO
+from sdcore.presets import GRPO
 from sdcore.rollouts.samplers import SampledCompletion
 from sdcore.rollouts.vllm import VLLMColocated, VLLMServer
 from sdcore.step import token_logprobs

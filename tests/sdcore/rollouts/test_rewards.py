@@ -14,7 +14,8 @@ import torch
 
 from sdcore.errors import ArgumentError
 from sdcore.rollouts import rewards
-from sdcore.rollouts.rewards import RewardError, judge, load, prepare, score
+from sdcore.rollouts.named import load
+from sdcore.rollouts.rewards import RewardError, judge, prepare, score
 from sdcore.types import Example, Group, Rollout
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from sdcore.demo import CHECKPOINT
 from sdcore.errors import ArgumentError
 from sdcore.prefix import generate
-from sdcore.presets.methods import SDPO
+from sdcore.presets import SDPO
 from sdcore.rollouts.samplers import FollowsWeights, ModelSampler, Sampler
 from sdcore.rollouts.vllm import EngineError, VLLMColocated, VLLMServer, whole_state
 from sdcore.world.data import with_feedback
@@ -111,14 +111,8 @@ def test_prompts_and_completions_are_token_ids_with_log_probabilities(server: An
     sent = {tuple(body["prompt"]): body for _, body, _ in server.fake.requests}
     for prompt, group in zip(PROMPTS, found, strict=True):
         body = sent[tuple(prompt.tolist())]
-        assert (body["n"], body["max_tokens"], body["temperature"], body["top_p"], body["top_k"]) == (
-            3,
-            6,
-            0.8,
-            0.9,
-            20,
-        )
-        assert body["stop_token_ids"] == [EOS]
+        wanted = {"n": 3, "max_tokens": 6, "temperature": 0.8, "top_p": 0.9, "top_k": 20, "stop_token_ids": [EOS]}
+        assert {name: body[name] for name in wanted} == wanted
         again = generate(
             server.fake.model, [prompt], num_completions=3, max_new_tokens=6, eos_token_id=EOS, seed=body["seed"],
             temperature=0.8, top_p=0.9, top_k=20,

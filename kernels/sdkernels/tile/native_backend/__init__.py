@@ -1,4 +1,4 @@
-"""Row values and gradient tile from a tile of logits, in C: the torch backend with its element-wise part compiled.
+"""Turns a tile of logits into row values and a gradient tile in C: the torch backend, its element-wise part compiled.
 
 What differs from the obvious: rows are worked on by the threads that torch has for itself (`threads`). A row that float
 cannot hold is left as it was and done by the torch backend, in float64.
@@ -22,8 +22,7 @@ from ..elementwise import narrow_
 from ..support import gradient_view
 from ..threads import together
 from ..torch_backend import logprob_tile, topk_tile
-from .build import library
-from .job import Job
+from .build import Job, library
 from .products import make_head
 
 TAKES_GAP = True
@@ -35,12 +34,12 @@ LEAST_ENTRIES = 1 << 15
 
 
 def is_available() -> bool:
-    """Whether this machine can compile it; takes two seconds when it has not yet."""
+    """True where this machine can compile it; takes two seconds when it has not yet."""
     return library() is not None
 
 
 def scratch_bytes(rows: int, vocab: int, device_type: str, topk: int) -> tuple[int, int]:
-    """Bytes needed beside the logits of a tile: once, and per row of it. Enough for a row that torch does over."""
+    """Returns the bytes needed beside a tile's logits, once and per row; enough for a row that torch does over."""
     once, per_row = torch_backend.scratch_bytes(rows, vocab, device_type, topk)
     of_thread = max(4 * vocab, LISTED_BYTES * (topk + 16))
     return max(once, of_thread * torch.get_num_threads()), per_row
@@ -55,7 +54,7 @@ def divergence_tile(
     want_gradient: bool,
     gradient_dtype: torch.dtype | None = None,
 ) -> tuple[RowValues, Tensor | None]:
-    """Both logits (C, V) are destroyed; the gradient, with respect to the raw projection, lies in `student_logits`."""
+    """Destroys both logits (C, V); the gradient, with respect to the raw projection, lies in `student_logits`."""
     if not _covers(student_logits, teacher_logits, rows, objective):
         return torch_backend.divergence_tile(
             student_logits,
@@ -77,22 +76,22 @@ def divergence_tile(
         sides = zip((student_logits, teacher_logits), gains, strict=True)
         at_targets = [(side.gather(1, ids)[:, 0] * gain).double() for side, gain in sides if side is not None]
     values, done = _run(student_logits, teacher_logits, rows, objective, gains, want_gradient)
-    found = _row_values(values, at_targets, teacher_logits is not None, rows.teacher_is_gap, student_logits.dtype)
+    row_values = _row_values(values, at_targets, teacher_logits is not None, rows.teacher_is_gap, student_logits.dtype)
     for block in _runs_of((~done).nonzero()[:, 0].tolist()):
         teacher = None if teacher_logits is None else teacher_logits[block]
         again, _ = torch_backend.divergence_tile(
             student_logits[block], teacher, rows.part(block), objective, want_gradient=want_gradient
         )
-        for column, part in zip(found, again, strict=True):
+        for column, part in zip(row_values, again, strict=True):
             if column is not None and part is not None:
                 column[block] = part
     if not want_gradient:
-        return found, None
+        return row_values, None
     gradient = gradient_view(student_logits, gradient_dtype)
     if gradient.dtype != student_logits.dtype:
         for row, narrowed in zip(student_logits, gradient, strict=True):
             narrow_(row, narrowed)
-    return found, gradient
+    return row_values, gradient
 
 
 def _run(
@@ -103,9 +102,9 @@ def _run(
     gains: tuple[float, float],
     want_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Five values of each row (C, VALUES) float64, and whether it could be done (C,)."""
-    found = library()
-    if found is None:
+    """Returns five values of each row (C, VALUES) float64, and whether it could be done (C,)."""
+    functions = library()
+    if functions is None:
         raise RuntimeError("the native backend has no library: is_available() tells")
     count, vocab = student_logits.shape
     alpha, inner = objective.alpha, 0.0 < objective.alpha < 1.0
@@ -129,10 +128,10 @@ def _run(
     )
     if teacher_logits is not None:
         job.teacher, job.teacher_stride = teacher_logits.data_ptr(), teacher_logits.stride(0)
-    work = found.sdkernels_divergence
+    work = functions.sdkernels_divergence
     ids, logprobs = rows.teacher_ids, rows.teacher_logprobs  # held: the job has their addresses
     if objective.support == "topk":
-        work = found.sdkernels_topk_divergence
+        work = functions.sdkernels_topk_divergence
         job.k, job.choose = objective.topk, teacher_logits is not None and objective.topk_of == "teacher"
         if ids is not None:
             ids = ids.contiguous()
@@ -149,7 +148,7 @@ def _run(
 def _row_values(
     values: Tensor, at_targets: list[Tensor], has_teacher: bool, teacher_is_gap: bool, dtype: torch.dtype
 ) -> RowValues:
-    """`at_targets` has the final logit of each side's target, or the gap, where there are targets."""
+    """Sorts the library's values; `at_targets` has the final logit of each side's target, or the gap, if any."""
     loss, student_log_sum, teacher_log_sum, student_entropy, teacher_entropy = values.unbind(1)
     student_logprobs = teacher_logprobs = None
     if at_targets:
@@ -168,7 +167,7 @@ def _row_values(
 
 
 def _runs_of(places: list[int]) -> Iterator[slice]:
-    """Neighbouring rows together."""
+    """Yields neighbouring rows together."""
     for _, run in groupby(enumerate(places), key=lambda place: place[1] - place[0]):
         members = [row for _, row in run]
         yield slice(members[0], members[-1] + 1)
@@ -183,7 +182,7 @@ def _covers(student_logits: Tensor, teacher_logits: Tensor | None, rows: TileRow
         and objective.entry_clip is None
         and all(softcap is None for _, softcap, _ in heads)
         and all(side.dtype == torch.float32 for side in sides)
-        and all(one.stride(-1) == 1 for one in sides[:2])
+        and all(side.stride(-1) == 1 for side in sides[:2])
     )
 
 

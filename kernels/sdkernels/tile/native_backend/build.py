@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -45,9 +46,40 @@ PROCESSOR = {
 SECONDS = 120  # a compilation takes two
 
 
+class Job(ctypes.Structure):
+    """Tells the threads of the library what to work on: `Job` of rows.h, field by field.
+
+    Addresses are those of tensors, which have to outlive it; what is not given is 0.
+    """
+
+    _fields_ = (
+        ("student", c_void_p),
+        ("teacher", c_void_p),
+        ("student_stride", c_int64),
+        ("teacher_stride", c_int64),
+        ("rows", c_int64),
+        ("vocab", c_int64),
+        ("student_gain", c_float),
+        ("teacher_gain", c_float),
+        ("teacher_is_gap", c_int32),
+        ("kind", c_int32),
+        ("tail", c_int32),
+        ("choose", c_int32),
+        ("alpha", c_double),
+        ("loss_factor", c_double),
+        ("gradient_factor", c_double),
+        ("k", c_int64),
+        ("ids", c_void_p),
+        ("logprobs", c_void_p),
+        ("values", c_void_p),
+        ("done", c_void_p),
+        ("next", c_int64),
+    )
+
+
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled functions; None on a machine that cannot compile them."""
+    """Returns the compiled functions; None on a machine that cannot compile them."""
     compiler = _compiler()
     if os.name != "posix" or compiler is None:
         return None
@@ -63,7 +95,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def cache_folder() -> Path:
-    """Where libraries are kept; made if need be, for its owner alone: what lies there is run."""
+    """Returns where libraries are kept; made if need be, for its owner alone: what lies there is run."""
     chosen = os.environ.get("SDKERNELS_CACHE")
     folder = Path(chosen) if chosen else Path.home() / ".cache" / "sdkernels"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

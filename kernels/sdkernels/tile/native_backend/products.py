@@ -1,4 +1,4 @@
-"""The products with a head on a CPU with AVX-512, by `products.c`: as fast for 16-bit heads as for float32."""
+"""Does the products with a head on a CPU with AVX-512, by `products.c`: a 16-bit head as fast as a float32 one."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ LEAST_SUMMANDS = 1 << 20
 
 @cache
 def compiled() -> ctypes.CDLL | None:
-    """The library, if this CPU has what its products take."""
-    found = library()
-    if found is None or not found.sdkernels_has_products():
+    """Returns the library, if this CPU has what its products take."""
+    native = library()
+    if native is None or not native.sdkernels_has_products():
         return None
     pointer, integer, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     entries = {
@@ -48,19 +48,19 @@ def compiled() -> ctypes.CDLL | None:
     }
     for functions, result in ((entries, integer), (work, None)):
         for name, arguments in functions.items():
-            function = getattr(found, f"sdkernels_{name}")
+            function = getattr(native, f"sdkernels_{name}")
             function.argtypes, function.restype = arguments, result
-    return found
+    return native
 
 
 def takes(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the products of this head (V, H), summed in `dtype`, can be done here."""
+    """True where the products of this head (V, H), summed in `dtype`, can be done here."""
     known = weight.device.type == "cpu" and weight.dtype in CODES and weight.stride(1) == 1
     return known and dtype == torch.float32 and compiled() is not None
 
 
 def make_head(weight: Tensor, dtype: torch.dtype) -> Head:
-    """A head (V, H) for logits of `dtype`: compiled where that was measured to be faster than torch's products."""
+    """Returns a head (V, H) for logits of `dtype`: compiled where that was measured to beat torch's products."""
     faster = cpu_vendor() in FASTER_ON and weight.numel() >= LEAST_HEAD
     in_16_bits = weight.dtype == torch.bfloat16 and prefers_bfloat16()
     return (NativeHead if faster and not in_16_bits and takes(weight, dtype) else Head)(weight, dtype)
@@ -187,14 +187,14 @@ def _operators() -> Any:
 
 
 def _library() -> ctypes.CDLL:
-    found = compiled()
-    if found is None:
+    functions = compiled()
+    if functions is None:
         raise RuntimeError("there are no compiled products on this machine: takes() tells")
-    return found
+    return functions
 
 
 def _threads(rows: int, weight: Tensor) -> int:
-    """That a product of so many rows is worth."""
+    """Returns how many threads a product of so many rows is worth."""
     return max(1, min(torch.get_num_threads(), rows * weight.numel() // LEAST_SUMMANDS))
 
 
@@ -207,5 +207,5 @@ def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
 
 
 def _scratch(parts: int, entries: int) -> Tensor:
-    """(parts, entries), each part on a 64-byte boundary, as torch's memory is."""
+    """Allocates (parts, entries), each part on a 64-byte boundary, as torch's memory is."""
     return torch.empty(parts, -(-entries // 16) * 16)

@@ -20,7 +20,7 @@ typedef struct {
     int64_t vocab;
 } Row;
 
-/* What all threads work on; `Job` in job.py has the same fields. Strides are in entries. */
+/* What all threads work on; `Job` in build.py has the same fields. Strides are in entries. */
 typedef struct {
     float *student, *teacher; /* no teacher: NULL */
     int64_t student_stride, teacher_stride, rows, vocab;

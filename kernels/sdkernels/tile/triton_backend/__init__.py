@@ -1,4 +1,4 @@
-"""The Triton backend: `divergence_tile`, `logprob_tile`, `topk_tile` over tiles that the driver has projected.
+"""Runs `divergence_tile`, `logprob_tile` and `topk_tile` in Triton, over tiles that the driver has projected.
 
 Importing this package imports triton; the driver does so when the backend is used. From a tile to its results:
 tiles.py; kernels: statistics.py, divergence.py, softmax_gradient.py, buckets.py, topk.py; formulas per element:

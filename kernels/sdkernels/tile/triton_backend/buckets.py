@@ -1,4 +1,4 @@
-"""A top-k support: the divergence over K ids and the tail, and its gradient per id and for the tail.
+"""Computes a top-k support: the divergence over K ids and the tail, and its gradient per id and for the tail.
 
 K entries per row are few: they are gathered from the tile, and one program holds a row of them, with the tail as one
 more lane, in registers. The mass of the tail is never 1 minus the listed mass, which is all rounding where the ids hold
@@ -42,7 +42,7 @@ class Buckets(NamedTuple):
 
 @triton.jit
 def log_sum(b_z):
-    """Maximum, and sum of the exponentials relative to it."""
+    """Returns the maximum, and the sum of the exponentials relative to it."""
     b_max = tl.max(b_z, axis=0)
     return b_max, tl.sum(exp(b_z - b_max), axis=0)
 
@@ -130,7 +130,7 @@ def topk_divergence(
     statistics: Statistics,
     gradient: Tensor | None,
 ) -> Tensor:
-    """Loss (C,) over `ids` (C, K) of raw projections (C, V), which are destroyed; the gradient goes into `gradient`."""
+    """Returns the loss (C,) over `ids` (C, K) of raw projections (C, V), which it destroys; fills `gradient`."""
     ids = ids.contiguous()
     k, vocab = ids.shape[1], student.shape[1]
     if k >= MOST_BUCKETS:

@@ -1,4 +1,4 @@
-"""Block sizes by kernel and architecture, and what else a launch needs from the host.
+"""Holds block sizes by kernel and architecture, and what else a launch needs from the host.
 
 A table that was measured (`tile/tuned.py`) goes before the one here, of which no row was tuned by a measurement:
 there was no GPU. The reasoning, for an H200 (132 multiprocessors, 4.8 TB/s, 21 bytes per clock and multiprocessor, 600
@@ -92,24 +92,24 @@ BUCKET_LANES_PER_WARP = 256
 
 
 def config(kernel: str, device: torch.device, vocab: int) -> Config:
-    """As measured at the V that is nearest to `vocab`, or of the table above where nothing was."""
+    """Returns what was measured at the V nearest to `vocab`, or the table's above where nothing was."""
     tuned = table_for(device)
     row = None if tuned is None else tuned.launch(kernel, vocab)
     return untuned(kernel, device) if row is None else Config(row.block, row.warps, row.stages)
 
 
 def untuned(kernel: str, device: torch.device) -> Config:
-    """Of the table above."""
+    """Returns what the table above says."""
     return TABLE[architecture(device)][kernel]
 
 
 def block_size(chosen: Config, vocab: int, *, least: int = 1) -> int:
-    """The table's block, or the whole row where that is shorter; at least `least`, a power of two."""
+    """Returns the table's block, or the whole row where that is shorter; at least `least`, a power of two."""
     return max(min(chosen.block, triton.next_power_of_2(vocab)), least)
 
 
 def bucket_config(buckets: int) -> Config:
-    """One block over all buckets of a row."""
+    """Returns one block over all buckets of a row."""
     block = triton.next_power_of_2(buckets)
     return Config(block, max(block // BUCKET_LANES_PER_WARP, 1), 1)
 
@@ -122,5 +122,5 @@ def head_factors(head: tuple[float, float | None, float]) -> HeadFactors:
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Makes the tensor's device the current one, on which Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()

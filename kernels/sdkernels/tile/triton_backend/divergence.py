@@ -1,4 +1,4 @@
-"""Loss and gradient tile of the full-vocabulary divergences, from the statistics of each row.
+"""Computes loss and gradient tile of the full-vocabulary divergences, from the statistics of each row.
 
 Each entry's gradient needs its row's normalisers, and for two of three families one more sum over the row:
 
@@ -157,7 +157,7 @@ def full_divergence(
     statistics: Statistics,
     gradient: Tensor | None,
 ) -> Tensor:
-    """Loss (C,) of raw projections (C, V); the gradient goes into `gradient`, a view of the student's memory."""
+    """Returns the loss (C,) of raw projections (C, V); fills `gradient`, a view of the student's memory."""
     count, vocab = student.shape
     family, alpha = family_of(objective), objective.alpha
     sums = student.new_empty((SUMS, count), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What the kernels do to an element in registers: logits from projections, and the terms of a divergence.
+"""Does what the kernels do to an element in registers: logits from projections, and the terms of a divergence.
 
 With `u = log q - log p`, every quantity is of second order in `u` and none may come from a difference of first-order
 terms, or a teacher near its student drowns in rounding. float64 is slow on a GPU, so the two functions that cancel,

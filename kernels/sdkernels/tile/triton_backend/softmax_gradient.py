@@ -1,4 +1,4 @@
-"""Gradient tile of objectives that need no second distribution over the whole vocabulary.
+"""Computes the gradient tile of objectives that need no second distribution over the whole vocabulary.
 
 All are, with a row's own numbers, `p` times something, and one entry that differs:
 
@@ -90,7 +90,7 @@ def softmax_gradient(
     peak: Tensor | None = None,
     target_ids: Tensor | None = None,
 ) -> None:
-    """Write into `gradient`, a view of the memory of `logits` (C, V); everything else is (C,)."""
+    """Writes into `gradient`, a view of the memory of `logits` (C, V); everything else is (C,)."""
     count, vocab = logits.shape
     chosen = config("softmax_gradient", logits.device, vocab)
     factors = head_factors(head)

@@ -1,4 +1,4 @@
-"""Statistics of each row of logits, student and teacher in one pass over memory.
+"""Takes the statistics of each row of logits, student and teacher in one pass over memory.
 
 One program owns a row and walks over the vocabulary in blocks of BV. The running maximum is one number per row; the
 sums that go with it are kept per lane, rescaled by `e^(old maximum - new maximum)`, and added up at the end, so
@@ -187,7 +187,7 @@ def row_statistics(
     group: int = 0,
     groups_of: str = "student",
 ) -> tuple[Statistics, Tensor]:
-    """Statistics of raw projections (C, V), and the maxima (C, ceil(V / group)) of one side's logits, (C, 0) without.
+    """Takes statistics of raw projections (C, V), and maxima (C, ceil(V / group)) of one side's logits, (C, 0) without.
 
     `exclude` leaves raw projections of -inf out of the row on both sides.
     """

@@ -1,4 +1,4 @@
-"""The three functions of the seam (types.py): row values and gradient from a tile of projections that the driver made.
+"""Implements the seam (types.py): row values and gradient from a tile of projections that the driver made.
 
 The matrix products stay with the driver and cuBLAS; the kernels are bound by reading the tile, so what counts is how
 often: see the headers of statistics.py (one pass), divergence.py (two in all for the KLs, three for the JSD) and
@@ -31,7 +31,7 @@ BYTES_PER_CHOSEN = 48
 
 
 def scratch_bytes(rows: int, vocab: int, device_type: str, topk: int) -> tuple[int, int]:
-    """Bytes needed beside the logits of a tile, once and per row of it; `topk` is the objective's, 0 for none."""
+    """Returns the bytes needed beside a tile's logits, once and per row; `topk` is the objective's, 0 for none."""
     chosen = scratch_entries(vocab, topk) * FLOAT32_BYTES + topk * BYTES_PER_CHOSEN if topk else 0
     return 0, VECTORS * FLOAT32_BYTES + chosen
 
@@ -45,7 +45,7 @@ def divergence_tile(
     want_gradient: bool,
     gradient_dtype: torch.dtype | None = None,
 ) -> tuple[RowValues, Tensor | None]:
-    """Row values, and the gradient with respect to the raw student projection.
+    """Returns row values, and the gradient with respect to the raw student projection.
 
     `student_logits` and `teacher_logits` (C, V) float32 are raw projections and are destroyed; no teacher where
     `rows.teacher_ids` is set. The gradient (C, V) lies in the student's memory, in `gradient_dtype` (None: float32); in
@@ -95,7 +95,7 @@ def logprob_tile(
     grad_entropy: Tensor | None = None,
     gradient_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Log-probabilities of `rows.target_ids` (C,), entropies (C,), and the gradient tile for upstream gradients (C,).
+    """Returns log-probabilities of `rows.target_ids` (C,), entropies (C,), and the tile of upstream gradients' (C,).
 
     `logits` (C, V) float32 are raw projections; they are destroyed where there is a gradient, which lies in their
     memory as in `divergence_tile`.
@@ -123,7 +123,7 @@ def logprob_tile(
 
 
 def topk_tile(logits: Tensor, rows: TileRows, objective: Objective, k: int) -> tuple[Tensor, Tensor]:
-    """The k most likely ids (C, k) int64, most likely first, and their log-probabilities (C, k); keeps `logits`."""
+    """Returns the k most likely ids (C, k) int64, most likely first, and their log-probabilities; keeps `logits`."""
     _check("logits", logits)
     statistics, maxima = row_statistics(logits, None, rows, objective, group=group_size(logits.shape[1], k))
     ids, values = top_ids(logits, rows.student_bias, objective.student, maxima, k)
@@ -131,7 +131,7 @@ def topk_tile(logits: Tensor, rows: TileRows, objective: Objective, k: int) -> t
 
 
 def _support(student: Tensor, teacher: Tensor | None, rows: TileRows, objective: Objective, maxima: Tensor) -> Tensor:
-    """The ids (C, K) of a top-k support, of the side whose maxima the statistics have taken."""
+    """Returns the ids (C, K) of a top-k support, of the side whose maxima the statistics have taken."""
     if teacher is None or objective.topk_of == "student":
         return top_ids(student, rows.student_bias, objective.student, maxima, objective.topk)[0]
     return top_ids(teacher, rows.teacher_bias, objective.teacher, maxima, objective.topk)[0]
@@ -140,7 +140,7 @@ def _support(student: Tensor, teacher: Tensor | None, rows: TileRows, objective:
 def _sampled(
     student: Tensor, rows: TileRows, objective: Objective, statistics: Statistics, gradient: Tensor | None
 ) -> Tensor:
-    """sg(log p(y) - log q(y)) · log p(y), the score-function form of the reverse KL."""
+    """Returns sg(log p(y) - log q(y)) · log p(y), the score-function form of the reverse KL."""
     if gradient is not None:
         softmax_gradient(
             student,

@@ -1,4 +1,4 @@
-"""The k most likely ids of each row, exactly, for one look at each logit.
+"""Finds the k most likely ids of each row, exactly, for one look at each logit.
 
 A row is divided into groups of GROUP neighbouring logits, and the statistics pass leaves the maximum of each. The k
 groups with the largest maxima hold a top k of the row: whatever exceeds the k-th largest maximum lies in one of
@@ -53,7 +53,7 @@ def candidates_kernel(
 
 
 def group_size(vocab: int, k: int) -> int:
-    """The power of two nearest to sqrt(V/k) from below, within bounds."""
+    """Returns the power of two nearest to sqrt(V/k) from below, within bounds."""
     group = LEAST_GROUP
     while group < MOST_GROUP and (2 * group) ** 2 * k <= vocab:
         group *= 2
@@ -61,7 +61,7 @@ def group_size(vocab: int, k: int) -> int:
 
 
 def scratch_entries(vocab: int, k: int) -> int:
-    """float32 entries per row that a top-k takes beside the logits: maxima and candidates."""
+    """Returns the float32 entries per row that a top-k takes beside the logits: maxima and candidates."""
     group = group_size(vocab, k)
     groups = triton.cdiv(vocab, group)
     return groups + min(k, groups) * group
@@ -74,7 +74,7 @@ def top_ids(
     maxima: Tensor,
     k: int,
 ) -> tuple[Tensor, Tensor]:
-    """Ids (C, k) int64 and final logits (C, k), largest first, from raw projections (C, V) and the groups' maxima."""
+    """Returns ids (C, k) int64 and final logits, largest first, of raw projections (C, V) and the groups' maxima."""
     count, vocab = logits.shape
     group = group_size(vocab, k)
     chosen = maxima.topk(min(k, maxima.shape[1]), dim=1, sorted=False).indices
