@@ -1,4 +1,4 @@
-"""The layout of `sdkernels` as a kernel of the Hub, loaded from it, offline, as the `kernels` library loads it."""
+"""Lays `sdkernels` out as a kernel of the Hub and loads it from there, offline, as the `kernels` library does."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ print(kernel.__name__, out.backend)
 
 
 def test_copies_and_the_package_live_in_one_process(layout: Path, run_python: Callable[..., str]) -> None:
-    """Each has operators of its own, by a namespace that is its name; so have two versions of the kernel."""
+    """Each has operators of its own, in a namespace of its name; so have two versions of the kernel."""
     code = (
         LOAD
         + """
