@@ -266,23 +266,17 @@ def _read(config: Any, kind: str | None) -> tuple[dict[str, Any], dict[str, Any]
 
 def _class(kind: str) -> Any:
     try:
-        if kind == "sdpo":
-            from trl.experimental.sdpo import SDPOConfig
-
-            return SDPOConfig
         from trl.experimental.sdft import SDFTConfig
+        from trl.experimental.sdpo import SDPOConfig
     except ImportError as error:
         raise ImportError("the defaults of TRL's arguments are TRL's to say: pip install 'sdcore[trl]'") from error
-    return SDFTConfig
+    return {"sdft": SDFTConfig, "sdpo": SDPOConfig}[kind]
 
 
 def _defaults(configuration: Any) -> dict[str, Any]:
-    defaults = {}
-    for f in dataclasses.fields(configuration):
-        if f.init:
-            made = f.default_factory() if f.default_factory is not dataclasses.MISSING else None
-            defaults[f.name] = made if f.default is dataclasses.MISSING else f.default
-    return defaults
+    arguments = [f for f in dataclasses.fields(configuration) if f.init]
+    made = {f.name: f.default_factory() for f in arguments if f.default_factory is not dataclasses.MISSING}
+    return {f.name: None if f.default is dataclasses.MISSING else f.default for f in arguments} | made
 
 
 # Fields of their templates → variables of ours.

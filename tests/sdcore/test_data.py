@@ -50,10 +50,10 @@ def test_every_kind_of_source_gives_the_same_examples(tmp_path: Path) -> None:
         str(tmp_path / "saved"): f"{tmp_path}/saved (train), row 2",
         str(tmp_path / "splits"): f"{tmp_path}/splits (train), row 2",
     }
-    found = {name: read_examples(name) for name in sources}
-    found |= {"rows": read_examples(rows), "data set": read_examples(dataset)}
+    examples_of = {name: read_examples(name) for name in sources}
+    examples_of |= {"rows": read_examples(rows), "data set": read_examples(dataset)}
     sources |= {"rows": "rows, row 2", "data set": "rows, row 2"}
-    for name, examples in found.items():
+    for name, examples in examples_of.items():
         seen = [(e.prompt, e.privileged_context, dict(e.columns)) for e in examples]
         assert seen == [(f"question {i}", f"hint {i}", {"answer": i}) for i in range(3)], name
         assert examples[-1].source == sources[name]

@@ -47,23 +47,23 @@ def parts(preview: Preview) -> dict[str, tuple[str, int, str]]:
     return {one.name: (one.read_by, one.tokens, one.text) for one in preview.segments}
 
 
-def printed(found: DryRun, *, colours: bool = False) -> str:
+def printed(looked: DryRun, *, colours: bool = False) -> str:
     console = Console(record=True, width=160, file=io.StringIO())
-    show(found, console)
+    show(looked, console)
     return console.export_text(styles=colours)
 
 
 def test_a_demonstration_is_c_ext_between_the_question_and_the_answer() -> None:
     preview = run("sdft").previews[0]
     example = examples("sdft")[0]
-    found = parts(preview)
+    segments = parts(preview)
     question, answer = example.prompt[0]["content"], example.columns["answer"].split()  # type: ignore[index]
-    assert found["shared prefix"] == ("both", 7, f"<bos> {question}")
-    assert found["c_ext"] == ("teacher", 10, example.privileged_context)
-    assert found["after c_ext"] == ("both", 1, "=")
+    assert segments["shared prefix"] == ("both", 7, f"<bos> {question}")
+    assert segments["c_ext"] == ("teacher", 10, example.privileged_context)
+    assert segments["after c_ext"] == ("both", 1, "=")
     # SDFT leaves out the first three tokens of a completion.
-    assert found["completion, no loss"] == ("both", 3, " ".join(answer[:3]))
-    assert found["completion, loss"] == ("both", 3, " ".join([*answer[3:], "<eos>"]))
+    assert segments["completion, no loss"] == ("both", 3, " ".join(answer[:3]))
+    assert segments["completion, loss"] == ("both", 3, " ".join([*answer[3:], "<eos>"]))
     assert (preview.prompt_tokens, preview.teacher_tokens, preview.shared_tokens) == (8, 18, 7)
     assert preview.shared_fraction == pytest.approx(7 / 8)
 
@@ -80,17 +80,17 @@ def test_sdpo_is_shown_with_a_successful_attempt_and_with_feedback_that_was_real
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_shows_its_tokens(name: str) -> None:
-    found = run(name)
+    looked = run(name)
     taught = METHODS[name][1].has_teacher
-    preview = found.previews[0]
+    preview = looked.previews[0]
     assert ("c_ext" in parts(preview)) == taught
     assert (preview.teacher_tokens is not None) == taught
-    assert (found.shared_fraction is not None) == taught
+    assert (looked.shared_fraction is not None) == taught
     assert parts(preview)["completion, loss"][0] == ("both" if taught else "student")
     read = sum(one.tokens for one in preview.segments if one.read_by != "teacher")
     # Five pairs and an end; SFT imitates them in the decorated style.
     assert read == preview.prompt_tokens + (11 if name == "sft" else 6)
-    shown = printed(found)
+    shown = printed(looked)
     assert "shared prefix" in shown
     assert "12 rows" in shown
     assert "peak" in shown
@@ -106,23 +106,23 @@ def test_parts_have_their_colours() -> None:
 
 
 def test_memory_is_predicted_for_the_longest_rows_and_the_whole_group() -> None:
-    found = run("sdpo", prompts=4)
-    assert found.load is not None
-    assert found.memory is not None
-    load = found.load
+    looked = run("sdpo", prompts=4)
+    assert looked.load is not None
+    assert looked.memory is not None
+    load = looked.load
     assert (load.prompts, load.completions, load.prompt_tokens, load.context_tokens) == (4, 8, 8, 10)
-    assert set(found.memory) == {"fused, shared", "fused, naive", "plain, shared", "plain, naive"}
+    assert set(looked.memory) == {"fused, shared", "fused, naive", "plain, shared", "plain, naive"}
 
 
 def test_rows_without_privileged_context_are_counted_and_none_at_all_is_an_error() -> None:
     some = rows("sdft", task="luma", count=4, seed=0)
     del some[1]["privileged_context"]
     method = METHODS["sdft"][1]
-    found = dry_run(read_examples(some), TOKENIZER, method, CONFIG)
-    assert found.without_context == 1
-    assert [preview.active for preview in found.previews] == [True, False]
-    assert "completion, loss" not in parts(found.previews[1])
-    shown = printed(found)
+    looked = dry_run(read_examples(some), TOKENIZER, method, CONFIG)
+    assert looked.without_context == 1
+    assert [preview.active for preview in looked.previews] == [True, False]
+    assert "completion, loss" not in parts(looked.previews[1])
+    shown = printed(looked)
     assert "1 rows have no privileged context" in shown
     assert "nothing privileged to show" in shown
     with pytest.raises(DataError, match="needs a column `privileged_context`"):
@@ -159,15 +159,15 @@ def test_a_model_that_does_not_say_its_sizes_has_no_prediction() -> None:
     kind, method = METHODS["sdft"]
     config = AutoConfig.from_pretrained(CHECKPOINT)
     config.kv_lora_rank = 8  # multi-head latent attention
-    found = dry_run(examples(kind), TOKENIZER, method, config)
-    assert found.memory is None
-    assert "no prediction of memory" in printed(found)
+    looked = dry_run(examples(kind), TOKENIZER, method, config)
+    assert looked.memory is None
+    assert "no prediction of memory" in printed(looked)
 
 
 def test_long_texts_are_shown_in_part(tmp_path: Path) -> None:
     row = {"prompt": "luma a b c d e", "privileged_context": " ".join(["H a3"] * 800), "answer": "a3"}
     (tmp_path / "long.jsonl").write_text(json.dumps(row))
-    found = dry_run(read_examples(tmp_path / "long.jsonl"), TOKENIZER, METHODS["sdft"][1], CONFIG)
-    assert len(parts(found.previews[0])["c_ext"][2]) > 3900
-    assert "[…]" in printed(found)
-    assert "long.jsonl:1" in printed(found)
+    looked = dry_run(read_examples(tmp_path / "long.jsonl"), TOKENIZER, METHODS["sdft"][1], CONFIG)
+    assert len(parts(looked.previews[0])["c_ext"][2]) > 3900
+    assert "[…]" in printed(looked)
+    assert "long.jsonl:1" in printed(looked)

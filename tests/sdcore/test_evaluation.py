@@ -47,17 +47,17 @@ def by_turn() -> Any:
 
 
 def test_the_means_are_over_questions_and_the_error_is_theirs() -> None:
-    found = evaluate(
+    metrics = evaluate(
         world_model(), tokenizer(), QUESTIONS[:3], [by_turn()], num_generations=2, sampler=Scripted(), batch_size=2
     ).metrics
     means = [0.5, 0.0, 1.0]
-    assert found["reward_mean"] == pytest.approx(0.5)
-    assert found["reward_stderr"] == pytest.approx(torch.tensor(means).std().item() / math.sqrt(3))
-    assert found["success_rate"] == pytest.approx(0.5)
-    assert found["pass_any"] == pytest.approx(2 / 3)
-    assert found["mean_length"] == 1.5
-    assert found["clipped_ratio"] == 0.5
-    assert found["questions"] == 3
+    assert metrics["reward_mean"] == pytest.approx(0.5)
+    assert metrics["reward_stderr"] == pytest.approx(torch.tensor(means).std().item() / math.sqrt(3))
+    assert metrics["success_rate"] == pytest.approx(0.5)
+    assert metrics["pass_any"] == pytest.approx(2 / 3)
+    assert metrics["mean_length"] == 1.5
+    assert metrics["clipped_ratio"] == 0.5
+    assert metrics["questions"] == 3
 
 
 def test_the_same_questions_get_the_same_answers_and_random_states_stay() -> None:
@@ -75,10 +75,10 @@ def test_the_same_questions_get_the_same_answers_and_random_states_stay() -> Non
 
 def test_another_seed_draws_other_answers() -> None:
     unknown = read_examples(rows("rl", task="luma", count=5, seed=0))
-    found = [
+    groups_of_runs = [
         evaluate(world_model(), tokenizer(), unknown, max_completion_length=8, seed=seed).groups for seed in (0, 0, 1)
     ]
-    texts = [[group.rollouts[0].text for group in groups] for groups in found]
+    texts = [[group.rollouts[0].text for group in groups] for groups in groups_of_runs]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -88,8 +88,8 @@ def test_how_many_processes_share_the_work_does_not_matter() -> None:
     alone = evaluate(model, tok, QUESTIONS, [exact], **options)
     parts: list[Any] = []
 
-    def keep(found: list[Any]) -> list[Any]:
-        parts.extend(found)
+    def keep(own: list[Any]) -> list[Any]:
+        parts.extend(own)
         return list(parts)
 
     for rank in (1, 0):  # whichever is done first
@@ -109,9 +109,9 @@ def test_completions_that_cannot_be_judged_are_left_out_and_counted() -> None:
     def odd(*, prompt: Any, completion: str, answer: str, **columns: Any) -> float:
         return math.nan if answer == QUESTIONS[0].columns["answer"] else 1.0
 
-    found = evaluate(world_model(), tokenizer(), QUESTIONS[:4], [odd], sampler=Scripted(), on_error="drop").metrics
-    assert found["dropped"] == 1
-    assert found["reward_mean"] == 1.0
+    metrics = evaluate(world_model(), tokenizer(), QUESTIONS[:4], [odd], sampler=Scripted(), on_error="drop").metrics
+    assert metrics["dropped"] == 1
+    assert metrics["reward_mean"] == 1.0
 
 
 def test_without_reward_functions_there_are_samples_and_no_reward() -> None:

@@ -102,12 +102,12 @@ def test_a_teachers_state_is_safetensors_and_nothing_else_is_read(tmp_path: Path
 
 def test_nothing_of_ours_unpickles() -> None:
     forbidden = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-    found = []
+    unpickling = []
     for file in [*(ROOT / "sdcore").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            found += [f"{file}: {name}" for name in names if name.split(".")[0] in forbidden]
+            unpickling += [f"{file}: {name}" for name in names if name.split(".")[0] in forbidden]
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                found += [f"{file}: torch.load"] * ((node.value.id, node.attr) == ("torch", "load"))
-    assert found == []
+                unpickling += [f"{file}: torch.load"] * ((node.value.id, node.attr) == ("torch", "load"))
+    assert unpickling == []

@@ -83,18 +83,18 @@ def test_both_start_from_the_same_samples() -> None:
 def test_every_completion_is_counted_up_to_the_one_that_solves() -> None:
     shown: list[Round] = []
     right, wrong = ROW["answer"], "a0 a0"
-    found = run(sampler=Fixed(wrong, wrong, right, wrong), on_round=shown.append)
-    assert (found.solved, found.answer, found.samples, found.sampled_tokens) == (True, right, 3, 3 + 3 + 6)
-    assert found.trained_tokens == 0
+    solved = run(sampler=Fixed(wrong, wrong, right, wrong), on_round=shown.append)
+    assert (solved.solved, solved.answer, solved.samples, solved.sampled_tokens) == (True, right, 3, 3 + 3 + 6)
+    assert solved.trained_tokens == 0
     assert [one.samples for one in shown] == [3]
     assert (shown[0].attempt, shown[0].best_reward, shown[0].loss) == (right, 1.0, None)
 
 
 def test_a_budget_that_is_no_multiple_of_the_group_is_kept() -> None:
-    found = run(SolveConfig(max_samples=10, max_completion_length=11))
-    assert [one.samples for one in found.rounds] == [8, 10]
+    solved = run(SolveConfig(max_samples=10, max_completion_length=11))
+    assert [one.samples for one in solved.rounds] == [8, 10]
     # Nothing is learned from the last group: nobody would sample from it.
-    assert [one.loss is None for one in found.rounds] == [False, True]
+    assert [one.loss is None for one in solved.rounds] == [False, True]
 
 
 def test_what_was_verified_is_not_verified_again() -> None:
@@ -104,15 +104,15 @@ def test_what_was_verified_is_not_verified_again() -> None:
         asked.append(completion)
         return verify(completion)
 
-    found = run(SolveConfig(max_samples=6), verify=once, sampler=Fixed("a0", "a1", "a0"))
+    solved = run(SolveConfig(max_samples=6), verify=once, sampler=Fixed("a0", "a1", "a0"))
     assert asked == ["a0", "a1"]
-    assert found.samples == 6
+    assert solved.samples == 6
 
 
 def test_without_feedback_and_success_nothing_is_learned() -> None:
     student = model()
     before = {name: weight.clone() for name, weight in student.state_dict().items()}
-    found = solve(
+    solved = solve(
         student,
         TOKENIZER,
         QUESTION,
@@ -120,7 +120,7 @@ def test_without_feedback_and_success_nothing_is_learned() -> None:
         METHOD,
         SolveConfig(max_samples=24, max_completion_length=11, learning_rate=1.0),
     )
-    assert [one.loss for one in found.rounds] == [None, None, None]
+    assert [one.loss for one in solved.rounds] == [None, None, None]
     assert all(torch.equal(weight, before[name]) for name, weight in student.state_dict().items())
 
 

@@ -158,7 +158,7 @@ def test_batches_and_accumulation_do_not_change_the_loss(method: Method, tmp_pat
         row | {"completion": " ".join(row["completion"].split()[: 1 + 3 * i % 10])}
         for i, row in enumerate(rows("sft", task="luma", count=6, seed=0))
     ]
-    found = []
+    runs = []
     for batch, accumulation in ((4, 1), (1, 4)):
         made = trainer(
             tmp_path / str(batch),
@@ -170,11 +170,11 @@ def test_batches_and_accumulation_do_not_change_the_loss(method: Method, tmp_pat
             max_steps=2,  # the second has two examples
         )
         made.train()
-        found.append(([loss for _, loss in losses(tmp_path / str(batch))], weights_of(made)))
-    for other, weights in found[1:]:
-        assert other == pytest.approx(found[0][0], rel=1e-4)
+        runs.append(([loss for _, loss in losses(tmp_path / str(batch))], weights_of(made)))
+    for other, weights in runs[1:]:
+        assert other == pytest.approx(runs[0][0], rel=1e-4)
         for name, weight in weights.items():
-            assert torch.allclose(weight, found[0][1][name], atol=1e-4), name
+            assert torch.allclose(weight, runs[0][1][name], atol=1e-4), name
 
 
 def test_the_losses_do_not_depend_on_the_global_generator(tmp_path: Path) -> None:
@@ -221,25 +221,25 @@ def without_loss(tmp_path: Path, **options: Any) -> list[dict[str, Any]]:
     made = trainer(tmp_path, **options)
     assert not moves(made)
     assert made.state.global_step == 2
-    found = lines(tmp_path)
-    assert [line["loss"] for line in found] == [0.0, 0.0]
-    assert all(line["loss/active_tokens"] == 0 for line in found)
-    return found
+    log = lines(tmp_path)
+    assert [line["loss"] for line in log] == [0.0, 0.0]
+    assert all(line["loss/active_tokens"] == 0 for line in log)
+    return log
 
 
 def test_a_group_without_success_or_feedback_carries_no_loss_and_is_counted(tmp_path: Path) -> None:
-    found = without_loss(tmp_path, method=SDPO_METHOD, kind="sdpo", reward_funcs=[silent])
-    for line in found:
+    log = without_loss(tmp_path, method=SDPO_METHOD, kind="sdpo", reward_funcs=[silent])
+    for line in log:
         assert line["self_distillation/success_group_fraction"] == 0
         assert line["self_distillation/reprompt_sample_fraction"] == 0
         assert line["completions/count"] == line["completions/without_loss"] == line["context/missing"] == 16
-    assert found[-1]["samples"] == 32
+    assert log[-1]["samples"] == 32
 
 
 def test_empty_completions_carry_no_loss_and_are_counted(tmp_path: Path) -> None:
-    found = without_loss(tmp_path, sampler=Saying("", ended=False))
-    assert all(line["completions/empty_ratio"] == 1 for line in found)
-    assert all(line["completions/without_loss"] == 4 for line in found)
+    log = without_loss(tmp_path, sampler=Saying("", ended=False))
+    assert all(line["completions/empty_ratio"] == 1 for line in log)
+    assert all(line["completions/without_loss"] == 4 for line in log)
 
 
 def test_an_empty_completion_among_others_changes_nothing_for_them(tmp_path: Path) -> None:
@@ -253,8 +253,8 @@ def test_an_empty_completion_among_others_changes_nothing_for_them(tmp_path: Pat
 
 
 def test_completions_that_are_all_masked_carry_no_loss(tmp_path: Path) -> None:
-    found = without_loss(tmp_path, sampler=Saying("a1 b2", ended=False), mask_truncated_completions=True)
-    assert all(line["completions/truncated_masked"] == 4 for line in found)
+    log = without_loss(tmp_path, sampler=Saying("a1 b2", ended=False), mask_truncated_completions=True)
+    assert all(line["completions/truncated_masked"] == 4 for line in log)
     # Completions no longer than the tokens that carry no loss are masked as well.
     without_loss(tmp_path / "short", method=SDFTAsRun(template=SHOW), sampler=Saying("a1 b2"))
 
@@ -285,23 +285,23 @@ def test_a_nan_reward_stops_the_run_or_drops_the_completion_and_is_counted(tmp_p
         trainer(tmp_path / "raise", **options).train()
     made = trainer(tmp_path / "drop", reward_on_error="drop", max_steps=6, **options)
     made.train()
-    found = lines(tmp_path / "drop")
-    dropped = sum(line["rewards/dropped"] for line in found)
+    log = lines(tmp_path / "drop")
+    dropped = sum(line["rewards/dropped"] for line in log)
     # Every row once: so many of 24 have a first digit that is odd.
     odd = sum(int(row["answer"][1]) % 2 for row in rows("rl", task="luma", count=24, seed=0))
     assert dropped == 4 * odd
     assert 0 < odd < 24
-    assert sum(line["completions/without_loss"] for line in found) == dropped
-    assert sum(line["completions/count"] for line in found) == 96
-    assert any(line["self_distillation/unjudged_fraction"] > 0 for line in found)
+    assert sum(line["completions/without_loss"] for line in log) == dropped
+    assert sum(line["completions/count"] for line in log) == 96
+    assert any(line["self_distillation/unjudged_fraction"] > 0 for line in log)
 
 
 def test_a_dropped_completion_carries_no_divergence_either(tmp_path: Path) -> None:
     def broken(**columns: Any) -> float:
         raise ValueError("no")
 
-    found = without_loss(tmp_path, reward_funcs=[broken], reward_on_error="drop")
-    assert all(line["rewards/dropped"] == line["rewards/raised"] == 4 for line in found)
+    log = without_loss(tmp_path, reward_funcs=[broken], reward_on_error="drop")
+    assert all(line["rewards/dropped"] == line["rewards/raised"] == 4 for line in log)
 
 
 def test_what_carries_no_loss_is_not_computed(tmp_path: Path) -> None:
@@ -336,14 +336,14 @@ def test_completions_are_used_num_iterations_times(tmp_path: Path) -> None:
 def test_the_importance_clip_weighs_by_the_samplers_log_probabilities(tmp_path: Path) -> None:
     """A coin that said likely words is weighed down: by p / 0.5, and never by more than the clip."""
     options: dict[str, Any] = {"kind": "sdpo", "reward_funcs": [with_feedback], "sampler": Saying("a1"), "max_steps": 1}
-    found = {}
+    loss_of = {}
     for clip in (None, 1e-3, 1e6):
         method = replace(SDPO_METHOD, importance_clip=clip)
         trainer(tmp_path / str(clip), method=method, **options).train()
-        found[clip] = losses(tmp_path / str(clip))[0][1]
-    assert found[1e-3] <= 1e-3 * found[None] * (1 + 1e-5)
-    assert found[1e6] != found[None]
-    assert 0 < found[1e6] < 2 * found[None]  # p is at most 1
+        loss_of[clip] = losses(tmp_path / str(clip))[0][1]
+    assert loss_of[1e-3] <= 1e-3 * loss_of[None] * (1 + 1e-5)
+    assert loss_of[1e6] != loss_of[None]
+    assert 0 < loss_of[1e6] < 2 * loss_of[None]  # p is at most 1
 
 
 def test_the_teacher_follows_after_each_step_and_not_before(tmp_path: Path) -> None:
@@ -429,10 +429,10 @@ def test_evaluation_is_the_same_each_time_and_changes_nothing(tmp_path: Path) ->
     made.train()
     trainer(tmp_path / "without", **options).train()
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
-    found = [line for line in lines(tmp_path / "with") if "eval_reward_mean" in line]
-    assert [line["step"] for line in found] == [0, 0, 1, 2]
-    assert found[0]["eval_reward_mean"] == first["eval_reward_mean"]
-    assert (found[0]["samples"], found[0]["tokens"]) == (0, 0)
+    evaluations = [line for line in lines(tmp_path / "with") if "eval_reward_mean" in line]
+    assert [line["step"] for line in evaluations] == [0, 0, 1, 2]
+    assert evaluations[0]["eval_reward_mean"] == first["eval_reward_mean"]
+    assert (evaluations[0]["samples"], evaluations[0]["tokens"]) == (0, 0)
 
 
 def test_what_is_measured_before_a_resumed_run_is_not_in_its_log_twice(tmp_path: Path) -> None:
@@ -448,8 +448,8 @@ def test_what_is_measured_before_a_resumed_run_is_not_in_its_log_twice(tmp_path:
 def test_several_evaluation_sets_have_names(tmp_path: Path) -> None:
     parts = {name: rows("sdft", task=name, count=4, seed=0, split="eval") for name in ("luma", "pi")}
     made = trainer(tmp_path, eval_dataset=parts, reward_funcs=[exact])
-    found = made.evaluate()
-    assert found["eval_pi_reward_mean"] > found["eval_luma_reward_mean"]
+    metrics = made.evaluate()
+    assert metrics["eval_pi_reward_mean"] > metrics["eval_luma_reward_mean"]
 
 
 # Models.

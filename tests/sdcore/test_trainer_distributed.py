@@ -66,8 +66,10 @@ BY_ARGUMENTS = {"fsdp": True, "fsdp_config": {"version": 2}}
 
 def ragged() -> list[dict[str, Any]]:
     """Completions of different lengths, so that ranks have different numbers of tokens."""
-    found = rows("sft", task="luma", count=24, seed=0)
-    return [row | {"completion": " ".join(row["completion"].split()[: 1 + 3 * i % 10])} for i, row in enumerate(found)]
+    whole_rows = rows("sft", task="luma", count=24, seed=0)
+    return [
+        row | {"completion": " ".join(row["completion"].split()[: 1 + 3 * i % 10])} for i, row in enumerate(whole_rows)
+    ]
 
 
 def sometimes(*, answer: str, **columns: Any) -> tuple[float, str | None]:
@@ -104,9 +106,9 @@ def shard_on_cpus() -> None:
     build = AcceleratorState.__init__
 
     def as_if_of_gpus(state: AcceleratorState, *args: Any, **kwargs: Any) -> None:
-        found = PartialState._shared_state
-        if found.get("distributed_type") == DistributedType.MULTI_CPU:
-            found["distributed_type"] = DistributedType.MULTI_GPU
+        shared_state = PartialState._shared_state
+        if shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
+            shared_state["distributed_type"] = DistributedType.MULTI_GPU
         build(state, *args, **kwargs)
 
     AcceleratorState.__init__ = as_if_of_gpus
@@ -224,22 +226,22 @@ def test_ddp_is_ddp_and_fsdp_is_sharded(kind: str, together: Path) -> None:
     for case in RUN[kind]:
         shares = 0.0
         for rank in range(RANKS):
-            found = json.loads((together / case / f"wrapping-{rank}.json").read_text())
+            wrapping = json.loads((together / case / f"wrapping-{rank}.json").read_text())
             sharded = kind == "fsdp"
-            assert found["distributed_type"] == {"ddp": "MULTI_CPU", "fsdp": "FSDP"}[kind], case
-            assert found["is_ddp"] == (not sharded), case
+            assert wrapping["distributed_type"] == {"ddp": "MULTI_CPU", "fsdp": "FSDP"}[kind], case
+            assert wrapping["is_ddp"] == (not sharded), case
             for name in ("layers_sharded", "weights_sharded"):
-                assert set(found[name]) == {sharded}, (case, name)
-            shares += found["share"]
+                assert set(wrapping[name]) == {sharded}, (case, name)
+            shares += wrapping["share"]
         assert shares == (1 if sharded else RANKS), case
 
 
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(kind: str, alone: Path, together: Path) -> None:
     for case in RUN[kind]:
-        found, wanted = losses(together / case), losses(alone / case)
-        assert [step for step, _ in found] == list(range(1, STEPS + 1)), case
-        assert [loss for _, loss in found] == pytest.approx([loss for _, loss in wanted], rel=2e-4, abs=1e-6), case
+        curve, wanted = losses(together / case), losses(alone / case)
+        assert [step for step, _ in curve] == list(range(1, STEPS + 1)), case
+        assert [loss for _, loss in curve] == pytest.approx([loss for _, loss in wanted], rel=2e-4, abs=1e-6), case
         for line, other in zip(lines(together / case), lines(alone / case), strict=True):
             for name in ("samples", "tokens", "completions/count", "completions/without_loss", "loss/active_tokens"):
                 assert line[name] == other[name], (case, name)
@@ -249,20 +251,20 @@ def test_two_processes_give_the_losses_of_one(kind: str, alone: Path, together: 
 
 @pytest.mark.slow
 def test_two_processes_share_an_evaluation(alone: Path, together: Path) -> None:
-    found, wanted = (
+    log, wanted = (
         [line for line in lines(path / "evaluated") if "eval_reward_mean" in line] for path in (together, alone)
     )
-    assert len(found) == len(wanted) == 1
+    assert len(log) == len(wanted) == 1
     for name in ("eval_questions", "eval_reward_mean", "eval_reward_stderr", "eval_mean_length"):
-        assert found[0][name] == pytest.approx(wanted[0][name]), name
+        assert log[0][name] == pytest.approx(wanted[0][name]), name
 
 
 @pytest.mark.slow
 def test_two_processes_that_were_stopped_and_resumed_give_the_same_losses_and_weights(together: Path) -> None:
     for case in RESUMED:
-        found, wanted = together / "resumed" / case, together / case
-        assert losses(found) == losses(wanted), case
-        assert all(torch.equal(one, other) for one, other in zip(weights(found), weights(wanted), strict=True)), case
+        resumed, wanted = together / "resumed" / case, together / case
+        assert losses(resumed) == losses(wanted), case
+        assert all(torch.equal(one, other) for one, other in zip(weights(resumed), weights(wanted), strict=True)), case
     assert len(list((together / "resumed" / "reused").glob("checkpoint-1/rollouts-*.json"))) == RANKS
 
 
@@ -270,8 +272,8 @@ def test_two_processes_that_were_stopped_and_resumed_give_the_same_losses_and_we
 def test_two_processes_save_the_whole_weights_of_one(kind: str, alone: Path, together: Path) -> None:
     start = [weight.detach() for weight in AutoModelForCausalLM.from_pretrained(CHECKPOINT).parameters()]
     for case in RUN[kind]:
-        for found, wanted, before in zip(weights(together / case), weights(alone / case), start, strict=True):
-            assert (found - wanted).norm() <= 1e-3 * (wanted - before).norm(), case
+        for weight, wanted, before in zip(weights(together / case), weights(alone / case), start, strict=True):
+            assert (weight - wanted).norm() <= 1e-3 * (wanted - before).norm(), case
 
 
 @pytest.mark.parametrize(

@@ -191,11 +191,11 @@ def test_context_is_added_to_the_text_and_images_stay_as_they_are(
 def test_content_in_parts_renders_as_the_same_content_in_one_text(family: str) -> None:
     tokenizer = chat_tokenizer(family)
     parts: Prompt = ({"role": "user", "content": [text_part(QUESTION)]},)
-    found = [
+    conditioned_both = [
         Demonstration().condition(group_of(example(prompt, context="an answer"), tokenizer), tokenizer)
         for prompt in (parts, user(QUESTION))
     ]
-    assert found[0].teacher_prompts[0].tolist() == found[1].teacher_prompts[0].tolist()
+    assert conditioned_both[0].teacher_prompts[0].tolist() == conditioned_both[1].teacher_prompts[0].tolist()
 
 
 def test_a_prompt_with_an_image_is_refused_where_ids_are_made() -> None:
@@ -280,10 +280,10 @@ def shown(builder: SuccessOrFeedback, *rollouts: Any) -> list[str]:
     tokenizer = chat_tokenizer("qwen")
     group = attempts_group(tokenizer, *rollouts)
     conditioned = builder.condition(group, tokenizer)
-    found = []
+    contexts = []
     for text, active in zip(texts(conditioned, tokenizer), conditioned.active, strict=True):
-        found.append(text.split(QUESTION)[1].split("<|im_end|>")[0] if active else "-")
-    return found
+        contexts.append(text.split(QUESTION)[1].split("<|im_end|>")[0] if active else "-")
+    return contexts
 
 
 SHORT = "{{ prompt }}{% if attempt %}|{{ attempt }}{% endif %}{% if feedback %}|F:{{ feedback }}{% endif %}"

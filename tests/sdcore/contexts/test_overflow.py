@@ -155,7 +155,7 @@ def test_truncation_cuts_feedback_before_the_attempt() -> None:
 def test_the_oldest_feedback_is_dropped_first_and_whole() -> None:
     tokenizer = chat_tokenizer("llama")
     group = feedback_group(tokenizer, join_feedback(["first " * 9, "second " * 9, "third " * 9]))
-    found = {}
+    words_left = {}
     (whole,) = lengths(SuccessOrFeedback(template=SHORT).condition(group, tokenizer))
     for limit in range(len(group.prompt_ids), whole):
         builder = SuccessOrFeedback(template=SHORT, overflow="drop_oldest_feedback", max_teacher_prompt_length=limit)
@@ -164,10 +164,10 @@ def test_the_oldest_feedback_is_dropped_first_and_whole() -> None:
         counts = conditioned.counts
         assert lengths(conditioned)[0] <= limit
         assert counts["context/truncated_tokens"] == whole - lengths(conditioned)[0]
-        found[counts["context/dropped_feedback"]] = [turn.count(word) for word in ("first", "second", "third")]
+        words_left[counts["context/dropped_feedback"]] = [turn.count(word) for word in ("first", "second", "third")]
         assert conditioned.active == (counts["context/dropped_feedback"] < 3,)
         assert counts["context/dropped"] == (not conditioned.active[0])
-    assert found == {3: [0, 0, 0], 2: [0, 0, 9], 1: [0, 9, 9]}
+    assert words_left == {3: [0, 0, 0], 2: [0, 0, 9], 1: [0, 9, 9]}
 
 
 def test_an_attempt_that_does_not_fit_alone_makes_room_for_feedback() -> None:

@@ -104,7 +104,7 @@ def test_policy_losses_and_gradients_are_trls(given: dict[str, Any], level: str,
     seen = [Conditioned(teacher_prompts=(group.prompt_ids,) * 4, active=(True,) * 4) for group in groups]
     batch = Batch.of(groups, seen, method, norm_length=arguments["max_completion_length"])
     with double_precision():
-        found = update(
+        out = update(
             model,
             batch,
             method,
@@ -117,7 +117,7 @@ def test_policy_losses_and_gradients_are_trls(given: dict[str, Any], level: str,
         model.zero_grad()
         expected = (1 - config.distillation_weight) * trls_policy_loss(model, groups, config)
         expected.backward()
-    assert 0 < float(found.metrics["policy/clipped_fraction"]) < 1
-    torch.testing.assert_close(found.loss, expected.detach(), rtol=1e-6, atol=0)
+    assert 0 < float(out.metrics["policy/clipped_fraction"]) < 1
+    torch.testing.assert_close(out.loss, expected.detach(), rtol=1e-6, atol=0)
     for weight, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(gradient, weight.grad, rtol=1e-5, atol=1e-8)

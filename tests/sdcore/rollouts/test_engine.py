@@ -89,16 +89,16 @@ def ask(sampler: Any, model: PreTrainedModel, **changes: Any) -> list[list[Sampl
     return sampler.sample(model, prompts(), **(options | changes))
 
 
-def ids(found: list[list[SampledCompletion]]) -> list[list[list[int]]]:
-    return [[one.ids.tolist() for one in group] for group in found]
+def ids(completions_B_G: list[list[SampledCompletion]]) -> list[list[list[int]]]:
+    return [[one.ids.tolist() for one in group] for group in completions_B_G]
 
 
 def as_we_have_it(
-    model: PreTrainedModel, found: list[list[SampledCompletion]], temperature: float = 1.0
+    model: PreTrainedModel, completions_B_G: list[list[SampledCompletion]], temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """The engine's log-probabilities of all tokens, and ours."""
-    planned = plan(prompts(), [[one.ids for one in group] for group in found])
-    theirs = torch.cat([one.logprobs for group in found for one in group])
+    planned = plan(prompts(), [[one.ids for one in group] for group in completions_B_G])
+    theirs = torch.cat([one.logprobs for group in completions_B_G for one in group])
     return theirs, token_logprobs(model, planned, temperature=temperature)
 
 
@@ -162,17 +162,17 @@ def server(served: Any) -> VLLMServer:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_servers_log_probabilities_are_those_of_our_model(server: VLLMServer, temperature: float) -> None:
     model = with_wider_heads()
-    found = ask(server, model, temperature=temperature)
-    assert [len(group) for group in found] == [4, 4, 4]
-    theirs, ours = as_we_have_it(model, found, temperature)
+    completions_B_G = ask(server, model, temperature=temperature)
+    assert [len(group) for group in completions_B_G] == [4, 4, 4]
+    theirs, ours = as_we_have_it(model, completions_B_G, temperature)
     assert torch.allclose(theirs, ours, atol=1e-4)
 
 
 @needs_server
 def test_a_cut_distribution_is_the_one_that_the_log_probabilities_are_of(server: VLLMServer) -> None:
     model = with_wider_heads()
-    found = ask(server, model, top_k=3)
-    for prompt, group in zip(prompts(), found, strict=True):
+    completions_B_G = ask(server, model, top_k=3)
+    for prompt, group in zip(prompts(), completions_B_G, strict=True):
         for one in group:
             with torch.no_grad():
                 logits = model(torch.cat([prompt, one.ids])[None]).logits[0, len(prompt) - 1 : -1]
@@ -186,18 +186,18 @@ def test_a_cut_distribution_is_the_one_that_the_log_probabilities_are_of(server:
 def test_the_likeliest_tokens_are_ours_too(server: VLLMServer) -> None:
     model = with_wider_heads()
     ours = generate(model, prompts(), num_completions=1, max_new_tokens=12, eos_token_id=EOS, temperature=0.0)
-    found = ask(server, model, num_completions=1, temperature=0.0)
-    assert ids(found) == [[one.tolist() for one in group] for group in ours.completions]
+    completions_B_G = ask(server, model, num_completions=1, temperature=0.0)
+    assert ids(completions_B_G) == [[one.tolist() for one in group] for group in ours.completions]
 
 
 @needs_server
 def test_completions_end_where_they_are_told_to(server: VLLMServer) -> None:
     model = with_wider_heads()
-    found = [one for group in ask(server, model) for one in group]
-    ended = [one for one in found if one.finished]
+    completions = [one for group in ask(server, model) for one in group]
+    ended = [one for one in completions if one.finished]
     assert ended
     assert all(int(one.ids[-1]) == EOS and EOS not in one.ids[:-1].tolist() for one in ended)
-    assert all(len(one.ids) == 12 for one in found if not one.finished)
+    assert all(len(one.ids) == 12 for one in completions if not one.finished)
     assert not any(one.finished for group in ask(server, model, max_new_tokens=2) for one in group)
     # Another end than the model's own, and then that of the model is a token like any other.
     other = int(ended[0].ids[1])
@@ -222,9 +222,9 @@ def test_the_server_takes_the_students_weights(server: VLLMServer) -> None:
         for weight in other.parameters():
             weight.add_(0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
     server.follow(other, 1)
-    theirs, ours = as_we_have_it(other, found := ask(server, model))
+    theirs, ours = as_we_have_it(other, completions_B_G := ask(server, model))
     assert torch.allclose(theirs, ours, atol=1e-4)
-    assert not torch.allclose(theirs, as_we_have_it(model, found)[1], atol=1e-2)
+    assert not torch.allclose(theirs, as_we_have_it(model, completions_B_G)[1], atol=1e-2)
 
 
 @needs_server
@@ -242,10 +242,10 @@ def test_a_trainer_learns_from_what_the_server_samples(served: Any, server: VLLM
         log_completions_every=0,
     )
     made.train()
-    found = lines(tmp_path)
+    log = lines(tmp_path)
     # What was sampled is what the student would say now: the server has its weights at every step.
-    assert all(abs(line["policy/ratio"] - 1) < 1e-3 for line in found)
-    rewards = [line["self_distillation/reward_mean"] for line in found]
+    assert all(abs(line["policy/ratio"] - 1) < 1e-3 for line in log)
+    rewards = [line["self_distillation/reward_mean"] for line in log]
     assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.3
 
 
@@ -261,8 +261,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> VLLMColocated:
 @needs_engine
 def test_an_engine_in_this_process_samples_and_takes_the_students_weights(engine: VLLMColocated) -> None:
     model = with_wider_heads()
-    found = ask(engine, model)
-    theirs, ours = as_we_have_it(model, found)
+    completions_B_G = ask(engine, model)
+    theirs, ours = as_we_have_it(model, completions_B_G)
     assert torch.allclose(theirs, ours, atol=1e-4)
     with torch.no_grad():
         for weight in model.parameters():

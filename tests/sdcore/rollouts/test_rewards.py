@@ -64,8 +64,8 @@ def test_a_function_may_return_feedback_about_this_very_completion() -> None:
     def judged(*, completion: str, **columns: Any) -> Any:
         return (1.0, None) if completion == "right" else (0.0, f"not {completion}")
 
-    (found,) = score([group("right", "wrong")], [judged])
-    assert [(r.reward, r.feedback) for r in found.rollouts] == [(1.0, None), (0.0, "not wrong")]
+    (scored,) = score([group("right", "wrong")], [judged])
+    assert [(r.reward, r.feedback) for r in scored.rollouts] == [(1.0, None), (0.0, "not wrong")]
 
 
 def test_several_functions_are_a_weighted_sum_and_their_feedback_is_joined() -> None:

@@ -48,17 +48,17 @@ def sample(model: PreTrainedModel, tokenizer: Any, sampler: Sampler | None = Non
     return (sampler or ModelSampler()).sample(model, PROMPTS, **(options | changes))
 
 
-def ids_of(found: Any) -> list[list[list[int]]]:
-    return [[one.ids.tolist() for one in group] for group in found]
+def ids_of(completions_B_G: Any) -> list[list[list[int]]]:
+    return [[one.ids.tolist() for one in group] for group in completions_B_G]
 
 
 def test_the_model_samples_what_generate_samples(model: PreTrainedModel, tokenizer: Any) -> None:
-    found = sample(model, tokenizer)
+    completions_B_G = sample(model, tokenizer)
     plain = generate(model, PROMPTS, num_completions=3, max_new_tokens=6, eos_token_id=tokenizer.eos_token_id, seed=11)
-    assert ids_of(found) == [[ids.tolist() for ids in group] for group in plain.completions]
-    logprobs = torch.cat([one.logprobs for group in found for one in group])
+    assert ids_of(completions_B_G) == [[ids.tolist() for ids in group] for group in plain.completions]
+    logprobs = torch.cat([one.logprobs for group in completions_B_G for one in group])
     assert torch.equal(logprobs, plain.logprobs)
-    for one in (one for group in found for one in group):
+    for one in (one for group in completions_B_G for one in group):
         assert one.finished is (int(one.ids[-1]) == tokenizer.eos_token_id)
         assert one.finished or len(one.ids) == 6
         assert len(one.ids) == len(one.logprobs)
@@ -78,13 +78,13 @@ def test_equal_seeds_draw_equal_completions_and_the_global_state_is_left_alone(
 def test_prompts_at_a_time_bounds_the_batch_and_gives_every_prompt_its_completions(
     model: PreTrainedModel, tokenizer: Any
 ) -> None:
-    found = sample(model, tokenizer, ModelSampler(prompts_at_a_time=2), num_completions=2)
-    assert [len(group) for group in found] == [2, 2, 2]
+    completions_B_G = sample(model, tokenizer, ModelSampler(prompts_at_a_time=2), num_completions=2)
+    assert [len(group) for group in completions_B_G] == [2, 2, 2]
     # The first part is what it would be alone; the second has a seed of its own.
     alone = ModelSampler().sample(
         model, PROMPTS[:2], num_completions=2, max_new_tokens=6, eos_token_id=[tokenizer.eos_token_id], seed=11
     )
-    assert ids_of(found)[:2] == ids_of(alone)
+    assert ids_of(completions_B_G)[:2] == ids_of(alone)
     with pytest.raises(ArgumentError, match="prompts_at_a_time must be at least 1, got 0"):
         ModelSampler(prompts_at_a_time=0)
 
@@ -145,11 +145,11 @@ def given(tokenizer: Any, prompt: Any, completion: Any, **changes: Any) -> Rollo
 
 @pytest.mark.parametrize("prompt", ["luma a b", ({"role": "user", "content": "luma a b"},)])
 def test_a_completion_of_the_data_is_its_tokens_and_the_end(prompt: Any, tokenizer: Any) -> None:
-    found = given(tokenizer, prompt, "a1 b2")
+    rollout = given(tokenizer, prompt, "a1 b2")
     want = [*tokenizer("a1 b2", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    assert found.completion_ids.tolist() == want
-    assert found.finished
-    assert found.logprobs is None
+    assert rollout.completion_ids.tolist() == want
+    assert rollout.finished
+    assert rollout.logprobs is None
     cut = given(tokenizer, prompt, "a1 b2", max_length=2)
     assert cut.completion_ids.tolist() == want[:2]
     assert not cut.finished
@@ -164,8 +164,8 @@ def test_a_conversations_completion_ends_with_the_templates_end_of_turn(tokenize
         "{% if add_generation_prompt %}{% endif %}"
     )
     prompt = ({"role": "user", "content": "luma a b"},)
-    found = given(other, prompt, "a1 b2", stop_ids=[20])
-    assert found.completion_ids.tolist() == other(f"a1 b2 {turn_end}", add_special_tokens=False)["input_ids"]
+    rollout = given(other, prompt, "a1 b2", stop_ids=[20])
+    assert rollout.completion_ids.tolist() == other(f"a1 b2 {turn_end}", add_special_tokens=False)["input_ids"]
 
 
 def test_a_row_without_a_completion_is_an_error_that_names_it(tokenizer: Any) -> None:
@@ -192,14 +192,14 @@ def test_an_epoch_has_every_example_once_and_its_order_is_a_function_of_seed_and
 @pytest.mark.parametrize(("count", "window", "repeats"), [(8, 4, 2), (10, 4, 3), (3, 8, 2), (5, 1, 4)])
 def test_each_window_is_repeated_and_the_last_is_filled_up(count: int, window: int, repeats: int) -> None:
     order = WindowOrder(count, window=window, repeats=repeats, seed=1)
-    found = list(order)
-    assert len(found) == len(order)
-    assert len(found) % (window * repeats) == 0
-    for start in range(0, len(found), window * repeats):
-        parts = [found[at : at + window] for at in range(start, start + window * repeats, window)]
+    indices = list(order)
+    assert len(indices) == len(order)
+    assert len(indices) % (window * repeats) == 0
+    for start in range(0, len(indices), window * repeats):
+        parts = [indices[at : at + window] for at in range(start, start + window * repeats, window)]
         assert all(part == parts[0] for part in parts)
     # Nothing is lost, and little is used twice.
-    uses = Counter(found)
+    uses = Counter(indices)
     assert set(uses) == set(range(count))
     assert sum(uses.values()) - count * repeats < window * repeats
 

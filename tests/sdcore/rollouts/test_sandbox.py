@@ -22,14 +22,14 @@ TESTS = ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"]
 
 def processes_that_say(marker: str) -> list[int]:
     """Processes with a word on their command line; zombies have none."""
-    found = []
+    pids = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             if marker.encode() in Path(f"/proc/{name}/cmdline").read_bytes():
-                found.append(int(name))
+                pids.append(int(name))
         except OSError:
             continue
-    return found
+    return pids
 
 
 def leftover(marker: str) -> list[int]:

@@ -106,10 +106,10 @@ def test_prompts_and_completions_are_token_ids_with_log_probabilities(server: An
     sampler = VLLMServer(server.url, model="policy", api_key="secret")
     assert isinstance(sampler, Sampler)
     assert isinstance(sampler, FollowsWeights)
-    found = ask(sampler, top_p=0.9, top_k=20, temperature=0.8)
-    assert [len(group) for group in found] == [3, 3]
+    completions_B_G = ask(sampler, top_p=0.9, top_k=20, temperature=0.8)
+    assert [len(group) for group in completions_B_G] == [3, 3]
     sent = {tuple(body["prompt"]): body for _, body, _ in server.fake.requests}
-    for prompt, group in zip(PROMPTS, found, strict=True):
+    for prompt, group in zip(PROMPTS, completions_B_G, strict=True):
         body = sent[tuple(prompt.tolist())]
         wanted = {"n": 3, "max_tokens": 6, "temperature": 0.8, "top_p": 0.9, "top_k": 20, "stop_token_ids": [EOS]}
         assert {name: body[name] for name in wanted} == wanted
@@ -127,7 +127,9 @@ def test_prompts_and_completions_are_token_ids_with_log_probabilities(server: An
 def test_the_same_seed_asks_for_the_same(server: Any) -> None:
     sampler = VLLMServer(server.url, model="policy")
     first, second, third = ask(sampler), ask(sampler), ask(sampler, seed=5)
-    texts = [[[one.ids.tolist() for one in group] for group in found] for found in (first, second, third)]
+    texts = [
+        [[one.ids.tolist() for one in group] for group in completions_B_G] for completions_B_G in (first, second, third)
+    ]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -253,9 +255,9 @@ def test_a_colocated_engine_samples_and_is_handed_the_weights(monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "vllm", fake)
     sampler = VLLMColocated("any", gpu_memory_utilization=0.2)
     assert sampler.engine.options["gpu_memory_utilization"] == 0.2
-    found = ask(sampler)
-    assert [len(group) for group in found] == [3, 3]
-    assert all(len(one.ids) == len(one.logprobs) for group in found for one in group)
+    completions_B_G = ask(sampler)
+    assert [len(group) for group in completions_B_G] == [3, 3]
+    assert all(len(one.ids) == len(one.logprobs) for group in completions_B_G for one in group)
     model = world_model()
     sampler.follow(model, 0)  # whatever the engine had before
     assert torch.equal(sampler.engine.loaded["lm_head.weight"], model.lm_head.weight)
