@@ -31,6 +31,7 @@ from ..errors import ArgumentError
 from .aggregate import per_completion, spread
 
 Estimator: TypeAlias = Literal["grpo", "dr_grpo", "leave_one_out"]
+KLEstimator: TypeAlias = Literal["k3", "exact"]
 # Added to a group's standard deviation, as TRL does: rewards that differ by rounding are not blown up.
 LEAST_STD = 1e-4
 

@@ -164,12 +164,12 @@ def plan(
         # A completion without rows is not computed, so its prompt has no say in what the others share.
         asked = [name for name, count in zip(prompts, rows, strict=True) if count] or prompts
         first = host[asked[0]]
-        length = min(_common_prefix(first, host[name]) for name in asked)
+        length = min(common_prefix(first, host[name]) for name in asked)
         branches = tuple(
             torch.cat([ids[name][length:], branch]) if count else branch
             for name, branch, count in zip(prompts, read, rows, strict=True)
         )
-        shared = min(_common_prefix(first[:length], host[prompt_name]), max(0, length - 1))
+        shared = min(common_prefix(first[:length], host[prompt_name]), max(0, length - 1))
         teacher.append(Tree(trunk=ids[asked[0]][:length], branches=branches, rows=rows, shared=shared))
     target_ids = torch.cat([ids[name] for group in completions_B_G for name, _ in group])
     return Plan(student=tuple(student), teacher=tuple(teacher), target_ids=target_ids)
@@ -216,24 +216,31 @@ def buckets(
         raise ArgumentError(
             f"free_padding must be at least 0 and most_tokens at least 1, got {free_padding} and {most_tokens}"
         )
-    found: list[list[int]] = []
+    batches: list[list[int]] = []
     longest = filled = 0
     # From the longest down, padding and its share only grow with every sequence that joins.
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[index]
         if length < 0:
             raise ArgumentError(f"lengths[{index}] must be at least 0, got {length}")
-        if found:
-            padded = longest * (len(found[-1]) + 1)
+        if batches:
+            padded = longest * (len(batches[-1]) + 1)
             padding = padded - filled - length
             fits = most_tokens is None or padded <= most_tokens
             if fits and padding <= max(most_padding * padded, free_padding):
-                found[-1].append(index)
+                batches[-1].append(index)
                 filled += length
                 continue
-        found.append([index])
+        batches.append([index])
         longest = filled = length
-    return [sorted(bucket) for bucket in found]
+    return [sorted(batch) for batch in batches]
+
+
+def common_prefix(a: Tensor, b: Tensor) -> int:
+    """Counts the tokens that two sequences (L,) begin with alike."""
+    length = min(len(a), len(b))
+    different = (a[:length] != b[:length]).nonzero()
+    return int(different[0, 0]) if len(different) else length
 
 
 def entries(name: str, value: object, groups: int | None = None) -> list[tuple[int, object]]:
@@ -303,13 +310,6 @@ def _check_ids(name: str, ids: object) -> None:
     for position, token in enumerate(ids):
         if type(token) is not int:
             raise PlanTypeError(f"{name} must be a sequence of ints, got {_describe(token)} at position {position}")
-
-
-def _common_prefix(a: Tensor, b: Tensor) -> int:
-    """How many tokens two sequences on the CPU begin with alike."""
-    length = min(len(a), len(b))
-    different = (a[:length] != b[:length]).nonzero()
-    return int(different[0, 0]) if len(different) else length
 
 
 def _plan_ids(plan: Plan) -> Iterator[tuple[str, Tensor]]:

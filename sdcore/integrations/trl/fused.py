@@ -33,8 +33,8 @@ from sdkernels import TopK, TopKLogprobs
 from ...errors import ArgumentError, UnsupportedModelError
 from ...losses import FusedLinearDivergence, PolicyTerm, token_weights
 from ...models import head_of
-from ...prefix.checks import Verify
 from ...prefix.choice import Strategy
+from ...prefix.verification import Verify
 from ...step import StepOutput, distill_step, policy_gradient_step, token_logprobs
 from .guard import require_methods
 from .padded import PaddedPlan, plan_padded

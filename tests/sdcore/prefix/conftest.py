@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdcore.prefix import choice
-from sdcore.prefix.checks import forget
+from sdcore.prefix.verification import forget
 
 
 @pytest.fixture(autouse=True)

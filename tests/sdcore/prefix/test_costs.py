@@ -15,10 +15,10 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from sdcore.errors import ArgumentError, UnsupportedModelError
 from sdcore.models import find_body
+from sdcore.prefix.choice import STRATEGIES as RUNNERS
 from sdcore.prefix.costs.count import STRATEGIES, Cost, TreeSizes, cost, cost_of_sizes
 from sdcore.prefix.costs.sizes import LayerSizes, ModelSizes, model_sizes
 from sdcore.prefix.planner import Tree, plan
-from sdcore.prefix.runner import STRATEGIES as RUNNERS
 from sdcore.prefix.strategies.two_phase import micro_batches
 from sdkernels.live_bytes import LiveBytes
 from tests.sdcore.prefix.models import CONFIGS, HYBRIDS, TINY, WINDOW, tiny

@@ -21,10 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from sdcore.models import Body, find_body
+from sdcore.prefix.choice import STRATEGIES
 from sdcore.prefix.costs.count import Cost, cost
 from sdcore.prefix.costs.sizes import ModelSizes, model_sizes
 from sdcore.prefix.planner import Plan, Tree, plan
-from sdcore.prefix.runner import STRATEGIES
 from sdcore.prefix.strategies.cached import PromptStates
 from sdcore.prefix.strategies.two_phase import micro_batches
 from tests.sdcore.prefix.models import VOCAB, tiny
