@@ -1,4 +1,4 @@
-"""Hidden states of all completions from one row `[trunk 0 | branch 0,0 | branch 0,1 | ... | trunk 1 | ...]`.
+"""Runs all completions in one row `[trunk 0 | branch 0,0 | branch 0,1 | ... | trunk 1 | ...]`.
 
     for tree in trees:                                            # the same as this, but each token is computed once
         for branch, rows in zip(tree.branches, tree.rows):
@@ -31,8 +31,8 @@ from transformers import PreTrainedConfig
 
 from ...errors import ArgumentError, UnsupportedModelError
 from ...models import Body
-from ..attention.function import NAME, KeyValue, RowContext, row_context
-from ..attention.segments import Row, pack
+from ..attention.function import NAME, RowContext, row_context
+from ..attention.segments import KeyValue, Row, pack
 from ..planner import Tree
 
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
@@ -42,7 +42,7 @@ CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 @dataclass(frozen=True, eq=False)
 class PromptStates:
-    """Keys and values of each tree's first tokens in each layer, without a graph. Opaque to others."""
+    """Holds keys and values of each tree's first tokens in each layer, without a graph. Opaque to others."""
 
     trunks: tuple[dict[int, KeyValue] | None, ...]  # per tree; None where it has no rows
     lengths: tuple[int, ...]  # tokens of each tree
@@ -50,7 +50,7 @@ class PromptStates:
 
 
 class PackedRow(NamedTuple):
-    """What of the trees is computed in one row."""
+    """Says what of the trees is computed in one row."""
 
     row: Row
     trees: tuple[int, ...]  # which trees, in the order of the row's groups
@@ -60,7 +60,7 @@ class PackedRow(NamedTuple):
 
 
 def supports(body: Body) -> str | None:
-    """Why this model cannot be packed; None if it can, as far as can be told without running it."""
+    """Says why this model cannot be packed; None if it can, as far as can be told without running it."""
     base = body.base
     others = sorted(set(body.layer_types) - LAYER_TYPES)
     if others:
@@ -93,7 +93,7 @@ def hidden_states(
     record: bool | Sequence[int] = False,
     max_tokens: int | None = None,
 ) -> tuple[Tensor, PromptStates | None]:
-    """(N, H) states that predict each completion token, in the order group, completion, position.
+    """Returns the (N, H) states that predict each completion token, in the order group, completion, position.
 
     With a graph where gradients are enabled. `record` also returns the trunks' states, detached: True, or of each tree
     so many first tokens. With `prompts`, which such a pass over trees with the same prompts returned, the first
@@ -133,7 +133,7 @@ def hidden_states(
 
 
 def _arrange(trees: Sequence[Tree], read_shared: bool, max_tokens: int | None) -> Iterator[PackedRow]:
-    """The rows, at least one: without any completion a single token, so that the result still has a graph."""
+    """Yields the rows, at least one: without any completion a single token, so that the result still has a graph."""
     waiting: list[int] = []
     tokens = 0
     active = [i for i, tree in enumerate(trees) if tree.active]
@@ -202,7 +202,7 @@ def _check_prompts(trees: Sequence[Tree], prompts: PromptStates) -> None:
 
 
 def _is_long(body: Body, trees: Sequence[Tree], prompts: PromptStates | None) -> bool:
-    """Whether the sequences get LongRoPE's factors for long ones: the longest decides for the whole row."""
+    """True where the sequences get LongRoPE's factors for long ones: the longest decides for the whole row."""
     switch = body.rotary_switch
     if switch is None:
         return False
@@ -222,7 +222,7 @@ def _checkpoint_functions(body: Body) -> list[tuple[nn.Module, str]]:
 
 @contextmanager
 def _packed_mode(body: Body, context: RowContext) -> Iterator[bool]:
-    """Inside, the model attends by `context`, and so do its layers when a later backward runs them anew.
+    """Makes the model attend by `context` while entered, and its layers when a later backward runs them anew.
 
     Yields whether layers are checkpointed.
     """
@@ -243,7 +243,7 @@ def _has_config(module: nn.Module) -> bool:
 
 
 def _in_packed_mode(checkpoint: Callable[..., Any], configs: list[PreTrainedConfig]) -> Callable[..., Any]:
-    """A checkpoint function whose checkpointed function enters packed mode each time it runs."""
+    """Wraps a checkpoint function so that the checkpointed function enters packed mode each time it runs."""
 
     def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         def entered(*inner: Any, **named: Any) -> Any:
@@ -257,7 +257,7 @@ def _in_packed_mode(checkpoint: Callable[..., Any], configs: list[PreTrainedConf
 
 @contextmanager
 def _implementation(configs: list[PreTrainedConfig]) -> Iterator[None]:
-    """Inside, the configurations name our attention function. Set as transformers does, past the checking setter."""
+    """Makes the configurations name our attention function, set as transformers does, past the checking setter."""
     before = [config._attn_implementation_internal for config in configs]
     try:
         for config in configs:
