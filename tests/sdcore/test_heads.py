@@ -10,15 +10,27 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, PhiConfig, PreTrainedModel
+from transformers import PhiConfig
 
 from sdcore.errors import UnsupportedModelError
 from sdcore.models import Head, find_body, head_of, without_dropout
-from sdcore.prefix import Plan, Tree, run
+from sdcore.prefix import Plan, run
 from sdcore.step import distill_step
 from sdcore.step.rewards import token_logprobs
 from sdcore.teachers import EMA, AdapterOff, Frozen, Live, Snapshot, TrustRegion
-from tests.sdcore.prefix.models import COMMON, VOCAB, build, double_precision, tiny
+from tests.sdcore.prefix.models import (
+    COMMON,
+    VOCAB,
+    adapted,
+    build,
+    double_precision,
+    gradients,
+    plain_rows,
+    reverse_kl,
+    shaken,
+    tied,
+    tiny,
+)
 from tests.sdcore.prefix.trees import random_plan
 
 peft = pytest.importorskip("peft")
@@ -42,25 +54,6 @@ def small_plan() -> Plan:
     return random_plan(4, prompts=(6, 4), sizes=((3, 2), (2,)))
 
 
-def tied() -> PreTrainedModel:
-    return build(LlamaConfig(**COMMON | {"tie_word_embeddings": True}))
-
-
-def shaken(model: nn.Module, seed: int = 1) -> Any:
-    """With adapters that are not zero: what they add is about as large as the logits."""
-    draw = torch.Generator().manual_seed(seed)
-    for name, weight in model.double().train().named_parameters():
-        if "lora_" in name:
-            weight.data = 0.3 * torch.randn(weight.shape, dtype=weight.dtype, generator=draw)
-    return model
-
-
-def adapted(model: PreTrainedModel | None = None, *, seed: int = 1, **options: Any) -> Any:
-    """LoRA on the output layer, and on one projection of the body."""
-    config = peft.LoraConfig(**{"r": 3, "lora_alpha": 4, "target_modules": ["q_proj", "lm_head"]} | options)
-    return shaken(peft.get_peft_model(model or tiny("llama"), config), seed)
-
-
 def two_adapters() -> Any:
     model = adapted()
     model.add_adapter("second", peft.LoraConfig(r=2, lora_alpha=5, target_modules=["v_proj", "lm_head"]))
@@ -75,25 +68,6 @@ def logits_of(head: Head, hidden: Tensor) -> Tensor:
     return logits if head.transform.bias is None else logits + head.transform.bias
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
-
-
-def plain_logits(model: nn.Module, trees: tuple[Tree, ...]) -> Tensor:
-    """(N, V) logits of the whole model, one sequence at a time."""
-    logits = []
-    for tree in trees:
-        for i in tree.active:
-            out = model(input_ids=tree.sequence(i)[None], use_cache=False)
-            logits.append(out.logits[0, len(tree.sequence(i)) - tree.rows[i] :])
-    return torch.cat(logits)
-
-
-def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    log_p, log_q = student.log_softmax(-1), teacher.detach().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-
-
 def require_step(
     make: Callable[[], Any], teacher_logits: Callable[[nn.Module, Plan], Tensor], *, teacher: Any, strategy: Any
 ) -> None:
@@ -101,7 +75,7 @@ def require_step(
     planned, plain, model = small_plan(), make(), make()
     with torch.no_grad():
         taught = teacher_logits(make(), planned)
-    loss = reverse_kl(plain_logits(plain, planned.student), taught)
+    loss = reverse_kl(plain_rows(plain, planned.student)[1], taught)
     loss.backward()
     out = distill_step(model, planned, teacher=teacher(model), strategy=strategy, verify="off")
     assert torch.allclose(out.loss, loss.detach(), rtol=1e-9)
@@ -144,7 +118,7 @@ def test_the_logits_are_the_models_own(kind: str) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in LORA if kind != "dropout"])
 def test_every_trained_weight_gets_the_gradient_of_plain_forwards(kind: str, strategy: Any) -> None:
     def teacher_logits(model: nn.Module, planned: Plan) -> Tensor:
-        return plain_logits(model, planned.teacher)
+        return plain_rows(model, planned.teacher)[1]
 
     require_step(LORA[kind], teacher_logits, teacher=lambda model: Live(), strategy=strategy)
 
@@ -251,7 +225,7 @@ def test_a_teachers_output_layer_is_its_own(kind: str, strategy: Any) -> None:
     student, teacher_model, teacher = TEACHERS[kind]
     require_step(
         student,
-        lambda _, planned: plain_logits(teacher_model(), planned.teacher),
+        lambda _, planned: plain_rows(teacher_model(), planned.teacher)[1],
         teacher=teacher,
         strategy=strategy,
     )
@@ -260,8 +234,8 @@ def test_a_teachers_output_layer_is_its_own(kind: str, strategy: Any) -> None:
 @pytest.mark.parametrize("strategy", ["packed", "two_phase"])
 def test_a_trust_region_mixes_the_logits_of_both_output_layers(strategy: Any) -> None:
     def teacher_logits(model: nn.Module, planned: Plan) -> Tensor:
-        base = plain_logits(tiny("llama"), planned.teacher)
-        return 0.7 * base + 0.3 * plain_logits(model, planned.teacher)
+        base = plain_rows(tiny("llama"), planned.teacher)[1]
+        return 0.7 * base + 0.3 * plain_rows(model, planned.teacher)[1]
 
     require_step(adapted, teacher_logits, teacher=lambda _: TrustRegion(AdapterOff(), share=0.3), strategy=strategy)
 
@@ -275,7 +249,7 @@ def test_a_part_of_the_teachers_states_stays_what_the_body_says() -> None:
 
 def test_log_probabilities_are_those_of_the_adapted_output_layer() -> None:
     planned, model = small_plan(), adapted()
-    expected = plain_logits(model, planned.student).log_softmax(-1).gather(1, planned.target_ids[:, None])[:, 0]
+    expected = plain_rows(model, planned.student)[1].log_softmax(-1).gather(1, planned.target_ids[:, None])[:, 0]
     assert torch.allclose(token_logprobs(model, planned), expected, **EXACT)
 
 
@@ -293,7 +267,7 @@ def test_a_weight_that_is_trained_beside_its_adapter_gets_its_gradient() -> None
 
     require_step(
         make,
-        lambda model, planned: plain_logits(model, planned.teacher),
+        lambda model, planned: plain_rows(model, planned.teacher)[1],
         teacher=lambda _: Live(),
         strategy="packed",
     )
@@ -301,7 +275,7 @@ def test_a_weight_that_is_trained_beside_its_adapter_gets_its_gradient() -> None
 
 def test_tied_embeddings_get_the_gradient_of_both_uses() -> None:
     require_step(
-        tied, lambda model, planned: plain_logits(model, planned.teacher), teacher=lambda _: Live(), strategy="packed"
+        tied, lambda model, planned: plain_rows(model, planned.teacher)[1], teacher=lambda _: Live(), strategy="packed"
     )
 
 

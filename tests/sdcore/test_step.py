@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -18,8 +18,10 @@ from sdcore.prefix import Plan, plan
 from sdcore.step import StepOutput, distill_step, imitate_step, policy_gradient_step
 from sdcore.teachers import Frozen, Live, Teacher, TrustRegion
 from sdkernels import TopK
-from tests.sdcore.prefix.models import COMMON, build, double_precision, tiny
+from tests.sdcore.prefix.models import COMMON, assert_same_gradients, build, gradients, tiny
 from tests.sdcore.prefix.trees import Ids, random_ids
+
+pytestmark = pytest.mark.usefixtures("in_double_precision")
 
 SEED = 5
 SHARE = 0.3
@@ -37,16 +39,6 @@ Step = Callable[[PreTrainedModel], StepOutput]
 def policy_gradient(model: nn.Module, planned: Plan, **options: Any) -> StepOutput:
     advantages = torch.linspace(-1.0, 1.0, planned.num_rows, dtype=torch.float64)
     return policy_gradient_step(model, planned, PolicyTerm(advantages=advantages), **options)
-
-
-@pytest.fixture(autouse=True)
-def in_double_precision() -> Iterator[None]:
-    """Also on one thread: two that wait for each other after every small operator are slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with double_precision():
-        yield
-    torch.set_num_threads(threads)
 
 
 def full_logits(model: nn.Module, prompts: Sequence[Any], completions: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -86,16 +78,6 @@ def teacher_logits(kind: str, student: nn.Module, ids: Ids) -> Tensor:
 def teacher_of(kind: str) -> Teacher | TrustRegion:
     frozen = Frozen(tiny("llama", seed=1))
     return {"live": Live(), "frozen": frozen, "trust": TrustRegion(frozen, SHARE)}[kind]
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
-
-
-def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    errors = {name: float((found[name] - grad).norm() / grad.norm()) for name, grad in expected.items()}
-    assert {name: error for name, error in errors.items() if not error < 1e-9} == {}
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -25,36 +25,27 @@ from sdcore.prefix import Plan, plan
 from sdcore.step import StepOutput, distill_step, policy_gradient_step, tilt_step, token_logprobs
 from sdcore.teachers import EMA, Frozen, Live, TrustRegion
 from sdkernels import TopK
-from tests.sdcore.prefix.models import double_precision, tiny
+from tests.sdcore.prefix.models import assert_same_gradients, gradients, tiny
 from tests.sdcore.prefix.trees import Ids, random_ids
 from tests.sdcore.test_step import (
     HOW,
     SEED,
     SHARE,
-    assert_same_gradients,
     close,
     divergences,
     full_logits,
-    gradients,
     targets_of,
     teacher_logits,
     teacher_of,
 )
+
+pytestmark = pytest.mark.usefixtures("in_double_precision")
 
 IDS = random_ids(SEED)
 LENGTHS = [len(ids) for group in IDS.completions for ids in group]
 SIZES = [len(group) for group in IDS.completions]
 N, S = sum(LENGTHS), len(LENGTHS)
 FEW = [HOW[2], HOW[4]]  # packed, two_phase
-
-
-@pytest.fixture(autouse=True)
-def in_double_precision() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with double_precision():
-        yield
-    torch.set_num_threads(threads)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

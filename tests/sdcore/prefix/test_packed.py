@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,8 +18,10 @@ from sdcore.prefix.planner import Plan, Tree
 from sdcore.prefix.strategies import packed
 from sdkernels.testing import LiveBytes
 
-from .models import CONFIGS, HEADS, HYBRIDS, VOCAB, build, double_precision, one_by_one, tiny
+from .models import CONFIGS, HEADS, HYBRIDS, VOCAB, build, one_by_one, tiny
 from .trees import random_plan
+
+pytestmark = pytest.mark.usefixtures("in_double_precision")
 
 SUPPORTED = [name for name in CONFIGS | HEADS if name not in HYBRIDS]
 
@@ -42,12 +44,6 @@ def assert_same_gradients(actual: list[Tensor | None], expected: list[Tensor | N
             assert not any(gradient is not None and gradient.any() for gradient in (a, e))
         else:
             assert (a - e).norm() <= 1e-9 * e.norm() + 1e-14
-
-
-@pytest.fixture(autouse=True)
-def _double_precision() -> Iterator[None]:
-    with double_precision():
-        yield
 
 
 @pytest.fixture(params=["one", "each"])

@@ -21,17 +21,12 @@ from sdcore.prefix import Plan, choice, plan
 from sdcore.prefix.runner import passes, run
 from sdcore.step import distill_step
 from sdcore.teachers import Frozen, Live, TrustRegion
-from tests.sdcore.prefix.models import COMMON, VOCAB, build, tiny, tokens_of
+from tests.sdcore.prefix.models import COMMON, VOCAB, build, checkpointed, tiny, tokens_of
 from tests.sdcore.prefix.trees import short_plan
 
 pytestmark = pytest.mark.usefixtures("first_use")
 
 SHARING = ["packed", "cached", "two_phase"]
-
-
-def checkpointed(model: PreTrainedModel, *, reentrant: bool = False) -> PreTrainedModel:
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    return model
 
 
 def mamba() -> PreTrainedModel:

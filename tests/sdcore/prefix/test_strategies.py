@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Phi3Config, PreTrainedModel
 
 from sdcore.errors import ArgumentError, UnsupportedModelError
@@ -18,7 +18,20 @@ from sdcore.prefix.planner import Tree, plan
 from sdcore.prefix.strategies import two_phase
 from sdcore.prefix.strategies.two_phase import BackwardError, micro_batches
 from sdkernels.live_bytes import LiveBytes
-from tests.sdcore.prefix.models import COMMON, HEADS, HYBRIDS, SLIDING, TINY, VOCAB, build, double_precision, tiny
+from tests.sdcore.prefix.models import (
+    COMMON,
+    HEADS,
+    HYBRIDS,
+    SLIDING,
+    TINY,
+    VOCAB,
+    assert_same_gradients,
+    build,
+    checkpointed,
+    double_precision,
+    gradients,
+    tiny,
+)
 from tests.sdcore.prefix.trees import random_plan
 
 # A strategy is a module with a function `hidden_states`; those of SHARING read a teacher's prompt from
@@ -40,11 +53,6 @@ def cases(strategies: Sequence[str], names: Iterable[str] = TINY) -> list[Any]:
     ]
 
 
-def checkpointed(model: PreTrainedModel, *, reentrant: bool = False) -> PreTrainedModel:
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    return model
-
-
 def one_by_one(body: Body, trees: Sequence[Tree]) -> Tensor:
     """(N, H): the whole model on each sequence alone, and its last hidden states."""
     rows = []
@@ -58,10 +66,6 @@ def one_by_one(body: Body, trees: Sequence[Tree]) -> Tensor:
 def weights_of(count: int, width: int) -> Tensor:
     """A loss is the sum of these times the states: its gradient tells every state from every other."""
     return torch.randn(count, width, dtype=torch.float64, generator=torch.Generator().manual_seed(count))
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
 def student_pass(strategy: str, body: Body, trees: Sequence[Tree]) -> Tensor:
@@ -109,13 +113,6 @@ def assert_same_states(found: Tensor, expected: Tensor) -> None:
     assert float((found - expected).abs().max()) < 1e-10
 
 
-def assert_same_gradients(model: nn.Module, expected: dict[str, Tensor]) -> None:
-    found = gradients(model)
-    assert found.keys() == expected.keys()
-    errors = {name: float((found[name] - grad).norm() / grad.norm()) for name, grad in expected.items()}
-    assert {name: error for name, error in errors.items() if not error < 1e-9} == {}
-
-
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize(("strategy", "name"), cases(STRATEGIES, [*TINY, *HEADS]))
 def test_a_students_states_and_gradients_are_those_of_single_sequences(
@@ -125,7 +122,7 @@ def test_a_students_states_and_gradients_are_those_of_single_sequences(
     model = checkpointed(tiny(name)) if checkpointing else tiny(name)
     with double_precision():
         assert_same_states(student_pass(strategy, find_body(model), random_plan(SEED).student), hidden)
-    assert_same_gradients(model, grads)
+    assert_same_gradients(gradients(model), grads)
 
 
 def adapted(kind: str) -> PreTrainedModel:
@@ -147,7 +144,7 @@ def test_adapters_get_the_gradients_that_naive_gives_them(strategy: str, kind: s
         hidden = student_pass("naive", find_body(expected), trees)
         assert_same_states(student_pass(strategy, find_body(model), trees), hidden)
     assert all("lora" in name for name in gradients(expected))
-    assert_same_gradients(model, gradients(expected))
+    assert_same_gradients(gradients(model), gradients(expected))
     with model.disable_adapter(), expected.disable_adapter(), double_precision(), torch.no_grad():
         assert_same_states(student_states(strategy, find_body(model), trees), reference("llama")[0])
 
@@ -159,7 +156,7 @@ def test_eager_attention_gives_the_same(strategy: str, name: str) -> None:
     model = tiny(name, attn_implementation="eager")
     with double_precision():
         assert_same_states(student_pass(strategy, find_body(model), random_plan(SEED).student), hidden)
-    assert_same_gradients(model, grads)
+    assert_same_gradients(gradients(model), grads)
 
 
 @pytest.mark.parametrize("teacher", ["one", "each"])
@@ -226,7 +223,7 @@ def test_recording_for_a_teacher_changes_no_gradient(strategy: str, name: str) -
             (states * weights_of(*hidden.shape)).sum().backward()
     assert not teacher.requires_grad
     assert_same_states(teacher, teacher_reference(name, "one", 0))
-    assert_same_gradients(model, grads)
+    assert_same_gradients(gradients(model), grads)
 
 
 @pytest.mark.parametrize("shared", [1, 2, 3, 10, 11])
@@ -280,7 +277,7 @@ def test_naive_is_right_under_reentrant_checkpointing() -> None:
     model = checkpointed(tiny("llama"), reentrant=True)
     with double_precision():
         assert_same_states(student_pass("naive", find_body(model), random_plan(SEED).student), hidden)
-    assert_same_gradients(model, grads)
+    assert_same_gradients(gradients(model), grads)
 
 
 def long_rope() -> PreTrainedModel:
@@ -344,7 +341,7 @@ def test_a_loss_scale_reaches_every_gradient_once(name: str) -> None:
         for part in micro_batches(body, trees, micro_batch=1):
             weights = weights_of(sum(tree.num_rows for tree in trees), body.hidden_size)[part.rows]
             (part.attach((part.hidden * weights).sum()) * 1024.0).backward()
-    assert_same_gradients(model, {name: grad * 1024.0 for name, grad in grads.items()})
+    assert_same_gradients(gradients(model), {name: grad * 1024.0 for name, grad in grads.items()})
 
 
 def test_taking_a_part_before_the_last_ones_backward_is_an_error() -> None:

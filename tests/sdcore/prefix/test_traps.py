@@ -20,7 +20,10 @@ from sdcore.errors import UnsupportedModelError
 from sdcore.models import Body, find_body
 from sdcore.prefix.strategies import caches
 from sdcore.prefix.strategies.caches import PrefixCache, run_reading, run_recording
-from tests.sdcore.prefix.models import HYBRIDS, SLIDING, TINY, VOCAB, WINDOW, double_precision, tiny
+from tests.sdcore.prefix import models
+from tests.sdcore.prefix.models import HYBRIDS, SLIDING, TINY, VOCAB, WINDOW, tiny
+
+pytestmark = pytest.mark.usefixtures("in_double_precision")
 
 TRUNK, BRANCH = 15, 5
 
@@ -30,9 +33,7 @@ def ids(*shape: int, seed: int = 0) -> Tensor:
 
 
 def checkpointed(name: str) -> Body:
-    model = tiny(name)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return find_body(model)
+    return find_body(models.checkpointed(tiny(name)))
 
 
 def expected(body: Body, trunk: Tensor, branches: Tensor) -> Tensor:
@@ -43,12 +44,6 @@ def expected(body: Body, trunk: Tensor, branches: Tensor) -> Tensor:
 
 def difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).detach().abs().max())
-
-
-@pytest.fixture(autouse=True)
-def exact() -> Any:
-    with double_precision():
-        yield
 
 
 def test_a_dynamic_cache_grows_when_a_second_branch_reads_it() -> None:

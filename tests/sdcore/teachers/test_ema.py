@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import multiprocessing
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +22,11 @@ from sdcore.errors import ArgumentError, UnsupportedModelError
 from sdcore.prefix.runner import run
 from sdcore.step import distill_step
 from sdcore.teachers import EMA, AdapterOff, Frozen, Live, PeriodicSync, Snapshot, TrustRegion, ema
-from tests.sdcore.prefix.models import COMMON, build, double_precision, tiny
+from tests.processes import assert_right, run_cases, verdicts_of
+from tests.sdcore.prefix.models import COMMON, assert_same_gradients, build, double_precision, gradients, tiny
 from tests.sdcore.prefix.trees import random_plan
 
 STRATEGIES: list[Any] = ["naive", "packed", "cached"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def in_double_precision() -> Iterator[None]:
-    """Not for the tests of bfloat16: while it is entered there is no float32."""
-    with double_precision():
-        yield
 
 
 EXACT = pytest.mark.usefixtures("in_double_precision")
@@ -461,21 +446,8 @@ def test_a_student_whose_dtype_changes_keeps_its_average() -> None:
     assert torch.allclose(average, torch.tensor(1.0 + 0.01 * 2**-7), rtol=2**-23)
 
 
-def sharded_work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    try:
-        with double_precision():
-            found = {"wrapped before": sharded_agrees(Path(folder), True), "after": sharded_agrees(Path(folder), False)}
-        Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    finally:
-        dist.destroy_process_group()
-
-
-def sharded_agrees(folder: Path, wrapped_before: bool) -> str:
-    """ "" where an average of a sharded student is that of a plain one, in the pass, in the step and in the file."""
+def sharded_agrees(folder: Path, wrapped_before: bool) -> None:
+    """An average of a sharded student is that of a plain one, in the pass, in the step and in the file."""
 
     def shard(model: Any) -> Any:
         for layer in model.model.layers:
@@ -483,52 +455,45 @@ def sharded_agrees(folder: Path, wrapped_before: bool) -> str:
         return fully_shard(model)
 
     plain, student, planned = tiny("llama"), tiny("llama"), random_plan(4)
-    one = EMA(plain, 0.3)
-    two = None if wrapped_before else EMA(student, 0.3)
+    single = EMA(plain, 0.3)
+    sharded = None if wrapped_before else EMA(student, 0.3)
     shard(student)
-    two = two or EMA(student, 0.3)
+    sharded = sharded or EMA(student, 0.3)
     for step in (1, 2):
         move(plain, step)
         for mine, other in zip(student.parameters(), plain.parameters(), strict=True):
             whole = torch.distributed.tensor.distribute_tensor(other.detach(), mine.device_mesh, mine.placements)
             mine.to_local().data.copy_(whole.to_local())
-        one.update(plain, step)
-        two.update(student, step)
+        single.update(plain, step)
+        sharded.update(student, step)
         # Twice: the second pass meets what the first has left gathered.
-        for teacher in (two, TrustRegion(two, 0.3)):
-            expected = distill_step(plain, planned, teacher=one if teacher is two else TrustRegion(one, 0.3))
+        for teacher, alone in ((sharded, single), (TrustRegion(sharded, 0.3), TrustRegion(single, 0.3))):
+            expected = distill_step(plain, planned, teacher=alone)
             out = distill_step(student, planned, teacher=teacher)
-            if not torch.allclose(out.loss, expected.loss, rtol=1e-9):
-                return f"loss {float(out.loss)}, not {float(expected.loss)}"
-            for (name, mine), other in zip(student.named_parameters(), plain.parameters(), strict=True):
-                assert isinstance(mine.grad, DTensor)
-                error = float((mine.grad.full_tensor() - other.grad).norm() / other.grad.norm())
-                if not error < 1e-9:
-                    return f"gradient of {name} off by {error}"
-    two.save(folder)
+            assert torch.allclose(out.loss, expected.loss, rtol=1e-9)
+            assert all(isinstance(weight.grad, DTensor) for weight in student.parameters())
+            assert_same_gradients(gradients(student), gradients(plain))
+    sharded.save(folder)
     dist.barrier()
     saved = load_file(folder / "teacher.safetensors")
-    if not all(torch.equal(saved[name], kept.value) for name, kept in one._kept.items()):
-        return "the file differs"
-    before = {name: kept.value.clone() for name, kept in two._kept.items()}
-    two.update(student, 3)
-    two.load(folder)
+    assert all(torch.equal(saved[name], kept.value) for name, kept in single._kept.items()), "the file differs"
+    before = {name: kept.value.clone() for name, kept in sharded._kept.items()}
+    sharded.update(student, 3)
+    sharded.load(folder)
     dist.barrier()
-    return "" if all(torch.equal(before[name], kept.value) for name, kept in two._kept.items()) else "not loaded"
+    assert all(torch.equal(before[name], kept.value) for name, kept in sharded._kept.items()), "not loaded"
+
+
+def sharded_work(rank: int, folder: str) -> None:
+    cases = {str(before): partial(sharded_agrees, Path(folder), before) for before in (True, False)}
+    with double_precision():
+        run_cases(rank, folder, cases, ranks=2, seconds=60)
 
 
 def test_the_average_of_a_student_sharded_by_fsdp2_is_sharded_and_the_same(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=sharded_work, args=(rank, str(tmp_path))) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(90)
-        if worker.is_alive():
-            worker.kill()
-    assert [worker.exitcode for worker in workers] == [0, 0]
-    for rank in range(2):
-        assert json.loads((tmp_path / f"{rank}.json").read_text()) == {"wrapped before": "", "after": ""}
+    verdicts = verdicts_of(sharded_work, tmp_path, str(tmp_path), ranks=2, seconds=90)
+    for wrapped_before in (True, False):
+        assert_right(str(wrapped_before), verdicts)
 
 
 @pytest.mark.parametrize(
