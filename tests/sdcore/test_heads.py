@@ -22,6 +22,7 @@ from tests.sdcore.prefix.models import (
     COMMON,
     VOCAB,
     adapted,
+    assert_same_gradients,
     build,
     double_precision,
     gradients,
@@ -79,10 +80,8 @@ def require_step(
     loss.backward()
     out = distill_step(model, planned, teacher=teacher(model), strategy=strategy, verify="off")
     assert torch.allclose(out.loss, loss.detach(), rtol=1e-9)
-    expected, found = gradients(plain), gradients(model)
-    assert expected.keys() == found.keys()
-    assert {name for name, grad in expected.items() if not torch.allclose(found[name], grad, rtol=1e-7)} == set()
-    assert all(bool(grad.abs().max() > 0) for grad in expected.values())
+    assert_same_gradients(gradients(model), gradients(plain))
+    assert all(bool(grad.abs().max() > 0) for grad in gradients(plain).values())
 
 
 LORA: dict[str, Callable[[], Any]] = {
@@ -356,11 +355,11 @@ def test_a_quantised_output_layer_is_dequantised(kind: str, bias: bool, in_singl
     model = quantised(kind, bias=bias)
     for _ in range(2):  # the first forward may move the weight
         head, expected = head_of(model), model(TOKENS).logits.detach()
-        found = logits_of(head, find_body(model)(TOKENS)).detach()
+        logits = logits_of(head, find_body(model)(TOKENS)).detach()
         assert head.weight.dtype == torch.float32
         assert head.weight.shape == (VOCAB, 32)
         assert not head.weight.requires_grad
-        assert float((found - expected).norm() / expected.norm()) < 1e-5
+        assert float((logits - expected).norm() / expected.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
@@ -370,11 +369,11 @@ def test_a_step_through_a_quantised_output_layer_trains_the_body(kind: str, in_s
         plain.lm_head.weight.copy_(head_of(model).weight)
     plain.lm_head.requires_grad_(False)
     taught = tiny("llama", seed=1).to(torch.float32)
-    for one in (model, plain):
-        distill_step(one, small_plan(), teacher=Frozen(taught))
-    expected, found = gradients(plain), gradients(model)
-    assert expected.keys() == found.keys()
-    assert {name for name, grad in expected.items() if not torch.allclose(found[name], grad, rtol=1e-4, atol=1e-7)} == (
+    for student in (model, plain):
+        distill_step(student, small_plan(), teacher=Frozen(taught))
+    expected, grads = gradients(plain), gradients(model)
+    assert expected.keys() == grads.keys()
+    assert {name for name, grad in expected.items() if not torch.allclose(grads[name], grad, rtol=1e-4, atol=1e-7)} == (
         set()
     )
 
@@ -385,7 +384,7 @@ def test_a_quantised_teacher_is_dequantised(in_single_precision: None) -> None:
     with torch.no_grad():
         same.lm_head.weight.copy_(head_of(taught).weight)
     student = tiny("llama", seed=1).to(torch.float32)
-    losses = [distill_step(student, small_plan(), teacher=Frozen(one)).loss for one in (taught, same)]
+    losses = [distill_step(student, small_plan(), teacher=Frozen(weights)).loss for weights in (taught, same)]
     assert float(losses[0]) > 0.01
     assert torch.allclose(*losses)
 
@@ -398,8 +397,8 @@ def test_an_adapter_on_a_quantised_output_layer_keeps_its_own_columns(in_single_
     assert type(layer).__module__ == "peft.tuners.lora.bnb"
     nn.init.normal_(layer.lora_B["default"].weight, std=0.3)
     expected = wrapped(TOKENS).logits
-    found = logits_of(head_of(wrapped), find_body(wrapped)(TOKENS))
-    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    logits = logits_of(head_of(wrapped), find_body(wrapped)(TOKENS))
+    assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5)
     distill_step(wrapped, small_plan(), teacher=AdapterOff())
     assert sorted(name.split(".")[-3] for name in gradients(wrapped)) == ["lora_A", "lora_B"]
 

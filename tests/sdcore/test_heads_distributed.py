@@ -188,7 +188,7 @@ def mixed_precision(reshard: bool, reduce: torch.dtype | None) -> None:
     loss.backward()
     weight = wrapped.lm_head.weight
     assert weight.grad.dtype == weight.dtype == torch.float32
-    found = weight.grad.full_tensor()
+    gradient = weight.grad.full_tensor()
     # The same in one process, in the same dtypes.
     ((hidden[0].detach() @ own.T).float() * (1 + rank)).square().sum().backward()
     assert own.grad is not None
@@ -196,23 +196,23 @@ def mixed_precision(reshard: bool, reduce: torch.dtype | None) -> None:
     dist.all_gather(both, own.grad)
     if reduce == torch.float32:
         expected = (both[0].float() + both[1].float()) / RANKS
-        assert torch.allclose(found, expected, rtol=1e-6)
+        assert torch.allclose(gradient, expected, rtol=1e-6)
     else:
         expected = ((both[0] + both[1]) / RANKS).float()
-        assert torch.allclose(found, expected, rtol=2**-7)
-        assert torch.equal(found.bfloat16().float(), found)
+        assert torch.allclose(gradient, expected, rtol=2**-7)
+        assert torch.equal(gradient.bfloat16().float(), gradient)
 
 
 def step_in_mixed_precision(model: str, strategy: Any) -> None:
     """Whether FSDP2 keeps the head or it is gathered makes no difference."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    found = []
+    steps = []
     for reshard in (False, True):
         wrapped = fsdp(MODELS[model]().float(), reshard=reshard, mp_policy=policy)
         out = distill_step(wrapped, plan_of(dist.get_rank()), strategy=strategy, verify="off")
         assert_trained_have_gradients(wrapped)
-        found.append((out.loss, gradients(wrapped)))
-    (kept_loss, kept), (loss, resharded) = found
+        steps.append((out.loss, gradients(wrapped)))
+    (kept_loss, kept), (loss, resharded) = steps
     assert torch.equal(kept_loss, loss)
     assert float(loss) > 0
     errors = {key: float((resharded[key] - grad).norm() / grad.norm()) for key, grad in kept.items()}
@@ -223,11 +223,11 @@ def step_in_mixed_precision(model: str, strategy: Any) -> None:
 
 def cases() -> dict[str, Callable[[], None]]:
     """Every case has a name, and is run by both ranks in the same order."""
-    found: dict[str, Callable[[], None]] = {}
+    by_name: dict[str, Callable[[], None]] = {}
 
     def add(model: str, wrapper: str, **how: Any) -> None:
         label = " ".join([f"{model}, {wrapper}", *(f"{key}={value}" for key, value in how.items())])
-        found[label] = lambda: compare(model, wrapper, **how)
+        by_name[label] = lambda: compare(model, wrapper, **how)
 
     for model in MODELS:
         for wrapper in WRAPPERS:
@@ -242,19 +242,19 @@ def cases() -> dict[str, Callable[[], None]]:
             add(model, "resharded", teacher="adapter off")
             add(model, "kept", teacher="adapter off", micro_batch=1)
     if "lora" in MODELS:
-        found["snapshot of an adapter"] = snapshot_of_an_adapter
-    found["gathered once per part"] = gathered_once_per_part
+        by_name["snapshot of an adapter"] = snapshot_of_an_adapter
+    by_name["gathered once per part"] = gathered_once_per_part
     for reshard in (False, True):
         for reduce in (None, torch.float32):
-            found[f"mixed precision, reshard={reshard}, reduce={reduce}"] = lambda reshard=reshard, reduce=reduce: (  # type: ignore[misc]
+            by_name[f"mixed precision, reshard={reshard}, reduce={reduce}"] = lambda reshard=reshard, reduce=reduce: (  # type: ignore[misc]
                 mixed_precision(reshard, reduce)
             )
     for model in ("plain", "tied", "lora"):
         for strategy in ("packed", "cached", "two_phase", "naive") if model in MODELS else ():
-            found[f"a step in mixed precision, {model}, {strategy}"] = lambda model=model, strategy=strategy: (  # type: ignore[misc]
+            by_name[f"a step in mixed precision, {model}, {strategy}"] = lambda model=model, strategy=strategy: (  # type: ignore[misc]
                 step_in_mixed_precision(model, strategy)
             )
-    return {name: run if "mixed" in name else double_precision()(run) for name, run in found.items()}
+    return {name: run if "mixed" in name else double_precision()(run) for name, run in by_name.items()}
 
 
 # A weight cannot be in two of FSDP2's units.

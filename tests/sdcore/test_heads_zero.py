@@ -57,9 +57,9 @@ def gradients(engine: Any) -> dict[str, Tensor]:
     from deepspeed.utils import safe_get_full_grad
 
     named = {name: weight for name, weight in engine.module.named_parameters() if weight.requires_grad}
-    found = {name: safe_get_full_grad(weight) for name, weight in named.items()}
-    assert [name for name, grad in found.items() if grad is None] == []
-    return {name: grad.clone() for name, grad in found.items()}
+    grads = {name: safe_get_full_grad(weight) for name, weight in named.items()}
+    assert [name for name, grad in grads.items() if grad is None] == []
+    return {name: grad.clone() for name, grad in grads.items()}
 
 
 def teacher_of(kind: str) -> Any:
@@ -100,8 +100,8 @@ def steps_follow_each_other() -> None:
     for _ in range(3):
         distill_step(engine, plan_of(rank), teacher=taught, backward=engine.backward)
         engine.step()
-        for one in range(RANKS):
-            distill_step(alone, plan_of(one), teacher=taught, backward=lambda loss: (loss / RANKS).backward())
+        for other in range(RANKS):
+            distill_step(alone, plan_of(other), teacher=taught, backward=lambda loss: (loss / RANKS).backward())
         optimizer.step()
         optimizer.zero_grad()
     for weight, expected in zip(engine.module.parameters(), alone.parameters(), strict=True):
@@ -143,11 +143,11 @@ def refusals() -> None:
 
 def cases() -> dict[str, Callable[[], None]]:
     """Every case has a name, and is run by both ranks in the same order."""
-    found: dict[str, Callable[[], None]] = {}
+    by_name: dict[str, Callable[[], None]] = {}
 
     def add(model: str, **how: Any) -> None:
         label = " ".join([model, *(f"{key}={value}" for key, value in how.items())])
-        found[label] = lambda: compare(model, **how)
+        by_name[label] = lambda: compare(model, **how)
 
     for model in MODELS:
         add(model)
@@ -161,11 +161,11 @@ def cases() -> dict[str, Callable[[], None]]:
     if "lora" in MODELS:
         add("lora", teacher="adapter off")
         add("lora", stage=2)
-        found["bare loop lora"] = lambda: a_bare_loop("lora")
-    found["bare loop plain"] = lambda: a_bare_loop("plain")
-    found["steps"] = steps_follow_each_other
-    found["refusals"] = refusals
-    return found
+        by_name["bare loop lora"] = lambda: a_bare_loop("lora")
+    by_name["bare loop plain"] = lambda: a_bare_loop("plain")
+    by_name["steps"] = steps_follow_each_other
+    by_name["refusals"] = refusals
+    return by_name
 
 
 def start_deepspeed() -> None:

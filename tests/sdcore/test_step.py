@@ -96,8 +96,8 @@ def expected(name: str, kind: str, teacher: str, alpha: float) -> tuple[Tensor, 
     return loss.detach(), gradients(model)
 
 
-def close(found: Tensor, wanted: Tensor) -> bool:
-    return bool(torch.allclose(found.double(), wanted.double(), rtol=1e-9, atol=1e-12))
+def close(value: Tensor, wanted: Tensor) -> bool:
+    return bool(torch.allclose(value.double(), wanted.double(), rtol=1e-9, atol=1e-12))
 
 
 @pytest.mark.parametrize(("strategy", "micro_batch"), HOW)
@@ -202,9 +202,9 @@ def test_a_step_without_any_weight_or_row_is_zero_everywhere(
     else:
         planned, weights = plan([[1, 2], [3]], [[[], []], [[]]], [[1, 2, 4], [5, 3]]), None
     out = distill_step(model, planned, token_weights=weights, strategy=strategy, micro_batch=micro_batch)
-    found = {"loss": out.loss, **out.metrics, **gradients(model)}
-    assert {name for name, value in found.items() if value.any()} == set()  # NaN is not zero either
-    assert {name for name, _ in model.named_parameters()} <= found.keys()
+    values = {"loss": out.loss, **out.metrics, **gradients(model)}
+    assert {name for name, value in values.items() if value.any()} == set()  # NaN is not zero either
+    assert {name for name, _ in model.named_parameters()} <= values.keys()
 
 
 @pytest.mark.parametrize("strategy", ["packed", "two_phase"])
@@ -288,8 +288,8 @@ def test_the_models_own_output_layer_is_never_run(strategy: Any, micro_batch: in
     def refuse(*_: Any) -> None:
         raise AssertionError("lm_head was run")
 
-    for one in (model, other):
-        one.lm_head.register_forward_pre_hook(refuse)
+    for either in (model, other):
+        either.lm_head.register_forward_pre_hook(refuse)
     planned = plan(*random_ids(SEED))
     distill_step(
         model, planned, teacher=TrustRegion(Frozen(other)), strategy=strategy, micro_batch=micro_batch, verify="always"
@@ -349,7 +349,7 @@ def test_imitating_is_the_cross_entropy_of_the_completions(
     weights = torch.tensor([0.5, 0.0, 2.0, 1.0, 0.0, 0.25], dtype=torch.float64) if weighted else None
     out = imitate_step(
         model,
-        plan(prompts, [[one] for one in completions]),
+        plan(prompts, [[completion] for completion in completions]),
         token_weights=weights,
         normalizer=7.0 if weighted else None,
         strategy=strategy,

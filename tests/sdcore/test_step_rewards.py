@@ -361,9 +361,8 @@ def test_a_tilt_step_is_the_loss_of_the_full_distributions(logz: Any, strategy: 
 
     def loss_of(plain: Any) -> Tensor:
         logprobs, losses = of_targets(student_log_p(plain)), []
-        ratios = [
-            one[kept].sum() for one, kept in zip((logprobs - log_ref).split(LENGTHS), mask.split(LENGTHS), strict=True)
-        ]
+        ratios_S = zip((logprobs - log_ref).split(LENGTHS), mask.split(LENGTHS), strict=True)
+        ratios = [own[kept].sum() for own, kept in ratios_S]
         counts = [int(kept.sum()) for kept in mask.split(LENGTHS)]
         start = 0
         for group, size in enumerate(SIZES):
@@ -408,8 +407,8 @@ def test_given_log_probabilities_save_a_forward_of_micro_batches_and_nothing_els
     model, other, planned = tiny("llama"), tiny("llama"), plan(*IDS)
     options: dict[str, Any] = {"target": Tilted(inv_temperature=0.8), "verify": "off", "micro_batch": 2}
     runs: list[int] = []
-    for one in (model, other):
-        one.model.register_forward_hook(lambda module, *_: runs.append(id(module)))
+    for either in (model, other):
+        either.model.register_forward_hook(lambda module, *_: runs.append(id(module)))
     reference_logprobs = token_logprobs(model, planned, teacher=Frozen(reference()))
     expected = tilt_step(model, planned, REWARDS, reference_logprobs=reference_logprobs, **options)
     own = token_logprobs(tiny("llama"), planned)
@@ -464,11 +463,11 @@ def test_a_tilt_makes_the_better_completion_more_likely() -> None:
 @pytest.mark.parametrize("teacher", [None, Live(), "frozen"])
 def test_log_probabilities_are_those_after_the_students_prompt(teacher: Any, strategy: Any) -> None:
     teacher = Frozen(reference()) if teacher == "frozen" else teacher
-    found = token_logprobs(tiny("llama"), plan(*IDS), teacher=teacher, strategy=strategy)
+    logprobs = token_logprobs(tiny("llama"), plan(*IDS), teacher=teacher, strategy=strategy)
     with torch.no_grad():
         expected = of_targets(student_log_p(reference() if isinstance(teacher, Frozen) else tiny("llama")))
-    assert torch.allclose(found, expected, rtol=1e-9)
-    assert not found.requires_grad
+    assert torch.allclose(logprobs, expected, rtol=1e-9)
+    assert not logprobs.requires_grad
 
 
 def steps(planned: Plan, **how: Any) -> dict[str, Callable[[Any], StepOutput]]:
@@ -513,9 +512,9 @@ def test_a_step_without_any_weight_or_row_is_zero_everywhere(
     planned = plan(*IDS) if nothing == "weights" else plan([[1, 2], [3]], [[[], []], [[]]], [[1, 2, 4], [5, 3]])
     model = tiny("llama")
     out = steps(planned, strategy=strategy, micro_batch=micro_batch)[kind](model)
-    found = {"loss": out.loss, **out.metrics, **out.rows, **gradients(model)}
-    assert {name for name, value in found.items() if value.any()} == set()  # NaN is not zero either
-    assert {name for name, _ in model.named_parameters()} <= found.keys()
+    values = {"loss": out.loss, **out.metrics, **out.rows, **gradients(model)}
+    assert {name for name, value in values.items() if value.any()} == set()  # NaN is not zero either
+    assert {name for name, _ in model.named_parameters()} <= values.keys()
 
 
 @pytest.mark.parametrize(("strategy", "micro_batch"), FEW)

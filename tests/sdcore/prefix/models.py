@@ -206,12 +206,12 @@ def tokens_of(model: nn.Module) -> list[int]:
 
 def one_by_one(body: Body, trees: Sequence[Tree]) -> Tensor:
     """(N, H) by definition: each completion a sequence alone, without padding."""
-    found = []
+    rows = []
     for tree in trees:
         for i in tree.active:
             states = body(tree.sequence(i)[None])[0]
-            found.append(states[len(states) - tree.rows[i] :])
-    return torch.cat(found)
+            rows.append(states[len(states) - tree.rows[i] :])
+    return torch.cat(rows)
 
 
 def plain_rows(model: nn.Module, trees: Sequence[Tree]) -> tuple[Tensor, Tensor]:

@@ -47,14 +47,14 @@ def flops_token_by_token(positions: list[int]) -> int:
 
 
 def positions(trees: tuple[Tree, ...], *, shared: bool, read_shared: bool) -> list[int]:
-    found: list[int] = []
+    read: list[int] = []
     for tree in trees:
         trunk = len(tree.trunk)
         for i in tree.active:
-            found += range(trunk if shared else 0, trunk + len(tree.branches[i]))
+            read += range(trunk if shared else 0, trunk + len(tree.branches[i]))
         if shared and tree.active:
-            found += range(tree.shared if read_shared else 0, trunk)
-    return found
+            read += range(tree.shared if read_shared else 0, trunk)
+    return read
 
 
 @pytest.mark.parametrize("teacher", ["one", "each"])
@@ -169,13 +169,13 @@ def test_an_8b_model_gains_what_the_design_expects(
 def matrix_entries(model: PreTrainedModel) -> int:
     """Of the decoder layers' matrices, experts counted by the share of them that a token is sent to."""
     config = model.config
-    found = 0
+    count = 0
     for name, parameter in model.base_model.layers.named_parameters():
         if "conv1d" in name or parameter.dim() < 2:
             continue
         share = config.num_experts_per_tok / config.num_experts if ".experts." in name else 1
-        found += round(parameter.numel() * share)
-    return found
+        count += round(parameter.numel() * share)
+    return count
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -121,10 +121,10 @@ def compare(
 
 def cases() -> dict[str, Callable[[], None]]:
     """Every case has a name, and is run by both ranks in the same order."""
-    found: dict[str, Callable[[], None]] = {}
+    by_name: dict[str, Callable[[], None]] = {}
 
     def add(case: str, *args: Any, **kwargs: Any) -> None:
-        found[case] = lambda: compare(*args, **kwargs)
+        by_name[case] = lambda: compare(*args, **kwargs)
 
     for strategy in STRATEGIES:
         how = {"strategy": strategy, "micro_batch": 2 if strategy == "two_phase" else None}
@@ -148,7 +148,7 @@ def cases() -> dict[str, Callable[[], None]]:
         add(f"fsdp {strategy} head with norm", fsdp_head_with_norm, "unequal", strategy=strategy)
     add("fsdp two_phase head with norm", fsdp_head_with_norm, "unequal", micro_batch=2, steps=2)
     add("ddp two_phase sharded teacher", ddp, "unequal", teacher="sharded", micro_batch=1)
-    return found
+    return by_name
 
 
 def work(rank: int, folder: str) -> None:

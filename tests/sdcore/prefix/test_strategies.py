@@ -108,9 +108,9 @@ def teacher_reference(name: str, teacher: str, seed: int) -> Tensor:
         return one_by_one(find_body(tiny(name, seed=seed)), random_plan(SEED, teacher=teacher).teacher)
 
 
-def assert_same_states(found: Tensor, expected: Tensor) -> None:
-    assert found.shape == expected.shape
-    assert float((found - expected).abs().max()) < 1e-10
+def assert_same_states(hidden: Tensor, expected: Tensor) -> None:
+    assert hidden.shape == expected.shape
+    assert float((hidden - expected).abs().max()) < 1e-10
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
@@ -165,8 +165,8 @@ def test_a_teacher_with_other_weights_computes_its_own_prompt(strategy: str, nam
     module = importlib.import_module(f"sdcore.prefix.strategies.{strategy}")
     body = find_body(tiny(name, seed=1))
     with double_precision(), torch.no_grad():
-        found, _ = module.hidden_states(body, random_plan(SEED, teacher=teacher).teacher)
-    assert_same_states(found, teacher_reference(name, teacher, 1))
+        hidden, _ = module.hidden_states(body, random_plan(SEED, teacher=teacher).teacher)
+    assert_same_states(hidden, teacher_reference(name, teacher, 1))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
@@ -178,8 +178,8 @@ def test_a_live_teacher_goes_on_from_the_students_prompt(
     passes = random_plan(SEED, teacher=teacher)
     body = find_body(checkpointed(tiny(name)) if checkpointing else tiny(name))
     with double_precision(), torch.no_grad():
-        found = live_teacher(strategy, body, passes.student, passes.teacher)
-    assert_same_states(found, teacher_reference(name, teacher, 0))
+        hidden = live_teacher(strategy, body, passes.student, passes.teacher)
+    assert_same_states(hidden, teacher_reference(name, teacher, 0))
 
 
 @pytest.mark.parametrize(("strategy", "name"), cases(SHARING))
@@ -236,8 +236,8 @@ def test_recurrent_states_are_read_wherever_the_teacher_leaves_the_students_prom
     assert passes.teacher[0].shared == shared
     body = find_body(tiny(name))
     with double_precision(), torch.no_grad():
-        found = live_teacher("cached", body, passes.student, passes.teacher)
-        assert_same_states(found, one_by_one(body, passes.teacher))
+        hidden = live_teacher("cached", body, passes.student, passes.teacher)
+        assert_same_states(hidden, one_by_one(body, passes.teacher))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -246,9 +246,9 @@ def test_without_rows_gradients_are_zero_and_not_missing(strategy: str) -> None:
     model = tiny("llama")
     trees = plan([[1, 2, 3]], [[[], []]]).student
     assert student_pass(strategy, find_body(model), trees).shape == (0, 32)
-    found = gradients(model.base_model)
-    assert found.keys() == dict(model.base_model.named_parameters()).keys()
-    assert all(not grad.any() for grad in found.values())
+    grads = gradients(model.base_model)
+    assert grads.keys() == dict(model.base_model.named_parameters()).keys()
+    assert all(not grad.any() for grad in grads.values())
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -306,8 +306,8 @@ def test_a_prefix_is_not_shared_across_a_rotary_switch(strategy: str) -> None:
         # The student's prompt is on one side, the teacher's on the other: nothing is read, all of it computed.
         passes = plan([list(range(12))], [[[1, 2, 3]]], [list(range(20))])
         assert passes.teacher[0].shared == 12
-        found = live_teacher(strategy, body, passes.student, passes.teacher)
-        assert_same_states(found, one_by_one(body, passes.teacher))
+        hidden = live_teacher(strategy, body, passes.student, passes.teacher)
+        assert_same_states(hidden, one_by_one(body, passes.teacher))
 
 
 def student_states(strategy: str, body: Body, trees: Sequence[Tree]) -> Tensor:

@@ -52,13 +52,13 @@ def test_a_dynamic_cache_grows_when_a_second_branch_reads_it() -> None:
     cache = DynamicCache(config=body.config)
     with torch.no_grad():
         body.base(input_ids=trunk[None], past_key_values=cache, use_cache=False)
-        found = [
+        hidden = [
             body.base(input_ids=branch[None], past_key_values=cache, use_cache=False).last_hidden_state
             for branch in branches
         ]
         assert cache.get_seq_length() == TRUNK + 2 * BRANCH
-        assert difference(found[0], expected(body, trunk, branches)[:1]) < 1e-10
-        assert difference(found[1], expected(body, trunk, branches)[1:]) > 0.5
+        assert difference(hidden[0], expected(body, trunk, branches)[:1]) < 1e-10
+        assert difference(hidden[1], expected(body, trunk, branches)[1:]) > 0.5
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -70,8 +70,8 @@ def test_a_prefix_is_the_same_after_it_was_read(name: str) -> None:
         before = [state.clone() for state in states.tensors()]
         # A single token takes the decoding path of recurrent layers, which writes into their states.
         for length in (BRANCH, 1, BRANCH):
-            found = run_reading(body, branches[:, :length], states)
-            assert difference(found, expected(body, trunk, branches[:, :length])) < 1e-10
+            hidden = run_reading(body, branches[:, :length], states)
+            assert difference(hidden, expected(body, trunk, branches[:, :length])) < 1e-10
     assert all(torch.equal(old, new) for old, new in zip(before, states.tensors(), strict=True))
 
 
@@ -84,8 +84,8 @@ def test_checkpointing_drops_a_cache_without_an_error() -> None:
     assert cache.get_seq_length() == 0
     states, _ = run_recording(find_body(tiny("llama")), trunk)
     reading = PrefixCache(body, states, batch=1, recording=False)
-    found = body(branch, position_ids=torch.tensor([[TRUNK]]), past_key_values=reading)
-    assert difference(found, expected(body, trunk, branch)) > 0.5
+    hidden = body(branch, position_ids=torch.tensor([[TRUNK]]), past_key_values=reading)
+    assert difference(hidden, expected(body, trunk, branch)) > 0.5
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -160,8 +160,8 @@ def test_a_sliding_layer_reads_the_tail_of_the_prefix_and_no_more(name: str, len
     trunk, branches = ids(TRUNK), ids(2, BRANCH, seed=1)
     with torch.no_grad():
         states, _ = run_recording(body, trunk)
-        found = run_reading(body, branches, states.up_to(length, body))
-        assert difference(found, expected(body, trunk[:length], branches)) < 1e-10
+        hidden = run_reading(body, branches, states.up_to(length, body))
+        assert difference(hidden, expected(body, trunk[:length], branches)) < 1e-10
     cache = PrefixCache(body, states.up_to(length, body), batch=1, recording=False)
     sliding = body.windows.index(WINDOW)
     keys, _ = cache.update(*(torch.zeros(1, 2, BRANCH, 12, dtype=torch.float64) for _ in range(2)), sliding)

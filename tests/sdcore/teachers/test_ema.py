@@ -129,7 +129,7 @@ def averaged(students: list[nn.Module], rate: float) -> nn.Module:
 
 @EXACT
 @pytest.mark.parametrize("trust", [False, True])
-@pytest.mark.parametrize(("strategy", "micro_batch"), [*((one, None) for one in STRATEGIES), ("two_phase", 1)])
+@pytest.mark.parametrize(("strategy", "micro_batch"), [*((name, None) for name in STRATEGIES), ("two_phase", 1)])
 def test_a_step_is_that_of_a_second_model_with_the_average(strategy: Any, micro_batch: int | None, trust: bool) -> None:
     student, planned = tiny("llama"), random_plan(4)
     teacher, states = EMA(student, 0.3), [copy.deepcopy(student)]
@@ -211,19 +211,20 @@ def test_an_average_takes_4_bytes_per_weight_that_is_trained(dtype: torch.dtype)
     student.model.embed_tokens.requires_grad_(False)
     trained = sum(weight.numel() for weight in student.parameters() if weight.requires_grad)
     kept = EMA(student, 0.1)._kept.values()
-    assert sum(one.value.nbytes + (0 if one.rest is None else one.rest.nbytes) for one in kept) == 4 * trained
+    rests = sum(weight.rest.nbytes for weight in kept if weight.rest is not None)
+    assert sum(weight.value.nbytes for weight in kept) + rests == 4 * trained
 
 
 def test_pieces_do_not_change_the_average(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
+    contents = []
     for piece in (2**24, 5):
         monkeypatch.setattr(ema, "PIECE", piece)
         student = tiny("llama").to(torch.bfloat16)
         teacher = EMA(student, 0.1)
         move(student, 1)
         teacher.update(student, 1)
-        found.append(content(teacher, student))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+        contents.append(content(teacher, student))
+    assert all(torch.equal(contents[0][name], contents[1][name]) for name in contents[0])
 
 
 # LoRA
@@ -238,11 +239,11 @@ def adapted() -> Any:
 
 def products(model: nn.Module) -> dict[str, Tensor]:
     """What each adapter adds to its layer's weight."""
-    found = {}
+    factors = {}
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
-            found[name] = (module.lora_B["default"].weight @ module.lora_A["default"].weight).detach().clone()
-    return found
+            factors[name] = (module.lora_B["default"].weight @ module.lora_A["default"].weight).detach().clone()
+    return factors
 
 
 def test_of_an_adapted_model_the_adapter_alone_is_averaged() -> None:
@@ -266,11 +267,11 @@ def test_an_average_of_factors_from_the_students_own_is_the_average_of_products(
         teacher.update(student, step)
         meant = {name: (1 - rate) * one + rate * products(student)[name] for name, one in meant.items()}
     with teacher.weights(student):
-        found = products(student)
+        average = products(student)
     change = 1 - (1 - rate) ** steps
     for name, product in products(student).items():
-        assert torch.allclose(found[name], meant[name], rtol=1e-9)
-        assert torch.allclose(found[name], change * product, rtol=1e-9)
+        assert torch.allclose(average[name], meant[name], rtol=1e-9)
+        assert torch.allclose(average[name], change * product, rtol=1e-9)
         assert abs(change - 0.51) < 0.005
         assert abs(change**2 - 0.26) < 0.005  # what both factors from zero would give
 
@@ -294,10 +295,10 @@ def test_in_training_the_average_of_factors_is_near_that_of_products() -> None:
             if name in zero:
                 zero[name].lerp_(weight.detach(), rate)
     with teacher.weights(student):
-        found = products(student)
+        average = products(student)
     for name, one in meant.items():
         from_zero = zero[f"{name}.lora_B.default.weight"] @ zero[f"{name}.lora_A.default.weight"]
-        assert float((found[name] - one).norm() / one.norm()) < 0.02
+        assert float((average[name] - one).norm() / one.norm()) < 0.02
         assert float((from_zero - one).norm() / one.norm()) > 0.4
 
 
