@@ -475,6 +475,7 @@ def steps(planned: Plan, **how: Any) -> dict[str, Callable[[Any], StepOutput]]:
     zeros = torch.zeros(count)
     term = PolicyTerm(advantages=torch.ones(count), token_weights=zeros)
     return {
+        "divergence": lambda model: distill_step(model, planned, token_weights=zeros, **how),
         "mixture": lambda model: distill_step(
             model, planned, token_weights=zeros, policy=replace(term, distillation_weight=0.5), **how
         ),
@@ -502,9 +503,9 @@ def steps(planned: Plan, **how: Any) -> dict[str, Callable[[Any], StepOutput]]:
     }
 
 
-@pytest.mark.parametrize(("strategy", "micro_batch"), FEW)
+@pytest.mark.parametrize(("strategy", "micro_batch"), HOW)
 @pytest.mark.parametrize("nothing", ["weights", "rows"])
-@pytest.mark.parametrize("kind", ["mixture", "token tilt", "policy", "exact", "tilt"])
+@pytest.mark.parametrize("kind", ["divergence", "mixture", "token tilt", "policy", "exact", "tilt"])
 def test_a_step_without_any_weight_or_row_is_zero_everywhere(
     kind: str, nothing: str, strategy: Any, micro_batch: int | None
 ) -> None:

@@ -232,11 +232,6 @@ def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
-def builder(name: str) -> Callable[[], PreTrainedModel]:
-    return lambda: tiny(name)
-
-
-TINY: dict[str, Callable[[], PreTrainedModel]] = {name: builder(name) for name in CONFIGS}
 # Recurrent layers cannot be packed into one row.
 HYBRIDS = frozenset({"qwen3_next", "qwen3_5"})
 # Some layers see the last WINDOW tokens only.

@@ -21,7 +21,7 @@ from sdcore.prefix.costs.sizes import LayerSizes, ModelSizes, model_sizes
 from sdcore.prefix.planner import Tree, plan
 from sdcore.prefix.strategies.two_phase import micro_batches
 from sdkernels.live_bytes import LiveBytes
-from tests.sdcore.prefix.models import CONFIGS, HYBRIDS, TINY, WINDOW, tiny
+from tests.sdcore.prefix.models import CONFIGS, HYBRIDS, WINDOW, tiny
 from tests.sdcore.prefix.trees import random_plan
 
 LLAMA_8B = ModelSizes.dense(
@@ -180,7 +180,7 @@ def matrix_entries(model: PreTrainedModel) -> int:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_weights_are_those_of_the_models_matrices(name: str) -> None:
-    model = TINY[name]()
+    model = tiny(name)
     assert sum(layer.weights for layer in model_sizes(model.config).layers) == matrix_entries(model)
 
 

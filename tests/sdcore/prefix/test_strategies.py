@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
@@ -14,22 +13,24 @@ from transformers import Phi3Config, PreTrainedModel
 
 from sdcore.errors import ArgumentError, UnsupportedModelError
 from sdcore.models import Body, find_body
+from sdcore.prefix.choice import STRATEGIES as MODULES
 from sdcore.prefix.planner import Tree, plan
 from sdcore.prefix.strategies import two_phase
 from sdcore.prefix.strategies.two_phase import BackwardError, micro_batches
 from sdkernels.live_bytes import LiveBytes
 from tests.sdcore.prefix.models import (
     COMMON,
+    CONFIGS,
     HEADS,
     HYBRIDS,
     SLIDING,
-    TINY,
     VOCAB,
     assert_same_gradients,
     build,
     checkpointed,
     double_precision,
     gradients,
+    plain_rows,
     tiny,
 )
 from tests.sdcore.prefix.trees import random_plan
@@ -44,23 +45,13 @@ MICRO_BATCH = 2
 SEED = 3
 
 
-def cases(strategies: Sequence[str], names: Iterable[str] = TINY) -> list[Any]:
+def cases(strategies: Sequence[str], names: Iterable[str] = CONFIGS) -> list[Any]:
     return [
         pytest.param(strategy, name, id=f"{strategy}-{name}")
         for strategy in strategies
         for name in names
         if name not in REFUSED.get(strategy, ())
     ]
-
-
-def one_by_one(body: Body, trees: Sequence[Tree]) -> Tensor:
-    """(N, H): the whole model on each sequence alone, and its last hidden states."""
-    rows = []
-    for tree in trees:
-        for i in tree.active:
-            output = body.causal_lm(input_ids=tree.sequence(i)[None], output_hidden_states=True, use_cache=False)
-            rows.append(output.hidden_states[-1][0, len(tree.sequence(i)) - tree.rows[i] :])
-    return torch.cat(rows)
 
 
 def weights_of(count: int, width: int) -> Tensor:
@@ -78,7 +69,7 @@ def student_pass(strategy: str, body: Body, trees: Sequence[Tree]) -> Tensor:
             hidden[part.rows] = part.hidden.detach()
             part.attach((part.hidden * weights[part.rows]).sum()).backward()
         return hidden
-    module = importlib.import_module(f"sdcore.prefix.strategies.{strategy}")
+    module = MODULES[strategy]
     hidden, prompts = module.hidden_states(body, trees)
     assert prompts is None
     (hidden * weights).sum().backward()
@@ -87,7 +78,7 @@ def student_pass(strategy: str, body: Body, trees: Sequence[Tree]) -> Tensor:
 
 def live_teacher(strategy: str, body: Body, student: Sequence[Tree], teacher: Sequence[Tree]) -> Tensor:
     """(N, H) of a teacher that starts from the student's states."""
-    module = importlib.import_module(f"sdcore.prefix.strategies.{strategy}")
+    module = MODULES[strategy]
     record: Any = True if strategy == "packed" else [tree.shared for tree in teacher]
     _, prompts = module.hidden_states(body, student, record=record)
     return module.hidden_states(body, teacher, prompts=prompts)[0]
@@ -97,7 +88,7 @@ def live_teacher(strategy: str, body: Body, student: Sequence[Tree], teacher: Se
 def reference(name: str, attention: str | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     body, trees = find_body(tiny(name, attn_implementation=attention)), random_plan(SEED).student
     with double_precision():
-        hidden = one_by_one(body, trees)
+        hidden = plain_rows(body.causal_lm, trees)[0]
         (hidden * weights_of(*hidden.shape)).sum().backward()
     return hidden.detach(), gradients(body.causal_lm)
 
@@ -105,7 +96,7 @@ def reference(name: str, attention: str | None = None) -> tuple[Tensor, dict[str
 @cache
 def teacher_reference(name: str, teacher: str, seed: int) -> Tensor:
     with double_precision(), torch.no_grad():
-        return one_by_one(find_body(tiny(name, seed=seed)), random_plan(SEED, teacher=teacher).teacher)
+        return plain_rows(tiny(name, seed=seed), random_plan(SEED, teacher=teacher).teacher)[0]
 
 
 def assert_same_states(hidden: Tensor, expected: Tensor) -> None:
@@ -114,7 +105,7 @@ def assert_same_states(hidden: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize(("strategy", "name"), cases(STRATEGIES, [*TINY, *HEADS]))
+@pytest.mark.parametrize(("strategy", "name"), cases(STRATEGIES, [*CONFIGS, *HEADS]))
 def test_a_students_states_and_gradients_are_those_of_single_sequences(
     strategy: str, name: str, checkpointing: bool
 ) -> None:
@@ -162,7 +153,7 @@ def test_eager_attention_gives_the_same(strategy: str, name: str) -> None:
 @pytest.mark.parametrize("teacher", ["one", "each"])
 @pytest.mark.parametrize(("strategy", "name"), cases(STRATEGIES))
 def test_a_teacher_with_other_weights_computes_its_own_prompt(strategy: str, name: str, teacher: str) -> None:
-    module = importlib.import_module(f"sdcore.prefix.strategies.{strategy}")
+    module = MODULES[strategy]
     body = find_body(tiny(name, seed=1))
     with double_precision(), torch.no_grad():
         hidden, _ = module.hidden_states(body, random_plan(SEED, teacher=teacher).teacher)
@@ -216,7 +207,7 @@ def test_recording_for_a_teacher_changes_no_gradient(strategy: str, name: str) -
                 weights = weights_of(*hidden.shape)[part.rows]
                 part.attach((part.hidden * weights).sum()).backward()
         else:
-            module = importlib.import_module(f"sdcore.prefix.strategies.{strategy}")
+            module = MODULES[strategy]
             states, prompts = module.hidden_states(body, passes.student, record=record)
             with torch.no_grad():
                 teacher, _ = module.hidden_states(body, passes.teacher, prompts=prompts)
@@ -237,7 +228,7 @@ def test_recurrent_states_are_read_wherever_the_teacher_leaves_the_students_prom
     body = find_body(tiny(name))
     with double_precision(), torch.no_grad():
         hidden = live_teacher("cached", body, passes.student, passes.teacher)
-        assert_same_states(hidden, one_by_one(body, passes.teacher))
+        assert_same_states(hidden, plain_rows(body.causal_lm, passes.teacher)[0])
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -257,9 +248,7 @@ def test_a_pass_without_gradient_leaves_no_trace(strategy: str) -> None:
     before = {name: vars(module).keys() for name, module in model.named_modules()}
     random_state = torch.get_rng_state()
     with torch.no_grad():
-        importlib.import_module(f"sdcore.prefix.strategies.{strategy}").hidden_states(
-            find_body(model), random_plan(0).student
-        )
+        MODULES[strategy].hidden_states(find_body(model), random_plan(0).student)
     assert {name: vars(module).keys() for name, module in model.named_modules()} == before
     assert torch.equal(torch.get_rng_state(), random_state)
     assert model.training
@@ -291,7 +280,7 @@ def test_naive_never_batches_sequences_on_both_sides_of_a_rotary_switch() -> Non
     body = find_body(long_rope())
     trees = plan([list(range(14))], [[list(range(length)) for length in (2, 3, 4, 5)]]).student
     with double_precision(), torch.no_grad():
-        assert_same_states(student_states("naive", body, trees), one_by_one(body, trees))
+        assert_same_states(student_states("naive", body, trees), plain_rows(body.causal_lm, trees)[0])
 
 
 @pytest.mark.parametrize("strategy", ["cached", "two_phase"])
@@ -300,18 +289,18 @@ def test_a_prefix_is_not_shared_across_a_rotary_switch(strategy: str) -> None:
     short, long = (plan([list(range(length))], [[[1, 2, 3], [4]]]).student for length in (14, 17))
     with double_precision(), torch.no_grad():
         for trees in (short, long):
-            assert_same_states(student_states(strategy, body, trees), one_by_one(body, trees))
+            assert_same_states(student_states(strategy, body, trees), plain_rows(body.causal_lm, trees)[0])
         with pytest.raises(UnsupportedModelError, match="LongRoPE"):
             student_states(strategy, body, plan([list(range(15))], [[[1, 2, 3], [4]]]).student)
         # The student's prompt is on one side, the teacher's on the other: nothing is read, all of it computed.
         passes = plan([list(range(12))], [[[1, 2, 3]]], [list(range(20))])
         assert passes.teacher[0].shared == 12
         hidden = live_teacher(strategy, body, passes.student, passes.teacher)
-        assert_same_states(hidden, one_by_one(body, passes.teacher))
+        assert_same_states(hidden, plain_rows(body.causal_lm, passes.teacher)[0])
 
 
 def student_states(strategy: str, body: Body, trees: Sequence[Tree]) -> Tensor:
-    return importlib.import_module(f"sdcore.prefix.strategies.{strategy}").hidden_states(body, trees)[0]
+    return MODULES[strategy].hidden_states(body, trees)[0]
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 8])

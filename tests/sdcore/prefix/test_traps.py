@@ -21,7 +21,7 @@ from sdcore.models import Body, find_body
 from sdcore.prefix.strategies import caches
 from sdcore.prefix.strategies.caches import PrefixCache, run_reading, run_recording
 from tests.sdcore.prefix import models
-from tests.sdcore.prefix.models import HYBRIDS, SLIDING, TINY, VOCAB, WINDOW, tiny
+from tests.sdcore.prefix.models import CONFIGS, HYBRIDS, SLIDING, VOCAB, WINDOW, tiny
 
 pytestmark = pytest.mark.usefixtures("in_double_precision")
 
@@ -61,7 +61,7 @@ def test_a_dynamic_cache_grows_when_a_second_branch_reads_it() -> None:
         assert difference(hidden[1], expected(body, trunk, branches)[1:]) > 0.5
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_prefix_is_the_same_after_it_was_read(name: str) -> None:
     body = find_body(tiny(name))
     trunk, branches = ids(TRUNK), ids(2, BRANCH, seed=1)
@@ -88,7 +88,7 @@ def test_checkpointing_drops_a_cache_without_an_error() -> None:
     assert difference(hidden, expected(body, trunk, branch)) > 0.5
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_dropped_cache_is_an_error_of_ours(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     body = checkpointed(name)
     states, _ = run_recording(body, ids(TRUNK))
@@ -189,7 +189,7 @@ def test_one_mask_for_all_layers_drops_the_window() -> None:
         assert difference(body(tokens, attention_mask=causal), body(tokens)) > 0.05
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_position_off_by_one_shows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With weights of std 0.02 it hardly would: then the tests that compare strategies could not fail."""
     body = find_body(tiny(name))

@@ -19,7 +19,7 @@ from sdcore.prefix.strategies import cached, caches, packed
 from sdcore.prefix.strategies.caches import PrefixCache, TrunkStates
 from sdcore.prefix.verification import disagreement, forget
 from sdcore.teachers import Frozen
-from tests.sdcore.prefix.models import HYBRIDS, TINY, tiny, tokens_of
+from tests.sdcore.prefix.models import CONFIGS, HYBRIDS, tiny, tokens_of
 from tests.sdcore.prefix.trees import random_plan, short_plan
 
 pytestmark = pytest.mark.usefixtures("first_use")
@@ -114,7 +114,7 @@ def test_planted_faults_are_caught_on_first_use(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_what_is_right_passes_the_check(name: str, dtype: torch.dtype) -> None:
     body = find_body(tiny(name).to(dtype))
     for strategy in ("cached", *(() if name in HYBRIDS else ("packed",))):
