@@ -1,4 +1,4 @@
-"""What flows along the arrows of a training step: a row of data, a sampled completion, and a prompt with its group.
+"""Defines what flows along the arrows of a training step: a row of data, a sampled completion, a prompt's group.
 
     Example (data) → Group of Rollouts (sampling, rewards) → Conditioned (contexts) → Plan (prefix) → StepOutput (step)
 
@@ -19,7 +19,7 @@ Prompt: TypeAlias = str | tuple[Message, ...]  # plain text, or a conversation w
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A row of data."""
+    """Is a row of data."""
 
     prompt: Prompt
     privileged_context: str | None = None  # what only the teacher sees; None: from the rollouts, or nothing
@@ -29,7 +29,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rollout:
-    """A completion of an example's prompt, and what was found out about it."""
+    """Is a completion of an example's prompt, and what is known of it."""
 
     completion_ids: Tensor  # (R,) int64, R may be 0; ends with an end-of-sequence id if it is finished
     logprobs: Tensor | None  # (R,) float32, of the distribution drawn from; None for completions from data
@@ -41,7 +41,7 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Group:
-    """An example with the completions that were sampled for it."""
+    """Is an example with the completions that were sampled for it."""
 
     example: Example
     prompt_ids: Tensor  # (P,) int64: the student's prompt, as it was sampled from
@@ -50,7 +50,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Conditioned:
-    """What the teacher of a group reads, made by a context builder."""
+    """Holds what the teacher of a group reads, made by a context builder."""
 
     teacher_prompts: tuple[Tensor, ...]  # G of (T_i,) int64; equal ones are shared by `prefix.plan`'s caller
     active: tuple[bool, ...]  # G; False: there was nothing privileged to say, and the completion carries no loss

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed
+import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,7 +75,48 @@ def leave() -> None:
 
     Now and then that aborts a process, beside torch's threads.
     """
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    dist.barrier()
+    dist.destroy_process_group()
     sys.stdout.flush()
     os._exit(0)
+
+
+def run_cases(
+    rank: int,
+    folder: str,
+    cases: Mapping[str, Callable[[], None]],
+    *,
+    ranks: int,
+    seconds: float = 20.0,
+    prepare: Callable[[], None] = lambda: None,
+) -> None:
+    """Runs named cases as one rank of a gloo group, in order, and leaves what `verdicts_of` reads.
+
+    `seconds`: a collective that waits this long fails. `prepare` is called once the group is there.
+    """
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=ranks, timeout=timedelta(seconds=seconds)
+    )
+    prepare()
+    verdicts: dict[str, str] = {}
+    for case, run in cases.items():
+        started = time.monotonic()
+        try:
+            run()
+            verdicts[case] = ""
+        except BaseException:  # pytest's Failed among them
+            verdicts[case] = traceback.format_exc()
+        finally:
+            Path(folder, f"{rank}.json").write_text(json.dumps(verdicts))
+        # Whoever waited for the other in vain is no longer in step with it.
+        if "timeout" in verdicts[case].lower() or time.monotonic() - started > seconds - 2:
+            break
+    with contextlib.suppress(Exception):
+        dist.destroy_process_group()
+
+
+def assert_right(case: str, verdicts: Sequence[Mapping[str, str]]) -> None:
+    for rank, of_rank in enumerate(verdicts):
+        assert of_rank.get(case, "it was not reached: the ranks hung, or died, in a case before") == "", f"rank {rank}"

@@ -28,10 +28,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, ContextError, DataError
+from ..prefix.planner import common_prefix
 from ..types import Conditioned, Example, Group
 from . import templates
 from .overflow import Fitted, Overflow, Shown, check_overflow, fit, split_feedback
@@ -70,7 +70,7 @@ class No:
         student = group.prompt_ids
         counts = dict.fromkeys(COUNTS, 0) | {
             "context/prompt_tokens": len(student) * size,
-            "context/shared_tokens": _shared(student, student) * size,
+            "context/shared_tokens": (len(student) - 1) * size,  # the last token's state is always its own
             "context/teacher_tokens": len(student) * size,
         }
         return Conditioned(teacher_prompts=(student,) * size, active=(True,) * size, counts=counts)
@@ -147,7 +147,8 @@ class _InTemplate:
             active.append(teacher.ids is not None)
             if teacher.ids is not None:
                 counts["context/prompt_tokens"] += len(student)
-                counts["context/shared_tokens"] += _shared(student, teacher.ids)
+                # The state of the teacher's last token is always its own.
+                counts["context/shared_tokens"] += min(common_prefix(student, teacher.ids), len(teacher.ids) - 1)
                 counts["context/teacher_tokens"] += len(teacher.ids)
                 counts["context/with_solution"] += bool(teacher.shown.privileged_context or teacher.shown.attempt)
                 counts["context/with_feedback"] += bool(teacher.shown.feedback)
@@ -312,10 +313,3 @@ def check_examples(builder: ContextBuilder, examples: Sequence[Example]) -> int:
             f"`solution`), got no row that has one; other columns: {columns}"
         )
     return missing
-
-
-def _shared(student: Tensor, teacher: Tensor) -> int:
-    """How many tokens two prompts begin with alike, short of the teacher's last, whose state is always its own."""
-    length = min(len(student), len(teacher) - 1)
-    different = torch.nonzero(student[:length] != teacher[:length])
-    return int(different[0]) if len(different) else length

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..prefix import Plan, row_slices
+from ..prefix.planner import common_prefix
 from ..step import StepOutput
 from ..types import Conditioned, Group
 
@@ -113,7 +114,7 @@ def _contexts(groups: Sequence[Group], conditioned: Sequence[Conditioned]) -> di
             if not is_active:
                 continue
             if id(prompt) not in known:
-                known[id(prompt)] = _common_prefix(group.prompt_ids, prompt)
+                known[id(prompt)] = common_prefix(group.prompt_ids, prompt)
             shared += known[id(prompt)]
             student += len(group.prompt_ids)
             added += len(prompt) - len(group.prompt_ids)
@@ -162,12 +163,6 @@ def _tokens(output: StepOutput, plan: Plan, token_weights: Tensor | None) -> dic
             here = torch.tensor(starts, device=per_token.device)
             values[f"loss/position_{position}"] = divergence[here].sum() / active[here].sum()
     return values
-
-
-def _common_prefix(first: Tensor, second: Tensor) -> int:
-    length = min(len(first), len(second))
-    differing = (first[:length] != second[:length]).nonzero()
-    return int(differing[0]) if len(differing) else length
 
 
 def _deviation(values: Sequence[float]) -> float:

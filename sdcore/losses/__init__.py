@@ -1,4 +1,4 @@
-"""Losses between hidden states of student and teacher, and of rewards; how those of tokens become one number."""
+"""Computes losses between hidden states of student and teacher, and of rewards; makes those of tokens one number."""
 
 from .aggregate import Aggregation, over_ranks, per_completion, spread, token_weights
 from .divergence import FusedLinearDivergence

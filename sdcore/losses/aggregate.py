@@ -1,4 +1,4 @@
-"""How the losses of tokens become one number: the weight of each, and what their weighted sum is divided by.
+"""Makes the losses of tokens one number: the weight of each, and what their weighted sum is divided by.
 
     weights, normalizer = token_weights("token-mean", lengths, mask)
     loss = (weights * per_token).sum() / normalizer
@@ -36,7 +36,7 @@ Aggregation: TypeAlias = Literal["token-mean", "seq-mean-token-mean", "seq-mean-
 def token_weights(
     aggregation: Aggregation, lengths: Sequence[int], mask: Tensor, *, norm_length: int | None = None
 ) -> tuple[Tensor, float]:
-    """The weights (N,) float32 of the rows of completions of these `lengths`, and this part's normalizer.
+    """Returns the weights (N,) float32 of the rows of completions of these `lengths`, and this part's normalizer.
 
     `mask` (N,) bool says which tokens carry a loss. The seq-means are over the completions that have such a token; only
     `sum-norm`, whose point is that nothing in the data changes its divisor, counts the others too. `norm_length` is for
@@ -64,7 +64,7 @@ def token_weights(
 
 
 def over_ranks(normalizer: float, device: torch.device | str) -> float:
-    """What each rank divides by: the mean over the ranks, since `DistributedDataParallel` and FSDP2 average gradients.
+    """Returns what each rank divides by: the mean, since `DistributedDataParallel` and FSDP2 average gradients.
 
     To be called by all ranks; the normalizer itself where there is only one.
     """
@@ -76,13 +76,13 @@ def over_ranks(normalizer: float, device: torch.device | str) -> float:
 
 
 def per_completion(rows: Tensor, lengths: Sequence[int]) -> Tensor:
-    """The sums (S,) over the rows (N,) of each of S completions; in the graph."""
+    """Sums the rows (N,) of each of S completions to (S,); in the graph."""
     check_lengths(lengths, rows.shape)
     return rows.new_zeros(len(lengths)).index_add(0, _owner(lengths, rows.device), rows)
 
 
 def spread(values: Tensor, lengths: Sequence[int]) -> Tensor:
-    """To each row (N,) its completion's value, of (S,)."""
+    """Gives each row (N,) its completion's value, of (S,)."""
     if values.shape != (len(lengths),):
         raise ArgumentError(f"values must have one entry per completion, {len(lengths)}, got {tuple(values.shape)}")
     return values[_owner(lengths, values.device)]
@@ -97,8 +97,5 @@ def check_lengths(lengths: Sequence[int], shape: torch.Size) -> None:
 
 
 def _owner(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """(N,) which completion a row is of."""
+    """Says, (N,), which completion a row is of."""
     return torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64)).to(device)
-
-
-__all__ = ["Aggregation", "over_ranks", "per_completion", "spread", "token_weights"]

@@ -1,4 +1,4 @@
-"""The fused divergence as a module: its options are set once, the tensors come with each call.
+"""Binds the options of the fused divergence in a module: they are set once, the tensors come with each call.
 
 What it computes, and everything about dtypes, memory and errors, is `sdkernels.linear_divergence`; nothing is added but
 that a sampler's log-probabilities are given as `old_logprobs`.
@@ -6,6 +6,7 @@ that a sampler's log-probabilities are given as `old_logprobs`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -28,8 +29,38 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@dataclass(frozen=True, kw_only=True)
+class DivergenceOptions:
+    """Holds the options of `sdkernels.linear_divergence`; raises `TypeError` and `ValueError` by its rules."""
+
+    alpha: float = 1.0
+    normalize: bool = False
+    temperature: float = 1.0
+    support: TopK | str | None = None
+    entry_clip: float | None = None
+    vocab_size: int | None = None
+    backend: Backend = "auto"
+    gradient: Gradient = "auto"
+    workspace_mb: float | None = None
+    on_nonfinite: Nonfinite = "propagate"
+
+    def __post_init__(self) -> None:
+        check_call(
+            self.alpha,
+            self.normalize,
+            self.temperature,
+            "mean",
+            self.backend,
+            self.gradient,
+            self.workspace_mb,
+            self.on_nonfinite,
+        )
+        check_vocab_size(self.vocab_size, None)
+        check_support(self.alpha, self.normalize, self.support, self.entry_clip, self.vocab_size)
+
+
 class FusedLinearDivergence(nn.Module):
-    """`linear_divergence` with its options bound.
+    """Calls `linear_divergence` with its options bound.
 
         loss = FusedLinearDivergence(alpha=0.5, support=TopK(100), importance_clip=2.0)
         out = loss(student_hidden, lm_head.weight, teacher_hidden, target_ids=ids, old_logprobs=old)
@@ -56,24 +87,21 @@ class FusedLinearDivergence(nn.Module):
         on_nonfinite: Nonfinite = "propagate",
     ) -> None:
         super().__init__()
-        check_call(alpha, normalize, temperature, "mean", backend, gradient, workspace_mb, on_nonfinite)
-        check_vocab_size(vocab_size, None)
-        check_support(alpha, normalize, support, entry_clip, vocab_size)
+        self.options = DivergenceOptions(
+            alpha=alpha,
+            normalize=normalize,
+            temperature=temperature,
+            support=support,
+            entry_clip=entry_clip,
+            vocab_size=vocab_size,
+            backend=backend,
+            gradient=gradient,
+            workspace_mb=workspace_mb,
+            on_nonfinite=on_nonfinite,
+        )
         if importance_clip is not None:
             check_number("importance_clip", importance_clip, 0.0, open_low=True)
         self.importance_clip = importance_clip
-        self.options = {
-            "alpha": alpha,
-            "normalize": normalize,
-            "temperature": temperature,
-            "support": support,
-            "entry_clip": entry_clip,
-            "vocab_size": vocab_size,
-            "backend": backend,
-            "gradient": gradient,
-            "workspace_mb": workspace_mb,
-            "on_nonfinite": on_nonfinite,
-        }
 
     def forward(
         self,
@@ -92,7 +120,7 @@ class FusedLinearDivergence(nn.Module):
         process_group: ProcessGroup | None = None,
         normalizer_group: ProcessGroup | None = None,
     ) -> DivergenceOutput:
-        """Hidden states (N, H) and heads (V, H) of both sides to a `DivergenceOutput`; `old_logprobs` is (N,).
+        """Makes a `DivergenceOutput` of hidden states (N, H) and heads (V, H) of both sides; `old_logprobs` is (N,).
 
         `process_group`: the ranks over which the heads are sharded. `normalizer_group`: those over which the rows of a
         mean are spread.
@@ -115,11 +143,11 @@ class FusedLinearDivergence(nn.Module):
             reduction=reduction,
             process_group=process_group,
             normalizer_group=normalizer_group,
-            **self.options,  # type: ignore[arg-type]  # each has the type of its argument above
+            **vars(self.options),
         )
 
     def check(self, old_logprobs: Tensor | None) -> None:
-        """Refuse a sampler's log-probabilities without an `importance_clip`, and the other way round."""
+        """Refuses a sampler's log-probabilities without an `importance_clip`, and the other way round."""
         if (old_logprobs is None) != (self.importance_clip is None):
             came = "None" if old_logprobs is None else "a tensor"
             raise ArgumentError(
@@ -128,8 +156,5 @@ class FusedLinearDivergence(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        shown = self.options | {"importance_clip": self.importance_clip}
+        shown = vars(self.options) | {"importance_clip": self.importance_clip}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value is not None)
-
-
-__all__ = ["FusedLinearDivergence"]

@@ -1,4 +1,4 @@
-"""The policy gradient: as a baseline, as a part of a mixture with distillation, and the anchor that holds it.
+"""Computes the policy gradient: as a baseline, as a part of a mixture with distillation, and with an anchor.
 
     advantages = group_advantages(rewards, sizes)                            # (S,)
     term = PolicyTerm(advantages=spread(advantages, lengths), old_logprobs=old)   # (N,)
@@ -31,12 +31,13 @@ from ..errors import ArgumentError
 from .aggregate import per_completion, spread
 
 Estimator: TypeAlias = Literal["grpo", "dr_grpo", "leave_one_out"]
+KLEstimator: TypeAlias = Literal["k3", "exact"]
 # Added to a group's standard deviation, as TRL does: rewards that differ by rounding are not blown up.
 LEAST_STD = 1e-4
 
 
 class PolicyLoss(NamedTuple):
-    """Of each token, (n,)."""
+    """Holds values of each token, (n,)."""
 
     per_token: Tensor  # in the graph, before weights
     ratio: Tensor  # π/π_old, detached
@@ -46,7 +47,7 @@ class PolicyLoss(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PolicyTerm:
-    """What a step needs to know of rewards, for N tokens in the order of `plan.target_ids`. Raises `ArgumentError`."""
+    """Says what a step needs to know of rewards, for N tokens as in `plan.target_ids`. Raises `ArgumentError`."""
 
     advantages: Tensor  # (N,)
     old_logprobs: Tensor | None = None  # (N,) of the policy that sampled; None: the student as it is
@@ -97,14 +98,14 @@ class PolicyTerm:
 
     @property
     def total(self) -> float:
-        """What the weighted sum is divided by."""
+        """Returns what the weighted sum is divided by."""
         if self.normalizer is not None:
             return self.normalizer or 1.0
         weights = self.token_weights
         return float(len(self.advantages) if weights is None else weights.sum()) or 1.0
 
     def scalar(self, rows: Tensor | slice, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Of some rows' (n,) log-probabilities their part () of the loss, in the graph, and row values for the log.
+        """Returns these rows' part () of the loss, in the graph, of their (n,) log-probabilities, and values to report.
 
         With `completion_of` they must be all rows with a weight of each completion, as a step's parts are.
         """
@@ -132,7 +133,7 @@ ROWS = ("advantages", "old_logprobs", "token_weights", "reference_logprobs")
 def group_advantages(
     rewards: Tensor, sizes: Sequence[int], *, estimator: Estimator = "grpo", active: Tensor | None = None
 ) -> Tensor:
-    """(S,) how much better than its group each completion is.
+    """Computes (S,) how much better than its group each completion is.
 
     `grpo`: (r - mean)/(std + 1e-4), std with G - 1 (arXiv:2402.03300). `dr_grpo`: r - mean, without the std, which
     makes easy and hard questions count more (arXiv:2503.20783). `leave_one_out`: r - mean of the others, unbiased
@@ -167,7 +168,7 @@ def policy_loss(
     kl_anchor: float = 0.0,
     completion_of: Tensor | None = None,
 ) -> PolicyLoss:
-    """The clipped policy gradient of n tokens, all arguments (n,); `logprobs` in the graph.
+    """Computes the clipped policy gradient of n tokens, all arguments (n,); `logprobs` in the graph.
 
     `completion_of` int64: the ratio is that of the completion that a token is of, of which these are all tokens.
     """
@@ -189,11 +190,8 @@ def policy_loss(
 
 
 def _means(rows: Tensor, owner: Tensor) -> Tensor:
-    """To each of the rows (n,) the mean of its completion's; in the graph."""
+    """Gives each of the rows (n,) the mean of its completion's; in the graph."""
     count = int(owner.max()) + 1 if len(owner) else 0
     sums = rows.new_zeros(count).index_add(0, owner, rows)
     counts = rows.new_zeros(count).index_add(0, owner, torch.ones_like(rows))
     return (sums / counts.clamp(min=1))[owner]
-
-
-__all__ = ["Estimator", "PolicyLoss", "PolicyTerm", "group_advantages", "policy_loss"]

@@ -1,4 +1,4 @@
-"""Reinforcement learning as distillation: the teacher is the reference, tilted by the reward.
+"""Does reinforcement learning as distillation: the teacher is the reference, tilted by the reward.
 
     p*(y | x) = p_ref(y | x) · exp(β r(y)) / Z(x)              β is `inv_temperature`
 
@@ -49,7 +49,7 @@ LogZ: TypeAlias = Literal["group_var", "leave_one_out", "reference_lme", "exact"
 
 
 class TiltOutput(NamedTuple):
-    """Result of `Tilted.loss`; only the loss is in the graph."""
+    """Is what `Tilted.loss` returns; only the loss is in the graph."""
 
     loss: Tensor  # (): Σ over groups / normalizer
     coefficients: Tensor  # (S,) its derivative with respect to each completion's log-probability
@@ -59,7 +59,7 @@ class TiltOutput(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Tilted:
-    """The reference tilted by the reward, over whole responses. Raises `ArgumentError`.
+    """Tilts the reference by the reward, over whole responses. Raises `ArgumentError`.
 
     `inv_temperature` is β > 0: the inverse of the KL coefficient of KL-regularised reinforcement learning, whose
     objective `E r - KL(π‖p_ref)/β` p* maximises. `logz`: see the module.
@@ -75,7 +75,7 @@ class Tilted:
             raise ArgumentError(f"logz must be one of {', '.join(map(repr, get_args(LogZ)))}, got {self.logz!r}")
 
     def num_groups(self, sizes: Sequence[int], active: Tensor, *, reference_rewards: object = None) -> float:
-        """How many groups have a loss: what the losses' sum is divided by. Those of parts of a step add up."""
+        """Counts the groups that have a loss, by which the losses' sum is divided. Counts of a step's parts add up."""
         used = self._used(sizes, active, reference_rewards is not None)
         return float((per_completion(used.float(), sizes) > 0).sum())
 
@@ -91,7 +91,7 @@ class Tilted:
         reference_rewards: Tensor | None = None,
         normalizer: float | None = None,
     ) -> TiltOutput:
-        """The mean over the groups of each one's loss.
+        """Returns the mean over the groups of each one's loss.
 
         Args:
             logprobs: (S,) of whole completions, sums over their tokens, under the student; may be in a graph.
@@ -141,7 +141,7 @@ class Tilted:
         log_z: Tensor | None,
         reference_rewards: Tensor | None,
     ) -> Tensor:
-        """(S,) log Ẑ of each completion, from the values of its group, 0 where one is not used."""
+        """Estimates (S,) log Ẑ of each completion from the values of its group, 0 where it is not used."""
         if self.logz == "group_var":
             return spread(-per_completion(gap, sizes) / counts.clamp(min=1), sizes)
         if self.logz == "leave_one_out":
@@ -158,13 +158,14 @@ class Tilted:
                 )
             return spread(_log_mean_exp(self.inv_temperature * reference_rewards.to(gap)), sizes)
         # p_ref/π · exp(β r) is exp(-d).
-        groups = [-one[keep] for one, keep in zip(gap.split(list(sizes)), used.split(list(sizes)), strict=True)]
-        return spread(torch.stack([_log_mean_exp(one) if len(one) else one.sum() for one in groups]), sizes)
+        groups = [-own[keep] for own, keep in zip(gap.split(list(sizes)), used.split(list(sizes)), strict=True)]
+        means = [_log_mean_exp(group) if len(group) else group.sum() for group in groups]
+        return spread(torch.stack(means), sizes)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenTilt:
-    """Each token's teacher q, with the sampled token y made more or less likely: `q'(a) ∝ q(a)·exp(b·1[a = y])`.
+    """Makes the sampled token y more or less likely under each token's teacher q: `q'(a) ∝ q(a)·exp(b·1[a = y])`.
 
     `exponents` (N,) is b: `inv_temperature` times the advantage of the token, or of its completion. Raises
     `ArgumentError` for another shape or type; for what divergences it is exact, see `per_token`.
@@ -184,7 +185,7 @@ class TokenTilt:
     def per_token(
         exponents: Tensor, divergence: Tensor, student_logprobs: Tensor, teacher_logprobs: Tensor, *, alpha: float
     ) -> Tensor:
-        """(n,) the divergence to q' from that to q and the log-probabilities of y, all (n,); in the graph.
+        """Turns the divergence to q, and the log-probabilities of y, into the divergence to q', all (n,); in the graph.
 
         With `Z = 1 + q_y (e^b - 1)`, of full distributions:
 
@@ -208,18 +209,15 @@ class TokenTilt:
 def self_normalized_weights(
     rewards: Tensor, sizes: Sequence[int], *, inv_temperature: float, log_ratios: Tensor | None = None
 ) -> Tensor:
-    """(S,) weights of the forward KL to p*, softmax over each group of `β r` plus `log_ratios`.
+    """Returns (S,) weights of the forward KL to p*, softmax over each group of `β r` plus `log_ratios`.
 
     Samples are those of p_ref, or `log_ratios` (S,) is log p_ref - log π of theirs. On samples of p_ref, minimising
     Σ weight · -log π(y) is biased at any group size: with 8, in an enumerable example, the result is 0.1 nats off p*.
     """
     tilted = inv_temperature * rewards + (0.0 if log_ratios is None else log_ratios.detach())
-    return torch.cat([one.softmax(0) for one in tilted.split(list(sizes))])
+    return torch.cat([group.softmax(0) for group in tilted.split(list(sizes))])
 
 
 def _log_mean_exp(values: Tensor) -> Tensor:
-    """Over the last dimension."""
+    """Computes log mean exp over the last dimension."""
     return values.logsumexp(-1) - math.log(values.shape[-1])
-
-
-__all__ = ["LEAST_EXPONENT", "LogZ", "TiltOutput", "Tilted", "TokenTilt", "self_normalized_weights"]

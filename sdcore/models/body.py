@@ -1,4 +1,4 @@
-"""What a Hugging Face causal language model consists of: its body, its output layer, and how to call it.
+"""Finds the body and the output layer of a Hugging Face causal language model, and calls the body.
 
 `find_body` finds the part of a model that turns ids into last hidden states, through the wrappers that training puts
 around it; `head_of` finds the rest, the output layer, as a weight and a `LogitTransform` for `sdkernels`:
@@ -49,7 +49,7 @@ WINDOWED_TYPES = frozenset({"sliding_attention", "hybrid_sliding"})
 
 @dataclass(frozen=True, eq=False)
 class Body:
-    """A causal language model without its output layer. Made by `find_body`."""
+    """Is a causal language model without its output layer. Made by `find_body`."""
 
     model: nn.Module  # what the user gave; wrapped or not
     causal_lm: PreTrainedModel
@@ -58,7 +58,7 @@ class Body:
     sharded: nn.Module | None = None  # FSDP2's or ZeRO-3's root, at `through` or inside it
 
     def __call__(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        """(B, L) ids → (B, L, H) last hidden states, after the final norm. `kwargs` go to the model as they are.
+        """Turns (B, L) ids into (B, L, H) last hidden states, after the final norm. `kwargs` go to the model unchanged.
 
         `position_ids` and `past_key_values` are what one passes; the model never makes a cache of its own.
         """
@@ -101,14 +101,14 @@ class Body:
 
     @property
     def _head_of_unit(self) -> nn.Module | None:
-        """The output layer, where FSDP2 has it in one unit with others, as accelerate has it with the final norm."""
+        """Returns the output layer, where FSDP2 has it in one unit with others, as accelerate has it with the norm."""
         head: Any = self.causal_lm.get_output_embeddings()
         several = isinstance(head, FSDPModule) and len(head._get_fsdp_state()._modules) > 1
         return cast(nn.Module, head) if several else None
 
     @property
     def one_backward(self) -> bool:
-        """Whether a step must have one backward: a second one of DeepSpeed's may already follow an optimizer step."""
+        """True where a step must have one backward: after one of DeepSpeed's an optimizer step may follow already."""
         return is_deepspeed(self.through)
 
     @property
@@ -117,7 +117,7 @@ class Body:
 
     @property
     def device(self) -> torch.device:
-        """Where the model takes its ids."""
+        """Says where the model takes its ids."""
         return self.base.get_input_embeddings().weight.device
 
     @property
@@ -130,23 +130,23 @@ class Body:
 
     @property
     def vocab_size(self) -> int:
-        """How many ids can be embedded. The output layer may have more or fewer rows."""
+        """Counts the ids that can be embedded. The output layer may have more or fewer rows."""
         return int(shape_of(self.base.get_input_embeddings().weight)[0])
 
     @property
     def num_logits(self) -> int:
-        """How many logits a token has."""
+        """Counts the logits of a token."""
         return count_rows(self.causal_lm.get_output_embeddings())
 
     @property
     def max_positions(self) -> int | None:
-        """How many tokens the configuration says that the model can read; None where it sets no bound."""
+        """Returns how many tokens the configuration says the model can read; None where it sets no bound."""
         positions = getattr(self.config, "max_position_embeddings", None)
         return positions if isinstance(positions, int) and positions > 0 else None
 
     @property
     def rotary_switch(self) -> int | None:
-        """Beyond this length every position is encoded otherwise (LongRoPE), so no shorter prefix can be shared."""
+        """Returns the length beyond which all positions are encoded otherwise (LongRoPE); no prefix crosses it."""
         parameters = getattr(self.config, "rope_parameters", None) or {}
         variants = [parameters, *(value for value in parameters.values() if isinstance(value, Mapping))]
         lengths = [
@@ -159,12 +159,12 @@ class Body:
 
     @cached_property
     def layer_types(self) -> tuple[str, ...]:
-        """What transformers calls each layer: full_attention, sliding_attention, linear_attention, ..."""
+        """Lists what transformers calls each layer: full_attention, sliding_attention, linear_attention, ..."""
         return tuple(get_layer_types_and_kwargs(self.config)[0])
 
     @cached_property
     def windows(self) -> tuple[int | None, ...]:
-        """How many tokens each layer's attention sees, itself included; None for all of them."""
+        """Lists how many tokens each layer's attention sees, itself included; None for all of them."""
         kwargs = get_layer_types_and_kwargs(self.config)[1]
         # Up to transformers 5.17 one set of arguments served all layers.
         kwargs = kwargs if isinstance(kwargs, list) else [kwargs] * len(self.layer_types)
@@ -175,7 +175,7 @@ class Body:
 
     @property
     def recurrent(self) -> bool:
-        """Whether some layer keeps a state of fixed size, which can be read only where it was recorded."""
+        """True where some layer keeps a state of fixed size, which can be read only where it was recorded."""
         return not RECURRENT_TYPES.isdisjoint(self.layer_types)
 
     @cached_property
@@ -184,7 +184,7 @@ class Body:
 
     @contextmanager
     def keeping_caches(self) -> Iterator[None]:
-        """While entered, checkpointed layers keep the cache they are given; by default transformers drops it.
+        """Makes checkpointed layers keep the cache they are given, while entered; by default transformers drops it.
 
         Silently so: the states are then those of a sequence without its prefix. The caches of `prefix.caches` may be
         kept because they do not change when a layer is recomputed. Raises `UnsupportedModelError` for reentrant
@@ -204,7 +204,7 @@ class Body:
 
 
 def find_body(model: nn.Module) -> Body:
-    """Find the body of a Hugging Face causal language model, wrapped or not.
+    """Finds the body of a Hugging Face causal language model, wrapped or not.
 
     Looks through `DistributedDataParallel`, `fully_shard`, DeepSpeed's engine, PEFT and `torch.compile`. Raises
     `ArgumentError` for what is no module, and `UnsupportedModelError`, naming class and reason, for models listed in
@@ -254,7 +254,7 @@ def find_body(model: nn.Module) -> Body:
 
 
 def head_of(model: nn.Module | Body) -> Head:
-    """The output layer of a model: a weight (V, H), connected to its parameters, and what is done around the product.
+    """Reads a model's output layer: a weight (V, H), connected to its parameters, and what is done to the product.
 
     The logits of `find_body(model)(ids)` are `head.transform` applied to `head.states(hidden) @ head.weight.T`.
 
@@ -266,25 +266,25 @@ def head_of(model: nn.Module | Body) -> Head:
     """
     body = model if isinstance(model, Body) else find_body(model)
     layer = body.causal_lm.get_output_embeddings()
-    found = read_layer(layer, model=body.model, name=body.name, dtype=body.dtype)
+    matrix = read_layer(layer, model=body.model, name=body.name, dtype=body.dtype)
     scale, softcap = _scale_and_softcap(body)
     if _VERIFIED.get(body.causal_lm) != (scale, softcap):
         _verify_logits(body, scale, softcap)
         _VERIFIED[body.causal_lm] = scale, softcap
-    return Head(found.weight, LogitTransform(bias=found.bias, scale=scale, softcap=softcap), found.lift)
+    return Head(matrix.weight, LogitTransform(bias=matrix.bias, scale=scale, softcap=softcap), matrix.lift)
 
 
-# Models whose logits were found to be what their configuration says.
+# Models whose logits are verified to be what their configuration says.
 _VERIFIED: WeakKeyDictionary[nn.Module, tuple[float, float | None]] = WeakKeyDictionary()
 
 
 def is_deepspeed(module: object) -> bool:
-    """Whether it is what `deepspeed.initialize` gives."""
+    """True for what `deepspeed.initialize` gives."""
     return hasattr(module, "zero_optimization_stage")
 
 
 def _unwrap(module: nn.Module) -> nn.Module | None:
-    """The module inside a wrapper; None where the module is no wrapper."""
+    """Returns the module inside a wrapper; None where the module is no wrapper."""
     if isinstance(module, DataParallel | FullyShardedDataParallel):
         raise UnsupportedModelError(
             f"{type(module).__name__} is not supported: use DistributedDataParallel, or FSDP2 (fully_shard)"
@@ -305,7 +305,7 @@ def _unwrap(module: nn.Module) -> nn.Module | None:
 
 
 def _scale_and_softcap(body: Body) -> tuple[float, float | None]:
-    """What the configuration says about the logits; checked by `_verify_logits`."""
+    """Reads what the configuration says about the logits; `_verify_logits` checks it."""
     config = body.causal_lm.config
     scale = 1.0
     for attribute, divides in (("logit_scale", False), ("lm_head_multiplier", False), ("logits_scaling", True)):
@@ -318,7 +318,7 @@ def _scale_and_softcap(body: Body) -> tuple[float, float | None]:
 
 @torch.no_grad()
 def _verify_logits(body: Body, scale: float, softcap: float | None) -> None:
-    """Refuse a model that does anything else between its last states and its logits.
+    """Refuses a model that does anything else between its last states and its logits.
 
     Its own forward runs, between a stand-in for the body, which returns given states, and one for the output layer,
     which checks that it gets them and returns given logits. So no weight is touched and no rank waits for another.
@@ -377,7 +377,7 @@ def _refuse_reentrant(name: str, function: Any) -> None:
 
 @contextmanager
 def without_dropout(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Evaluation mode for the time of the block; with `training`, not for what checkpoints its activations.
+    """Sets evaluation mode for the time of the block; with `training`, not for what checkpoints its activations.
 
     Gradient checkpointing works in training mode only, which transformers asks of the checkpointed layers and of the
     model around them; dropout is asked of the modules that do it.

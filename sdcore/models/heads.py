@@ -1,4 +1,4 @@
-"""What the output layer of a model is made of: read through the wrappers of PEFT, FSDP2 and quantisation.
+"""Reads a model's output layer through the wrappers of PEFT, FSDP2 and quantisation.
 
     head = models.head_of(model)
     linear_divergence(head.states(hidden), head.weight, ..., student_head=head.transform)
@@ -40,26 +40,26 @@ QUANTISED_LAYERS = frozenset({"bitsandbytes.nn.modules.Linear4bit", "bitsandbyte
 
 
 class Head(NamedTuple):
-    """The output layer: the logits are `transform` applied to `states(hidden) @ weight.T`."""
+    """Is the output layer: the logits are `transform` applied to `states(hidden) @ weight.T`."""
 
     weight: Tensor  # (V, H), with LoRA on it (V, H + R); a gradient that reaches it reaches the model's parameters
     transform: LogitTransform
     lift: Tensor | None = None  # (R, H) the adapters' A; None where there is none
 
     def states(self, hidden: Tensor) -> Tensor:
-        """What goes with the weight, of (N, H) hidden states: they themselves, with LoRA (N, H + R)."""
+        """Returns what goes with the weight, of (N, H) hidden states: they themselves, with LoRA (N, H + R)."""
         return lifted(hidden, self.lift)
 
 
 def lifted(hidden: Tensor, lift: Tensor | None) -> Tensor:
-    """(N, H) states with their products with (R, H) `lift` beside them, in the dtype of the states."""
+    """Puts the products of (N, H) states with (R, H) `lift` beside them, in the dtype of the states."""
     if lift is None:
         return hidden
     return torch.cat([hidden, (hidden.to(lift.dtype) @ lift.T).to(hidden.dtype)], dim=-1)
 
 
 class Matrix(NamedTuple):
-    """An output layer without what the model does to its result."""
+    """Is an output layer without what the model does to its result."""
 
     weight: Tensor  # as in `Head`
     bias: Tensor | None  # (V,)
@@ -67,7 +67,7 @@ class Matrix(NamedTuple):
 
 
 def read_layer(layer: nn.Module, *, model: nn.Module, name: str, dtype: torch.dtype) -> Matrix:
-    """The matrix of an output layer as it is now: adapters that are active or not, weights that are sharded or not.
+    """Reads the matrix of an output layer as it is now: adapters active or not, weights sharded or not.
 
     `model` is the outermost module, of which FSDP2's units are part; `name` is what errors call it; `dtype` is that of
     the states, in which a weight is dequantised. Raises `UnsupportedModelError` for a layer that is not one matrix.
@@ -91,7 +91,7 @@ def read_layer(layer: nn.Module, *, model: nn.Module, name: str, dtype: torch.dt
 
 
 def count_rows(layer: nn.Module) -> int:
-    """How many logits a token has, without gathering or dequantising anything."""
+    """Counts the logits of a token, without gathering or dequantising anything."""
     layer = _active(layer)
     base: Any = layer.get_base_layer() if _kind(layer) in LORA_LAYERS else layer  # type: ignore[operator]
     # A copy that PEFT ties to the embeddings has in_features and out_features the wrong way round.
@@ -99,18 +99,18 @@ def count_rows(layer: nn.Module) -> int:
 
 
 def shape_of(weight: Tensor) -> torch.Size:
-    """The shape of the whole weight, also where DeepSpeed has left nothing of it."""
+    """Returns the shape of the whole weight, also where DeepSpeed has left nothing of it."""
     return getattr(weight, "ds_shape", weight.shape)
 
 
 def _kind(layer: object) -> str:
-    """The name of a layer's or a weight's class; of a unit of FSDP2 that of the class it had before."""
-    of = next(one for one in type(layer).__mro__ if not issubclass(one, FSDPModule))
-    return f"{of.__module__}.{of.__qualname__}"
+    """Names the class of a layer or a weight; of a unit of FSDP2 the class it had before."""
+    kind = next(base for base in type(layer).__mro__ if not issubclass(base, FSDPModule))
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _active(layer: Any) -> nn.Module:
-    """Of PEFT's modules_to_save, a trained copy beside the original, the one that is in use."""
+    """Returns, of PEFT's modules_to_save, a trained copy beside the original, the one that is in use."""
     if not (hasattr(layer, "modules_to_save") and hasattr(layer, "original_module")):
         return layer
     names = [name for name in layer.active_adapters if name in layer.modules_to_save]
@@ -137,7 +137,7 @@ def _require_matrix(layer: nn.Module, name: str) -> None:
 
 
 def _adapters(layer: Any, name: str) -> Iterator[tuple[nn.Linear, nn.Linear, float]]:
-    """A, B and scaling of each LoRA adapter that the layer's own forward would apply."""
+    """Yields A, B and scaling of each LoRA adapter that the layer's own forward would apply."""
     if _kind(layer) not in LORA_LAYERS:
         return
     if layer.disable_adapters and layer.merged:
@@ -158,7 +158,7 @@ def _adapters(layer: Any, name: str) -> Iterator[tuple[nn.Linear, nn.Linear, flo
 
 @torch.no_grad()
 def _dequantised(layer: Any) -> Tensor:
-    """The (V, H) weight of a layer of bitsandbytes."""
+    """Computes the (V, H) weight of a layer of bitsandbytes."""
     from bitsandbytes import functional
 
     weight = layer.weight
@@ -170,7 +170,7 @@ def _dequantised(layer: Any) -> Tensor:
 
 
 def _whole(module: nn.Module, parameter: str, model: nn.Module) -> Tensor:
-    """The full tensor behind a parameter that may be sharded, connected to it."""
+    """Returns the full tensor behind a parameter that may be sharded, connected to it."""
     weight: Tensor = getattr(module, parameter)
     if hasattr(weight, "ds_id"):
         import deepspeed
@@ -188,14 +188,14 @@ def _whole(module: nn.Module, parameter: str, model: nn.Module) -> Tensor:
 
 
 def _precision(model: nn.Module, module: nn.Module) -> MixedPrecisionPolicy:
-    """In which dtypes FSDP2 gathers a module's weights and reduces their gradients."""
+    """Says in which dtypes FSDP2 gathers a module's weights and reduces their gradients."""
     around = [unit for unit in model.modules() if isinstance(unit, FSDPModule) and module in set(unit.modules())]
     # Modules come from the outside in, and the innermost unit is the one that shards. Nothing public says its policy.
     return around[-1]._get_fsdp_state()._mp_policy if around else MixedPrecisionPolicy()
 
 
 class _Gathered(torch.autograd.Function):
-    """A sharded weight as a whole. Each rank has its own rows, so its gradient is averaged over the ranks by shards."""
+    """Gathers a sharded weight. Each rank has its own rows, so its gradient is averaged over the ranks by shards."""
 
     @staticmethod
     def forward(ctx: Any, weight: DTensor, dtype: torch.dtype, reduced: torch.dtype) -> Tensor:
@@ -210,7 +210,7 @@ class _Gathered(torch.autograd.Function):
 
 
 class _Copied(torch.autograd.Function):
-    """A weight that DeepSpeed has gathered, for longer than that; its gradient is DeepSpeed's to reduce."""
+    """Keeps a weight that DeepSpeed has gathered, for longer than that; its gradient is DeepSpeed's to reduce."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
@@ -223,6 +223,3 @@ class _Copied(torch.autograd.Function):
             # A gradient is accumulated only into what has its shape. DeepSpeed frees it again after the backward.
             ctx.weight.all_gather()
         return gradient
-
-
-__all__ = ["Head", "Matrix", "count_rows", "lifted", "read_layer", "shape_of"]

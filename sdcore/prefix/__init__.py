@@ -1,4 +1,4 @@
-"""The shared-prefix scheme: teacher and student passes that compute each token with the same past once."""
+"""Runs teacher and student so that tokens with the same past are computed once: the shared-prefix scheme."""
 
 from .choice import Strategy
 from .costs.count import Cost, PassCost, cost, cost_of_sizes

@@ -1,10 +1,11 @@
 """Chooses the strategy that runs a plan, and says why.
 
-"auto" takes the one that reads the fewest tokens among those that can run the model exactly and fit its memory; where
+"auto" takes the one that reads the fewest tokens among those that can run the model exactly and fit its memory. Where
 sharing would save next to nothing, or nothing else works, it is "naive". What was wanted and not taken goes into the
 report with its reason, and a model that is run without sharing is warned about once.
 
-What differs from the obvious: under several ranks all choose alike (`ranks.most`), since collectives must match.
+What differs from the obvious: under several ranks all choose alike (`ranks.most`), since collectives must match. A
+teacher with a model of its own gets the student's strategy, or naive where that one is not right for it.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import torch
 from ..errors import ArgumentError, UnsupportedModelError
 from ..models import Body, find_body
 from ..teachers import Snapshot, Teacher
-from .checks import Verify, agrees
 from .costs import Cost, cost
 from .planner import Plan, Tree, check_against
 from .report import Choice, Fallback
 from .strategies import cached, naive, packed, ranks, two_phase
 from .strategies.caches import require_readable
+from .verification import Verify, disagreement
 
 Strategy = Literal["auto", "packed", "cached", "two_phase", "naive"]
 STRATEGIES = {"packed": packed, "cached": cached, "two_phase": two_phase, "naive": naive}
@@ -35,9 +36,60 @@ LEAST_SAVING = 0.05
 MOST_OF_FREE = 0.7
 
 
+def choose(
+    body: Body, plan: Plan, strategy: Strategy, micro_batch: int | None, shares: bool, verify: Verify, whole: bool
+) -> tuple[Choice, list[Fallback]]:
+    """Returns the student's strategy with its reason, and what was wanted but not taken.
+
+    `shares`: a teacher reads the student's states. `whole`: all rows are asked for in one part. Raises
+    `UnsupportedModelError` where a strategy was asked for by name and is not right for this model.
+    """
+    trees = [*plan.student, *plan.teacher]
+    if strategy != "auto":
+        if (obstacle := _obstacle(body, trees, strategy)) is not None:
+            raise UnsupportedModelError(obstacle)
+        if strategy != "naive" and verify != "off":
+            problem = disagreement(body, STRATEGIES[strategy], plan, verify)
+            if problem is not None:
+                raise UnsupportedModelError(f"strategy {strategy!r} disagrees with naive: {problem}")
+        return _chosen(body, plan, strategy, "asked for"), []
+    shortage = "" if whole or micro_batch is not None or body.one_backward else _shortage(body, plan, shares)
+    # All ranks choose alike: what is worth it on one of them, or does not fit, decides.
+    saving, short = ranks.most(body, _saving(plan, shares), shortage != "")
+    if saving < LEAST_SAVING and micro_batch is None:
+        return _chosen(body, plan, "naive", f"sharing would save {saving:.0%} of the tokens"), []
+    if micro_batch is not None:
+        wanted = {"two_phase": f"micro_batch={micro_batch} bounds the memory"}
+    elif short:
+        wanted = {"two_phase": shortage or "on another rank all completions at once would not fit the memory"}
+    else:
+        wanted = {"packed": "no token twice and no padding", "cached": "no token twice"}
+    fallbacks: list[Fallback] = []
+    for name, reason in wanted.items():
+        refusal = _refusal(body, trees, name, plan, verify)
+        if refusal is None:
+            return _chosen(body, plan, name, reason), fallbacks
+        fallbacks.append(Fallback(name, refusal))
+    _warn_once(body, fallbacks[-1].reason)
+    return _chosen(body, plan, "naive", "nothing else works for this model"), fallbacks
+
+
+def choose_for_teacher(body: Body, teacher: Teacher, plan: Plan, students: Choice, verify: Verify) -> Choice:
+    """Returns the student's choice where it is right for the teacher's model too, else naive with the reason."""
+    if _runs_the_student(teacher) or students.strategy == "naive":
+        return students
+    with teacher.weights(body.model) as module:
+        own = find_body(module)
+        refusal = _refusal(own, plan.teacher, students.strategy, plan, verify)
+        if refusal is None:
+            return students
+        _warn_once(own, refusal)
+        return _chosen(own, replace(plan, student=()), "naive", refusal)
+
+
 def require_fits(body: Body, teacher: Teacher, plan: Plan) -> None:
-    """Refuse a teacher with a model of its own that cannot read the plan, or has another vocabulary."""
-    if teacher.shares_weights or isinstance(teacher, Snapshot):
+    """Refuses a teacher with a model of its own that cannot read the plan, or has another vocabulary."""
+    if _runs_the_student(teacher):
         return
     with teacher.weights(body.model) as module:
         own = find_body(module)
@@ -53,67 +105,49 @@ def require_fits(body: Body, teacher: Teacher, plan: Plan) -> None:
             )
 
 
-def teacher_choice(body: Body, teacher: Teacher, plan: Plan, choice: Choice, verify: Verify) -> Choice:
-    """The student's strategy, if it is right for the teacher's model too."""
-    # A snapshot is the student's own module with other values, which may have to be moved in from elsewhere.
-    if teacher.shares_weights or isinstance(teacher, Snapshot) or choice.strategy == "naive":
-        return choice
-    with teacher.weights(body.model) as module:
-        own = find_body(module)
-        reason = why_not(own, plan.teacher, choice.strategy, plan, verify)
-        if reason is None:
-            return choice
-        _warn_once(own, reason)
-        return chosen_as(own, replace(plan, student=()), "naive", reason)
+def counted_cost(plan: Plan, body: Body, strategy: str, shares: bool) -> Cost | None:
+    """Counts what the plan costs in this model; None where its configuration does not say what a layer costs."""
+    try:
+        return cost(plan, body.config, strategy=strategy, teacher_shares=shares, dtype_bytes=body.dtype.itemsize)
+    except UnsupportedModelError:
+        return None
 
 
-def choose(
-    body: Body, plan: Plan, strategy: Strategy, micro_batch: int | None, shares: bool, verify: Verify, whole: bool
-) -> tuple[Choice, list[Fallback]]:
-    """The strategy, with its reason, and what was not taken although it was wanted."""
-    if strategy != "auto":
-        reason = _obstacle(body, [*plan.student, *plan.teacher], strategy)
-        if reason is not None:
-            raise UnsupportedModelError(reason)
-        if strategy != "naive" and verify != "off" and (problem := agrees(body, STRATEGIES[strategy], plan, verify)):
-            raise UnsupportedModelError(f"strategy {strategy!r} disagrees with naive: {problem}")
-        return chosen_as(body, plan, strategy, "asked for"), []
-    shortage = "" if whole or micro_batch is not None or body.one_backward else _shortage(body, plan, shares)
-    # All ranks choose alike: what is worth it on one of them, or does not fit, decides.
-    saving, short = ranks.most(body, _saving(plan, shares), shortage != "")
-    if saving < LEAST_SAVING and micro_batch is None:
-        return chosen_as(body, plan, "naive", f"sharing would save {saving:.0%} of the tokens"), []
-    if micro_batch is not None:
-        wanted = {"two_phase": f"micro_batch={micro_batch} bounds the memory"}
-    elif short:
-        wanted = {"two_phase": shortage or "on another rank all completions at once would not fit the memory"}
-    else:
-        wanted = {"packed": "no token twice and no padding", "cached": "no token twice"}
-    fallbacks: list[Fallback] = []
-    for name, why in wanted.items():
-        reason = why_not(body, [*plan.student, *plan.teacher], name, plan, verify)
-        if reason is None:
-            return chosen_as(body, plan, name, why), fallbacks
-        fallbacks.append(Fallback(name, reason))
-    _warn_once(body, fallbacks[-1].reason)
-    return chosen_as(body, plan, "naive", "nothing else works for this model"), fallbacks
+def free_bytes(device: torch.device) -> int | None:
+    """Returns how many bytes can still be allocated on the device; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    # Not the memory that is free: most of what files take up is given back when it is asked for.
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
 
-def why_not(body: Body, trees: Sequence[Tree], strategy: str, plan: Plan, verify: Verify) -> str | None:
-    """Why this strategy cannot run this model, or does so wrongly; None if all is well."""
-    reason = _obstacle(body, trees, strategy)
-    if ranks.most(body, reason is not None)[0]:
-        return reason or f"the plan of another rank does not allow {strategy}"
+def _runs_the_student(teacher: Teacher) -> bool:
+    """True where the teacher's pass runs the student's own module.
+
+    A snapshot is that module with other values, which may have to be moved in from elsewhere: it is not asked.
+    """
+    return teacher.shares_weights or isinstance(teacher, Snapshot)
+
+
+def _refusal(body: Body, trees: Sequence[Tree], strategy: str, plan: Plan, verify: Verify) -> str | None:
+    """Says why this strategy cannot run this model, on any rank, or does so wrongly; None if it is right."""
+    obstacle = _obstacle(body, trees, strategy)
+    if ranks.most(body, obstacle is not None)[0]:
+        return obstacle or f"the plan of another rank does not allow {strategy}"
     if verify == "off":
         return None
     try:
-        return agrees(body, STRATEGIES[strategy], plan, verify)
+        return disagreement(body, STRATEGIES[strategy], plan, verify)
     except UnsupportedModelError as error:  # what only running it shows
         return str(error)
 
 
 def _obstacle(body: Body, trees: Sequence[Tree], strategy: str) -> str | None:
-    """Why this strategy cannot run this model; None if it can."""
+    """Says why this strategy cannot run this model, as far as can be told without running it; None if it can."""
     if strategy == "packed":
         return packed.supports(body)
     if strategy == "two_phase" and body.one_backward:
@@ -136,39 +170,8 @@ def _warn_once(body: Body, reason: str) -> None:
         warnings.warn(f"{body.name} is run without sharing prefixes (strategy naive): {reason}", stacklevel=2)
 
 
-def _saving(plan: Plan, shares: bool) -> float:
-    """The share of a naive run's tokens that need not be computed."""
-    naive_tokens = sum(tree.naive_tokens() for tree in (*plan.student, *plan.teacher))
-    tokens = sum(tree.tokens(read_shared=False) for tree in plan.student)
-    tokens += sum(tree.tokens(read_shared=shares) for tree in plan.teacher)
-    return 1 - tokens / naive_tokens if naive_tokens else 0.0
-
-
-def _shortage(body: Body, plan: Plan, shares: bool) -> str:
-    """Why all completions at once would not fit the free memory; "" where they would, as far as is known."""
-    counted = counted_cost(plan, body, "packed", shares) if torch.is_grad_enabled() else None
-    if counted is None:
-        return ""
-    free, kept = free_bytes(body.device), counted.student.kept_bytes
-    if free is None or kept <= MOST_OF_FREE * free:
-        return ""
-    return f"all completions at once would keep {kept / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """What can still be allocated there; None where nobody says."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    # Not the memory that is free: most of what files take up is given back when it is asked for.
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
-
-
-def chosen_as(body: Body, plan: Plan, strategy: str, reason: str) -> Choice:
-    """With the share of the batches' tokens that are padding."""
+def _chosen(body: Body, plan: Plan, strategy: str, reason: str) -> Choice:
+    """Adds to the choice which share of the batches' tokens is padding."""
     padded = filled = 0
     for tree in (*plan.student, *plan.teacher) if strategy != "packed" else ():
         if strategy == "naive":
@@ -182,8 +185,20 @@ def chosen_as(body: Body, plan: Plan, strategy: str, reason: str) -> Choice:
     return Choice(strategy, reason, 1 - filled / padded if padded else 0.0)
 
 
-def counted_cost(plan: Plan, body: Body, strategy: str, shares: bool) -> Cost | None:
-    try:
-        return cost(plan, body.config, strategy=strategy, teacher_shares=shares, dtype_bytes=body.dtype.itemsize)
-    except UnsupportedModelError:
-        return None
+def _saving(plan: Plan, shares: bool) -> float:
+    """Returns the share of a naive run's tokens that need not be computed."""
+    naive_tokens = sum(tree.naive_tokens() for tree in (*plan.student, *plan.teacher))
+    tokens = sum(tree.tokens(read_shared=False) for tree in plan.student)
+    tokens += sum(tree.tokens(read_shared=shares) for tree in plan.teacher)
+    return 1 - tokens / naive_tokens if naive_tokens else 0.0
+
+
+def _shortage(body: Body, plan: Plan, shares: bool) -> str:
+    """Says why all completions at once would not fit the free memory; "" where they would, as far as is known."""
+    counted = counted_cost(plan, body, "packed", shares) if torch.is_grad_enabled() else None
+    if counted is None:
+        return ""
+    free, kept = free_bytes(body.device), counted.student.kept_bytes
+    if free is None or kept <= MOST_OF_FREE * free:
+        return ""
+    return f"all completions at once would keep {kept / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"

@@ -1,4 +1,4 @@
-"""What has to be computed, from token ids alone: which tokens have the same past, and which states are asked for.
+"""Plans what has to be computed, from token ids alone: which tokens have the same past, which states are asked for.
 
 A group is a prompt and the completions sampled from it. Under the student's weights it is a `Tree`: the prompt is
 the trunk, a completion a branch. Under the teacher's it is another one, whose trunk starts with the tokens that both
@@ -34,7 +34,7 @@ ID_DTYPES = (torch.int64, torch.int32)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tree:
-    """One group of completions under one set of weights: a trunk that is computed once, then a branch per completion.
+    """Is one group of completions under one set of weights: a trunk, computed once, and a branch per completion.
 
     What a model reads for completion i is `trunk + branches[i]`. The last `rows[i]` states of that sequence predict the
     completion's tokens: `rows[i]` is at most `len(branches[i]) + 1`, and where it is that, the first of them is the
@@ -66,28 +66,28 @@ class Tree:
 
     @property
     def active(self) -> tuple[int, ...]:
-        """The completions that have rows; nothing needs computing for the others, and none if this is empty."""
+        """Lists the completions that have rows; nothing needs computing for the others, and none if this is empty."""
         return tuple(i for i, rows in enumerate(self.rows) if rows)
 
     def sequence(self, completion: int) -> Tensor:
-        """(T + B_i,) what a model reads for one completion when nothing is shared."""
+        """Returns (T + B_i,) what a model reads for one completion when nothing is shared."""
         return torch.cat([self.trunk, self.branches[completion]])
 
     def tokens(self, *, read_shared: bool) -> int:
-        """The tokens that are computed when each is computed once, and the `shared` ones only unless they are read."""
+        """Counts each token once, and the `shared` ones only unless they are read."""
         if not self.active:
             return 0
         trunk = len(self.trunk) - (self.shared if read_shared else 0)
         return trunk + sum(len(self.branches[i]) for i in self.active)
 
     def naive_tokens(self) -> int:
-        """The tokens that are computed when each completion is its own sequence."""
+        """Counts the tokens that are computed when each completion is its own sequence."""
         return sum(len(self.trunk) + len(self.branches[i]) for i in self.active)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-    """The trees of both passes, and the tokens that their rows predict: in the order group, completion, position."""
+    """Holds the trees of both passes, and the tokens that their rows predict: in order group, completion, position."""
 
     student: tuple[Tree, ...]  # B
     teacher: tuple[Tree, ...]  # B, or none at all where no teacher's prompts were given
@@ -95,7 +95,7 @@ class Plan:
 
     @property
     def num_rows(self) -> int:
-        """N."""
+        """Counts the N rows."""
         return len(self.target_ids)
 
     @property
@@ -104,12 +104,12 @@ class Plan:
 
     @cached_property
     def rows(self) -> tuple[tuple[slice, ...], ...]:
-        """`rows[g][i]`: where the rows of completion i of group g are among the N. The same for both passes."""
+        """Says, as `rows[g][i]`, where the rows of completion i of group g are among the N, in both passes."""
         return row_slices(self.student)
 
 
 def row_slices(trees: Sequence[Tree]) -> tuple[tuple[slice, ...], ...]:
-    """`[g][i]`: where the rows of branch i of tree g are among all rows. The one place that defines their order."""
+    """Says, as `[g][i]`, where the rows of branch i of tree g are among all. The one place that defines their order."""
     slices, start = [], 0
     for tree in trees:
         group = []
@@ -125,7 +125,7 @@ def plan(
     completions: Sequence[Sequence[TokenIds]],
     teacher_prompts: Sequence[TokenIds | Sequence[TokenIds]] | None = None,
 ) -> Plan:
-    """Find what the passes over these sequences share.
+    """Finds what the passes over these sequences share.
 
     `student_prompts` has a prompt per group, `completions` a list of completions per group. `teacher_prompts` has per
     group either one prompt or a list with one per completion; None plans the student's pass alone. A prompt or
@@ -164,19 +164,19 @@ def plan(
         # A completion without rows is not computed, so its prompt has no say in what the others share.
         asked = [name for name, count in zip(prompts, rows, strict=True) if count] or prompts
         first = host[asked[0]]
-        length = min(_common_prefix(first, host[name]) for name in asked)
+        length = min(common_prefix(first, host[name]) for name in asked)
         branches = tuple(
             torch.cat([ids[name][length:], branch]) if count else branch
             for name, branch, count in zip(prompts, read, rows, strict=True)
         )
-        shared = min(_common_prefix(first[:length], host[prompt_name]), max(0, length - 1))
+        shared = min(common_prefix(first[:length], host[prompt_name]), max(0, length - 1))
         teacher.append(Tree(trunk=ids[asked[0]][:length], branches=branches, rows=rows, shared=shared))
     target_ids = torch.cat([ids[name] for group in completions_B_G for name, _ in group])
     return Plan(student=tuple(student), teacher=tuple(teacher), target_ids=target_ids)
 
 
 def check_against(plan: Plan, *, vocab_size: int, max_positions: int | None, device: torch.device | str) -> None:
-    """Refuse a plan that does not fit a model.
+    """Refuses a plan that does not fit a model.
 
     `vocab_size` is the number of ids that the model can embed, `max_positions` how many tokens it can read (None: any
     number), `device` where it takes its ids. Costs one synchronisation on a GPU. Raises `PlanError`.
@@ -203,7 +203,7 @@ def check_against(plan: Plan, *, vocab_size: int, max_positions: int | None, dev
 def buckets(
     lengths: Sequence[int], *, most_padding: float = 0.1, free_padding: int = 0, most_tokens: int | None = None
 ) -> list[list[int]]:
-    """Group sequences of these lengths into batches that waste little when padded to their longest.
+    """Groups sequences of these lengths into batches that waste little when padded to their longest.
 
     Returns lists of indices, each index in one of them, ascending inside a list; the lists come longest first. In each
     the padding is at most `most_padding` of the padded batch, or at most `free_padding` tokens (a batch more costs as
@@ -216,28 +216,35 @@ def buckets(
         raise ArgumentError(
             f"free_padding must be at least 0 and most_tokens at least 1, got {free_padding} and {most_tokens}"
         )
-    found: list[list[int]] = []
+    batches: list[list[int]] = []
     longest = filled = 0
     # From the longest down, padding and its share only grow with every sequence that joins.
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[index]
         if length < 0:
             raise ArgumentError(f"lengths[{index}] must be at least 0, got {length}")
-        if found:
-            padded = longest * (len(found[-1]) + 1)
+        if batches:
+            padded = longest * (len(batches[-1]) + 1)
             padding = padded - filled - length
             fits = most_tokens is None or padded <= most_tokens
             if fits and padding <= max(most_padding * padded, free_padding):
-                found[-1].append(index)
+                batches[-1].append(index)
                 filled += length
                 continue
-        found.append([index])
+        batches.append([index])
         longest = filled = length
-    return [sorted(bucket) for bucket in found]
+    return [sorted(batch) for batch in batches]
+
+
+def common_prefix(a: Tensor, b: Tensor) -> int:
+    """Counts the tokens that two sequences (L,) begin with alike."""
+    length = min(len(a), len(b))
+    different = (a[:length] != b[:length]).nonzero()
+    return int(different[0, 0]) if len(different) else length
 
 
 def entries(name: str, value: object, groups: int | None = None) -> list[tuple[int, object]]:
-    """The entries of a list or tuple with their indices."""
+    """Returns the entries of a list or tuple with their indices."""
     if isinstance(value, Tensor | str) or not isinstance(value, Sequence):
         raise PlanTypeError(f"{name} must be a list, got {_describe(value)}")
     if groups is not None and len(value) != groups:
@@ -246,7 +253,7 @@ def entries(name: str, value: object, groups: int | None = None) -> list[tuple[i
 
 
 def _teacher_entries(teacher_prompts: object, sizes: Sequence[int]) -> list[list[tuple[str, object]]]:
-    """Per group the teacher's prompts with their names: one, or one per completion."""
+    """Returns per group the teacher's prompts with their names: one, or one per completion."""
     groups = []
     for g, entry in entries("teacher_prompts", teacher_prompts, groups=len(sizes)):
         name = f"teacher_prompts[{g}]"
@@ -267,7 +274,7 @@ def _teacher_entries(teacher_prompts: object, sizes: Sequence[int]) -> list[list
 def collect_ids(
     given: Sequence[tuple[str, object]], *, may_be_empty: frozenset[str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Name → (L,) int64 ids, checked; once on their own device and once on the CPU."""
+    """Returns name → (L,) int64 ids, checked; once on their own device and once on the CPU."""
     device: torch.device | None = None
     first = ""
     for name, ids in given:
@@ -305,15 +312,8 @@ def _check_ids(name: str, ids: object) -> None:
             raise PlanTypeError(f"{name} must be a sequence of ints, got {_describe(token)} at position {position}")
 
 
-def _common_prefix(a: Tensor, b: Tensor) -> int:
-    """How many tokens two sequences on the CPU begin with alike."""
-    length = min(len(a), len(b))
-    different = (a[:length] != b[:length]).nonzero()
-    return int(different[0, 0]) if len(different) else length
-
-
 def _plan_ids(plan: Plan) -> Iterator[tuple[str, Tensor]]:
-    """Every id of a plan under the name of the argument that it came from."""
+    """Yields every id of a plan under the name of the argument that it came from."""
     for g, tree in enumerate(plan.student):
         yield f"student_prompts[{g}]", tree.trunk
         for i, rows in enumerate(plan.rows[g]):

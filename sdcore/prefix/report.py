@@ -1,4 +1,4 @@
-"""What was run and why, in numbers for a log and in a paragraph for a person.
+"""Says what was run and why, in numbers for a log and in a paragraph for a person.
 
 Everything here is known from the plan, its cost and the choice of the strategy: nothing is measured.
 """
@@ -17,14 +17,14 @@ LITTLE_SHARED = 0.5
 
 
 class Fallback(NamedTuple):
-    """A strategy that was not taken, although it was wanted."""
+    """Names a strategy that was not taken, although it was wanted."""
 
     strategy: str
     reason: str
 
 
 class Choice(NamedTuple):
-    """How a pass is run: what was chosen, and why."""
+    """Says how a pass is run: what was chosen, and why."""
 
     strategy: str
     reason: str = ""
@@ -33,7 +33,7 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PassReport:
-    """One pass. `naive_…` is with every completion as a sequence of its own; tokens are without padding."""
+    """Describes one pass. `naive_…` is with every completion a sequence of its own; tokens are without padding."""
 
     strategy: str
     reason: str  # why this strategy, as a clause; may be empty
@@ -59,7 +59,7 @@ class PassReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What the passes over a plan shared, and how they were run. `str(report)` is for reading."""
+    """Says what the passes over a plan shared, and how they were run. `str(report)` is for reading."""
 
     student: PassReport
     teacher: PassReport | None  # None for a plan without a teacher
@@ -81,7 +81,7 @@ class Report:
         teacher_shares: bool = False,
         fallbacks: Sequence[Fallback] = (),
     ) -> Report:
-        """`cost` is `cost(plan, ...)` of a strategy that shares, None where the configuration says too little.
+        """Makes the report; `cost` is that of a strategy that shares, None where the configuration says too little.
 
         `teacher` None: run as the student's pass. `teacher_shares`: as in `cost`; a naive pass reads nothing anyway.
         """
@@ -112,25 +112,25 @@ class Report:
 
     @property
     def shared_fractions(self) -> tuple[float, ...]:
-        """Per group: the share of the student's prompt that the teacher's prompts begin with; () without a teacher."""
+        """Says per group which share of the student's prompt the teacher's begin with; () without a teacher."""
         return tuple(shared / self.prompt_tokens[g] for g, shared in enumerate(self.shared_tokens))
 
     @property
     def metrics(self) -> dict[str, float]:
-        """For a log: only what is known, under `prefix/`."""
-        found: dict[str, float | None] = {
+        """Names for a log only what is known, under `prefix/`."""
+        numbers: dict[str, float | None] = {
             "prefix/speedup": self.speedup,
             "prefix/step_speedup": self.step_speedup,
             "prefix/fallbacks": float(len(self.fallbacks)),
         }
-        for name, one in (("student", self.student), ("teacher", self.teacher)):
-            if one is not None:
-                found[f"prefix/{name}_tokens"] = float(one.tokens)
-                found[f"prefix/{name}_naive_tokens"] = float(one.naive_tokens)
-                found[f"prefix/{name}_padding"] = one.padding
+        for name, report in (("student", self.student), ("teacher", self.teacher)):
+            if report is not None:
+                numbers[f"prefix/{name}_tokens"] = float(report.tokens)
+                numbers[f"prefix/{name}_naive_tokens"] = float(report.naive_tokens)
+                numbers[f"prefix/{name}_padding"] = report.padding
         if self.shared_tokens:
-            found["prefix/shared_fraction"] = sum(self.shared_tokens) / sum(self.prompt_tokens)
-        return {name: value for name, value in found.items() if value is not None}
+            numbers["prefix/shared_fraction"] = sum(self.shared_tokens) / sum(self.prompt_tokens)
+        return {name: value for name, value in numbers.items() if value is not None}
 
     def __str__(self) -> str:
         sentences = [self.student.sentence("Student")]
@@ -159,8 +159,8 @@ class Report:
 
 
 def _flops(cost: Cost | None, name: str) -> tuple[int | None, int | None]:
-    one = getattr(cost, name, None)
-    return (None, None) if one is None else (one.flops, one.naive_flops)
+    counted = getattr(cost, name, None)
+    return (None, None) if counted is None else (counted.flops, counted.naive_flops)
 
 
 def _pass_report(
@@ -184,5 +184,5 @@ def _times(factor: float) -> str:
 
 
 def _percent(share: float) -> str:
-    """Of a share that is not nothing, never 0 %."""
+    """Shows a share that is not nothing never as 0 %."""
     return f"{100 * share:.0f} %" if share == 0 or share >= 0.01 else "less than 1 %"

@@ -1,4 +1,4 @@
-"""Both passes over a plan: which strategy runs them and why, under whose weights, and that they leave no trace.
+"""Runs the student's and the teacher's pass over a plan, by the strategy that `choice` names, and leaves no trace.
 
     out = run(model, plan(prompts, completions, teacher_prompts))      # the student's own weights are the teacher
     out.student_hidden, out.teacher_hidden                             # (N, H) each, the second without gradient
@@ -25,15 +25,15 @@ from sdkernels import LogitTransform
 from ..errors import ArgumentError, UnsupportedModelError
 from ..models import Body, Head, find_body, head_of, lifted, without_dropout
 from ..teachers import Live, Teacher, TrustRegion
-from .checks import Verify
-from .choice import STRATEGIES, Strategy, choose, counted_cost, require_fits, teacher_choice
+from .choice import STRATEGIES, Strategy, choose, choose_for_teacher, counted_cost, require_fits
 from .planner import Plan, Tree, check_against
 from .report import Report
 from .strategies import ranks, two_phase
+from .verification import Verify
 
 
 class TeacherRows(NamedTuple):
-    """What the loss needs of one teacher, without gradient."""
+    """Holds what the loss needs of one teacher, without gradient."""
 
     hidden: Tensor  # (n, H)
     weight: Tensor | None  # (V, H); None: the student's
@@ -41,12 +41,12 @@ class TeacherRows(NamedTuple):
     lift: Tensor | None = None  # (R, H) where its head has adapters of its own
 
     def states(self, student: Head) -> Tensor:
-        """What goes with the weight; `student` is the head that `weight` None stands for."""
+        """Returns what goes with the weight; `student` is the head that `weight` None stands for."""
         return student.states(self.hidden).detach() if self.weight is None else lifted(self.hidden, self.lift)
 
 
 class PrefixOutput(NamedTuple):
-    """Result of `run`; rows in the order group, completion, position."""
+    """Is what `run` returns; rows are in the order group, completion, position."""
 
     student_hidden: Tensor  # (N, H) with gradient: the state that predicts each completion token
     teacher_hidden: Tensor | None  # (N, H) without; None for a plan without teacher
@@ -55,7 +55,10 @@ class PrefixOutput(NamedTuple):
 
 @dataclass(eq=False)
 class Part:
-    """Some rows of both passes. Make a scalar of them and call backward on `attach(it)` before taking the next part."""
+    """Holds some rows of both passes, of which the caller makes a scalar.
+
+    Call backward on `attach(scalar)` before taking the next part.
+    """
 
     rows: Tensor | slice  # which of the N rows
     student_hidden: Tensor  # (n, H)
@@ -66,14 +69,14 @@ class Part:
         return loss if self.micro is None else self.micro.attach(loss)
 
     def no_sync(self) -> AbstractContextManager[Any]:
-        """Around the backward: under `DistributedDataParallel` only the last one of a step synchronises."""
+        """Goes around the backward: under `DistributedDataParallel` only the last one of a step synchronises."""
         return nullcontext() if self.micro is None else self.micro.no_sync()
 
 
 class Passes(NamedTuple):
-    """The parts, to be iterated once (close them where they are not taken to the end), and what was chosen."""
+    """Holds the parts, to be iterated once, and what was chosen."""
 
-    parts: Generator[Part, None, None]
+    parts: Generator[Part, None, None]  # close it where it is not taken to the end
     report: Report
 
 
@@ -85,12 +88,13 @@ def run(
     strategy: Strategy = "auto",
     verify: Verify = "once",
 ) -> PrefixOutput:
-    """Hidden states of the student, with gradient, and of the teacher, for every completion token.
+    """Returns the hidden states of the student, with gradient, and of the teacher, for every completion token.
 
     `teacher` None is `Live()`. `strategy` "auto" chooses and says why in the report; any other is taken as it is, and
     raises `UnsupportedModelError` where the model does not allow it. "two_phase" goes backward as it goes forward and
     is for `passes`. `verify`: "once" compares a strategy with naive when a kind of model first uses it, "always" on
-    every plan, "off" never; see `checks`. Raises `PlanError` for ids, lengths or devices that do not fit the model.
+    every plan, "off" never; see `verification`. Raises `PlanError` for ids, lengths or devices that do not fit the
+    model.
     """
     if isinstance(teacher, TrustRegion):
         raise ArgumentError("teacher must be one set of weights, got TrustRegion: run both, or use distill_step")
@@ -109,7 +113,7 @@ def passes(
     verify: Verify = "once",
     whole: bool = False,
 ) -> Passes:
-    """Both passes in parts; `micro_batch` completions at a time asks for `two_phase`. Raises what `run` raises.
+    """Prepares both passes in parts; `micro_batch` completions at a time asks for `two_phase`. Raises as `run` does.
 
     `whole`: all rows in one part, whose graph may go backward at any later time.
     """
@@ -128,29 +132,29 @@ def passes(
     if micro_batch is not None and (strategy not in ("auto", "two_phase") or micro_batch < 1):
         raise ArgumentError(f"micro_batch must be positive, for 'two_phase', got {micro_batch} and {strategy!r}")
     check_against(plan, vocab_size=body.vocab_size, max_positions=body.max_positions, device=body.device)
-    teachers = _in_turn(Live() if teacher is None else teacher) if plan.teacher else ()
-    for one in teachers:
-        require_fits(body, one, plan)
-    shares = any(one.shares_weights for one in teachers)
+    teachers: tuple[Teacher, ...] = ()
+    if plan.teacher:
+        own = Live() if teacher is None else teacher
+        teachers = (own.reference, Live()) if isinstance(own, TrustRegion) else (own,)
+    for weights in teachers:
+        require_fits(body, weights, plan)
+    shares = any(weights.shares_weights for weights in teachers)
     choice, fallbacks = choose(body, plan, strategy, micro_batch, shares, verify, whole)
-    taught = [teacher_choice(body, one, plan, choice, verify) for one in teachers]
+    choices = [choose_for_teacher(body, weights, plan, choice, verify) for weights in teachers]
     report = Report.of(
         plan,
         counted_cost(plan, body, choice.strategy, shares),
         student=choice,
-        teacher=taught[0] if taught else None,
+        teacher=choices[0] if choices else None,
         teacher_shares=shares,
         fallbacks=fallbacks,
     )
-    return Passes(_parts(body, plan, teachers, choice.strategy, [one.strategy for one in taught], micro_batch), report)
-
-
-def _in_turn(teacher: Teacher | TrustRegion) -> tuple[Teacher, ...]:
-    return (teacher.reference, Live()) if isinstance(teacher, TrustRegion) else (teacher,)
+    strategies = [of_teacher.strategy for of_teacher in choices]
+    return Passes(_parts(body, plan, teachers, choice.strategy, strategies, micro_batch), report)
 
 
 def _dropout_in_backward(body: Body) -> str | None:
-    """Why this model's states must not outlive `without_dropout`: layers run once more in backward, with dropout."""
+    """Says why this model's states must not outlive `without_dropout`: a layer would run again, with dropout."""
     checkpointed = [m for m in body.base.modules() if getattr(m, "gradient_checkpointing", False) and m.training]
     drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in body.model.modules())
     drops |= any(getattr(body.config, name, 0.0) for name in ("attention_dropout", "hidden_dropout", "resid_pdrop"))
@@ -167,46 +171,50 @@ def _parts(
     plan: Plan,
     teachers: Sequence[Teacher],
     strategy: str,
-    taught: Sequence[str],  # strategy of each teacher
+    teachers_strategies: Sequence[str],
     micro_batch: int | None,
 ) -> Generator[Part, None, None]:
-    """One part, or in two_phase one per micro-batch; live teachers follow the prompt states that the student leaves."""
+    """Gives one part, or in two_phase one per micro-batch.
+
+    A teacher with weights of its own runs ahead of all parts, a live one after the student, whose prompt states it
+    reads.
+    """
     ahead = {
-        index: teacher_rows(body, teacher, plan.teacher, taught[index])
+        index: teacher_rows(body, teacher, plan.teacher, teachers_strategies[index])
         for index, teacher in enumerate(teachers)
         if not teacher.shares_weights
     }
-    live = [(index, teacher) for index, teacher in enumerate(teachers) if teacher.shares_weights]
+    live = {index: teacher for index, teacher in enumerate(teachers) if teacher.shares_weights}
     record: bool | list[int] = [tree.shared for tree in plan.teacher] if live else False
     if strategy != "two_phase":
         with without_dropout(body.model, training=torch.is_grad_enabled()):
             module = STRATEGIES[strategy]
             student_hidden, prompts = ranks.hidden_states(body, module, plan.student, record=record)
-            found = ahead | {index: teacher_rows(body, one, plan.teacher, strategy, prompts) for index, one in live}
+            after = {i: teacher_rows(body, live[i], plan.teacher, strategy, prompts) for i in live}
             # Inside: a checkpointed layer runs once more in backward.
-            yield Part(slice(None), student_hidden, tuple(found[index] for index in range(len(teachers))))
+            yield Part(slice(None), student_hidden, _in_order(ahead | after))
         return
     slices, group_rows, group = plan.rows, {}, -1
     with without_dropout(body.model, training=torch.is_grad_enabled()):
         for micro in two_phase.micro_batches(body, plan.student, micro_batch=micro_batch or 1, record=record):
             if live and micro.group != group:
                 group, trees = micro.group, plan.teacher[micro.group : micro.group + 1]
-                group_rows = {i: teacher_rows(body, one, trees, strategy, micro.prompts) for i, one in live}
+                group_rows = {i: teacher_rows(body, live[i], trees, strategy, micro.prompts) for i in live}
             start = slices[micro.group][0].start if micro.group < len(slices) else 0
-            found = {i: _take(rows, micro.rows) for i, rows in ahead.items()}
-            found |= {i: _take(rows, micro.rows - start) for i, rows in group_rows.items()}
-            yield Part(micro.rows, micro.hidden, tuple(found[i] for i in range(len(teachers)) if i in found), micro)
+            taken = {i: rows._replace(hidden=rows.hidden[micro.rows]) for i, rows in ahead.items()}
+            taken |= {i: rows._replace(hidden=rows.hidden[micro.rows - start]) for i, rows in group_rows.items()}
+            yield Part(micro.rows, micro.hidden, _in_order(taken), micro)
 
 
-def _take(teacher: TeacherRows, rows: Tensor) -> TeacherRows:
-    return teacher._replace(hidden=teacher.hidden[rows])
+def _in_order(rows: dict[int, TeacherRows]) -> tuple[TeacherRows, ...]:
+    return tuple(rows[index] for index in sorted(rows))
 
 
 @torch.no_grad()
 def teacher_rows(
     body: Body, teacher: Teacher, trees: Sequence[Tree], strategy: str, prompts: Any = None
 ) -> TeacherRows:
-    """One teacher's states over these trees; `prompts` are those of the student, for a teacher that shares them."""
+    """Runs one teacher over these trees; `prompts` are the student's states, for a teacher that shares its weights."""
     if teacher.shares_weights:
         with without_dropout(body.model, training=False):
             hidden, _ = ranks.hidden_states(body, STRATEGIES[strategy], trees, prompts=prompts)

@@ -1,4 +1,4 @@
-"""Sample several completions per prompt, and compute each prompt once.
+"""Samples several completions per prompt, and computes each prompt once.
 
     out = model.generate(input_ids=padded.repeat_interleave(G, 0), attention_mask=..., do_sample=True, top_k=0,
                          max_new_tokens=..., temperature=..., eos_token_id=...)
@@ -40,7 +40,7 @@ from .planner import TokenIds, collect_ids, entries
 
 
 class Sampled(NamedTuple):
-    """What was sampled, on the model's device."""
+    """Holds what was sampled, on the model's device."""
 
     completions: list[list[Tensor]]  # [b][g]: (R,) int64, ends with an end-of-sequence id unless it was cut
     logprobs: Tensor  # (N,) float32, in the order prompt, completion, position: of the distribution drawn from
@@ -60,7 +60,7 @@ def generate(
     seed: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Sampled:
-    """Sample `num_completions` completions of each prompt from a causal language model.
+    """Samples `num_completions` completions of each prompt from a causal language model.
 
     `prompts` are non-empty 1-D int64 or int32 tensors or sequences of ints. A completion ends with the first of
     `eos_token_id` (None: none ends it), or after `max_new_tokens`. `temperature` 0 takes the likeliest token, and then
@@ -116,7 +116,7 @@ def generate(
 
 
 class _Decoder:
-    """A model that has read the prompts, and goes on reading one token per row."""
+    """Has read the prompts, and goes on reading one token per row."""
 
     def __init__(self, body: Body, prompts_B: Sequence[Tensor], num_completions: int, pad: int) -> None:
         if body.one_backward and body.sharded is not None:
@@ -140,7 +140,7 @@ class _Decoder:
         self._mask = None if all(len(prompt) == longest for prompt in prompts_B) else mask
 
     def prefill(self) -> Tensor:
-        """(B·G, V) logits after the prompts, which are read once each."""
+        """Returns (B·G, V) logits after the prompts, which are read once each."""
         positions = None if self._mask is None else (self._mask.cumsum(1) - 1).clamp_min(0)
         logits = self._call(self._prompts, positions)
         rows = torch.arange(len(logits), device=logits.device).repeat_interleave(self._num_completions)
@@ -150,7 +150,7 @@ class _Decoder:
         return logits[rows]
 
     def step(self, ids: Tensor) -> Tensor:
-        """(B·G, V) logits after one more token per row, (B·G,)."""
+        """Returns (B·G, V) logits after one more token per row, (B·G,)."""
         positions = None
         if self._mask is not None:
             self._mask = torch.cat([self._mask, torch.ones_like(ids[:, None])], 1)
@@ -173,7 +173,7 @@ class _Decoder:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards each module's own mode: some may have been set apart from the rest."""
+    """Sets evaluation mode, and afterwards each module's own mode: some may have been set apart from the rest."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -184,20 +184,20 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _warpers(temperature: float, top_k: int | None, top_p: float | None) -> LogitsProcessorList:
-    found = LogitsProcessorList()
+    warpers = LogitsProcessorList()
     if temperature == 0:
-        return found
+        return warpers
     if temperature != 1:
-        found.append(TemperatureLogitsWarper(temperature))
+        warpers.append(TemperatureLogitsWarper(temperature))
     if top_k is not None:
-        found.append(TopKLogitsWarper(top_k))
+        warpers.append(TopKLogitsWarper(top_k))
     if top_p is not None and top_p < 1:
-        found.append(TopPLogitsWarper(top_p))
-    return found
+        warpers.append(TopPLogitsWarper(top_p))
+    return warpers
 
 
 def _on_device(prompts: Sequence[TokenIds], body: Body) -> list[Tensor]:
-    """Checked ids, on the model's device."""
+    """Checks the ids, and moves them to the model's device."""
     named = [(f"prompts[{b}]", ids) for b, ids in entries("prompts", prompts)]
     if not named:
         raise ArgumentError("prompts must have at least one prompt, got none")
@@ -234,7 +234,7 @@ def _check_options(
 
 
 def check_room(body: Body, longest: int, max_new_tokens: int, *, name: str = "max_new_tokens") -> None:
-    """Refuse completions that the model cannot read after a prompt of `longest` tokens; `name` is for the error."""
+    """Refuses completions that the model cannot read after a prompt of `longest` tokens; `name` is for the error."""
     read = longest + max_new_tokens - 1  # the last token is not read
     if body.max_positions is not None and read > body.max_positions:
         raise ArgumentError(

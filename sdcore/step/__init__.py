@@ -1,4 +1,4 @@
-"""One training step, from token ids to gradients. `distill.py` is the file to read first."""
+"""Takes one training step, from token ids to gradients. `distill.py` is the file to read first."""
 
 from .distill import distill_step, imitate_step
 from .parts import StepOutput

@@ -1,9 +1,12 @@
 """Checks what a step is given before any pass: every `ArgumentError` about rows, weights and targets is raised here.
 
-Each check returns the argument as the step uses it, on the plan's device.
+A function `checked_...` returns the argument as the step uses it, on the plan's device. They stand in the order in
+which the steps call them: first those of `distill`, then those of `rewards`.
 """
 
 from __future__ import annotations
+
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -12,7 +15,7 @@ from sdkernels import TopKLogprobs
 
 from ..errors import ArgumentError
 from ..losses import FusedLinearDivergence
-from ..losses.policy_gradient import PolicyTerm
+from ..losses.policy_gradient import KLEstimator, PolicyTerm
 from ..losses.tilt import LEAST_EXPONENT, TokenTilt
 from ..prefix.planner import Plan
 from ..teachers import Teacher
@@ -30,14 +33,12 @@ def checked_weights(plan: Plan, token_weights: Tensor | None) -> Tensor | None:
 def checked_rows(name: str, plan: Plan, rows: Tensor | None) -> Tensor | None:
     if rows is None:
         return None
-    if not isinstance(rows, Tensor) or rows.shape != (plan.num_rows,) or not rows.is_floating_point():
-        came = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
-        raise ArgumentError(f"{name} must be a float tensor of shape (N={plan.num_rows},), got {came}")
+    _require_floats(name, rows, "N", plan.num_rows)
     return rows.to(plan.device)
 
 
 def checked_scores(plan: Plan, scored: TopKLogprobs) -> TopKLogprobs:
-    """A teacher's top-k log-probabilities, one row of them a row of the plan, on its device."""
+    """Returns a teacher's top-k log-probabilities, which must have a row for each row of the plan."""
     shapes = tuple(scored.ids.shape), tuple(scored.logprobs.shape)
     if len(shapes[0]) != 2 or shapes[0] != shapes[1] or shapes[0][0] != plan.num_rows:
         raise ArgumentError(
@@ -46,27 +47,26 @@ def checked_scores(plan: Plan, scored: TopKLogprobs) -> TopKLogprobs:
     return TopKLogprobs(scored.ids.to(plan.device), scored.logprobs.to(plan.device))
 
 
-def total_of(plan: Plan, weights: Tensor | None, normalizer: float | None) -> float:
-    """What a weighted sum over the rows is divided by, never 0."""
-    if normalizer is None:
-        return float(plan.num_rows if weights is None else weights.sum()) or 1.0
-    if not 0 <= normalizer < float("inf"):
-        raise ArgumentError(f"normalizer must be finite and at least 0, got {normalizer}")
-    return normalizer or 1.0
+def require_teacher_prompts(plan: Plan) -> None:
+    if not plan.teacher:
+        raise ArgumentError("plan must have teacher prompts, got a plan of the student's pass alone")
 
 
-def checked_tilt(plan: Plan, tilt: TokenTilt, loss: FusedLinearDivergence) -> TokenTilt:
+def checked_tilt(plan: Plan, tilt: TokenTilt, loss: FusedLinearDivergence, scored: TopKLogprobs | None) -> TokenTilt:
+    """Refuses a tilt for which `TokenTilt.per_token` would not be exact."""
+    if scored is not None:
+        raise ArgumentError("tilt needs the teacher's full distribution, got TopKLogprobs as the teacher")
     if len(tilt.exponents) != plan.num_rows:
         raise ArgumentError(f"tilt must have exponents of shape (N={plan.num_rows},), got {len(tilt.exponents)}")
     options = loss.options
-    if options["alpha"] not in (0.0, 1.0) or any(options[name] is not None for name in ("support", "entry_clip")):
+    if options.alpha not in (0.0, 1.0) or options.support is not None or options.entry_clip is not None:
         raise ArgumentError(
             "loss must have alpha 0 or 1, the full vocabulary and no entry_clip where there is a tilt, got "
             f"{loss.extra_repr()}"
         )
     if loss.importance_clip is not None:
         raise ArgumentError(f"loss must have no importance_clip where there is a tilt, got {loss.importance_clip}")
-    if options["alpha"] == 0.0 and bool((tilt.exponents < LEAST_EXPONENT).any()):
+    if options.alpha == 0.0 and bool((tilt.exponents < LEAST_EXPONENT).any()):
         raise ArgumentError(
             f"tilt must have exponents of at least {LEAST_EXPONENT:g} for a loss of alpha 0, which would multiply its "
             f"rounding errors, got {float(tilt.exponents.min()):g}"
@@ -74,32 +74,39 @@ def checked_tilt(plan: Plan, tilt: TokenTilt, loss: FusedLinearDivergence) -> To
     return TokenTilt(exponents=tilt.exponents.to(plan.device))
 
 
-def check_tilt_step(
-    plan: Plan,
-    rewards: object,
-    completions: int,
-    reference: Teacher | None,
-    reference_logprobs: Tensor | None,
-    completion_mask: Tensor | None,
-    normalizer: float | None,
-) -> None:
-    if not isinstance(rewards, Tensor) or rewards.shape != (completions,) or not rewards.is_floating_point():
-        came = f"{rewards.dtype} {tuple(rewards.shape)}" if isinstance(rewards, Tensor) else type(rewards).__name__
-        raise ArgumentError(f"rewards must be a float tensor of shape (S={completions},), got {came}")
-    if (reference is None) == (reference_logprobs is None):
-        raise ArgumentError("either reference or reference_logprobs must be given, one of them")
-    if reference is not None:
-        require_own_weights(reference)
-    mask = completion_mask
-    if mask is not None and (mask.shape != (plan.num_rows,) or mask.dtype != torch.bool):
+def checked_mixture(plan: Plan, policy: PolicyTerm) -> PolicyTerm:
+    """Returns the policy gradient that goes with a divergence, and must bring what its anchor needs."""
+    policy = _checked_policy(plan, policy)
+    if policy.kl_anchor and policy.reference_logprobs is None:
+        raise ArgumentError("policy must have reference_logprobs for its kl_anchor (see token_logprobs), got None")
+    return policy
+
+
+def total_of(plan: Plan, weights: Tensor | None, normalizer: float | None) -> float:
+    """Returns what a weighted sum over the rows is divided by, never 0."""
+    if normalizer is None:
+        return float(plan.num_rows if weights is None else weights.sum()) or 1.0
+    _require_normalizer(normalizer)
+    return normalizer or 1.0
+
+
+def checked_policy(plan: Plan, policy: PolicyTerm, reference: Teacher | None, kl_estimator: KLEstimator) -> PolicyTerm:
+    """Returns the policy gradient of a step of its own, whose anchor has either a reference or log-probabilities."""
+    policy = _checked_policy(plan, policy)
+    if policy.distillation_weight != 0:
         raise ArgumentError(
-            f"completion_mask must be bool of shape (N={plan.num_rows},), got {mask.dtype} {tuple(mask.shape)}"
+            f"policy must have distillation_weight 0, got {policy.distillation_weight}: mixtures are distill_step's"
         )
-    if normalizer is not None and not 0 <= normalizer < float("inf"):
-        raise ArgumentError(f"normalizer must be finite and at least 0, got {normalizer}")
+    if kl_estimator not in get_args(KLEstimator):
+        raise ArgumentError(f"kl_estimator must be 'k3' or 'exact', got {kl_estimator!r}")
+    if policy.kl_anchor and (reference is None) == (policy.reference_logprobs is None):
+        raise ArgumentError("either reference or policy.reference_logprobs must be given for a kl_anchor, one of them")
+    if policy.kl_anchor and (reference is not None or kl_estimator == "exact"):
+        checked_reference(reference)
+    return policy
 
 
-def require_own_weights(reference: Teacher | None) -> Teacher:
+def checked_reference(reference: Teacher | None) -> Teacher:
     if reference is None or not hasattr(reference, "weights") or reference.shares_weights:
         raise ArgumentError(
             "reference must be a teacher with weights of its own, such as AdapterOff() or Frozen(...), got "
@@ -108,8 +115,41 @@ def require_own_weights(reference: Teacher | None) -> Teacher:
     return reference
 
 
-def checked_policy(plan: Plan, policy: PolicyTerm) -> PolicyTerm:
-    """On the plan's device. Raises `ArgumentError` for one of other tokens."""
+def check_tilt_step(
+    plan: Plan,
+    rewards: Tensor,
+    completions: int,
+    reference: Teacher | None,
+    reference_logprobs: Tensor | None,
+    completion_mask: Tensor | None,
+    normalizer: float | None,
+) -> None:
+    _require_floats("rewards", rewards, "S", completions)
+    if (reference is None) == (reference_logprobs is None):
+        raise ArgumentError("either reference or reference_logprobs must be given, one of them")
+    if reference is not None:
+        checked_reference(reference)
+    mask = completion_mask
+    if mask is not None and (mask.shape != (plan.num_rows,) or mask.dtype != torch.bool):
+        raise ArgumentError(
+            f"completion_mask must be bool of shape (N={plan.num_rows},), got {mask.dtype} {tuple(mask.shape)}"
+        )
+    if normalizer is not None:
+        _require_normalizer(normalizer)
+
+
+def _checked_policy(plan: Plan, policy: PolicyTerm) -> PolicyTerm:
     if len(policy.advantages) != plan.num_rows:
         raise ArgumentError(f"policy must have advantages of shape (N={plan.num_rows},), got {len(policy.advantages)}")
     return policy.to(plan.device)
+
+
+def _require_floats(name: str, values: object, letter: str, count: int) -> None:
+    if not isinstance(values, Tensor) or values.shape != (count,) or not values.is_floating_point():
+        came = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise ArgumentError(f"{name} must be a float tensor of shape ({letter}={count},), got {came}")
+
+
+def _require_normalizer(normalizer: float) -> None:
+    if not 0 <= normalizer < float("inf"):
+        raise ArgumentError(f"normalizer must be finite and at least 0, got {normalizer}")

@@ -1,4 +1,4 @@
-"""One step of self-distillation, from token ids to gradients. The file to read first.
+"""Takes one step of self-distillation, from token ids to gradients. The file to read first.
 
 The student sees `prompt + completion`. The teacher sees `prompt with privileged context + the same completion`. Both
 give one hidden state per completion token, the divergence between the two next-token distributions is the loss, and
@@ -9,8 +9,8 @@ the gradient reaches the student only:
         out = loss(part.student_hidden, lm_head.weight, part.teachers[0].hidden)
         part.attach(out.loss).backward()
 
-`parts.run_parts` is this loop; `tilt_step` and `policy_gradient_step`, which learn from rewards, are in
-`rewards`.
+`checks` refuses what does not fit, `parts.run_parts` is this loop; `tilt_step` and `policy_gradient_step`, which learn
+from rewards, are in `rewards`.
 
 `linear_divergence` applies the output layer in small tiles, so the (N, V) logits never exist. The first completion
 token is supervised too: the state that predicts it is the last prompt token's.
@@ -27,17 +27,22 @@ from torch import Tensor, nn
 
 from sdkernels import TopKLogprobs
 
-from ..errors import ArgumentError
-from ..losses import FusedLinearDivergence, PolicyTerm
-from ..losses.tilt import TokenTilt
-from ..prefix.checks import Verify
+from ..losses import FusedLinearDivergence, PolicyTerm, TokenTilt
 from ..prefix.choice import Strategy
 from ..prefix.planner import Plan
 from ..prefix.runner import passes
+from ..prefix.verification import Verify
 from ..teachers import Teacher, TrustRegion
-from .checks import checked_policy, checked_rows, checked_scores, checked_tilt, checked_weights, total_of
-from .parts import MEANS, Backward, Divergence, StepOutput, run_parts
-from .rewards import POLICY_MEANS
+from .checks import (
+    checked_mixture,
+    checked_rows,
+    checked_scores,
+    checked_tilt,
+    checked_weights,
+    require_teacher_prompts,
+    total_of,
+)
+from .parts import MEANS, POLICY_MEANS, Backward, Divergence, StepOutput, run_parts
 
 
 def distill_step(
@@ -56,7 +61,7 @@ def distill_step(
     policy: PolicyTerm | None = None,
     tilt: TokenTilt | None = None,
 ) -> StepOutput:
-    """Teach the model, on these completions, what the teacher says with the privileged context in view.
+    """Teaches the model, on these completions, what the teacher says with the privileged context in view.
 
     Args:
         model: a transformers causal language model; may be wrapped by PEFT, DistributedDataParallel or FSDP2.
@@ -84,50 +89,51 @@ def distill_step(
     """
     weights = checked_weights(plan, token_weights)
     old_logprobs = checked_rows("old_logprobs", plan, old_logprobs)
-    scored = checked_scores(plan, teacher) if isinstance(teacher, TopKLogprobs) else None
-    if scored is not None:
-        plan = replace(plan, teacher=())
-    elif not plan.teacher:
-        raise ArgumentError("plan must have teacher prompts, got a plan of the student's pass alone")
+    scored: TopKLogprobs | None = None
+    if isinstance(teacher, TopKLogprobs):
+        scored, teacher, plan = checked_scores(plan, teacher), None, replace(plan, teacher=())
+    else:
+        require_teacher_prompts(plan)
     loss = FusedLinearDivergence() if loss is None else loss
     loss.check(old_logprobs)
-    if scored is not None and tilt is not None:
-        raise ArgumentError("tilt needs the teacher's full distribution, got TopKLogprobs as the teacher")
-    tilt = None if tilt is None else checked_tilt(plan, tilt, loss)
-    policy = None if policy is None else checked_policy(plan, policy)
-    if policy is not None and policy.kl_anchor and policy.reference_logprobs is None:
-        raise ArgumentError("policy must have reference_logprobs for its kl_anchor (see token_logprobs), got None")
-    share = 1.0 if policy is None else policy.distillation_weight
+    tilt = None if tilt is None else checked_tilt(plan, tilt, loss, scored)
+    policy = None if policy is None else checked_mixture(plan, policy)
     divergence = Divergence(
-        loss,
-        weights,
-        total_of(plan, weights, normalizer),
-        share,
-        old_logprobs,
+        loss=loss,
+        weights=weights,
+        total=total_of(plan, weights, normalizer),
+        share=1.0 if policy is None else policy.distillation_weight,
+        old_logprobs=old_logprobs,
         trust_share=teacher.share if isinstance(teacher, TrustRegion) else None,
         tilt=tilt,
         scored=scored,
     )
-    passed = passes(
+    planned = passes(
         model,
         plan,
-        teacher=None if isinstance(teacher, TopKLogprobs) else teacher,
+        teacher=teacher,
         strategy=strategy,
         micro_batch=micro_batch,
         verify=verify,
         whole=backward is None,
     )
-    total, seen = run_parts(
-        model, plan, passed, divergence=divergence, term=policy, term_share=1 - share, backward=backward
+    total, rows = run_parts(
+        model,
+        plan,
+        planned,
+        divergence=divergence,
+        term=policy,
+        term_share=1 - divergence.share,
+        backward=backward,
     )
-    metrics = seen.metrics(weights, MEANS)
+    metrics = rows.metrics(weights, MEANS)
     if policy is not None:
-        metrics |= seen.metrics(policy.token_weights, POLICY_MEANS) | {
+        metrics |= rows.metrics(policy.token_weights, POLICY_MEANS) | {
             "loss/active_tokens": metrics["loss/active_tokens"],
-            "loss/distillation": seen.values["per_token"].sum() / divergence.total,
-            "loss/policy": seen.values["policy"].sum() / policy.total,
+            "loss/distillation": rows.by_name["per_token"].sum() / divergence.total,
+            "loss/policy": rows.by_name["policy"].sum() / policy.total,
         }
-    return StepOutput(total, metrics, passed.report, seen.values)
+    return StepOutput(total, metrics, planned.report, rows.by_name)
 
 
 def imitate_step(
@@ -141,7 +147,7 @@ def imitate_step(
     backward: Backward | None = Tensor.backward,
     normalizer: float | None = None,
 ) -> StepOutput:
-    """Supervised fine-tuning, the baseline: cross-entropy of given completions, `-Σ w·log p(y) / normalizer`.
+    """Takes a step of supervised fine-tuning, the baseline: cross-entropy, `-Σ w·log p(y) / normalizer`.
 
     Arguments are as in `distill_step`; a plan of the student's pass is enough, and teacher's prompts are not read.
     Accumulates gradients. Raises `ArgumentError` and `PlanError` before any pass.
@@ -149,13 +155,13 @@ def imitate_step(
     weights = checked_weights(plan, token_weights)
     term = CrossEntropy(weights, total_of(plan, weights, normalizer))
     plan = replace(plan, teacher=())
-    passed = passes(model, plan, strategy=strategy, micro_batch=micro_batch, verify=verify, whole=backward is None)
-    loss, seen = run_parts(model, plan, passed, term=term, backward=backward)
-    return StepOutput(loss, seen.metrics(weights, MEANS), passed.report, seen.values)
+    planned = passes(model, plan, strategy=strategy, micro_batch=micro_batch, verify=verify, whole=backward is None)
+    loss, rows = run_parts(model, plan, planned, term=term, backward=backward)
+    return StepOutput(loss, rows.metrics(weights, MEANS), planned.report, rows.by_name)
 
 
 class CrossEntropy(NamedTuple):
-    """The term of imitation: how surprising each token is."""
+    """Is the term of imitation: how surprising each token is."""
 
     token_weights: Tensor | None  # (N,)
     total: float  # the weighted sum is divided by it

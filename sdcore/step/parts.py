@@ -1,4 +1,4 @@
-"""What the steps have in common: the loop over the parts of a pass, what a step returns, and checks of arguments.
+"""Runs the loop that all steps share, over the parts of a pass, and holds what a step returns.
 
 Every step's loss is `Σ w·divergence + Σ term(log p(y))`, of which either may be missing: distillation has the first,
 the policy gradient the second. A part of the pass gives hidden states; the divergence and the log-probabilities of the
@@ -20,24 +20,25 @@ from torch import Tensor, nn
 from sdkernels import DivergenceOutput, TeacherMix, TopKLogprobs, linear_logprobs
 from sdkernels.types import Reduction
 
-from ..losses import FusedLinearDivergence
-from ..losses.tilt import TokenTilt
+from ..losses import FusedLinearDivergence, TokenTilt
 from ..models import Head, find_body, head_of
 from ..prefix.planner import Plan
 from ..prefix.report import Report
 from ..prefix.runner import Part, Passes
 
 Backward = Callable[[Tensor], object]
+# Metric → the row value that it is the mean of: of a divergence, and of a policy gradient.
 MEANS = {
     "student/entropy": "student_entropy",
     "teacher/entropy": "teacher_entropy",
     "student/logprob": "student_logprobs",
     "teacher/logprob": "teacher_logprobs",
 }
+POLICY_MEANS = {"policy/anchor": "anchor", "policy/clipped_fraction": "clipped", "policy/ratio": "ratio"}
 
 
 class StepOutput(NamedTuple):
-    """What a step reports; with a `backward`, the gradients are already in the parameters' `.grad`."""
+    """Says what a step did; with a `backward`, the gradients are already in the parameters' `.grad`."""
 
     loss: Tensor  # () what was minimised: detached, or in the graph where the step was given no `backward`
     metrics: dict[str, Tensor]  # () each, detached, not yet copied to the host
@@ -46,27 +47,27 @@ class StepOutput(NamedTuple):
 
 
 class Term(Protocol):
-    """A loss of the log-probabilities of sampled tokens, such as `PolicyTerm`."""
+    """Makes a loss of the log-probabilities of sampled tokens, as `PolicyTerm` does."""
 
     @property
     def token_weights(self) -> Tensor | None:
-        """(N,): rows of weight 0 have no log-probability. None: all have."""
+        """Says, (N,), which rows have a log-probability: those of a weight other than 0; None: all have."""
 
     @property
     def temperature(self) -> float:
         """Divides the logits."""
 
     def scalar(self, rows: Tensor | slice, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Of (n,) log-probabilities of these rows the loss (), in the graph, and row values (n,) for the output."""
+        """Returns the loss () of these rows' (n,) log-probabilities, in the graph, and row values (n,) to report."""
 
 
 class Divergence(NamedTuple):
-    """The other part of a step's loss."""
+    """Says which divergence is a part of the loss, and of which teacher."""
 
     loss: FusedLinearDivergence
     weights: Tensor | None  # (N,)
     total: float  # the weighted sum is divided by it
-    share: float = 1.0  # and multiplied by it
+    share: float = 1.0  # and multiplied by this
     old_logprobs: Tensor | None = None  # (N,)
     trust_share: float | None = None  # the share of the second of two teachers
     tilt: TokenTilt | None = None
@@ -74,7 +75,7 @@ class Divergence(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """Log-probabilities of the sampled tokens that have a weight; m of a part's n."""
+    """Holds the log-probabilities of the sampled tokens that have a weight; m of a part's n."""
 
     local: Tensor | slice  # which of the part's rows
     rows: Tensor | slice  # which of all rows
@@ -85,29 +86,30 @@ class Sampled(NamedTuple):
 def run_parts(
     model: nn.Module,
     plan: Plan,
-    passed: Passes,
+    planned: Passes,
     *,
     divergence: Divergence | None = None,
     term: Term | None = None,
     term_share: float = 1.0,
     backward: Backward | None,
-) -> tuple[Tensor, Seen]:
-    """Loss and gradients of all parts: the loss () detached, or in the graph without `backward`, and the row values."""
-    body, seen, total = find_body(model), Seen(plan), torch.zeros((), device=plan.device)
-    with closing(passed.parts):
-        for part in passed.parts:
+) -> tuple[Tensor, RowValues]:
+    """Goes backward through all parts; returns the loss (), in the graph without `backward`, and the row values."""
+    body, row_values, total = find_body(model), RowValues(plan), torch.zeros((), device=plan.device)
+    with closing(planned.parts):
+        for part in planned.parts:
             # Anew for each part: under FSDP2 each gathers the head, and its backward frees what it gathered.
             head = head_of(body)
             losses = []
             if divergence is not None:
-                losses.append(divergence.share * _divergence(part, plan, head, divergence, seen) / divergence.total)
+                weighted = _weighted_sum(part, plan, head, divergence, row_values)
+                losses.append(divergence.share * weighted / divergence.total)
             if term is not None:
                 sampled = sampled_logprobs(part, plan, head, term.token_weights, temperature=term.temperature)
                 loss, values = term.scalar(sampled.rows, sampled.logprobs)
                 losses.append(term_share * loss)
                 if divergence is None:
                     values |= {"student_logprobs": sampled.logprobs, "student_entropy": sampled.entropy}
-                seen.add(sampled.rows, values)
+                row_values.add(sampled.rows, values)
             whole = sum(losses[1:], start=losses[0])
             if backward is None:  # `passes(whole=True)` has one part
                 total = whole
@@ -115,44 +117,46 @@ def run_parts(
             total = total + whole.detach()
             with part.no_sync():
                 backward(part.attach(whole))
-    return total, seen
+    return total, row_values
 
 
-def _divergence(part: Part, plan: Plan, head: Head, what: Divergence, seen: Seen) -> Tensor:
-    """() the weighted sum over a part's rows, in the graph."""
-    weights = None if what.weights is None else what.weights[part.rows]
-    if what.tilt is None:
-        out = _divergence_output(part, plan, head, what, weights, "sum")
-        seen.add_output(part.rows, out, out.per_token)
+def _weighted_sum(part: Part, plan: Plan, head: Head, divergence: Divergence, row_values: RowValues) -> Tensor:
+    """Returns the divergence () summed over a part's rows by their weights, in the graph."""
+    weights = None if divergence.weights is None else divergence.weights[part.rows]
+    if divergence.tilt is None:
+        out = _output(part, plan, head, divergence, weights, "sum")
+        row_values.add_output(part.rows, out, out.per_token)
         return out.loss
     # The tilt needs each token's own divergence.
     active = None if weights is None else (weights != 0).to(weights.dtype)
-    out = _divergence_output(part, plan, head, what, active, "none")
-    temperature = float(what.loss.options["temperature"])  # type: ignore[arg-type]
-    local, rows, logprobs, _ = sampled_logprobs(part, plan, head, what.weights, temperature=temperature)
+    out = _output(part, plan, head, divergence, active, "none")
+    options = divergence.loss.options
+    sampled = sampled_logprobs(part, plan, head, divergence.weights, temperature=options.temperature)
     tilted = TokenTilt.per_token(
-        what.tilt.exponents[rows],
-        out.loss[local],
-        logprobs,
-        cast(Tensor, out.teacher_logprobs)[local],
-        alpha=float(what.loss.options["alpha"]),  # type: ignore[arg-type]
+        divergence.tilt.exponents[sampled.rows],
+        out.loss[sampled.local],
+        sampled.logprobs,
+        cast(Tensor, out.teacher_logprobs)[sampled.local],
+        alpha=options.alpha,
     )
-    tilted = tilted if weights is None else tilted * weights[local]
-    seen.add_output(part.rows, out, None)
-    seen.add(rows, {"per_token": tilted})
+    tilted = tilted if weights is None else tilted * weights[sampled.local]
+    row_values.add_output(part.rows, out, None)
+    row_values.add(sampled.rows, {"per_token": tilted})
     return tilted.sum()
 
 
-def _divergence_output(
-    part: Part, plan: Plan, head: Head, what: Divergence, weights: Tensor | None, reduction: Reduction
+def _output(
+    part: Part, plan: Plan, head: Head, divergence: Divergence, weights: Tensor | None, reduction: Reduction
 ) -> DivergenceOutput:
-    first = None if what.scored is not None else part.teachers[0]
+    """Calls the loss on a part's rows, with whichever of the teachers the step has."""
+    scored = divergence.scored
+    first = None if scored is not None else part.teachers[0]
     teacher: TeacherMix | TopKLogprobs | None = None
-    if what.scored is not None:
-        teacher = TopKLogprobs(what.scored.ids[part.rows], what.scored.logprobs[part.rows])
-    elif what.trust_share is not None:
-        teacher = TeacherMix(part.teachers[1].states(head), head.weight.detach(), what.trust_share)
-    return what.loss(
+    if scored is not None:
+        teacher = TopKLogprobs(scored.ids[part.rows], scored.logprobs[part.rows])
+    elif divergence.trust_share is not None:
+        teacher = TeacherMix(part.teachers[1].states(head), head.weight.detach(), divergence.trust_share)
+    return divergence.loss(
         head.states(part.student_hidden),
         head.weight,
         None if first is None else first.states(head),
@@ -162,7 +166,7 @@ def _divergence_output(
         teacher=teacher,
         token_weights=weights,
         target_ids=plan.target_ids[part.rows],
-        old_logprobs=None if what.old_logprobs is None else what.old_logprobs[part.rows],
+        old_logprobs=None if divergence.old_logprobs is None else divergence.old_logprobs[part.rows],
         reduction=reduction,
     )
 
@@ -170,7 +174,7 @@ def _divergence_output(
 def sampled_logprobs(
     part: Part, plan: Plan, head: Head, weights: Tensor | None, *, temperature: float = 1.0
 ) -> Sampled:
-    """Of a part's rows with a weight, from the student's states."""
+    """Computes the student's log-probabilities of those of a part's rows that have a weight."""
     hidden, targets = part.student_hidden, plan.target_ids[part.rows]
     local: Tensor | slice = slice(None)
     rows = part.rows
@@ -178,32 +182,31 @@ def sampled_logprobs(
         local = weights[part.rows].nonzero()[:, 0]
         rows = part.rows[local] if isinstance(part.rows, Tensor) else local
         hidden, targets = hidden[local], targets[local]
-    found = linear_logprobs(head.states(hidden), head.weight, targets, head=head.transform, temperature=temperature)
-    return Sampled(local, rows, cast(Tensor, found.logprobs), found.entropy)
+    out = linear_logprobs(head.states(hidden), head.weight, targets, head=head.transform, temperature=temperature)
+    return Sampled(local, rows, cast(Tensor, out.logprobs), out.entropy)
 
 
-class Seen:
-    """Row values (N,) of the parts, put back in the plan's order; 0 where no part has a row with a weight."""
+class RowValues:
+    """Puts row values of the parts back in the plan's order, (N,); 0 where no part has a row with a weight."""
 
     def __init__(self, plan: Plan) -> None:
         self.device, self.count = plan.device, plan.num_rows
-        self.values: dict[str, Tensor] = {}
+        self.by_name: dict[str, Tensor] = {}
 
     def add(self, rows: Tensor | slice, values: Mapping[str, Tensor | None]) -> None:
         for name, value in values.items():
             if value is not None:
-                whole = self.values.setdefault(name, value.new_zeros(self.count))
+                whole = self.by_name.setdefault(name, value.new_zeros(self.count))
                 whole[rows] = value.detach()
 
     def add_output(self, rows: Tensor | slice, out: DivergenceOutput, per_token: Tensor | None) -> None:
         self.add(rows, {name: getattr(out, name) for name in MEANS.values()} | {"per_token": per_token})
 
     def metrics(self, weights: Tensor | None, means: Mapping[str, str]) -> dict[str, Tensor]:
-        """Metric → mean of a row value over the rows with a weight (it is 0 elsewhere), and how many those are."""
+        """Averages row values over the rows with a weight (they are 0 elsewhere), and counts these rows."""
         active = torch.tensor(float(self.count), device=self.device)
         if weights is not None:
             active = (weights != 0).sum().float()
-        found = {
-            name: self.values[row].sum() / active.clamp(min=1) for name, row in means.items() if row in self.values
-        }
-        return found | {"loss/active_tokens": active}
+        known = {name: self.by_name[row] for name, row in means.items() if row in self.by_name}
+        averages = {name: values.sum() / active.clamp(min=1) for name, values in known.items()}
+        return averages | {"loss/active_tokens": active}

@@ -1,4 +1,4 @@
-"""Steps that learn from rewards: the policy gradient, and the reference tilted by the reward over whole responses.
+"""Takes the steps that learn from rewards: by the policy gradient, or towards the reference tilted by the reward.
 
     tilt_step(model, plan, rewards, target=Tilted(inv_temperature=2.0), reference=AdapterOff())
     policy_gradient_step(model, plan, PolicyTerm(advantages=advantages, old_logprobs=old))
@@ -18,30 +18,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias, cast, get_args
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from sdkernels import linear_logprobs
 
-from ..errors import ArgumentError
-from ..losses import FusedLinearDivergence
-from ..losses.aggregate import per_completion, spread
-from ..losses.policy_gradient import PolicyTerm
-from ..losses.tilt import Tilted, TiltOutput
+from ..losses import FusedLinearDivergence, PolicyTerm, Tilted, TiltOutput, per_completion, spread
+from ..losses.policy_gradient import KLEstimator
 from ..models import head_of
-from ..prefix.checks import Verify
 from ..prefix.choice import Strategy
 from ..prefix.planner import Plan
 from ..prefix.runner import passes, run
+from ..prefix.verification import Verify
 from ..teachers import Teacher
-from .checks import check_tilt_step, checked_policy, checked_rows, require_own_weights
-from .parts import MEANS, Backward, Divergence, StepOutput, run_parts
-
-KLEstimator: TypeAlias = Literal["k3", "exact"]
-# Row values that are averaged for the log, beside those of a divergence.
-POLICY_MEANS = {"policy/anchor": "anchor", "policy/clipped_fraction": "clipped", "policy/ratio": "ratio"}
+from .checks import check_tilt_step, checked_policy, checked_reference, checked_rows
+from .parts import MEANS, POLICY_MEANS, Backward, Divergence, StepOutput, run_parts
 
 
 @torch.no_grad()
@@ -54,7 +47,7 @@ def token_logprobs(
     strategy: Strategy = "auto",
     verify: Verify = "once",
 ) -> Tensor:
-    """(N,) the log-probability of each completion token after the *student's* prompt, without gradient.
+    """Returns (N,) the log-probability of each completion token after the *student's* prompt, without gradient.
 
     `teacher` says under whose weights; None: the model's own, as they are. `strategy` is for the model itself, and
     "two_phase", which only bounds the memory of a backward, is "auto" here. Raises what `run` raises.
@@ -70,8 +63,8 @@ def _logprobs(model: nn.Module, plan: Plan, temperature: float, strategy: Strate
     hidden = run(model, plan, strategy=strategy, verify=verify).student_hidden
     head = head_of(model)
     hidden = head.states(hidden)
-    found = linear_logprobs(hidden, head.weight, plan.target_ids, head=head.transform, temperature=temperature)
-    return cast(Tensor, found.logprobs)  # None only without targets
+    out = linear_logprobs(hidden, head.weight, plan.target_ids, head=head.transform, temperature=temperature)
+    return cast(Tensor, out.logprobs)  # None only without targets
 
 
 def policy_gradient_step(
@@ -86,7 +79,7 @@ def policy_gradient_step(
     verify: Verify = "once",
     backward: Backward | None = Tensor.backward,
 ) -> StepOutput:
-    """Make more likely what was better than its group: the clipped policy gradient, with an anchor if it has one.
+    """Makes more likely what was better than its group: the clipped policy gradient, with an anchor if it has one.
 
     Args:
         model, plan, micro_batch, strategy, verify, backward: as in `distill_step`.
@@ -97,17 +90,7 @@ def policy_gradient_step(
 
     Accumulates gradients of the weighted mean. Raises `ArgumentError` and `PlanError` before any pass.
     """
-    policy = checked_policy(plan, policy)
-    if policy.distillation_weight != 0:
-        raise ArgumentError(
-            f"policy must have distillation_weight 0, got {policy.distillation_weight}: mixtures are distill_step's"
-        )
-    if kl_estimator not in get_args(KLEstimator):
-        raise ArgumentError(f"kl_estimator must be 'k3' or 'exact', got {kl_estimator!r}")
-    if policy.kl_anchor and (reference is None) == (policy.reference_logprobs is None):
-        raise ArgumentError("either reference or policy.reference_logprobs must be given for a kl_anchor, one of them")
-    if policy.kl_anchor and (reference is not None or kl_estimator == "exact"):
-        reference = require_own_weights(reference)
+    policy = checked_policy(plan, policy, reference, kl_estimator)
     divergence = None
     plan = replace(plan, teacher=())
     if policy.kl_anchor and kl_estimator == "exact":
@@ -119,7 +102,7 @@ def policy_gradient_step(
     elif policy.kl_anchor and reference is not None:
         logprobs = token_logprobs(model, plan, teacher=reference, temperature=policy.temperature, verify=verify)
         policy = replace(policy, reference_logprobs=logprobs)
-    passed = passes(
+    planned = passes(
         model,
         plan,
         teacher=reference if divergence else None,
@@ -128,18 +111,19 @@ def policy_gradient_step(
         verify=verify,
         whole=backward is None,
     )
-    loss, seen = run_parts(model, plan, passed, divergence=divergence, term=policy, backward=backward)
+    loss, row_values = run_parts(model, plan, planned, divergence=divergence, term=policy, backward=backward)
+    rows = row_values.by_name
     if divergence is None:
-        seen.values["per_token"] = seen.values["policy"]
+        rows["per_token"] = rows["policy"]
     else:
         # With the divergence came its values, which are those of the anchor here.
-        for name, anchor in (("reference_logprobs", "teacher_logprobs"), ("reference_entropy", "teacher_entropy")):
-            seen.values[name] = seen.values.pop(anchor)
+        for name in ("logprobs", "entropy"):
+            rows[f"reference_{name}"] = rows.pop(f"teacher_{name}")
         weights = 1.0 if policy.token_weights is None else policy.token_weights
-        seen.values["anchor"] = (seen.values["per_token"] / weights).nan_to_num(nan=0.0)
-        seen.values["per_token"] = seen.values["policy"] + policy.kl_anchor * seen.values["per_token"]
-    metrics = seen.metrics(policy.token_weights, MEANS | POLICY_MEANS) | {"loss/policy": loss}
-    return StepOutput(loss, metrics, passed.report, seen.values)
+        rows["anchor"] = (rows["per_token"] / weights).nan_to_num(nan=0.0)
+        rows["per_token"] = rows["policy"] + policy.kl_anchor * rows["per_token"]
+    metrics = row_values.metrics(policy.token_weights, MEANS | POLICY_MEANS) | {"loss/policy": loss}
+    return StepOutput(loss, metrics, planned.report, rows)
 
 
 def tilt_step(
@@ -161,7 +145,7 @@ def tilt_step(
     verify: Verify = "once",
     backward: Backward = Tensor.backward,
 ) -> StepOutput:
-    """Bring the student to the reference tilted by the reward, `p* ∝ p_ref·exp(inv_temperature·reward)`.
+    """Brings the student to the reference tilted by the reward, `p* ∝ p_ref·exp(inv_temperature·reward)`.
 
     Args:
         model, plan, micro_batch, strategy, verify, backward: as in `distill_step`.
@@ -190,7 +174,7 @@ def tilt_step(
     active = per_completion(torch.ones(plan.num_rows, device=plan.device) if mask is None else mask, lengths) > 0
 
     def loss_of(logprobs: Tensor, reference: Tensor) -> TiltOutput:
-        """From log-probabilities of whole completions, (S,)."""
+        """Returns the loss of log-probabilities of whole completions, (S,)."""
         return target.loss(
             logprobs,
             reference.to(logprobs.dtype),
@@ -207,34 +191,34 @@ def tilt_step(
     plan = replace(plan, teacher=())
     if reference_logprobs is None:
         reference_logprobs = token_logprobs(
-            model, plan, teacher=require_own_weights(reference), temperature=temperature, verify=verify
+            model, plan, teacher=checked_reference(reference), temperature=temperature, verify=verify
         )
-    passed = passes(model, plan, strategy=strategy, micro_batch=micro_batch, verify=verify)
-    in_parts = passed.report.student.strategy == "two_phase"
+    planned = passes(model, plan, strategy=strategy, micro_batch=micro_batch, verify=verify)
+    in_parts = planned.report.student.strategy == "two_phase"
     reused = in_parts and student_logprobs is not None
     if in_parts and student_logprobs is None:
         student_logprobs = token_logprobs(model, plan, temperature=temperature, verify=verify)
     term = _TiltTerm(loss_of, lengths, reference_logprobs, mask, temperature)
     if in_parts and student_logprobs is not None:
         term.look_ahead(student_logprobs)
-    _, seen = run_parts(model, plan, passed, term=term, backward=backward)
+    _, rows = run_parts(model, plan, planned, term=term, backward=backward)
     out = cast(TiltOutput, term.out)
-    used, log_ratios = out.used.float(), per_completion(seen.values["per_token"], lengths)
+    used, log_ratios = out.used.float(), per_completion(rows.by_name["per_token"], lengths)
     count = used.sum().clamp(min=1)
     gap = (out.gap * used).sum() / count
-    metrics = seen.metrics(mask, MEANS) | {
+    metrics = rows.metrics(mask, MEANS) | {
         "tilt/gap": gap,
         "tilt/gap_std": (((out.gap - gap).square() * used).sum() / count).sqrt(),
         "tilt/reference_kl": (log_ratios * used).sum() / count,
         "tilt/completions": used.sum(),
         "tilt/reused_logprobs": torch.tensor(float(reused), device=plan.device),
     }
-    return StepOutput(out.loss.detach(), metrics, passed.report, seen.values)
+    return StepOutput(out.loss.detach(), metrics, planned.report, rows.by_name)
 
 
 @dataclass(eq=False)
 class _TiltTerm:
-    """The tilt's loss as a term of a step: of all rows at once, or of parts, with derivatives known ahead."""
+    """Makes the tilt's loss a term of a step: of all rows at once, or of parts, with derivatives known ahead."""
 
     loss_of: Callable[[Tensor, Tensor], TiltOutput]
     lengths: list[int]
@@ -245,7 +229,7 @@ class _TiltTerm:
     coefficients: Tensor | None = None  # (N,)
 
     def look_ahead(self, logprobs: Tensor) -> None:
-        """Take the derivatives from these (N,) log-probabilities."""
+        """Takes the derivatives from these (N,) log-probabilities."""
         self.out = self.loss_of(self._whole(logprobs), self._whole(self.reference_logprobs))
         self.coefficients = spread(self.out.coefficients, self.lengths)
 
@@ -260,7 +244,7 @@ class _TiltTerm:
         return self.out.loss, values
 
     def _whole(self, logprobs: Tensor) -> Tensor:
-        """(S,) of whole completions."""
+        """Sums the (N,) log-probabilities of tokens to those of whole completions, (S,)."""
         if self.token_weights is not None:
             logprobs = torch.where(self.token_weights != 0, logprobs, 0.0)
         return per_completion(logprobs, self.lengths)

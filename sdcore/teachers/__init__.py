@@ -1,4 +1,4 @@
-"""Whose weights the teacher has."""
+"""Says whose weights the teacher has."""
 
 from .ema import EMA, PeriodicSync, Snapshot
 from .weights import AdapterOff, Frozen, Live, StatefulTeacher, Teacher, TrustRegion

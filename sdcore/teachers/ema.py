@@ -1,4 +1,4 @@
-"""Teachers made of the student's own past: a snapshot, a copy that is renewed now and then, a moving average.
+"""Makes teachers of the student's own past: a snapshot, a copy that is renewed now and then, a moving average.
 
     teacher = EMA(model, update_rate=0.05)          # SDPO's teacher
     distill_step(model, plan, teacher=teacher); optimizer.step()
@@ -49,7 +49,7 @@ REST = "float32_rest:"
 
 
 class Snapshot:
-    """The student's weights as they were when this was made: a frozen teacher that needs no second model.
+    """Keeps the student's weights as they were when this was made: a frozen teacher without a second model.
 
     `device` is where they are kept; they are moved in for the teacher's pass. None: where the student's are. The same
     tensors of the student must be trained for as long as the teacher is used. Raises `ArgumentError` for a student of
@@ -75,7 +75,7 @@ class Snapshot:
 
     @contextmanager
     def weights(self, student: nn.Module) -> Iterator[nn.Module]:
-        """The student, with the kept tensors in the place of its own."""
+        """Gives the student, with the kept tensors in the place of its own."""
         if self._entered:
             yield student
             return
@@ -86,7 +86,7 @@ class Snapshot:
                     # A root that stays gathered after its forward would be the teacher's in the student's forward too.
                     module.reshard()
                     undo.callback(module.reshard)
-                    undo.callback(module.register_forward_hook(lambda one, *_: one.reshard()).remove)
+                    undo.callback(module.register_forward_hook(lambda unit, *_: unit.reshard()).remove)
                 for kept, tensor in self._pairs(student):
                     undo.callback(kept.put_into(tensor))
                 yield student
@@ -94,10 +94,10 @@ class Snapshot:
             self._entered = False
 
     def update(self, student: nn.Module, step: int) -> None:
-        """To be called after each optimizer step, of which there have been `step`."""
+        """Is to be called after each optimizer step, of which there have been `step`."""
 
     def save(self, directory: Path) -> None:
-        """Write `teacher.safetensors`, whole or not at all. To be called on every rank; rank 0 writes."""
+        """Writes `teacher.safetensors`, whole or not at all. To be called on every rank; rank 0 writes."""
         self._require_outside("save")
         tensors: dict[str, Tensor] = {}
         for name, kept in self._kept.items():
@@ -108,7 +108,7 @@ class Snapshot:
             _write(Path(directory), tensors, {"teacher": type(self).__name__})
 
     def load(self, directory: Path) -> None:
-        """Read what `save` wrote, to the last bit. Raises `ArgumentError` for another teacher's or model's file."""
+        """Reads what `save` wrote, to the last bit. Raises `ArgumentError` for another teacher's or model's file."""
         self._require_outside("load")
         path = Path(directory) / FILE_NAME
         with safe_open(path, framework="pt") as file:
@@ -116,9 +116,9 @@ class Snapshot:
             if kind != type(self).__name__:
                 raise ArgumentError(f"{path} must be of a teacher {type(self).__name__}, got {kind}")
             names = set(file.keys())
-            found = {name for name in names if not name.startswith(REST)}
-            if found != self._kept.keys():
-                raise ArgumentError(f"{path} must have the student's trained weights: {_difference(self._kept, found)}")
+            saved = {name for name in names if not name.startswith(REST)}
+            if saved != self._kept.keys():
+                raise ArgumentError(f"{path} must have the student's trained weights: {_difference(self._kept, saved)}")
             for name, kept in self._kept.items():
                 shape = tuple(file.get_slice(name).get_shape())
                 if shape != kept.shape:
@@ -128,7 +128,7 @@ class Snapshot:
                 kept.rest = kept.local(file.get_tensor(REST + name)) if REST + name in names else None
 
     def _pairs(self, student: nn.Module) -> list[tuple[_Kept, Tensor]]:
-        """Each kept tensor, as the student's is (device, dtype, sharding), with the student's own."""
+        """Pairs each kept tensor, made as the student's is (device, dtype, sharding), with the student's own."""
         named = _named(student, trained=self._kept)
         if named.keys() != self._kept.keys():
             raise ArgumentError(
@@ -146,7 +146,7 @@ class Snapshot:
 
 
 class PeriodicSync(Snapshot):
-    """A copy of the student, renewed after every `every` optimizer steps."""
+    """Copies the student, and is renewed after every `every` optimizer steps."""
 
     def __init__(self, student: nn.Module, every: int, *, device: torch.device | str | None = None) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
@@ -162,7 +162,7 @@ class PeriodicSync(Snapshot):
 
 
 class EMA(Snapshot):
-    """The exponential moving average: `teacher ← (1 - update_rate)·teacher + update_rate·student` per optimizer step.
+    """Moves by the exponential average: `teacher ← (1 - update_rate)·teacher + update_rate·student` per optimizer step.
 
     `update_rate` is in [0, 1], the share of the *student*: 0.01 in SDFT (arXiv:2601.19897), 0.05 in SDPO
     (arXiv:2601.20802). What others call the decay is `1 - update_rate`.
@@ -181,7 +181,7 @@ class EMA(Snapshot):
 
 
 class _Sharding(NamedTuple):
-    """How FSDP2 has distributed a tensor."""
+    """Says how FSDP2 has distributed a tensor."""
 
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
@@ -190,7 +190,7 @@ class _Sharding(NamedTuple):
 
 
 class _Kept:
-    """A tensor in the student's dtype, this rank's part of it, and for bfloat16 what float32 has beyond that."""
+    """Keeps a tensor in the student's dtype, this rank's part of it, and what float32 has beyond bfloat16."""
 
     def __init__(self, tensor: Tensor, device: torch.device | None) -> None:
         if tensor.dtype == torch.float16:
@@ -205,7 +205,7 @@ class _Kept:
         self.rest: Tensor | None = torch.zeros_like(self.value, dtype=torch.int16) if _has_rest(own.dtype) else None
 
     def follow(self, tensor: Tensor) -> None:
-        """Be on the student's device, of its dtype and sharded as it is, if it has changed since."""
+        """Brings it to the student's device, dtype and sharding, if they have changed since."""
         sharding, own = _sharding(tensor), _own(tensor)
         if sharding != self.sharding:
             value, rest = self.whole(self.value), None if self.rest is None else self.whole(self.rest)
@@ -222,8 +222,8 @@ class _Kept:
 
     @torch.no_grad()
     def move(self, tensor: Tensor, rate: float) -> None:
-        """Move towards the student's tensor; a rate of 1, and what is no float, is a copy."""
-        values, news = (one.reshape(-1).split(PIECE) for one in (self.value, _own(tensor)))
+        """Moves towards the student's tensor; a rate of 1, and what is no float, is a copy."""
+        values, news = (own.reshape(-1).split(PIECE) for own in (self.value, _own(tensor)))
         rests = [None] * len(values) if self.rest is None else self.rest.view(-1).split(PIECE)
         for value, rest, new in zip(values, rests, (new.to(self.value.device) for new in news), strict=True):
             if rate == 1.0 or not value.is_floating_point():
@@ -238,7 +238,7 @@ class _Kept:
                 rest.copy_(remainder)
 
     def put_into(self, tensor: Tensor) -> Callable[[], None]:
-        """Make it the student's tensor's content; returns how to undo that."""
+        """Makes it the student's tensor's content; returns how to undo that."""
         if self.sharding is not None:
             # FSDP2 gathers from memory that it has a view of, so the contents have to change places.
             self._exchange(tensor)
@@ -256,7 +256,7 @@ class _Kept:
             other.copy_(kept)
 
     def whole(self, local: Tensor) -> Tensor:
-        """All ranks' parts together."""
+        """Joins all ranks' parts."""
         if self.sharding is None:
             return local
         mesh, placements, shape, stride = self.sharding
@@ -265,7 +265,7 @@ class _Kept:
         return parts.full_tensor()
 
     def local(self, whole: Tensor) -> Tensor:
-        """This rank's part, where it is kept."""
+        """Returns this rank's part, where it is kept."""
         if self.sharding is not None:
             mesh, placements, _, _ = self.sharding
             on_mesh = whole.to(mesh.device_type)
@@ -275,22 +275,22 @@ class _Kept:
 
 
 def _named(student: nn.Module, trained: Mapping[str, object] | None = None) -> dict[str, Tensor]:
-    """What is kept of a student, by name: trained weights, each once, and persistent buffers.
+    """Names what is kept of a student: trained weights, each once, and persistent buffers.
 
     `trained`: names that are kept whether they are trained at this moment or not.
     """
     model = student
     while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod  # type: ignore[assignment]
-    found: dict[str, Tensor] = {}
+    named: dict[str, Tensor] = {}
     for name, weight in model.named_parameters():
         if weight.requires_grad or (trained is not None and _plain(name) in trained):
-            found[_plain(name)] = weight
+            named[_plain(name)] = weight
     for prefix, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                found[_plain(f"{prefix}.{name}" if prefix else name)] = buffer
-    return found
+                named[_plain(f"{prefix}.{name}" if prefix else name)] = buffer
+    return named
 
 
 def _plain(name: str) -> str:
@@ -310,7 +310,7 @@ def _sharding(tensor: Tensor) -> _Sharding | None:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """This rank's part."""
+    """Returns this rank's part."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
@@ -319,7 +319,7 @@ def _has_rest(dtype: torch.dtype) -> bool:
 
 
 def _split(precise: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 → the nearest bfloat16, and how many of float32's steps it is away: in [-2^15, 2^15), so int16 holds it.
+    """Splits float32 into the nearest bfloat16 and how many float32 steps that is away: in [-2^15, 2^15), an int16.
 
     A bfloat16 is the upper half of a float32, and neighbouring floats are neighbouring integers.
     """
@@ -329,17 +329,17 @@ def _split(precise: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _joined(value: Tensor, rest: Tensor) -> Tensor:
-    """What `_split` was given."""
+    """Returns what `_split` was given."""
     return ((value.view(torch.int16).to(torch.int32) << 16) + rest).view(torch.float32)
 
 
-def _difference(wanted: Mapping[str, object], found: Mapping[str, object] | set[str]) -> str:
-    lacks, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+def _difference(wanted: Mapping[str, object], given: Mapping[str, object] | set[str]) -> str:
+    lacks, extra = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
     return f"lacks {len(lacks)} ({', '.join(lacks[:3])}), has {len(extra)} more ({', '.join(extra[:3])})"
 
 
 def _write(directory: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Beside the file first, so that one that is there is replaced by a whole one or stays."""
+    """Writes beside the file first, so that one that is there is replaced by a whole one or stays."""
     directory.mkdir(parents=True, exist_ok=True)
     partial = directory / f".{FILE_NAME}.{os.getpid()}"
     try:
@@ -350,6 +350,3 @@ def _write(directory: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
     finally:
         with suppress(FileNotFoundError):
             partial.unlink()
-
-
-__all__ = ["EMA", "PeriodicSync", "Snapshot"]

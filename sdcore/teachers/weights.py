@@ -1,4 +1,4 @@
-"""Whose weights the teacher has: the student's own, another module's, or the student's without its adapter.
+"""Says whose weights the teacher has: the student's own, another module's, or the student's without its adapter.
 
 A teacher knows no tokens. It says which module to run, and, as `shares_weights`, the one thing that the passes must
 know: whether its states of a prompt are the student's, so that they need not be computed again. Where weights differ
@@ -26,31 +26,31 @@ from ..errors import ArgumentError, UnsupportedModelError
 
 
 class Teacher(Protocol):
-    """One set of weights."""
+    """Is one set of weights."""
 
     @property
     def shares_weights(self) -> bool:
-        """Whether they are the student's, as they are."""
+        """True where they are the student's, as they are."""
 
     def weights(self, student: nn.Module) -> Any:
-        """A context manager that gives the module to run; its head is read inside too."""
+        """Returns a context manager that gives the module to run; its head is read inside too."""
 
 
 class StatefulTeacher(Protocol):
-    """What a trainer calls on a teacher, also on one that does not change."""
+    """Has what a trainer calls on a teacher, also on one that does not change."""
 
     def update(self, student: nn.Module, step: int) -> None:
-        """To be called after each optimizer step, of which there have been `step`."""
+        """Is to be called after each optimizer step, of which there have been `step`."""
 
     def save(self, directory: Path) -> None:
-        """Write into a checkpoint's folder what `load` needs. To be called on every rank."""
+        """Writes into a checkpoint's folder what `load` needs. To be called on every rank."""
 
     def load(self, directory: Path) -> None:
-        """Be as at `save`. Raises `ArgumentError` where the folder's teacher is another one."""
+        """Becomes what it was at `save`. Raises `ArgumentError` where the folder's teacher is another one."""
 
 
 class _Stateless:
-    """A teacher that the student and its checkpoint determine."""
+    """Has nothing to keep: the student and its checkpoint determine this teacher."""
 
     def update(self, student: nn.Module, step: int) -> None:
         pass
@@ -64,7 +64,7 @@ class _Stateless:
 
 @dataclass(frozen=True)
 class Live(_Stateless):
-    """The student itself, as it is at this step (on-policy context distillation, SDFT without EMA)."""
+    """Is the student itself, as it is at this step (on-policy context distillation, SDFT without EMA)."""
 
     shares_weights = True
 
@@ -74,8 +74,8 @@ class Live(_Stateless):
 
 
 @dataclass(frozen=True)
-class Frozen:
-    """Another module: a copy from before training, or another model.
+class Frozen(_Stateless):
+    """Is another module: a copy from before training, or another model.
 
     Of its weights only a fingerprint is saved, by which `load` refuses a run that goes on with another teacher. Of the
     student itself as it was, `Snapshot` needs no second module.
@@ -95,13 +95,10 @@ class Frozen:
             raise ArgumentError("model must be another module than the student: Live() is the student's own weights")
         yield self.model
 
-    def update(self, student: nn.Module, step: int) -> None:
-        pass
-
     def save(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        found = {"teacher": "Frozen", "fingerprint": fingerprint(self.model)}
-        (directory / FINGERPRINT_FILE).write_text(json.dumps(found) + "\n", encoding="utf-8")
+        record = {"teacher": "Frozen", "fingerprint": fingerprint(self.model)}
+        (directory / FINGERPRINT_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
     def load(self, directory: Path) -> None:
         path = directory / FINGERPRINT_FILE
@@ -114,7 +111,7 @@ class Frozen:
 
 @dataclass(frozen=True)
 class AdapterOff(_Stateless):
-    """The student without its PEFT adapter: the base model that LoRA training started from, at no memory."""
+    """Is the student without its PEFT adapter: the base model that LoRA training started from, at no memory."""
 
     shares_weights = False
 
@@ -137,7 +134,7 @@ class AdapterOff(_Stateless):
 
 @dataclass(frozen=True)
 class TrustRegion:
-    """Between a reference and the student: logits `(1 - share)·reference + share·student`.
+    """Stands between a reference and the student: logits `(1 - share)·reference + share·student`.
 
     Both see the teacher's prompt. SDPO's trust-region teacher (arXiv:2601.20802). `reference` is any teacher but a live
     one: `Frozen`, `AdapterOff`, `Snapshot`, `EMA`, `PeriodicSync`; its state is this one's. `share` is in [0, 1].
@@ -169,7 +166,7 @@ class TrustRegion:
 
     @property
     def _state(self) -> StatefulTeacher | None:
-        """The reference, unless it is a user's own without state."""
+        """Returns the reference, unless it is a user's own without state."""
         return self.reference if hasattr(self.reference, "update") else None  # type: ignore[return-value]
 
 
@@ -180,7 +177,7 @@ SAMPLED = 64
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
-    """A hash of every weight's name and shape and of some of its elements; this rank's part of sharded ones."""
+    """Hashes every weight's name and shape and some of its elements; this rank's part of sharded ones."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         own: Tensor = weight.to_local() if isinstance(weight, DTensor) else weight
@@ -188,6 +185,3 @@ def fingerprint(model: nn.Module) -> str:
         some = flat[:: max(1, len(flat) // SAMPLED)].double().cpu()
         digest.update(f"{name}{tuple(weight.shape)}".encode() + some.numpy().tobytes())
     return digest.hexdigest()
-
-
-__all__ = ["AdapterOff", "Frozen", "Live", "StatefulTeacher", "Teacher", "TrustRegion", "fingerprint"]

@@ -22,8 +22,8 @@ import torch
 from transformers import TrainingArguments
 
 from ..errors import ArgumentError
-from ..prefix.checks import Verify
 from ..prefix.choice import Strategy
+from ..prefix.verification import Verify
 from ..rollouts.rewards import OnError
 
 PROBES: Final = ("leak_probe_every", "overlap_probe_every", "drift_probe_every")

@@ -33,6 +33,7 @@ from ..contexts import ContextBuilder, require_text, student_prompt_ids
 from ..contexts.builders import check_examples
 from ..errors import ArgumentError, DataError, UnsupportedModelError
 from ..memory import Load, Prediction, Setting, compare, memory_table
+from ..prefix.planner import common_prefix
 from ..presets.method import Method
 from ..rollouts.rewards import score
 from ..types import Example, Group, Rollout
@@ -276,8 +277,8 @@ def _preview(
     conditioned = builder.condition(group, tokenizer)
     teacher, active = conditioned.teacher_prompts[-1], conditioned.active[-1]
     # As in a plan: the teacher's last token is computed under its own past.
-    shared = min(_alike(student, teacher), len(teacher) - 1)
-    after = _alike(student[shared:].flip(0), teacher[shared:].flip(0))
+    shared = min(common_prefix(student, teacher), len(teacher) - 1)
+    after = common_prefix(student[shared:].flip(0), teacher[shared:].flip(0))
     segments = [
         ("shared prefix", "both", student[:shared]),
         ("student only", "student", student[shared : len(student) - after]),
@@ -333,13 +334,6 @@ def _rollout(text: str, tokenizer: Any, *, reward: float | None = None, feedback
         reward=reward,
         feedback=feedback,
     )
-
-
-def _alike(one: Tensor, other: Tensor) -> int:
-    """How many tokens two sequences begin with alike."""
-    length = min(len(one), len(other))
-    different = (one[:length] != other[:length]).nonzero()
-    return int(different[0, 0]) if len(different) else length
 
 
 def _headline(preview: Preview) -> RenderableType:

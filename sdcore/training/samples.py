@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..prefix import row_slices
+from ..prefix.planner import common_prefix
 from ..step import StepOutput
 from ..types import Example
 from .update import Batch
@@ -135,14 +136,12 @@ def _question(example: Example) -> str:
 
 
 def _added(student: Tensor, teacher: Tensor, tokenizer: Any) -> str | None:
-    """What the teacher's prompt has beyond the student's: between what both begin and what both end with."""
-    ours, theirs = student.tolist(), teacher.tolist()
-    if ours == theirs:
+    """Returns what the teacher's prompt has beyond the student's: between what both begin and what both end with."""
+    if torch.equal(student, teacher):
         return None
-    start = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    most = min(len(ours), len(theirs)) - start
-    end = next((i for i in range(most) if ours[-1 - i] != theirs[-1 - i]), most)
-    return str(tokenizer.decode(theirs[start : len(theirs) - end])).strip()
+    start = common_prefix(student, teacher)
+    end = common_prefix(student[start:].flip(0), teacher[start:].flip(0))
+    return str(tokenizer.decode(teacher[start : len(teacher) - end].tolist())).strip()
 
 
 def _short(text: str) -> str:

@@ -33,8 +33,8 @@ from ..losses import PolicyTerm, Tilted, TokenTilt, group_advantages, token_weig
 from ..losses.aggregate import per_completion, spread
 from ..prefix import Plan
 from ..prefix import plan as plan_of
-from ..prefix.checks import Verify
 from ..prefix.choice import Strategy
+from ..prefix.verification import Verify
 from ..presets.method import Method
 from ..step import StepOutput, distill_step, imitate_step, policy_gradient_step, tilt_step, token_logprobs
 from ..step.parts import Backward

@@ -10,15 +10,28 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, PhiConfig, PreTrainedModel
+from transformers import PhiConfig
 
 from sdcore.errors import UnsupportedModelError
 from sdcore.models import Head, find_body, head_of, without_dropout
-from sdcore.prefix import Plan, Tree, run
+from sdcore.prefix import Plan, run
 from sdcore.step import distill_step
 from sdcore.step.rewards import token_logprobs
 from sdcore.teachers import EMA, AdapterOff, Frozen, Live, Snapshot, TrustRegion
-from tests.sdcore.prefix.models import COMMON, VOCAB, build, double_precision, tiny
+from tests.sdcore.prefix.models import (
+    COMMON,
+    VOCAB,
+    adapted,
+    assert_same_gradients,
+    build,
+    double_precision,
+    gradients,
+    plain_rows,
+    reverse_kl,
+    shaken,
+    tied,
+    tiny,
+)
 from tests.sdcore.prefix.trees import random_plan
 
 peft = pytest.importorskip("peft")
@@ -42,25 +55,6 @@ def small_plan() -> Plan:
     return random_plan(4, prompts=(6, 4), sizes=((3, 2), (2,)))
 
 
-def tied() -> PreTrainedModel:
-    return build(LlamaConfig(**COMMON | {"tie_word_embeddings": True}))
-
-
-def shaken(model: nn.Module, seed: int = 1) -> Any:
-    """With adapters that are not zero: what they add is about as large as the logits."""
-    draw = torch.Generator().manual_seed(seed)
-    for name, weight in model.double().train().named_parameters():
-        if "lora_" in name:
-            weight.data = 0.3 * torch.randn(weight.shape, dtype=weight.dtype, generator=draw)
-    return model
-
-
-def adapted(model: PreTrainedModel | None = None, *, seed: int = 1, **options: Any) -> Any:
-    """LoRA on the output layer, and on one projection of the body."""
-    config = peft.LoraConfig(**{"r": 3, "lora_alpha": 4, "target_modules": ["q_proj", "lm_head"]} | options)
-    return shaken(peft.get_peft_model(model or tiny("llama"), config), seed)
-
-
 def two_adapters() -> Any:
     model = adapted()
     model.add_adapter("second", peft.LoraConfig(r=2, lora_alpha=5, target_modules=["v_proj", "lm_head"]))
@@ -75,25 +69,6 @@ def logits_of(head: Head, hidden: Tensor) -> Tensor:
     return logits if head.transform.bias is None else logits + head.transform.bias
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
-
-
-def plain_logits(model: nn.Module, trees: tuple[Tree, ...]) -> Tensor:
-    """(N, V) logits of the whole model, one sequence at a time."""
-    logits = []
-    for tree in trees:
-        for i in tree.active:
-            out = model(input_ids=tree.sequence(i)[None], use_cache=False)
-            logits.append(out.logits[0, len(tree.sequence(i)) - tree.rows[i] :])
-    return torch.cat(logits)
-
-
-def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    log_p, log_q = student.log_softmax(-1), teacher.detach().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-
-
 def require_step(
     make: Callable[[], Any], teacher_logits: Callable[[nn.Module, Plan], Tensor], *, teacher: Any, strategy: Any
 ) -> None:
@@ -101,14 +76,12 @@ def require_step(
     planned, plain, model = small_plan(), make(), make()
     with torch.no_grad():
         taught = teacher_logits(make(), planned)
-    loss = reverse_kl(plain_logits(plain, planned.student), taught)
+    loss = reverse_kl(plain_rows(plain, planned.student)[1], taught)
     loss.backward()
     out = distill_step(model, planned, teacher=teacher(model), strategy=strategy, verify="off")
     assert torch.allclose(out.loss, loss.detach(), rtol=1e-9)
-    expected, found = gradients(plain), gradients(model)
-    assert expected.keys() == found.keys()
-    assert {name for name, grad in expected.items() if not torch.allclose(found[name], grad, rtol=1e-7)} == set()
-    assert all(bool(grad.abs().max() > 0) for grad in expected.values())
+    assert_same_gradients(gradients(model), gradients(plain))
+    assert all(bool(grad.abs().max() > 0) for grad in gradients(plain).values())
 
 
 LORA: dict[str, Callable[[], Any]] = {
@@ -144,7 +117,7 @@ def test_the_logits_are_the_models_own(kind: str) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in LORA if kind != "dropout"])
 def test_every_trained_weight_gets_the_gradient_of_plain_forwards(kind: str, strategy: Any) -> None:
     def teacher_logits(model: nn.Module, planned: Plan) -> Tensor:
-        return plain_logits(model, planned.teacher)
+        return plain_rows(model, planned.teacher)[1]
 
     require_step(LORA[kind], teacher_logits, teacher=lambda model: Live(), strategy=strategy)
 
@@ -251,7 +224,7 @@ def test_a_teachers_output_layer_is_its_own(kind: str, strategy: Any) -> None:
     student, teacher_model, teacher = TEACHERS[kind]
     require_step(
         student,
-        lambda _, planned: plain_logits(teacher_model(), planned.teacher),
+        lambda _, planned: plain_rows(teacher_model(), planned.teacher)[1],
         teacher=teacher,
         strategy=strategy,
     )
@@ -260,8 +233,8 @@ def test_a_teachers_output_layer_is_its_own(kind: str, strategy: Any) -> None:
 @pytest.mark.parametrize("strategy", ["packed", "two_phase"])
 def test_a_trust_region_mixes_the_logits_of_both_output_layers(strategy: Any) -> None:
     def teacher_logits(model: nn.Module, planned: Plan) -> Tensor:
-        base = plain_logits(tiny("llama"), planned.teacher)
-        return 0.7 * base + 0.3 * plain_logits(model, planned.teacher)
+        base = plain_rows(tiny("llama"), planned.teacher)[1]
+        return 0.7 * base + 0.3 * plain_rows(model, planned.teacher)[1]
 
     require_step(adapted, teacher_logits, teacher=lambda _: TrustRegion(AdapterOff(), share=0.3), strategy=strategy)
 
@@ -275,7 +248,7 @@ def test_a_part_of_the_teachers_states_stays_what_the_body_says() -> None:
 
 def test_log_probabilities_are_those_of_the_adapted_output_layer() -> None:
     planned, model = small_plan(), adapted()
-    expected = plain_logits(model, planned.student).log_softmax(-1).gather(1, planned.target_ids[:, None])[:, 0]
+    expected = plain_rows(model, planned.student)[1].log_softmax(-1).gather(1, planned.target_ids[:, None])[:, 0]
     assert torch.allclose(token_logprobs(model, planned), expected, **EXACT)
 
 
@@ -293,7 +266,7 @@ def test_a_weight_that_is_trained_beside_its_adapter_gets_its_gradient() -> None
 
     require_step(
         make,
-        lambda model, planned: plain_logits(model, planned.teacher),
+        lambda model, planned: plain_rows(model, planned.teacher)[1],
         teacher=lambda _: Live(),
         strategy="packed",
     )
@@ -301,7 +274,7 @@ def test_a_weight_that_is_trained_beside_its_adapter_gets_its_gradient() -> None
 
 def test_tied_embeddings_get_the_gradient_of_both_uses() -> None:
     require_step(
-        tied, lambda model, planned: plain_logits(model, planned.teacher), teacher=lambda _: Live(), strategy="packed"
+        tied, lambda model, planned: plain_rows(model, planned.teacher)[1], teacher=lambda _: Live(), strategy="packed"
     )
 
 
@@ -382,11 +355,11 @@ def test_a_quantised_output_layer_is_dequantised(kind: str, bias: bool, in_singl
     model = quantised(kind, bias=bias)
     for _ in range(2):  # the first forward may move the weight
         head, expected = head_of(model), model(TOKENS).logits.detach()
-        found = logits_of(head, find_body(model)(TOKENS)).detach()
+        logits = logits_of(head, find_body(model)(TOKENS)).detach()
         assert head.weight.dtype == torch.float32
         assert head.weight.shape == (VOCAB, 32)
         assert not head.weight.requires_grad
-        assert float((found - expected).norm() / expected.norm()) < 1e-5
+        assert float((logits - expected).norm() / expected.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
@@ -396,11 +369,11 @@ def test_a_step_through_a_quantised_output_layer_trains_the_body(kind: str, in_s
         plain.lm_head.weight.copy_(head_of(model).weight)
     plain.lm_head.requires_grad_(False)
     taught = tiny("llama", seed=1).to(torch.float32)
-    for one in (model, plain):
-        distill_step(one, small_plan(), teacher=Frozen(taught))
-    expected, found = gradients(plain), gradients(model)
-    assert expected.keys() == found.keys()
-    assert {name for name, grad in expected.items() if not torch.allclose(found[name], grad, rtol=1e-4, atol=1e-7)} == (
+    for student in (model, plain):
+        distill_step(student, small_plan(), teacher=Frozen(taught))
+    expected, grads = gradients(plain), gradients(model)
+    assert expected.keys() == grads.keys()
+    assert {name for name, grad in expected.items() if not torch.allclose(grads[name], grad, rtol=1e-4, atol=1e-7)} == (
         set()
     )
 
@@ -411,7 +384,7 @@ def test_a_quantised_teacher_is_dequantised(in_single_precision: None) -> None:
     with torch.no_grad():
         same.lm_head.weight.copy_(head_of(taught).weight)
     student = tiny("llama", seed=1).to(torch.float32)
-    losses = [distill_step(student, small_plan(), teacher=Frozen(one)).loss for one in (taught, same)]
+    losses = [distill_step(student, small_plan(), teacher=Frozen(weights)).loss for weights in (taught, same)]
     assert float(losses[0]) > 0.01
     assert torch.allclose(*losses)
 
@@ -424,8 +397,8 @@ def test_an_adapter_on_a_quantised_output_layer_keeps_its_own_columns(in_single_
     assert type(layer).__module__ == "peft.tuners.lora.bnb"
     nn.init.normal_(layer.lora_B["default"].weight, std=0.3)
     expected = wrapped(TOKENS).logits
-    found = logits_of(head_of(wrapped), find_body(wrapped)(TOKENS))
-    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    logits = logits_of(head_of(wrapped), find_body(wrapped)(TOKENS))
+    assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5)
     distill_step(wrapped, small_plan(), teacher=AdapterOff())
     assert sorted(name.split(".")[-3] for name in gradients(wrapped)) == ["lora_A", "lora_B"]
 

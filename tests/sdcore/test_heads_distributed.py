@@ -5,16 +5,9 @@ The processes are started once, run all cases, and leave a file each with what t
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import json
-import time
-import traceback
-import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from functools import cache
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -26,13 +19,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaConfig, PreTrainedModel
 
 from sdcore.models import find_body, head_of, heads
 from sdcore.step import distill_step
 from sdcore.teachers import AdapterOff, Frozen, Live, Snapshot
-from tests.processes import verdicts_of
-from tests.sdcore.prefix.models import COMMON, build, double_precision, tiny
+from tests.processes import assert_right, run_cases, verdicts_of
+from tests.sdcore.prefix.models import (
+    adapted,
+    assert_same_gradients,
+    assert_trained_have_gradients,
+    double_precision,
+    gradients,
+    tied,
+    tiny,
+)
 from tests.sdcore.prefix.trees import random_plan
 
 RANKS = 2
@@ -57,26 +57,10 @@ def plain() -> Any:
     return tiny("llama")
 
 
-def tied() -> Any:
-    return build(LlamaConfig(**COMMON | {"tie_word_embeddings": True}))
-
-
 def frozen_head() -> Any:
     model = tiny("llama")
     model.lm_head.requires_grad_(False)
     return model
-
-
-def adapted(model: PreTrainedModel | None = None, **options: Any) -> Any:
-    import peft
-
-    config = peft.LoraConfig(**{"r": 3, "lora_alpha": 4, "target_modules": ["q_proj", "lm_head"]} | options)
-    found = peft.get_peft_model(model or tiny("llama"), config).double()
-    draw = torch.Generator().manual_seed(1)
-    for name, weight in found.named_parameters():
-        if "lora_" in name:
-            weight.data = 0.3 * torch.randn(weight.shape, dtype=weight.dtype, generator=draw)
-    return found
 
 
 def trained_copy() -> Any:
@@ -119,19 +103,6 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """The whole ones, of what is sharded too. To be called by all ranks."""
-    found = {}
-    for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            assert weight.grad is not None, f"{name} has no gradient"
-            grad = weight.grad.full_tensor() if isinstance(weight.grad, DTensor) else weight.grad
-            found[name.removeprefix("module.")] = grad.clone()
-        else:
-            assert weight.grad is None, f"{name} is frozen and has a gradient"
-    return found
-
-
 def teacher_of(kind: str, model: nn.Module) -> Any:
     if kind == "sharded":
         return Frozen(fsdp(tiny("llama", seed=1), reshard=True))
@@ -151,12 +122,10 @@ def compare(model: str, wrapper: str, *, teacher: str = "live", micro_batch: int
     """A step of both ranks gives the mean of what each plan gives in a process of its own."""
     wrapped, rank = WRAPPERS[wrapper](MODELS[model]()), dist.get_rank()
     out = distill_step(wrapped, plan_of(rank), teacher=teacher_of(teacher, wrapped), micro_batch=micro_batch)
-    found = gradients(wrapped)
     losses, expected = of_one_process(model, teacher)
     assert torch.allclose(out.loss, losses[rank], rtol=1e-9), "the loss differs"
-    assert found.keys() == expected.keys()
-    errors = {key: float((found[key] - grad).norm() / grad.norm()) for key, grad in expected.items()}
-    assert {key: error for key, error in errors.items() if not error < 1e-9} == {}
+    assert_trained_have_gradients(wrapped)
+    assert_same_gradients(gradients(wrapped), expected)
 
 
 def snapshot_of_an_adapter() -> None:
@@ -219,7 +188,7 @@ def mixed_precision(reshard: bool, reduce: torch.dtype | None) -> None:
     loss.backward()
     weight = wrapped.lm_head.weight
     assert weight.grad.dtype == weight.dtype == torch.float32
-    found = weight.grad.full_tensor()
+    gradient = weight.grad.full_tensor()
     # The same in one process, in the same dtypes.
     ((hidden[0].detach() @ own.T).float() * (1 + rank)).square().sum().backward()
     assert own.grad is not None
@@ -227,22 +196,23 @@ def mixed_precision(reshard: bool, reduce: torch.dtype | None) -> None:
     dist.all_gather(both, own.grad)
     if reduce == torch.float32:
         expected = (both[0].float() + both[1].float()) / RANKS
-        assert torch.allclose(found, expected, rtol=1e-6)
+        assert torch.allclose(gradient, expected, rtol=1e-6)
     else:
         expected = ((both[0] + both[1]) / RANKS).float()
-        assert torch.allclose(found, expected, rtol=2**-7)
-        assert torch.equal(found.bfloat16().float(), found)
+        assert torch.allclose(gradient, expected, rtol=2**-7)
+        assert torch.equal(gradient.bfloat16().float(), gradient)
 
 
 def step_in_mixed_precision(model: str, strategy: Any) -> None:
     """Whether FSDP2 keeps the head or it is gathered makes no difference."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    found = []
+    steps = []
     for reshard in (False, True):
         wrapped = fsdp(MODELS[model]().float(), reshard=reshard, mp_policy=policy)
         out = distill_step(wrapped, plan_of(dist.get_rank()), strategy=strategy, verify="off")
-        found.append((out.loss, gradients(wrapped)))
-    (kept_loss, kept), (loss, resharded) = found
+        assert_trained_have_gradients(wrapped)
+        steps.append((out.loss, gradients(wrapped)))
+    (kept_loss, kept), (loss, resharded) = steps
     assert torch.equal(kept_loss, loss)
     assert float(loss) > 0
     errors = {key: float((resharded[key] - grad).norm() / grad.norm()) for key, grad in kept.items()}
@@ -253,11 +223,11 @@ def step_in_mixed_precision(model: str, strategy: Any) -> None:
 
 def cases() -> dict[str, Callable[[], None]]:
     """Every case has a name, and is run by both ranks in the same order."""
-    found: dict[str, Callable[[], None]] = {}
+    by_name: dict[str, Callable[[], None]] = {}
 
     def add(model: str, wrapper: str, **how: Any) -> None:
         label = " ".join([f"{model}, {wrapper}", *(f"{key}={value}" for key, value in how.items())])
-        found[label] = lambda: compare(model, wrapper, **how)
+        by_name[label] = lambda: compare(model, wrapper, **how)
 
     for model in MODELS:
         for wrapper in WRAPPERS:
@@ -272,19 +242,19 @@ def cases() -> dict[str, Callable[[], None]]:
             add(model, "resharded", teacher="adapter off")
             add(model, "kept", teacher="adapter off", micro_batch=1)
     if "lora" in MODELS:
-        found["snapshot of an adapter"] = snapshot_of_an_adapter
-    found["gathered once per part"] = gathered_once_per_part
+        by_name["snapshot of an adapter"] = snapshot_of_an_adapter
+    by_name["gathered once per part"] = gathered_once_per_part
     for reshard in (False, True):
         for reduce in (None, torch.float32):
-            found[f"mixed precision, reshard={reshard}, reduce={reduce}"] = lambda reshard=reshard, reduce=reduce: (  # type: ignore[misc]
+            by_name[f"mixed precision, reshard={reshard}, reduce={reduce}"] = lambda reshard=reshard, reduce=reduce: (  # type: ignore[misc]
                 mixed_precision(reshard, reduce)
             )
     for model in ("plain", "tied", "lora"):
         for strategy in ("packed", "cached", "two_phase", "naive") if model in MODELS else ():
-            found[f"a step in mixed precision, {model}, {strategy}"] = lambda model=model, strategy=strategy: (  # type: ignore[misc]
+            by_name[f"a step in mixed precision, {model}, {strategy}"] = lambda model=model, strategy=strategy: (  # type: ignore[misc]
                 step_in_mixed_precision(model, strategy)
             )
-    return found
+    return {name: run if "mixed" in name else double_precision()(run) for name, run in by_name.items()}
 
 
 # A weight cannot be in two of FSDP2's units.
@@ -292,39 +262,16 @@ UNSHARDABLE = {(model, wrapper) for model in ("tied", "tied lora") for wrapper i
 
 
 def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    warnings.simplefilter("ignore")
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=RANKS, timeout=timedelta(seconds=20)
-    )
-    results = Path(folder, f"{rank}.json")
-    found: dict[str, str] = {}
-    for case, run in cases().items():
-        started = time.monotonic()
-        try:
-            with contextlib.nullcontext() if "mixed" in case else double_precision():
-                run()
-            found[case] = ""
-        except Exception:
-            found[case] = traceback.format_exc()
-        finally:
-            results.write_text(json.dumps(found))
-        # Whoever waited for the other in vain is no longer in step with it.
-        if "timeout" in found[case].lower() or time.monotonic() - started > 18:
-            break
-    with contextlib.suppress(Exception):
-        dist.destroy_process_group()
+    run_cases(rank, folder, cases(), ranks=RANKS)
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """What each rank found: "" for a case that is right, else why not; a case that was not reached is missing."""
+def verdicts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     folder = tmp_path_factory.mktemp("ranks")
     return verdicts_of(work, folder, str(folder), ranks=RANKS, seconds=SECONDS)
 
 
 @pytest.mark.parametrize("case", cases())
-def test_ranks_get_the_gradients_of_one_process(case: str, found: list[dict[str, str]]) -> None:
-    for rank, results in enumerate(found):
-        assert results.get(case, "it was not reached: the ranks hung, or died, in a case before") == "", f"rank {rank}"
+def test_ranks_get_the_gradients_of_one_process(case: str, verdicts: list[dict[str, str]]) -> None:
+    assert_right(case, verdicts)

@@ -5,16 +5,10 @@ The processes are started once, run all cases, and leave a file each with what t
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import json
 import os
-import traceback
-import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,8 +22,8 @@ from sdcore.models import find_body, head_of
 from sdcore.prefix import generate
 from sdcore.step import distill_step
 from sdcore.teachers import AdapterOff, Frozen, Live, Snapshot
-from tests.processes import verdicts_of
-from tests.sdcore.prefix.models import tiny
+from tests.processes import assert_right, run_cases, verdicts_of
+from tests.sdcore.prefix.models import assert_same_gradients, tiny
 from tests.sdcore.test_heads_distributed import MODELS, plan_of
 
 RANKS = 2
@@ -63,9 +57,9 @@ def gradients(engine: Any) -> dict[str, Tensor]:
     from deepspeed.utils import safe_get_full_grad
 
     named = {name: weight for name, weight in engine.module.named_parameters() if weight.requires_grad}
-    found = {name: safe_get_full_grad(weight) for name, weight in named.items()}
-    assert [name for name, grad in found.items() if grad is None] == []
-    return {name: grad.clone() for name, grad in found.items()}
+    grads = {name: safe_get_full_grad(weight) for name, weight in named.items()}
+    assert [name for name, grad in grads.items() if grad is None] == []
+    return {name: grad.clone() for name, grad in grads.items()}
 
 
 def teacher_of(kind: str) -> Any:
@@ -84,12 +78,6 @@ def of_one_process(model: str, teacher: str) -> tuple[list[Tensor], dict[str, Te
     return losses, {name: weight.grad / RANKS for name, weight in named.items() if weight.grad is not None}
 
 
-def require_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    errors = {name: float((found[name] - grad).norm() / grad.norm()) for name, grad in expected.items()}
-    assert {name: error for name, error in errors.items() if not error < 1e-4} == {}
-
-
 def compare(model: str, *, teacher: str = "live", strategy: Any = "packed", **options: Any) -> None:
     """A step of both ranks gives the mean of what each plan gives in a process of its own."""
     engine, rank = engine_of(MODELS[model]().float(), **options), dist.get_rank()
@@ -98,7 +86,7 @@ def compare(model: str, *, teacher: str = "live", strategy: Any = "packed", **op
     )
     losses, expected = of_one_process(model, teacher)
     assert torch.allclose(out.loss, losses[rank], rtol=1e-4), "the loss differs"
-    require_close(gradients(engine), expected)
+    assert_same_gradients(gradients(engine), expected, 1e-4)
 
 
 def steps_follow_each_other() -> None:
@@ -112,8 +100,8 @@ def steps_follow_each_other() -> None:
     for _ in range(3):
         distill_step(engine, plan_of(rank), teacher=taught, backward=engine.backward)
         engine.step()
-        for one in range(RANKS):
-            distill_step(alone, plan_of(one), teacher=taught, backward=lambda loss: (loss / RANKS).backward())
+        for other in range(RANKS):
+            distill_step(alone, plan_of(other), teacher=taught, backward=lambda loss: (loss / RANKS).backward())
         optimizer.step()
         optimizer.zero_grad()
     for weight, expected in zip(engine.module.parameters(), alone.parameters(), strict=True):
@@ -136,7 +124,8 @@ def a_bare_loop(model: str) -> None:
     alone = MODELS[model]().float()
     for ids in IDS:
         (step(alone, ids) / RANKS).backward()
-    require_close(gradients(engine), {n: w.grad for n, w in alone.named_parameters() if w.grad is not None})
+    expected = {name: weight.grad for name, weight in alone.named_parameters() if weight.grad is not None}
+    assert_same_gradients(gradients(engine), expected, 1e-4)
 
 
 def refusals() -> None:
@@ -154,11 +143,11 @@ def refusals() -> None:
 
 def cases() -> dict[str, Callable[[], None]]:
     """Every case has a name, and is run by both ranks in the same order."""
-    found: dict[str, Callable[[], None]] = {}
+    by_name: dict[str, Callable[[], None]] = {}
 
     def add(model: str, **how: Any) -> None:
         label = " ".join([model, *(f"{key}={value}" for key, value in how.items())])
-        found[label] = lambda: compare(model, **how)
+        by_name[label] = lambda: compare(model, **how)
 
     for model in MODELS:
         add(model)
@@ -172,48 +161,30 @@ def cases() -> dict[str, Callable[[], None]]:
     if "lora" in MODELS:
         add("lora", teacher="adapter off")
         add("lora", stage=2)
-        found["bare loop lora"] = lambda: a_bare_loop("lora")
-    found["bare loop plain"] = lambda: a_bare_loop("plain")
-    found["steps"] = steps_follow_each_other
-    found["refusals"] = refusals
-    return found
+        by_name["bare loop lora"] = lambda: a_bare_loop("lora")
+    by_name["bare loop plain"] = lambda: a_bare_loop("plain")
+    by_name["steps"] = steps_follow_each_other
+    by_name["refusals"] = refusals
+    return by_name
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
-    )
+def start_deepspeed() -> None:
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False)
-    results = Path(folder, f"{rank}.json")
-    found: dict[str, str] = {}
-    for case, run in cases().items():
-        try:
-            run()
-            found[case] = ""
-        except BaseException:  # pytest's Failed among them
-            found[case] = traceback.format_exc()
-        finally:
-            results.write_text(json.dumps(found))
-        # Whoever waited for the other in vain is no longer in step with it.
-        if "timeout" in found[case].lower():
-            break
-    with contextlib.suppress(Exception):
-        dist.destroy_process_group()
+
+
+def work(rank: int, folder: str) -> None:
+    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+    run_cases(rank, folder, cases(), ranks=RANKS, seconds=60, prepare=start_deepspeed)
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """What each rank found: "" for a case that is right, else why not; a case that was not reached is missing."""
+def verdicts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     folder = tmp_path_factory.mktemp("ranks")
     return verdicts_of(work, folder, str(folder), ranks=RANKS, seconds=SECONDS)
 
 
 @pytest.mark.parametrize("case", cases())
-def test_engines_get_the_gradients_of_one_process(case: str, found: list[dict[str, str]]) -> None:
-    for rank, results in enumerate(found):
-        assert results.get(case, "it was not reached: the ranks hung, or died, in a case before") == "", f"rank {rank}"
+def test_engines_get_the_gradients_of_one_process(case: str, verdicts: list[dict[str, str]]) -> None:
+    assert_right(case, verdicts)

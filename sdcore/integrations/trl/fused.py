@@ -17,8 +17,8 @@ from torch import nn
 
 from ...errors import ArgumentError, UnsupportedModelError
 from ...models import head_of
-from ...prefix.checks import Verify
 from ...prefix.choice import Strategy
+from ...prefix.verification import Verify
 
 TESTED = "1.16"  # of TRL
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any, NamedTuple, cast
 
@@ -126,7 +126,7 @@ def patch_forward(
         aux = by_products = None
         if teacher_topk_ids is not None and teacher_topk_log_probs is not None:
             scored = _scored_rows(Scored(teacher_topk_ids, teacher_topk_log_probs))
-            out = FusedLinearDivergence(**(loss.options | {"temperature": temperature}))(  # type: ignore[arg-type]
+            out = FusedLinearDivergence(**vars(replace(loss.options, temperature=temperature)))(
                 hidden,
                 head.weight,
                 student_head=head.transform,

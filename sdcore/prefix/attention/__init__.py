@@ -1,1 +1,1 @@
-"""Attention over one packed row: what attends to what, the function that transformers calls, and GPU kernels."""
+"""Attends over one packed row: what sees what, the function that transformers calls, and GPU kernels."""

@@ -1,4 +1,4 @@
-"""Attention over a packed row on a GPU: flash kernels on ragged segments, FlexAttention for windows and soft-caps.
+"""Attends over a packed row on a GPU: flash kernels on ragged segments, FlexAttention for windows and soft-caps.
 
 UNTESTED on a GPU: written without one at hand, after the signatures of torch 2.13 and flash-attn 2.8. Tests on a CPU
 put plain arithmetic in the place of the flash kernels, and run FlexAttention without a gradient.
@@ -32,7 +32,7 @@ def can_varlen(query: Tensor, value: Tensor, call: Call) -> bool:
 
 
 class Launch(NamedTuple):
-    """One call of a varlen kernel: the i-th span of queries against the i-th span of keys."""
+    """Describes one call of a varlen kernel: the i-th span of queries against the i-th span of keys."""
 
     queries: Tensor | None  # (n,) which tokens of the row; None: all of them, in order
     keys: Tensor | None  # (m,) which tokens of the row, or of all prefixes one after the other; None: all
@@ -45,12 +45,12 @@ class Launch(NamedTuple):
 
 
 def launches(row: Row, device: torch.device) -> list[Launch]:
-    """The first launch has every token of the row among its queries, in order; the others add to it."""
+    """Lists the calls; the first has every token of the row among its queries, in order, and the others add to it."""
     spans = [span for group in row.groups for span in (group.trunk, *group.branches) if span.length]
-    found = [_launch([(span, span) for span in spans], row.length, device, causal=True)]
+    calls = [_launch([(span, span) for span in spans], row.length, device, causal=True)]
     pairs = [(g.all_branches, g.trunk) for g in row.groups if g.all_branches.length and g.trunk.length]
     if pairs:
-        found.append(_launch(pairs, row.length, device))
+        calls.append(_launch(pairs, row.length, device))
     pairs, start = [], 0
     for group in row.groups:
         length = group.trunk.length + group.all_branches.length
@@ -58,8 +58,8 @@ def launches(row: Row, device: torch.device) -> list[Launch]:
             pairs.append((Span(group.trunk.start, length, 0), Span(start, group.prefix, 0)))
         start += group.prefix
     if pairs:
-        found.append(_launch(pairs, start, device, from_prefix=True))
-    return found
+        calls.append(_launch(pairs, start, device, from_prefix=True))
+    return calls
 
 
 def _launch(
@@ -104,7 +104,7 @@ def _rows(states: Tensor, index: Tensor | None) -> Tensor:
 
 
 def _prefix_states(call: Call) -> tuple[Tensor, Tensor]:
-    """(tokens, Hkv, D) of all prefixes, one after the other."""
+    """Returns keys and values (tokens, Hkv, D) of all prefixes, one after the other."""
     states = [prefix for prefix in call.prefixes if prefix is not None]
     keys, values = (torch.cat([state[i][0] for state in states], 1).transpose(0, 1) for i in (0, 1))
     return keys.contiguous(), values.contiguous()
@@ -120,7 +120,7 @@ def _sources(call: Call, key: Tensor, value: Tensor) -> Iterator[tuple[Launch, T
 
 
 def varlen_forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """(1, L, Hq, D) and the log-sum-exp (Hq, L) float32, of (1, heads, L, D) float16 or bfloat16."""
+    """Returns (1, L, Hq, D) and the log-sum-exp (Hq, L) float32, of (1, heads, L, D) float16 or bfloat16."""
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (L, heads, D)
     out, lse = torch.empty(()), torch.empty(())
     for launch, keys, values in _sources(call, key, value):
@@ -138,7 +138,7 @@ def varlen_forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tup
 def varlen_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, in their shapes."""
+    """Returns the gradients of query, key and value, in their shapes."""
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     grad, out = grad[0].contiguous(), out[0]
     grads: list[Tensor] = []
@@ -161,7 +161,7 @@ def varlen_backward(
 
 @cache
 def _flash_attn() -> Any:
-    """flash-attn's functions where it is installed, else None: torch's own copy of the kernel."""
+    """Returns flash-attn's functions where it is installed, else None: torch's own copy of the kernel is used."""
     if importlib.util.find_spec("flash_attn") is None:
         return None
     from flash_attn import flash_attn_interface  # type: ignore[import-not-found]
@@ -170,7 +170,7 @@ def _flash_attn() -> Any:
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, launch: Launch, scaling: float) -> tuple[Tensor, Tensor]:
-    """(n, Hq, D) and (Hq, n)."""
+    """Returns (n, Hq, D) and the log-sum-exp (Hq, n) of one launch."""
     bounds = (launch.query_bounds, launch.key_bounds, launch.longest_query, launch.longest_key)
     if (flash := _flash_attn()) is not None:
         return flash._flash_attn_varlen_forward(query, key, value, *bounds, 0.0, scaling, causal=launch.causal)[:2]
@@ -213,7 +213,7 @@ def _compiled_flex() -> Any:
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
-    """(1, L, Hq, Dv): the same attention, windows and soft-caps included, by FlexAttention."""
+    """Returns (1, L, Hq, Dv): the same attention, windows and soft-caps included, by FlexAttention."""
     prefixes = [prefix for prefix in call.prefixes if prefix is not None]
     if prefixes:
         key, value = (torch.cat([*(p[i] for p in prefixes), x], 2) for i, x in enumerate((key, value)))

@@ -1,4 +1,4 @@
-"""Attention over one packed row of trunks and branches, as a function that a transformers model can be told to use.
+"""Attends over one packed row of trunks and branches, by a function that a transformers model can be told to use.
 
     scores = query @ key.mT * scaling                          # (heads, L, L), never formed for the whole row
     scores = softcap * tanh(scores / softcap)                  # where the model does so
@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ...errors import UnsupportedModelError
-from . import cuda as attention_cuda
+from . import cuda
 from .segments import ROW, Block, Call, KeyValue, Row, cut
 
 NAME = "sdcore_packed"
@@ -44,7 +44,7 @@ PLAIN_QUERIES = 128
 
 @dataclass(eq=False)
 class RowContext:
-    """What one pass over one row needs in every layer."""
+    """Holds what one pass over one row needs in every layer."""
 
     row: Row
     # Per group of the row: the layers' keys and values of the prefix, at least `group.prefix` tokens; None without one.
@@ -62,7 +62,7 @@ class RowContext:
 
 
 class RowMask:
-    """What the model takes for its attention mask: the row, and the window that it asked a mask for.
+    """Stands where the model has its attention mask, and holds the row and the window that a mask was asked for.
 
     No dataclass: of one among a layer's arguments FSDP2's mixed precision makes a copy, and records would be put there.
     """
@@ -77,7 +77,7 @@ _ACTIVE: ContextVar[RowContext | None] = ContextVar("sdcore_packed_row", default
 
 @contextmanager
 def row_context(context: RowContext) -> Iterator[None]:
-    """Inside, models in packed mode make their masks from this context."""
+    """Lets models in packed mode make their masks from this context, while entered."""
     token = _ACTIVE.set(context)
     try:
         yield
@@ -95,7 +95,7 @@ def packed_mask(
     use_vmap: bool = False,
     **_: Any,  # offsets, dtype, device, config, and the mask that the row's positions seem to ask for
 ) -> RowMask:
-    """The mask function to `packed_attention`."""
+    """Makes the mask that `packed_attention` expects; transformers' models call it."""
     context = _ACTIVE.get()
     if context is None:
         raise RuntimeError(f"a model in {NAME} mode can only be called by sdcore.prefix.strategies.packed")
@@ -124,7 +124,7 @@ def packed_attention(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers' models call: (1, L, Hq, Dv), and no attention weights."""
+    """Returns (1, L, Hq, Dv), and no attention weights; transformers' models call it."""
     if not isinstance(attention_mask, RowMask):
         got = type(attention_mask).__name__
         raise UnsupportedModelError(f"{_where(module)} makes its attention mask without transformers' masks: got {got}")
@@ -197,31 +197,31 @@ def _index(module: torch.nn.Module, layer: int | None) -> int:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
-    """(1, L, Hq, Dv) from (1, Hq, L, D), (1, Hkv, L, D) and (1, Hkv, L, Dv); differentiable in the three."""
+    """Computes (1, L, Hq, Dv) from (1, Hq, L, D), (1, Hkv, L, D) and (1, Hkv, L, Dv); differentiable in the three."""
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     special = call.softcap is not None or call.window is not None
-    if special and attention_cuda.can_flex(query, value):
-        return attention_cuda.flex(query, key, value, call)
+    if special and cuda.can_flex(query, value):
+        return cuda.flex(query, key, value, call)
     return _RowAttention.apply(query, key, value, call)
 
 
 class _RowAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
-        ctx.call, ctx.varlen = call, attention_cuda.can_varlen(query, value, call)
-        forward = attention_cuda.varlen_forward if ctx.varlen else blockwise_forward
+        ctx.call, ctx.varlen = call, cuda.can_varlen(query, value, call)
+        forward = cuda.varlen_forward if ctx.varlen else blockwise_forward
         out, lse = forward(query, key, value, call)
         ctx.save_for_backward(query, key, value, out, lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        backward: Any = attention_cuda.varlen_backward if ctx.varlen else blockwise_backward
+        backward: Any = cuda.varlen_backward if ctx.varlen else blockwise_backward
         return (*backward(grad, *ctx.saved_tensors, ctx.call), None)
 
 
 def blockwise_forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """(1, L, Hq, Dv) and the log-sum-exp (1, L, Hq), rectangle by rectangle."""
+    """Returns (1, L, Hq, Dv) and the log-sum-exp (1, L, Hq), computed rectangle by rectangle."""
     kernel = _kernel(query, value, call)
     _, heads, length, _ = query.shape
     out = query.new_empty(1, length, heads, value.shape[-1])
@@ -244,7 +244,7 @@ def blockwise_forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> 
 def blockwise_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, in their shapes."""
+    """Returns the gradients of query, key and value, in their shapes."""
     kernel = _kernel(query, value, call)
     grad_query, grad_key, grad_value = (_empty_like(x) for x in (query, key, value))
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
@@ -267,7 +267,7 @@ def blockwise_backward(
 
 
 def _empty_like(states: Tensor) -> Tensor:
-    """(1, heads, L, D), laid out as the transpose of (1, L, heads, D), which is how models hold it."""
+    """Makes (1, heads, L, D), laid out as the transpose of (1, L, heads, D), which is how models hold it."""
     return torch.empty_like(states.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
@@ -287,7 +287,7 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 class Kernel(NamedTuple):
-    """Attention of one rectangle: queries (C, Hq, n, D), keys (C, Hkv, m, D), values (C, Hkv, m, Dv)."""
+    """Attends in one rectangle: queries (C, Hq, n, D), keys (C, Hkv, m, D), values (C, Hkv, m, Dv)."""
 
     # (query, keys, values, block, call) -> out (C, Hq, n, Dv), lse (C, Hq, n)
     forward: Callable[..., tuple[Tensor, Tensor]]
@@ -316,7 +316,7 @@ def _fused_backward(
 
 
 def _scores(query: Tensor, key: Tensor, block: Block, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Scores (C, Hkv, heads per key · n, m), the queries folded like that, and tanh where scores are soft-capped."""
+    """Returns scores (C, Hkv, heads per key · n, m), the queries folded so, and tanh where scores are soft-capped."""
     dtype = _accumulator(query.dtype)
     folded = query.to(dtype).reshape(query.shape[0], key.shape[1], -1, query.shape[-1])
     scores, bent = folded @ key.to(dtype).mT * call.scaling, None

@@ -4,9 +4,12 @@ A row holds groups one after the other, a group is `[trunk | branch 0 | branch 1
 that is not in the row: keys and values from another pass, `prefix` tokens of them. A token sees the prefix and the
 trunk of its group, and its own branch, up to its own position; with a sliding window only the last `window` of these.
 
-`blocks` cuts that into rectangles of queries and keys that a dense attention kernel can do. Every visible pair of
+`Row.blocks` cuts that into rectangles of queries and keys that a dense attention kernel can do. Every visible pair of
 tokens is in exactly one rectangle, and every query of a rectangle sees at least one of its keys: kernels disagree on
 what the softmax over nothing is.
+
+`Call` goes from these integers to tensors: it gives each rectangle's keys and values (`cut`), from the row or from a
+prefix, and its mask. The kernels that take them are in `function` and `cuda`.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ ROW = -1
 
 
 class Span(NamedTuple):
-    """Neighbouring tokens of the row, and the absolute position of the first in its sequence."""
+    """Names neighbouring tokens of the row, and the absolute position of the first in its sequence."""
 
     start: int
     length: int
@@ -38,7 +41,7 @@ class Span(NamedTuple):
 
 
 class Group(NamedTuple):
-    """A trunk, what it continues, and its branches. Spans of length 0 are allowed."""
+    """Names a trunk, what it continues, and its branches. Spans of length 0 are allowed."""
 
     prefix: int  # tokens before the trunk whose keys and values are not in the row
     trunk: Span
@@ -51,7 +54,7 @@ class Group(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Queries `query .. query + queries` of the row against keys `key .. key + keys` of the row or of a prefix."""
+    """Puts queries `query .. query + queries` of the row against keys `key .. key + keys` of it or of a prefix."""
 
     query: int
     queries: int
@@ -67,7 +70,7 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """The groups of one packed row, in order and without gaps."""
+    """Lists the groups of one packed row, in order and without gaps."""
 
     groups: tuple[Group, ...]
 
@@ -77,31 +80,31 @@ class Row:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence in the row, from position 0."""
+        """Counts the tokens of the longest sequence in the row, from position 0."""
         spans = [span for group in self.groups for span in (group.trunk, *group.branches)]
         return max((span.position + span.length for span in spans), default=0)
 
     def blocks(self, window: int | None = None, *, at_most: int | None = None) -> list[Block]:
-        """The rectangles, those that open their queries first. `at_most` bounds the queries of each."""
+        """Returns the rectangles, first those that open their queries. `at_most` bounds the queries of each."""
         if window is not None and window >= self.longest:
             window = None
-        found: list[Block] = []
+        rectangles: list[Block] = []
         for group in self.groups:
             for span, copies in _runs([group.trunk, *group.branches]):
-                found += _own(span, copies, window, at_most)
+                rectangles += _own(span, copies, window, at_most)
         for index, group in enumerate(self.groups):
             trunk, prefix = group.trunk, Span(0, group.prefix, 0)
             # Without a window the branches see all of it: one rectangle for all of them, however long each is.
             branches = [group.all_branches] if window is None else group.branches
             for span in branches:
-                found += _across(span, trunk, ROW, window, at_most)
+                rectangles += _across(span, trunk, ROW, window, at_most)
             for span in (trunk, *branches):
-                found += _across(span, prefix, index, window, at_most)
-        return found
+                rectangles += _across(span, prefix, index, window, at_most)
+        return rectangles
 
 
 def pack(groups: Sequence[tuple[int, int, Sequence[int]]]) -> Row:
-    """The row of these groups, each given as (prefix tokens, trunk tokens, tokens of each branch)."""
+    """Lays out a row of these groups, each given as (prefix tokens, trunk tokens, tokens of each branch)."""
     packed, start = [], 0
     for prefix, trunk_length, branch_lengths in groups:
         trunk = Span(start, trunk_length, prefix)
@@ -115,14 +118,14 @@ def pack(groups: Sequence[tuple[int, int, Sequence[int]]]) -> Row:
 
 
 def _runs(spans: Sequence[Span]) -> Iterator[tuple[Span, int]]:
-    """Spans with tokens; neighbours of one length are one entry, with their number."""
+    """Yields spans with tokens; neighbours of one length are one entry, with their number."""
     for _, run in groupby((span for span in spans if span.length), key=lambda span: span.length):
         same = list(run)
         yield same[0], len(same)
 
 
 def _own(span: Span, copies: int, window: int | None, at_most: int | None) -> Iterator[Block]:
-    """A span (or `copies` of its length) against itself, causal."""
+    """Cuts a span (or `copies` of its length) against itself, causal."""
     short = at_most is None or span.length <= at_most
     if short and (window is None or span.length <= window):
         yield Block(span.start, span.length, span.start, span.length, 0, causal=True, copies=copies, opens=True)
@@ -144,7 +147,7 @@ def _own(span: Span, copies: int, window: int | None, at_most: int | None) -> It
 
 
 def _across(queries: Span, keys: Span, source: int, window: int | None, at_most: int | None) -> Iterator[Block]:
-    """Queries against keys that all come before them."""
+    """Cuts queries against keys that all come before them."""
     length, behind = queries.length, queries.position - keys.position
     if window is not None:
         # The later ones are further than a window from the last key.
@@ -168,13 +171,13 @@ def _across(queries: Span, keys: Span, source: int, window: int | None, at_most:
 
 
 def _step(window: int | None, at_most: int | None) -> int:
-    """Queries per rectangle: with a window few enough that most of what is computed is visible."""
+    """Returns the queries per rectangle: with a window few enough that most of what is computed is visible."""
     return min(at_most or 256, max(64, window or 256))
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One attention over a row."""
+    """Describes one attention over a row: what it borrows, scales, bounds and remembers."""
 
     row: Row
     prefixes: tuple[Any, ...]  # per group KeyValue or None
@@ -189,7 +192,7 @@ class Call:
         return cut(key, block.key, block.keys, block.copies), cut(value, block.key, block.keys, block.copies)
 
     def mask_of(self, block: Block, like: Tensor) -> Tensor | None:
-        """(queries, keys) of 0 and -inf in the dtype of `like`, or None where the kernel's causal flag says it all."""
+        """Returns (queries, keys) of 0 and -inf as `like`, or None where the kernel's causal flag says it all."""
         if not block.masked:
             return None
         name = (block.queries, block.keys, block.offset, self.window, like.dtype, like.device)
@@ -204,6 +207,6 @@ class Call:
 
 
 def cut(states: Tensor, start: int, count: int, copies: int = 1) -> Tensor:
-    """(copies, heads, count, ...) of (1, heads, L, ...), without copying."""
+    """Returns (copies, heads, count, ...) of (1, heads, L, ...), without copying."""
     part = states.narrow(2, start, copies * count)
     return part if copies == 1 else part.unflatten(2, (copies, count)).squeeze(0).transpose(0, 1)

@@ -1,4 +1,4 @@
-"""What the passes of a plan cost, naive and shared, by counting: tokens, FLOPs and bytes. Integers only.
+"""Counts what the passes of a plan cost, naive and shared: tokens, FLOPs and bytes. Integers only.
 
 What is counted. A linear layer costs 2 FLOPs per weight and token; attention 2 FLOPs per pair of a query and a key that
 it may see, per entry of the head's key and value, with windows, exactly summed over the positions; linear attention its
@@ -30,7 +30,7 @@ STRATEGIES = ("packed", "cached", "two_phase", "naive")
 
 @dataclass(frozen=True, kw_only=True)
 class PassCost:
-    """One pass over all groups. `naive_…` is what it costs with every completion as a sequence of its own."""
+    """Is one pass over all groups. `naive_…` is what it costs with every completion as a sequence of its own."""
 
     tokens: int
     naive_tokens: int
@@ -48,7 +48,7 @@ class PassCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Both passes of a plan, and the lm_head's part, which sharing does not change."""
+    """Sums up both passes of a plan, and the lm_head's part, which sharing does not change."""
 
     strategy: str
     student: PassCost
@@ -65,27 +65,27 @@ class Cost:
 
     @property
     def flops(self) -> int:
-        """Without the lm_head."""
+        """Leaves out the lm_head, which `head_flops` counts."""
         return self.student.flops + (self.teacher.flops if self.teacher else 0)
 
     @property
     def naive_flops(self) -> int:
-        """Without the lm_head."""
+        """Leaves out the lm_head, as `flops` does."""
         return self.student.naive_flops + (self.teacher.naive_flops if self.teacher else 0)
 
     @property
     def speedup(self) -> float:
-        """Of the passes, without the lm_head."""
+        """Compares the passes, without the lm_head."""
         return _ratio(self.naive_flops, self.flops)
 
     @property
     def step_speedup(self) -> float:
-        """Of the whole step: the passes and the lm_head."""
+        """Compares the whole step: the passes and the lm_head."""
         return _ratio(self.naive_flops + self.head_flops, self.flops + self.head_flops)
 
 
 class TreeSizes(NamedTuple):
-    """The lengths of a `Tree`, of the completions that have rows only."""
+    """Holds the lengths of a `Tree`, of the completions that have rows only."""
 
     trunk: int
     branches: tuple[int, ...]
@@ -113,7 +113,7 @@ def cost(
     micro_batch: int | None = None,
     dtype_bytes: int = 2,
 ) -> Cost:
-    """Count what the passes of a plan cost in a model, and what they would cost naively.
+    """Counts what the passes of a plan cost in a model, and what they would cost naively.
 
     `config` is a Hugging Face configuration or a `ModelSizes`. `teacher_shares`: the teacher has the student's weights
     and reads its states of the tokens that both prompts begin with (a live teacher). `training`: the student's pass has
@@ -143,7 +143,7 @@ def cost_of_sizes(
     micro_batch: int | None = None,
     dtype_bytes: int = 2,
 ) -> Cost:
-    """`cost` of one group of equal completions, without tokens: P, C, R and G.
+    """Counts the `cost` of one group of equal completions, without tokens: P, C, R and G.
 
     The teacher's prompt is the student's with the context put in before its last `tail_tokens` tokens (those of the
     generation prompt). `context_per_completion`: each completion has another context.
@@ -224,7 +224,7 @@ def _tokens(spans: Sequence[tuple[int, int]]) -> int:
 
 
 def _flops(spans: Sequence[tuple[int, int]], sizes: ModelSizes) -> int:
-    """Forward FLOPs of the tokens at positions [start, end) of sequences whose earlier tokens are known."""
+    """Counts forward FLOPs of the tokens at positions [start, end) of sequences whose earlier tokens are known."""
     tokens = _tokens(spans)
     windows = {layer.window for layer in sizes.layers}
     pairs = {window: sum(_pairs(start, end, window) for start, end in spans) for window in windows}
@@ -235,14 +235,14 @@ def _flops(spans: Sequence[tuple[int, int]], sizes: ModelSizes) -> int:
 
 
 def _pairs(start: int, end: int, window: int | None) -> int:
-    """Σ over positions p in [start, end) of the tokens that p sees: p + 1, or `window` where that is less."""
+    """Sums over positions p in [start, end) the tokens that p sees: p + 1, or `window` where that is less."""
     full_until = end if window is None else max(start, min(end, window))
     below = (full_until * (full_until + 1) - start * (start + 1)) // 2
     return below + (end - full_until) * (window or 0)
 
 
 def _prompt_bytes(tree: TreeSizes, sizes: ModelSizes, options: _Options) -> int:
-    """What the layers remember of a trunk."""
+    """Counts what the layers remember of a trunk."""
     if not tree.branches:
         return 0
     return options.dtype_bytes * sum(
@@ -253,7 +253,7 @@ def _prompt_bytes(tree: TreeSizes, sizes: ModelSizes, options: _Options) -> int:
 def _kept_bytes(
     trees: Sequence[TreeSizes], naive: Sequence[tuple[int, int]], sizes: ModelSizes, options: _Options
 ) -> int:
-    """What a strategy keeps for backward at its peak; `naive` are the spans of whole sequences."""
+    """Counts what a strategy keeps for backward at its peak; `naive` are the spans of whole sequences."""
     if options.strategy == "naive":
         return _bytes_of_layers(naive, sizes, options, strategy="naive")
     if options.strategy != "two_phase":
@@ -271,7 +271,7 @@ def _kept_bytes(
 
 
 def _working_bytes(trees: Sequence[TreeSizes], read_shared: bool, sizes: ModelSizes, options: _Options) -> int:
-    """Without a gradient a layer's tensors are gone when the next one runs."""
+    """Counts what the largest layer holds; without a gradient its tensors are gone when the next one runs."""
     first = [(tree.shared if read_shared else 0, tree.trunk) for tree in trees if tree.branches]
     rest = [sorted(((tree.trunk, tree.trunk + n) for n in tree.branches), reverse=True) for tree in trees]
     if options.strategy == "naive":
@@ -286,11 +286,11 @@ def _working_bytes(trees: Sequence[TreeSizes], read_shared: bool, sizes: ModelSi
     def held(layer: LayerSizes, batch: Sequence[tuple[int, int]]) -> int:
         kept = layer.kept * own + (layer.kept_float32 + layer.kept_chunked) * wide
         # Attention and feed-forward layer take turns: about two thirds of what backward would need is there at a time.
-        found = _tokens(batch) * kept * 2 // 3
+        held_bytes = _tokens(batch) * kept * 2 // 3
         if layer.score_heads and options.strategy != "packed":
             # The scores, with the mask, their exponentials and the probabilities.
-            found += 3 * wide * layer.score_heads * sum((end - start) * end for start, end in batch)
-        return found
+            held_bytes += 3 * wide * layer.score_heads * sum((end - start) * end for start, end in batch)
+        return held_bytes
 
     return max((held(layer, batch) for layer in set(sizes.layers) for batch in batches), default=0)
 
@@ -301,7 +301,7 @@ def _bytes_of_tree(tree: TreeSizes, branches: Sequence[int], sizes: ModelSizes, 
 
 
 def _bytes_of_layers(spans: Sequence[tuple[int, int]], sizes: ModelSizes, options: _Options, *, strategy: str) -> int:
-    """Of the tokens at positions [start, end) of sequences whose earlier tokens are read."""
+    """Counts what is kept of the tokens at positions [start, end) of sequences whose earlier tokens are read."""
     tokens, counted = _tokens(spans), Counter(spans)
     kinds = {layer: _bytes_of_layer(layer, counted, options, strategy) for layer in set(sizes.layers)}
     of_layers = [kinds[layer] for layer in sizes.layers]
@@ -315,11 +315,13 @@ def _bytes_of_layers(spans: Sequence[tuple[int, int]], sizes: ModelSizes, option
 
 def _bytes_of_layer(layer: LayerSizes, spans: Counter[tuple[int, int]], options: _Options, strategy: str) -> int:
     own, wide = options.dtype_bytes, max(4, options.dtype_bytes)
-    found = 0
+    kept_bytes = 0
     for (start, end), count in spans.items():
         tokens = end - start
         chunks = -(-tokens // LINEAR_CHUNK) * LINEAR_CHUNK
-        found += count * (tokens * (layer.kept * own + layer.kept_float32 * wide) + chunks * layer.kept_chunked * wide)
+        kept_bytes += count * (
+            tokens * (layer.kept * own + layer.kept_float32 * wide) + chunks * layer.kept_chunked * wide
+        )
         if strategy == "packed" or not layer.score_width or not tokens:
             continue
         read = start if layer.window is None else min(start, layer.window - 1)
@@ -327,14 +329,14 @@ def _bytes_of_layer(layer: LayerSizes, spans: Counter[tuple[int, int]], options:
         if layer.score_heads:
             # Probabilities in float32 and, where that is wider, in the model's dtype; tanh of the scores.
             scores = wide + (own if own < wide else 0) + (own if layer.softcapped else 0)
-            found += count * layer.score_heads * tokens * keys * scores
+            kept_bytes += count * layer.score_heads * tokens * keys * scores
         elif read or (layer.window is not None and layer.window < tokens):
-            found += count * tokens * keys * own  # the mask, as numbers to add, of each sequence
+            kept_bytes += count * tokens * keys * own  # the mask, as numbers to add, of each sequence
         else:
             continue
         # Keys and values, also those of the prefix, once for each head that reads them.
-        found += count * (keys * layer.groups - tokens) * layer.kv_entries * own
-    return found
+        kept_bytes += count * (keys * layer.groups - tokens) * layer.kv_entries * own
+    return kept_bytes
 
 
 def _ratio(naive: int, shared: int) -> float:

@@ -1,4 +1,4 @@
-"""What a token costs in a model, from its configuration: weights that it passes, keys that it leaves, entries kept.
+"""Says what a token costs in a model, from its configuration: weights passed, keys left behind, entries kept.
 
 A linear layer is counted by the entries of its matrix, of experts those that a token is sent to. Norms, activations and
 the embedding are not. What backward keeps is counted operator by operator of transformers' own code: the input of every
@@ -44,7 +44,7 @@ COMPOSITE_ACTIVATIONS = {"gelu_new": 3, "gelu_fast": 4, "quick_gelu": 1}
 
 
 class Norm(NamedTuple):
-    """Entries that a norm keeps of each that it norms, without its output."""
+    """Counts the entries that a norm keeps of each that it norms, without its output."""
 
     own: int  # in the model's dtype
     float32: int
@@ -55,7 +55,7 @@ LLAMA_NORM = Norm(own=1, float32=1)  # the input, widened; what the weight multi
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSizes:
-    """What one decoder layer costs."""
+    """Says what one decoder layer costs."""
 
     weights: int  # entries of the matrices that a token passes
     score_width: int = 0  # attention: query heads × (entries of a key + of a value); 0 where there is none
@@ -73,7 +73,7 @@ class LayerSizes:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSizes:
-    """What a token costs in a model."""
+    """Says what a token costs in a model."""
 
     layers: tuple[LayerSizes, ...]
     hidden: int
@@ -93,7 +93,10 @@ class ModelSizes:
         window: int | None = None,
         gated: bool = True,
     ) -> ModelSizes:
-        """A decoder of equal layers. `kv_heads` None: as many as `heads`; `head_dim` None: `hidden // heads`."""
+        """Describes a decoder of equal layers.
+
+        `kv_heads` None: as many as `heads`; `head_dim` None: `hidden // heads`.
+        """
         head = head_dim or hidden // heads
         weights, kept = _feed_forward(hidden, intermediate, gated=gated)
         layer = _attention_layer(
@@ -110,7 +113,7 @@ class ModelSizes:
 
 
 def model_sizes(config: Any) -> ModelSizes:
-    """What a token costs, from a Hugging Face configuration; a `ModelSizes` is returned as it is."""
+    """Reads from a Hugging Face configuration what a token costs; a `ModelSizes` is returned as it is."""
     if isinstance(config, ModelSizes):
         return config
     if hasattr(config, "get_text_config"):
@@ -177,7 +180,7 @@ def _norm_of(family: str) -> Norm:
 
 
 def _norms_of(family: str, hidden: int) -> Norm:
-    """What the norms of a layer keep, with the inputs of the projections and of the feed-forward layer."""
+    """Counts what the norms of a layer keep, with the inputs of the projections and of the feed-forward layer."""
     norm = _norm_of(family)
     if family.startswith(CENTRED_NORMS):
         return Norm(hidden * (norm.own + 1), hidden * norm.float32)
@@ -187,13 +190,13 @@ def _norms_of(family: str, hidden: int) -> Norm:
 
 
 def _feed_forward(hidden: int, intermediate: int, *, gated: bool, activation: str = "") -> tuple[int, int]:
-    """Weights, and entries kept: each activation's input, each product's factors and the input of the last matrix."""
+    """Counts weights and kept entries: inputs of activations, factors of products, the input of the last matrix."""
     kept = (4 if gated else 2) + COMPOSITE_ACTIVATIONS.get(activation, 0)
     return (3 if gated else 2) * hidden * intermediate, kept * intermediate
 
 
 def _feed_forward_of(config: Any, layer: int, *, gated: bool) -> tuple[int, int, int]:
-    """The same for a layer of a configuration, which may be a mixture of experts, and float32 entries kept."""
+    """Counts the same for a layer that may be a mixture of experts, and its kept float32 entries."""
     hidden = config.hidden_size
     activation = str(getattr(config, "hidden_act", None) or getattr(config, "activation_function", ""))
     dense = getattr(config, "intermediate_size", None) or 4 * hidden
@@ -252,7 +255,7 @@ def _attention_layer(
 
 
 def _linear_layer(config: Any, *, weights: int, kept: Norm) -> LayerSizes:
-    """Gated delta rule, as in Qwen3-Next: queries, keys, values and a gate, a short convolution, a state per head."""
+    """Counts a gated delta rule, as in Qwen3-Next: a short convolution, a gate, and a state per head."""
     hidden, heads = config.hidden_size, config.linear_num_value_heads
     key, value = config.linear_key_head_dim, config.linear_value_head_dim
     keys, values = config.linear_num_key_heads * key, heads * value

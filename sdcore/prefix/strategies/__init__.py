@@ -1,1 +1,1 @@
-"""The ways to run a plan's passes: naive, cached, packed and two_phase, each with one `hidden_states` per tree."""
+"""Runs a plan's passes in one of four ways: naive, cached, packed or two_phase, each a module with `hidden_states`."""

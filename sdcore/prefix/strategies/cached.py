@@ -1,4 +1,4 @@
-"""The trunk once, into a cache; then its branches as a batch that reads it. One backward goes through all of it.
+"""Runs the trunk once, into a cache; then its branches as a batch that reads it. One backward goes through all.
 
     states, trunk_hidden = run_recording(body, tree.trunk)
     branch_hidden = run_reading(body, pad(tree.branches), states)
@@ -29,18 +29,20 @@ Piece = tuple[slice, Tensor]  # where rows are among all, and their states (R, H
 
 @dataclass(frozen=True, eq=False)
 class PromptStates:
-    """What a student's pass leaves to a teacher's of the same weights: detached states of each group's prompt."""
+    """Holds what a student's pass leaves to a teacher's of the same weights: detached states of each group's prompt."""
 
     groups: tuple[tuple[TrunkStates, ...], ...]  # B of: after the whole prompt, and maybe after less of it
 
     def start_of(self, group: int, tree: Tree, body: Body) -> TrunkStates | None:
-        """The states after the first `tree.shared` tokens of a group, or after as many as there are states for."""
-        found = [
+        """Returns the states after the first `tree.shared` tokens of a group, or after as many as there are."""
+        candidates = [
             states.up_to(tree.shared, body)
             for states in self.groups[group]
             if tree.shared and far(body, states.length) == far(body, len(tree.trunk))
         ]
-        return max((states for states in found if states is not None), key=lambda states: states.length, default=None)
+        return max(
+            (states for states in candidates if states is not None), key=lambda states: states.length, default=None
+        )
 
 
 def hidden_states(
@@ -51,7 +53,7 @@ def hidden_states(
     record: bool | Sequence[int] = False,
     micro_batch: int | None = None,
 ) -> tuple[Tensor, PromptStates | None]:
-    """The (N, H) states that predict each completion token, in the order group, completion, position.
+    """Returns the (N, H) states that predict each completion token, in the order group, completion, position.
 
     With a graph if gradients are enabled. `record` also returns the trunks' states, detached, for a teacher's pass:
     True, or per group how many tokens of its trunk that pass will read, which recurrent layers have to know beforehand.
@@ -61,7 +63,7 @@ def hidden_states(
     Raises `UnsupportedModelError` for models whose prefix cannot be shared, and for reentrant checkpointing.
     """
     require_readable(body, trees)
-    found: list[Piece] = []
+    pieces: list[Piece] = []
     recorded: list[tuple[TrunkStates, ...]] = []
     for g, (tree, slices) in enumerate(zip(trees, row_slices(trees), strict=True)):
         kept: tuple[TrunkStates, ...] = ()
@@ -70,14 +72,14 @@ def hidden_states(
             trunk = run_trunk(body, tree, start, split_at=0 if isinstance(record, bool) else record[g])
             kept = () if record is False else trunk.detached()
             for batch in branch_batches(body, tree, micro_batch=micro_batch):
-                found += run_branches(body, tree, batch, trunk.whole, trunk.last, slices)
+                pieces += run_branches(body, tree, batch, trunk.whole, trunk.last, slices)
         recorded.append(kept)
-    return in_order(body, found, trees), None if record is False else PromptStates(tuple(recorded))
+    return in_order(body, pieces, trees), None if record is False else PromptStates(tuple(recorded))
 
 
 @dataclass(frozen=True, eq=False)
 class Trunk:
-    """A trunk that has been run."""
+    """Is a trunk that has been run."""
 
     states: tuple[TrunkStates, ...]  # after all of it, and maybe after less; none where the trunk is empty
     last: Tensor | None  # (H,) the hidden state of its last token; None where the trunk is empty
@@ -91,7 +93,7 @@ class Trunk:
 
 
 def run_trunk(body: Body, tree: Tree, start: TrunkStates | None = None, *, split_at: int = 0) -> Trunk:
-    """Run what `start` does not hold of a trunk. Recurrent layers' states are kept after `split_at` tokens too."""
+    """Runs what `start` does not hold of a trunk. Recurrent layers' states are kept after `split_at` tokens too."""
     if len(tree.trunk) == 0:
         return Trunk((), None)
     done = 0 if start is None else start.length
@@ -109,15 +111,15 @@ def run_trunk(body: Body, tree: Tree, start: TrunkStates | None = None, *, split
 
 
 def branch_batches(body: Body, tree: Tree, *, micro_batch: int | None = None) -> list[list[int]]:
-    """The completions with rows in batches of at most `micro_batch` branches of similar length, the longest first.
+    """Batches completions with rows: at most `micro_batch` branches of similar length, the longest first.
 
     A completion with nothing to run, since its only row is the trunk's last state, is no burden to the last batch.
     """
     running = [i for i in tree.active if len(tree.branches[i])]
     lengths = [len(tree.branches[i]) for i in running]
-    found = buckets(lengths, free_padding=FREE_PADDING) if len(tree.trunk) else length_buckets(body, lengths)
+    alike = buckets(lengths, free_padding=FREE_PADDING) if len(tree.trunk) else length_buckets(body, lengths)
     step = micro_batch or max(1, len(running))
-    batches = [[running[i] for i in bucket[at : at + step]] for bucket in found for at in range(0, len(bucket), step)]
+    batches = [[running[i] for i in bucket[at : at + step]] for bucket in alike for at in range(0, len(bucket), step)]
     standing = [i for i in tree.active if not len(tree.branches[i])]
     if not batches:
         return [standing] if standing else []
@@ -132,7 +134,7 @@ def run_branches(
     last: Tensor | None,
     slices: Sequence[slice],
 ) -> list[Piece]:
-    """Run these completions' branches after a prefix. `last` (H,) is the trunk's last hidden state, a row of some."""
+    """Runs these completions' branches after a prefix. `last` (H,) is the trunk's last hidden state, a row of some."""
     running = [i for i in batch if len(tree.branches[i])]
     states: dict[int, Tensor] = {}
     if running:

@@ -1,4 +1,4 @@
-"""A model's memory of a trunk, recorded once and read by every branch, with gradient.
+"""Records a model's memory of a trunk once, for every branch to read, with gradient.
 
 `run_recording` runs tokens and keeps what each layer remembers of them: keys and values, or, of recurrent layers, the
 states after the last token. `run_reading` runs a batch of branches that all continue there:
@@ -35,7 +35,7 @@ ATTENTION_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_att
 
 @dataclass(frozen=True, eq=False)
 class TrunkStates:
-    """What every layer remembers after `length` tokens of one sequence.
+    """Holds what every layer remembers after `length` tokens of one sequence.
 
     A layer with attention has (keys, values), each (1, heads, length or less, head size); a recurrent one
     (convolution inputs, state) of each of its states, (1, channels, kernel) and (1, ...).
@@ -54,7 +54,7 @@ class TrunkStates:
         return [state for layer in self.layers for state in layer]
 
     def reachable(self, body: Body) -> TrunkStates:
-        """Without the keys and values that no later token's window reaches."""
+        """Drops the keys and values that no later token's window reaches."""
         layers = tuple(
             layer if window is None else tuple(_last(state, window - 1) for state in layer)
             for layer, window in zip(self.layers, body.windows, strict=True)
@@ -62,7 +62,7 @@ class TrunkStates:
         return replace(self, layers=layers)
 
     def up_to(self, length: int, body: Body) -> TrunkStates | None:
-        """The states after at most `length` tokens; None where a recurrent layer, or a window, is past them."""
+        """Returns the states after at most `length` tokens; None where a recurrent layer, or a window, is past them."""
         if length >= self.length:
             return self
         if body.recurrent or any(keys.shape[2] < self.length for keys, _ in self.layers):
@@ -71,7 +71,7 @@ class TrunkStates:
 
 
 def unreadable(body: Body) -> str | None:
-    """Why a model's prefix cannot be recorded and read; None where it can."""
+    """Says why a model's prefix cannot be recorded and read; None where it can."""
     unknown = sorted(set(body.layer_types) - ATTENTION_TYPES - {"linear_attention"})
     if unknown:
         return f"{body.name} has layers of type {', '.join(unknown)}"
@@ -83,7 +83,7 @@ def unreadable(body: Body) -> str | None:
 
 
 def require_readable(body: Body, trees: Sequence[Tree]) -> None:
-    """Refuse a model whose trunks cannot be recorded and read, or cannot be for these trees.
+    """Refuses a model whose trunks cannot be recorded and read, or cannot be for these trees.
 
     Raises `UnsupportedModelError`.
     """
@@ -99,12 +99,12 @@ def require_readable(body: Body, trees: Sequence[Tree]) -> None:
 
 
 def far(body: Body, length: int) -> bool:
-    """Whether positions are encoded as in long sequences."""
+    """True where positions are encoded as in long sequences."""
     return body.rotary_switch is not None and length > body.rotary_switch
 
 
 def run_recording(body: Body, tokens: Tensor, prefix: TrunkStates | None = None) -> tuple[TrunkStates, Tensor]:
-    """Run (L,) tokens after a prefix, or from the start, and keep the states after all of them.
+    """Runs (L,) tokens after a prefix, or from the start, and keeps the states after all of them.
 
     Returns the states, of prefix and tokens, and the tokens' last hidden states (L, H). Both carry gradient where
     gradients are enabled. L is at least 1.
@@ -116,12 +116,12 @@ def run_recording(body: Body, tokens: Tensor, prefix: TrunkStates | None = None)
 
 
 def run_reading(body: Body, tokens: Tensor, prefix: TrunkStates) -> Tensor:
-    """Run (G, L) tokens, each row after the same prefix: (G, L, H) last hidden states."""
+    """Runs (G, L) tokens, each row after the same prefix: (G, L, H) last hidden states."""
     return _run(body, tokens, PrefixCache(body, prefix, batch=len(tokens), recording=False), prefix.length)
 
 
 def positions(start: int, tokens: Tensor) -> Tensor:
-    """(B, L) positions of a batch of tokens that starts at `start`."""
+    """Returns the (B, L) positions of a batch of tokens that starts at `start`."""
     return torch.arange(start, start + tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
 
 
@@ -133,7 +133,7 @@ def _run(body: Body, tokens: Tensor, cache: PrefixCache, start: int) -> Tensor:
 
 
 class PrefixCache(Cache):
-    """A prefix of one sequence as the cache of a batch, and, if `recording`, what the layers remember after it."""
+    """Shows a prefix of one sequence as the cache of a batch; if `recording`, keeps what layers remember after it."""
 
     def __init__(self, body: Body, prefix: TrunkStates | None, *, batch: int, recording: bool) -> None:
         layers: list[Any] = []
@@ -151,7 +151,7 @@ class PrefixCache(Cache):
         return tuple(layer.recorded() for layer in self.layers)
 
     def require_used(self, body: Body) -> None:
-        """Refuse states that were computed without the prefix."""
+        """Refuses states that were computed without the prefix."""
         for index, layer in enumerate(self.layers):
             if not layer.used:
                 raise UnsupportedModelError(
@@ -161,7 +161,7 @@ class PrefixCache(Cache):
 
 
 class AttentionLayer(CacheLayerMixin):
-    """Keys and values of a prefix, in front of those of the batch."""
+    """Puts keys and values of a prefix in front of those of the batch."""
 
     def __init__(
         self, prefix: Sequence[Tensor] | None, length: int, window: int | None, *, sliding: bool, recording: bool
@@ -205,11 +205,11 @@ class AttentionLayer(CacheLayerMixin):
         return -1
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to make: the prefix is there from the start."""
+        """Does nothing: the prefix is there from the start."""
 
 
 class RecurrentLayer(LinearAttentionCacheLayerMixin):
-    """The states of a linear-attention layer after a prefix, as those of every row of the batch."""
+    """Gives every row of the batch the states of a linear-attention layer after a prefix."""
 
     def __init__(self, prefix: Sequence[Tensor] | None, *, batch: int, recording: bool) -> None:
         super().__init__(number_of_states=1)
@@ -246,9 +246,9 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
         return () if self.first_inputs is None or self.first_state is None else (self.first_inputs, self.first_state)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to make: the prefix is there from the start."""
+        """Does nothing: the prefix is there from the start."""
 
 
 def _last(states: Tensor, count: int | None) -> Tensor:
-    """The last `count` of a state's tokens, dimension 2; None for all of them."""
+    """Returns the last `count` of a state's tokens, dimension 2; None for all of them."""
     return states if count is None else states[:, :, max(0, states.shape[2] - count) :]

@@ -1,4 +1,4 @@
-"""The reference, and the fallback for every model: each completion is a sequence of its own, prompt included.
+"""Runs each completion as a sequence of its own, prompt included: the reference, and the fallback for every model.
 
 Nothing is shared. Sequences of similar length are batched and padded on the right, where no earlier token sees it, so
 no mask is passed and attention stays on its causal path.
@@ -26,13 +26,13 @@ FREE_PADDING = 16
 def hidden_states(
     body: Body, trees: Sequence[Tree], *, prompts: Any = None, record: Any = False
 ) -> tuple[Tensor, None]:
-    """The (N, H) states that predict each completion token, in the order group, completion, position.
+    """Returns the (N, H) states that predict each completion token, in the order group, completion, position.
 
     `prompts` and `record` are other strategies' ways to share; here nothing is read and nothing recorded. With a graph
     if gradients are enabled.
     """
     slices = row_slices(trees)
-    found: list[tuple[slice, Tensor]] = []
+    pieces: list[tuple[slice, Tensor]] = []
     places = [(g, i) for g, tree in enumerate(trees) for i in tree.active]
     sequences = [trees[g].sequence(i) for g, i in places]
     for bucket in length_buckets(body, [len(ids) for ids in sequences]):
@@ -40,12 +40,12 @@ def hidden_states(
         for row, index in enumerate(bucket):
             g, i = places[index]
             end = len(sequences[index])
-            found.append((slices[g][i], states[row, end - trees[g].rows[i] : end]))
-    return in_order(body, found, trees), None
+            pieces.append((slices[g][i], states[row, end - trees[g].rows[i] : end]))
+    return in_order(body, pieces, trees), None
 
 
 def length_buckets(body: Body, lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of sequences that are run as one batch. None changes how another one's positions are encoded."""
+    """Batches sequences, as indices, so that none changes how another one's positions are encoded."""
     switch = body.rotary_switch
     sides = [list(range(len(lengths)))]
     if switch is not None:
@@ -58,18 +58,18 @@ def length_buckets(body: Body, lengths: Sequence[int]) -> list[list[int]]:
 
 
 def run_whole(body: Body, sequences: Sequence[Tensor]) -> Tensor:
-    """(B, L, H) states of whole sequences, padded on the right to the longest."""
+    """Returns (B, L, H) states of whole sequences, padded on the right to the longest."""
     input_ids = pad_sequence(list(sequences), batch_first=True)
     return body(input_ids, position_ids=positions(0, input_ids))
 
 
-def in_order(body: Body, found: Sequence[tuple[slice, Tensor]], trees: Sequence[Tree]) -> Tensor:
-    """(N, H) from pieces with their places among the N rows.
+def in_order(body: Body, pieces: Sequence[tuple[slice, Tensor]], trees: Sequence[Tree]) -> Tensor:
+    """Joins pieces with their places among the N rows to (N, H).
 
     Without rows the result has none, but is connected to the model, so that a rank without completions takes part in
     what the ranks do together.
     """
-    ordered = [states for _, states in sorted(found, key=lambda piece: piece[0].start) if len(states)]
+    ordered = [states for _, states in sorted(pieces, key=lambda piece: piece[0].start) if len(states)]
     if ordered:
         return torch.cat(ordered)
     device = trees[0].trunk.device if trees else body.device

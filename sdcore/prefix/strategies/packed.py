@@ -1,4 +1,4 @@
-"""Hidden states of all completions from one row `[trunk 0 | branch 0,0 | branch 0,1 | ... | trunk 1 | ...]`.
+"""Runs all completions in one row `[trunk 0 | branch 0,0 | branch 0,1 | ... | trunk 1 | ...]`.
 
     for tree in trees:                                            # the same as this, but each token is computed once
         for branch, rows in zip(tree.branches, tree.rows):
@@ -31,8 +31,8 @@ from transformers import PreTrainedConfig
 
 from ...errors import ArgumentError, UnsupportedModelError
 from ...models import Body
-from ..attention.function import NAME, KeyValue, RowContext, row_context
-from ..attention.segments import Row, pack
+from ..attention.function import NAME, RowContext, row_context
+from ..attention.segments import KeyValue, Row, pack
 from ..planner import Tree
 
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
@@ -42,7 +42,7 @@ CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 @dataclass(frozen=True, eq=False)
 class PromptStates:
-    """Keys and values of each tree's first tokens in each layer, without a graph. Opaque to others."""
+    """Holds keys and values of each tree's first tokens in each layer, without a graph. Opaque to others."""
 
     trunks: tuple[dict[int, KeyValue] | None, ...]  # per tree; None where it has no rows
     lengths: tuple[int, ...]  # tokens of each tree
@@ -50,17 +50,16 @@ class PromptStates:
 
 
 class PackedRow(NamedTuple):
-    """What of the trees is computed in one row."""
+    """Says what of the trees is computed in one row."""
 
     row: Row
-    trees: tuple[int, ...]  # which trees, in the order of the row's groups
     input_ids: Tensor  # (L,)
     position_ids: Tensor  # (L,)
     rows: Tensor  # (n,) where in the row the asked-for states are
 
 
 def supports(body: Body) -> str | None:
-    """Why this model cannot be packed; None if it can, as far as can be told without running it."""
+    """Says why this model cannot be packed; None if it can, as far as can be told without running it."""
     base = body.base
     others = sorted(set(body.layer_types) - LAYER_TYPES)
     if others:
@@ -91,68 +90,46 @@ def hidden_states(
     *,
     prompts: PromptStates | None = None,
     record: bool | Sequence[int] = False,
-    max_tokens: int | None = None,
 ) -> tuple[Tensor, PromptStates | None]:
-    """(N, H) states that predict each completion token, in the order group, completion, position.
+    """Returns the (N, H) states that predict each completion token, in the order group, completion, position.
 
     With a graph where gradients are enabled. `record` also returns the trunks' states, detached: True, or of each tree
     so many first tokens. With `prompts`, which such a pass over trees with the same prompts returned, the first
-    `tree.shared` tokens of each trunk are read from there. `max_tokens` bounds the tokens of a row: more than that go
-    to several rows, one after the other, but a group is never divided; under FSDP2 the ranks must come to equally many
-    rows. Ids are expected to be on the model's device.
+    `tree.shared` tokens of each trunk are read from there. Ids are expected to be on the model's device.
 
     Raises `ArgumentError` for prompts that do not fit, `UnsupportedModelError` where `supports` gives a reason, or the
     model asks its attention for what packed rows do not do.
     """
-    if max_tokens is not None and max_tokens < 1:
-        raise ArgumentError(f"max_tokens must be positive or None, got {max_tokens}")
     if prompts is not None:
         _check_prompts(trees, prompts)
     reason = supports(body)
     if reason is not None:
         raise UnsupportedModelError(reason)
     long = _is_long(body, trees, prompts)
-    kept = [len(tree.trunk) for tree in trees] if isinstance(record, bool) else list(record)
-    hidden: list[Tensor] = []
-    trunks: list[dict[int, KeyValue] | None] = [None] * len(trees)
-    for packed in _arrange(trees, prompts is not None, max_tokens):
-        prefixes = tuple(prompts.trunks[tree] if prompts else None for tree in packed.trees)
-        context = RowContext(packed.row, prefixes, recorded=None if record is False else {})
-        with _packed_mode(body, context) as checkpointed:
-            states = body(packed.input_ids.unsqueeze(0), position_ids=packed.position_ids.unsqueeze(0))  # (1, L, H)
-        hidden.append(states[0][packed.rows])
-        if context.recorded is not None:
-            # Layers that run anew in backward must not record: their keys and values would stay until its end.
-            layers, context.recorded = context.recorded, None
-            for tree, group in zip(packed.trees, packed.row.groups, strict=False):
-                place = slice(group.trunk.start, group.trunk.start + kept[tree])
-                # The graph keeps the row's keys and values; where there is none, a view would keep all of them.
-                trunks[tree] = _part(layers, place, copy=checkpointed or not torch.is_grad_enabled())
-    recorded = None if record is False else PromptStates(tuple(trunks), tuple(kept), long)
-    return torch.cat(hidden) if len(hidden) > 1 else hidden[0], recorded
-
-
-def _arrange(trees: Sequence[Tree], read_shared: bool, max_tokens: int | None) -> Iterator[PackedRow]:
-    """The rows, at least one: without any completion a single token, so that the result still has a graph."""
-    waiting: list[int] = []
-    tokens = 0
     active = [i for i, tree in enumerate(trees) if tree.active]
-    for i in active:
-        more = trees[i].tokens(read_shared=read_shared)
-        if waiting and max_tokens is not None and tokens + more > max_tokens:
-            yield _row_of(trees, waiting, read_shared)
-            waiting, tokens = [], 0
-        waiting.append(i)
-        tokens += more
-    if waiting:
-        yield _row_of(trees, waiting, read_shared)
-    if not active:
-        device = trees[0].trunk.device if trees else None
-        zero, no_rows = (
-            torch.zeros(1, dtype=torch.int64, device=device),
-            torch.zeros(0, dtype=torch.int64, device=device),
-        )
-        yield PackedRow(pack([(0, 1, [])]), (), zero, zero, no_rows)
+    packed = _row_of(trees, active, prompts is not None) if active else _row_of_nothing(trees)
+    prefixes = tuple(prompts.trunks[tree] if prompts else None for tree in active)
+    context = RowContext(packed.row, prefixes, recorded=None if record is False else {})
+    with _packed_mode(body, context) as checkpointed:
+        states = body(packed.input_ids.unsqueeze(0), position_ids=packed.position_ids.unsqueeze(0))  # (1, L, H)
+    hidden = states[0][packed.rows]
+    if context.recorded is None:
+        return hidden, None
+    # Layers that run anew in backward must not record: their keys and values would stay until its end.
+    layers, context.recorded = context.recorded, None
+    kept = [len(tree.trunk) for tree in trees] if isinstance(record, bool) else list(record)
+    trunks: list[dict[int, KeyValue] | None] = [None] * len(trees)
+    for tree, group in zip(active, packed.row.groups, strict=False):
+        place = slice(group.trunk.start, group.trunk.start + kept[tree])
+        # The graph keeps the row's keys and values; where there is none, a view would keep all of them.
+        trunks[tree] = _part(layers, place, copy=checkpointed or not torch.is_grad_enabled())
+    return hidden, PromptStates(tuple(trunks), tuple(kept), long)
+
+
+def _row_of_nothing(trees: Sequence[Tree]) -> PackedRow:
+    """Makes a row of a single token, of which no state is asked for, so that the result still has a graph."""
+    token = torch.zeros(1, dtype=torch.int64, device=trees[0].trunk.device if trees else None)
+    return PackedRow(pack([(0, 1, [])]), token, token, token[:0])
 
 
 def _row_of(trees: Sequence[Tree], which: Sequence[int], read_shared: bool) -> PackedRow:
@@ -176,7 +153,6 @@ def _row_of(trees: Sequence[Tree], which: Sequence[int], read_shared: bool) -> P
     input_ids = torch.cat(ids)
     return PackedRow(
         row,
-        tuple(which),
         input_ids,
         torch.cat(positions).to(input_ids.device),
         torch.tensor([i for own in rows for i in own], dtype=torch.int64).to(input_ids.device),
@@ -202,7 +178,7 @@ def _check_prompts(trees: Sequence[Tree], prompts: PromptStates) -> None:
 
 
 def _is_long(body: Body, trees: Sequence[Tree], prompts: PromptStates | None) -> bool:
-    """Whether the sequences get LongRoPE's factors for long ones: the longest decides for the whole row."""
+    """True where the sequences get LongRoPE's factors for long ones: the longest decides for the whole row."""
     switch = body.rotary_switch
     if switch is None:
         return False
@@ -222,7 +198,7 @@ def _checkpoint_functions(body: Body) -> list[tuple[nn.Module, str]]:
 
 @contextmanager
 def _packed_mode(body: Body, context: RowContext) -> Iterator[bool]:
-    """Inside, the model attends by `context`, and so do its layers when a later backward runs them anew.
+    """Makes the model attend by `context` while entered, and its layers when a later backward runs them anew.
 
     Yields whether layers are checkpointed.
     """
@@ -243,7 +219,7 @@ def _has_config(module: nn.Module) -> bool:
 
 
 def _in_packed_mode(checkpoint: Callable[..., Any], configs: list[PreTrainedConfig]) -> Callable[..., Any]:
-    """A checkpoint function whose checkpointed function enters packed mode each time it runs."""
+    """Wraps a checkpoint function so that the checkpointed function enters packed mode each time it runs."""
 
     def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         def entered(*inner: Any, **named: Any) -> Any:
@@ -257,7 +233,7 @@ def _in_packed_mode(checkpoint: Callable[..., Any], configs: list[PreTrainedConf
 
 @contextmanager
 def _implementation(configs: list[PreTrainedConfig]) -> Iterator[None]:
-    """Inside, the configurations name our attention function. Set as transformers does, past the checking setter."""
+    """Makes the configurations name our attention function, set as transformers does, past the checking setter."""
     before = [config._attn_implementation_internal for config in configs]
     try:
         for config in configs:

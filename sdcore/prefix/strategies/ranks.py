@@ -1,4 +1,4 @@
-"""What ranks that train one model together have to do alike, so that none waits for another for ever.
+"""Has ranks that train one model do alike what they do together, so that none waits for another for ever.
 
 Whoever calls a model through its wrapper takes part in what the ranks do together. Two things must be the same on all
 of them, though their plans are not: what was chosen, and under FSDP2, which gathers the weights in every forward and
@@ -29,21 +29,21 @@ from . import cached, naive, packed
 
 
 def together(body: Body) -> bool:
-    """Whether other ranks take part in this model's runs."""
+    """True where other ranks take part in this model's runs."""
     return body.through is not None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def most(body: Body, *values: float) -> list[float]:
-    """Of each value the largest that any rank gives. To be called by all of them; one synchronisation."""
+    """Returns of each value the largest that any rank gives. To be called by all of them; one synchronisation."""
     if not together(body):
         return list(values)
-    found = torch.tensor(values, dtype=torch.float32, device=body.device)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return found.tolist()
+    largest = torch.tensor(values, dtype=torch.float32, device=body.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.tolist()
 
 
 def runs_of_all(body: Body, runs: Sequence[int]) -> list[int]:
-    """Of a list of numbers of runs, which may be shorter on some ranks, the largest of all at each place.
+    """Returns at each place of a list of numbers of runs, which may be shorter on some ranks, the largest of all.
 
     Where the ranks need not run the model equally often, the list as it is.
     """
@@ -54,13 +54,13 @@ def runs_of_all(body: Body, runs: Sequence[int]) -> list[int]:
 
 
 def idle(body: Body, runs: int) -> list[Tensor]:
-    """So many runs of one token: (0, H) each, connected to the model."""
+    """Runs one token so many times: (0, H) each, connected to the model."""
     token = torch.zeros(1, 1, dtype=torch.int64, device=body.device)
     return [body(token)[0, :0] for _ in range(runs)]
 
 
 def hidden_states(body: Body, strategy: ModuleType, trees: Sequence[Tree], **options: Any) -> tuple[Tensor, Any]:
-    """`strategy.hidden_states(...)`, with as many runs of the model as on the rank that needs most."""
+    """Calls `strategy.hidden_states(...)`, with as many runs of the model as on the rank that needs most."""
     if body.sharded is None or not together(body):
         with _one_broadcast(body):
             return strategy.hidden_states(body, trees, **options)
@@ -72,7 +72,7 @@ def hidden_states(body: Body, strategy: ModuleType, trees: Sequence[Tree], **opt
 
 @contextmanager
 def _one_broadcast(body: Body) -> Iterator[None]:
-    """While entered, `DistributedDataParallel` sends buffers before the first forward only."""
+    """Lets `DistributedDataParallel` send buffers before the first forward only, while entered."""
     wrapper = body.through
     if not isinstance(wrapper, DistributedDataParallel) or not torch.is_grad_enabled():
         yield
@@ -90,19 +90,19 @@ def _one_broadcast(body: Body) -> Iterator[None]:
 
 
 def trunk_runs(body: Body, tree: Tree, split_at: int) -> int:
-    """How often `cached.run_trunk` runs the model, from the start."""
+    """Counts how often `cached.run_trunk` runs the model, from the start."""
     if len(tree.trunk) == 0:
         return 0
     return 2 if body.recurrent and min(split_at, len(tree.trunk) - 2) > 0 else 1
 
 
 def branch_runs(tree: Tree, batches: Sequence[Sequence[int]]) -> int:
-    """How many of these batches of branches have something to run."""
+    """Counts how many of these batches of branches have something to run."""
     return sum(any(len(tree.branches[i]) for i in batch) for batch in batches)
 
 
 def _runs(body: Body, strategy: ModuleType, trees: Sequence[Tree], record: bool | Sequence[int]) -> int:
-    """How often a strategy runs the model."""
+    """Counts how often a strategy runs the model."""
     if strategy is packed:
         return 1
     if strategy is naive:
@@ -115,6 +115,3 @@ def _runs(body: Body, strategy: ModuleType, trees: Sequence[Tree], record: bool 
             batches = cached.branch_batches(body, tree, micro_batch=getattr(strategy, "MICRO_BATCH", None))
             runs += trunk_runs(body, tree, split_at) + branch_runs(tree, batches)
     return max(1, runs)
-
-
-__all__ = ["branch_runs", "hidden_states", "idle", "most", "runs_of_all", "together", "trunk_runs"]

@@ -1,4 +1,4 @@
-"""The student's pass in bounded memory: a trunk, then few branches at a time, each with its own backward.
+"""Runs the student's pass in bounded memory: a trunk, then few branches at a time, each with its own backward.
 
     for part in micro_batches(body, plan.student, micro_batch=4):
         loss = loss_of(part.hidden, part.rows)
@@ -44,12 +44,12 @@ MICRO_BATCH = 4
 
 
 class BackwardError(SdcoreError, RuntimeError):
-    """A micro-batch was taken before the last one's backward had run."""
+    """Says that a micro-batch was taken before the last one's backward had run."""
 
 
 @dataclass(eq=False)
 class MicroBatch:
-    """Some rows of the student's pass, with a graph; `attach` what is made of them and call backward on it."""
+    """Holds some rows of the student's pass, with a graph; `attach` what is made of them and call backward on it."""
 
     hidden: Tensor  # (n, H)
     rows: Tensor  # (n,) int64: which of the N rows these are
@@ -64,18 +64,18 @@ class MicroBatch:
     _done: bool = False
 
     def attach(self, loss: Tensor) -> Tensor:
-        """The same loss (), whose backward is noticed. To be called once, on the loss of all rows."""
+        """Returns the same loss (), whose backward is noticed. To be called once, on the loss of all rows."""
         if loss.dim() != 0:
             raise ArgumentError(f"loss must be a scalar, got shape {tuple(loss.shape)}")
         return _Attached.apply(loss, self, *self._roots)
 
     def no_sync(self) -> AbstractContextManager[Any]:
-        """Around the backward: under `DistributedDataParallel` all but the last of the pass stay on their rank."""
+        """Goes around the backward: under `DistributedDataParallel` all but the last of the pass stay on their rank."""
         return nullcontext() if self._synchronises else unsynchronised(self._body)
 
 
 class _Attached(torch.autograd.Function):
-    """The identity on a loss; its backward notes that it ran, and gives each root its gradient, unscaled."""
+    """Is the identity on a loss; its backward notes that it ran, and gives each root its gradient, unscaled."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, part: MicroBatch, *roots: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class _Attached(torch.autograd.Function):
 def micro_batches(
     body: Body, trees: Sequence[Tree], *, micro_batch: int, record: bool | Sequence[int] = False
 ) -> Iterator[MicroBatch]:
-    """The student's rows, group by group, at most `micro_batch` completions at a time.
+    """Yields the student's rows, group by group, at most `micro_batch` completions at a time.
 
     Equivalent to one backward through `cached.hidden_states`, if the losses of the parts add up to its loss and all
     parts are taken, until there is none. `record` is that of `cached.hidden_states`: each part then has its group's
@@ -110,7 +110,7 @@ def micro_batches(
     active = [g for g, tree in enumerate(trees) if tree.active]
     splits = [0 if isinstance(record, bool) else record[g] for g in active]
     batches = [branch_batches(body, trees[g], micro_batch=micro_batch) for g in active]
-    parts = ranks.runs_of_all(body, [len(found) for found in batches])
+    parts = ranks.runs_of_all(body, [len(of_group) for of_group in batches])
     trunks = ranks.runs_of_all(
         body, [ranks.trunk_runs(body, trees[g], at) for g, at in zip(active, splits, strict=True)]
     )
@@ -142,12 +142,12 @@ def hidden_states(
     record: bool | Sequence[int] = False,
     micro_batch: int = MICRO_BATCH,
 ) -> tuple[Tensor, PromptStates | None]:
-    """`cached.hidden_states` with few branches at a time: for a pass without gradient, which needs no second phase."""
+    """Runs `cached.hidden_states` with few branches at a time: without gradient, no second phase is needed."""
     return cached.hidden_states(body, trees, prompts=prompts, record=record, micro_batch=micro_batch)
 
 
 def unsynchronised(body: Body) -> AbstractContextManager[Any]:
-    """Under `DistributedDataParallel`, forwards and backwards that leave gradients on their rank."""
+    """Leaves gradients on their rank under `DistributedDataParallel`, around forwards and backwards."""
     wrapper = body.through
     return wrapper.no_sync() if isinstance(wrapper, DistributedDataParallel) else nullcontext()
 
@@ -164,7 +164,7 @@ def _group(
     parts: int,
     trunk_runs: int,
 ) -> Iterator[MicroBatch]:
-    """The parts of one tree: as many as asked for, of which its batches are the last."""
+    """Yields the parts of one tree: as many as asked for, of which its batches are the last."""
     # Forwards are run unsynchronised too, all but the last before the last backward: that one arms the reduction.
     runs_branches = any(len(tree.branches[i]) for i in batches[-1])
     with nullcontext() if last_group and not runs_branches else unsynchronised(body):
@@ -230,18 +230,18 @@ def _part(
 
 
 def _idle_part(body: Body, group: int, *others: Tensor, prompts: PromptStates | None = None) -> MicroBatch:
-    """A part without rows, whose backward also goes through `others`, (0, H) each."""
+    """Makes a part without rows, whose backward also goes through `others`, (0, H) each."""
     hidden = torch.cat([*ranks.idle(body, 1), *others])
     return MicroBatch(hidden, torch.empty(0, dtype=torch.int64, device=hidden.device), group, prompts, False, body)
 
 
 def _reachable(body: Body, trunk: Trunk) -> Trunk:
-    """A trunk without what no branch can see."""
+    """Drops from a trunk what no branch can see."""
     return trunk if trunk.whole is None else Trunk((trunk.whole.reachable(body),), trunk.last)
 
 
 def _leaves(trunk: Trunk) -> Trunk:
-    """A trunk like this one whose every tensor is a leaf that gathers gradient, where the original has any."""
+    """Copies a trunk with a leaf for every tensor that gathers gradient, where the original has any."""
 
     def leaf(state: Tensor) -> Tensor:
         return state.detach().requires_grad_(state.requires_grad)
@@ -250,7 +250,7 @@ def _leaves(trunk: Trunk) -> Trunk:
 
 
 def _tensors(trunk: Trunk) -> list[Tensor]:
-    """What a branch may read of a trunk, in a fixed order."""
+    """Lists what a branch may read of a trunk, in a fixed order."""
     states = [state for whole in trunk.states for state in whole.tensors()]
     return states if trunk.last is None else [*states, trunk.last]
 

@@ -59,7 +59,7 @@ def test_no_split_changes_the_loss(aggregation: Aggregation, parts: tuple[tuple[
     """Micro-batches, accumulation steps and ranks: normalizers add up. A part may have nothing that counts."""
     losses, mask = rows()
     pieces, kept = losses.split(LENGTHS), mask.split(LENGTHS)
-    found = [
+    weighted = [
         (
             token_weights(
                 aggregation,
@@ -71,10 +71,10 @@ def test_no_split_changes_the_loss(aggregation: Aggregation, parts: tuple[tuple[
         )
         for part in parts
     ]
-    normalizer = sum(own for (_, own), _ in found)
-    total = sum(((weights * loss).sum() / normalizer for (weights, _), loss in found), start=torch.zeros(()))
+    normalizer = sum(own for (_, own), _ in weighted)
+    total = sum(((weights * loss).sum() / normalizer for (weights, _), loss in weighted), start=torch.zeros(()))
     assert torch.allclose(total, by_definition(aggregation, losses, mask), rtol=1e-6)
-    means = [(weights * loss).sum() / (own or 1.0) for (weights, own), loss in found]
+    means = [(weights * loss).sum() / (own or 1.0) for (weights, own), loss in weighted]
     if aggregation != "sum-norm" and len(parts) == 5:  # the trap, where parts are unlike each other
         assert not torch.allclose(sum(means, torch.zeros(())) / len(parts), total, rtol=1e-3)
 

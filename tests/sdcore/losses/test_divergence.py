@@ -45,8 +45,8 @@ class Inputs:
         expected = (per_token * weights).sum() / weights.sum()
         out = loss(self.student, self.weight, self.teacher, target_ids=self.targets, token_weights=weights, **options)
         assert torch.allclose(out.loss, expected.double(), rtol=1e-6)
-        for found, wanted in zip(self.gradients_of(out.loss), self.gradients_of(expected), strict=True):
-            assert float((found - wanted).norm() / wanted.norm()) < 1e-6
+        for mine, wanted in zip(self.gradients_of(out.loss), self.gradients_of(expected), strict=True):
+            assert float((mine - wanted).norm() / wanted.norm()) < 1e-6
 
 
 ALPHAS = [0.0, 0.3, 0.5, 1.0]
@@ -71,7 +71,7 @@ def test_the_students_top_k_agrees_with_trl(alpha: float, tail: bool) -> None:
 
 def test_the_sampled_token_agrees_with_trl() -> None:
     inputs = Inputs()
-    logits = [one[None] for one in inputs.logits()]
+    logits = [row[None] for row in inputs.logits()]
     per_token = trl.compute_sampled_token_self_distillation_loss(*logits, inputs.targets[None], distillation_alpha=1.0)
     inputs.assert_same(FusedLinearDivergence(support="sampled"), per_token[0])
 

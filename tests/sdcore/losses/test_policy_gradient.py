@@ -17,10 +17,10 @@ REWARDS = torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.flo
 
 
 def test_grpo_standardises_each_group() -> None:
-    found = group_advantages(REWARDS, SIZES)
+    advantages = group_advantages(REWARDS, SIZES)
     one = REWARDS[:3]
-    assert torch.allclose(found[:3], (one - one.mean()) / (one.std() + 1e-4))
-    assert not found[3:].any()  # a group of one, and one whose rewards are alike
+    assert torch.allclose(advantages[:3], (one - one.mean()) / (one.std() + 1e-4))
+    assert not advantages[3:].any()  # a group of one, and one whose rewards are alike
 
 
 def test_dr_grpo_has_no_standard_deviation() -> None:
@@ -30,18 +30,18 @@ def test_dr_grpo_has_no_standard_deviation() -> None:
 
 
 def test_leave_one_out_is_the_reward_less_the_mean_of_the_others() -> None:
-    found = group_advantages(REWARDS, SIZES, estimator="leave_one_out")[:3]
-    assert torch.allclose(found, torch.tensor([1.0 - 0.25, 0.0 - 0.75, 0.5 - 0.5]).double())
+    advantages = group_advantages(REWARDS, SIZES, estimator="leave_one_out")[:3]
+    assert torch.allclose(advantages, torch.tensor([1.0 - 0.25, 0.0 - 0.75, 0.5 - 0.5]).double())
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "leave_one_out"])
 def test_a_completion_that_was_not_judged_changes_nothing(estimator: Any) -> None:
     rewards = torch.tensor([1.0, torch.nan, 0.0, 0.5, 7.0], dtype=torch.float64)
     active = torch.tensor([True, False, True, True, False])
-    found = group_advantages(rewards, (5,), estimator=estimator, active=active)
+    advantages = group_advantages(rewards, (5,), estimator=estimator, active=active)
     alone = group_advantages(rewards[active], (3,), estimator=estimator)
-    assert torch.equal(found[active], alone)
-    assert not found[~active].any()
+    assert torch.equal(advantages[active], alone)
+    assert not advantages[~active].any()
 
 
 def test_the_leave_one_out_gradient_is_unbiased_and_grpos_is_not() -> None:
@@ -107,11 +107,11 @@ def test_k3_estimates_the_reverse_kl_and_has_the_gradient_of_the_forward_one() -
     out = policy_loss(log_p, torch.zeros(4).double(), reference_logprobs=log_ref, kl_anchor=1.0)
     p = log_p.detach().exp()
     assert torch.allclose((p * out.anchor).sum(), (p * (log_p - log_ref)).sum())
-    (found,) = torch.autograd.grad((p * out.per_token).sum(), logits, retain_graph=True)
+    (gradient,) = torch.autograd.grad((p * out.per_token).sum(), logits, retain_graph=True)
     (forward,) = torch.autograd.grad(-(log_ref.exp() * log_p).sum(), logits, retain_graph=True)
     (reverse,) = torch.autograd.grad((log_p.exp() * (log_p - log_ref)).sum(), logits)
-    assert torch.allclose(found, forward, rtol=1e-9)
-    assert not torch.allclose(found, reverse, rtol=0.1)
+    assert torch.allclose(gradient, forward, rtol=1e-9)
+    assert not torch.allclose(gradient, reverse, rtol=0.1)
 
 
 ONES = torch.ones(3)
@@ -170,10 +170,10 @@ def test_a_ratio_of_whole_completions_is_of_their_mean_log_ratio(old: bool) -> N
         completion_of=owner,
     ).to(torch.device("cpu"))
     rows = weights.nonzero()[:, 0]
-    found, values = term.scalar(rows, logprobs[rows])
-    assert torch.allclose(found, expected)
+    loss, values = term.scalar(rows, logprobs[rows])
+    assert torch.allclose(loss, expected)
     assert len(values["ratio"].unique()) == (3 if old else 1)
-    (own,) = torch.autograd.grad(found, logprobs)
+    (own,) = torch.autograd.grad(loss, logprobs)
     (wanted,) = torch.autograd.grad(expected, logprobs)
     assert torch.allclose(own, wanted)
 

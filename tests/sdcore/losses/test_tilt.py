@@ -36,8 +36,8 @@ def gradient(loss: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
     return torch.autograd.grad(loss(logits.log_softmax(0)), logits)[0]
 
 
-def close(found: Tensor, wanted: Tensor) -> bool:
-    return bool(torch.allclose(found, wanted, rtol=1e-9, atol=1e-12))
+def close(value: Tensor, wanted: Tensor) -> bool:
+    return bool(torch.allclose(value, wanted, rtol=1e-9, atol=1e-12))
 
 
 def expected_gradient(
@@ -85,8 +85,8 @@ def test_the_kl_to_the_tilt_is_regularised_reward_with_its_sign_turned() -> None
 @pytest.mark.parametrize("logz", ["group_var", "leave_one_out", "exact", "reference_lme"])
 def test_on_policy_the_expected_gradient_is_that_of_the_kl_to_the_tilt(logz: Any, size: int) -> None:
     target = Tilted(inv_temperature=INV_TEMPERATURE, logz=logz)
-    found = expected_gradient(target, SOMEWHERE, size=size, **options_of(logz))
-    assert close(found, gradient(to_star, SOMEWHERE))
+    mean = expected_gradient(target, SOMEWHERE, size=size, **options_of(logz))
+    assert close(mean, gradient(to_star, SOMEWHERE))
 
 
 def test_half_the_variance_of_the_gap_has_the_gradient_of_the_kl() -> None:
@@ -119,10 +119,10 @@ def test_off_policy_the_tilt_is_the_fixed_point_of_those_that_know_log_z_or_need
     target = Tilted(inv_temperature=INV_TEMPERATURE, logz=logz)
     uniform = torch.full((OUTCOMES,), -math.log(OUTCOMES), dtype=torch.float64)
     sampler = (0.5 * LOG_REF + 0.5 * uniform).log_softmax(0)
-    found = expected_gradient(target, LOG_STAR, log_sampler=sampler, **options_of(logz))
-    assert (float(found.norm()) < 1e-12) == fixed
+    mean = expected_gradient(target, LOG_STAR, log_sampler=sampler, **options_of(logz))
+    assert (float(mean.norm()) < 1e-12) == fixed
     if not fixed:
-        assert float(found.norm()) > 1e-3
+        assert float(mean.norm()) > 1e-3
 
 
 def test_off_policy_the_group_variance_leads_to_the_tilt() -> None:
@@ -212,10 +212,10 @@ def test_self_normalised_weights_of_a_group_of_8_are_not_the_tilt() -> None:
 
 
 def test_weights_of_samples_of_the_student_are_corrected_by_the_ratio() -> None:
-    found = self_normalized_weights(
+    weights = self_normalized_weights(
         torch.tensor([1.0, 0.0, 2.0]), [2, 1], inv_temperature=2.0, log_ratios=torch.tensor([0.0, 2.0, 9.0])
     )
-    assert found.tolist() == [0.5, 0.5, 1.0]
+    assert weights.tolist() == [0.5, 0.5, 1.0]
 
 
 def test_the_token_form_multiplies_up_to_the_tilt() -> None:
@@ -251,20 +251,20 @@ def test_a_tilted_token_is_the_divergence_to_the_tilted_teacher(exponent: float,
     log_p, log_tilted = logits.log_softmax(-1), (log_q + tilt).log_softmax(-1)
     expected = kl(log_p, log_tilted) if alpha == 1.0 else kl(log_tilted, log_p)
     divergence = kl(log_p, log_q) if alpha == 1.0 else kl(log_q, log_p)
-    of_targets = (one.gather(1, targets[:, None])[:, 0] for one in (log_p, log_q))
-    found = TokenTilt.per_token(torch.full((5,), exponent, dtype=torch.float64), divergence, *of_targets, alpha=alpha)
-    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9)
+    of_targets = (logprobs.gather(1, targets[:, None])[:, 0] for logprobs in (log_p, log_q))
+    tilted = TokenTilt.per_token(torch.full((5,), exponent, dtype=torch.float64), divergence, *of_targets, alpha=alpha)
+    assert torch.allclose(tilted, expected, rtol=1e-9, atol=1e-9)
     wanted = torch.autograd.grad(expected.sum(), logits, retain_graph=True)[0]
-    assert torch.allclose(torch.autograd.grad(found.sum(), logits)[0], wanted, rtol=1e-8, atol=1e-9)
+    assert torch.allclose(torch.autograd.grad(tilted.sum(), logits)[0], wanted, rtol=1e-8, atol=1e-9)
 
 
 def test_a_tilted_tokens_gradient_is_finite_in_float32_for_large_advantages() -> None:
     for exponent in (-10.0, 100.0, 200.0):
         logprobs = torch.tensor([-3.0, -0.1], requires_grad=True)
-        found = TokenTilt.per_token(
+        tilted = TokenTilt.per_token(
             torch.full((2,), exponent), torch.ones(2), logprobs, torch.tensor([-5.0, 0.0]), alpha=0.0
         )
-        assert bool(found.isfinite().all() & torch.autograd.grad(found.sum(), logprobs)[0].isfinite().all())
+        assert bool(tilted.isfinite().all() & torch.autograd.grad(tilted.sum(), logprobs)[0].isfinite().all())
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])

@@ -1,22 +1,13 @@
-"""Tiny models run on one thread: two wait for each other after every operator, long on a busy machine."""
+"""Lets a test be the first use of a strategy."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from sdcore.prefix import choice
-from sdcore.prefix.checks import forget
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from sdcore.prefix.verification import forget
 
 
 @pytest.fixture

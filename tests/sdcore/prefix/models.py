@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM as Auto
 from transformers import (
     Cohere2Config,
@@ -149,6 +150,53 @@ def tiny(name: str, *, seed: int = 0, attn_implementation: str | None = None) ->
     return build((CONFIGS | HEADS)[name](), seed=seed, attn_implementation=attn_implementation)
 
 
+def tied() -> PreTrainedModel:
+    return build(LlamaConfig(**COMMON | {"tie_word_embeddings": True}))
+
+
+def checkpointed(model: PreTrainedModel, *, reentrant: bool = False) -> PreTrainedModel:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    return model
+
+
+def shaken(model: nn.Module, seed: int = 1) -> Any:
+    """The model with adapters that are not zero: what they add is about as large as the logits."""
+    draw = torch.Generator().manual_seed(seed)
+    for name, weight in model.double().train().named_parameters():
+        if "lora_" in name:
+            weight.data = 0.3 * torch.randn(weight.shape, dtype=weight.dtype, generator=draw)
+    return model
+
+
+def adapted(model: PreTrainedModel | None = None, *, seed: int = 1, **options: Any) -> Any:
+    """A model with LoRA, by default on the output layer and on one projection of the body."""
+    import peft
+
+    config = peft.LoraConfig(**{"r": 3, "lora_alpha": 4, "target_modules": ["q_proj", "lm_head"]} | options)
+    return shaken(peft.get_peft_model(model or tiny("llama"), config), seed)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The gradient of every weight that has one, whole where it is sharded. To be called by all ranks."""
+    grads = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    return {
+        name.removeprefix("module."): (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
+        for name, grad in grads.items()
+    }
+
+
+def assert_same_gradients(grads: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-9) -> None:
+    assert grads.keys() == expected.keys()
+    errors = {name: float((grads[name] - grad).norm() / grad.norm()) for name, grad in expected.items()}
+    assert {name: error for name, error in errors.items() if not error < tolerance} == {}
+
+
+def assert_trained_have_gradients(model: nn.Module) -> None:
+    """Every weight that is trained has a gradient, and none that is frozen."""
+    wrong = [name for name, weight in model.named_parameters() if weight.requires_grad != (weight.grad is not None)]
+    assert wrong == []
+
+
 def tokens_of(model: nn.Module) -> list[int]:
     """How many tokens each later forward embeds."""
     seen: list[int] = []
@@ -158,19 +206,32 @@ def tokens_of(model: nn.Module) -> list[int]:
 
 def one_by_one(body: Body, trees: Sequence[Tree]) -> Tensor:
     """(N, H) by definition: each completion a sequence alone, without padding."""
-    found = []
+    rows = []
     for tree in trees:
         for i in tree.active:
             states = body(tree.sequence(i)[None])[0]
-            found.append(states[len(states) - tree.rows[i] :])
-    return torch.cat(found)
+            rows.append(states[len(states) - tree.rows[i] :])
+    return torch.cat(rows)
 
 
-def builder(name: str) -> Callable[[], PreTrainedModel]:
-    return lambda: tiny(name)
+def plain_rows(model: nn.Module, trees: Sequence[Tree]) -> tuple[Tensor, Tensor]:
+    """(N, H) last hidden states and (N, V) logits of the whole model, one sequence at a time."""
+    hidden, logits = [], []
+    for tree in trees:
+        for i in tree.active:
+            out = model(input_ids=tree.sequence(i)[None], output_hidden_states=True, use_cache=False)
+            start = len(tree.sequence(i)) - tree.rows[i]
+            hidden.append(out.hidden_states[-1][0, start:])
+            logits.append(out.logits[0, start:])
+    return torch.cat(hidden), torch.cat(logits)
 
 
-TINY: dict[str, Callable[[], PreTrainedModel]] = {name: builder(name) for name in CONFIGS}
+def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """The loss () of (N, V) logits, as the papers write it."""
+    log_p, log_q = student.log_softmax(-1), teacher.detach().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
 # Recurrent layers cannot be packed into one row.
 HYBRIDS = frozenset({"qwen3_next", "qwen3_5"})
 # Some layers see the last WINDOW tokens only.

@@ -15,13 +15,13 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from sdcore.errors import ArgumentError, UnsupportedModelError
 from sdcore.models import find_body
+from sdcore.prefix.choice import STRATEGIES as RUNNERS
 from sdcore.prefix.costs.count import STRATEGIES, Cost, TreeSizes, cost, cost_of_sizes
 from sdcore.prefix.costs.sizes import LayerSizes, ModelSizes, model_sizes
 from sdcore.prefix.planner import Tree, plan
-from sdcore.prefix.runner import STRATEGIES as RUNNERS
 from sdcore.prefix.strategies.two_phase import micro_batches
 from sdkernels.live_bytes import LiveBytes
-from tests.sdcore.prefix.models import CONFIGS, HYBRIDS, TINY, WINDOW, tiny
+from tests.sdcore.prefix.models import CONFIGS, HYBRIDS, WINDOW, tiny
 from tests.sdcore.prefix.trees import random_plan
 
 LLAMA_8B = ModelSizes.dense(
@@ -47,14 +47,14 @@ def flops_token_by_token(positions: list[int]) -> int:
 
 
 def positions(trees: tuple[Tree, ...], *, shared: bool, read_shared: bool) -> list[int]:
-    found: list[int] = []
+    read: list[int] = []
     for tree in trees:
         trunk = len(tree.trunk)
         for i in tree.active:
-            found += range(trunk if shared else 0, trunk + len(tree.branches[i]))
+            read += range(trunk if shared else 0, trunk + len(tree.branches[i]))
         if shared and tree.active:
-            found += range(tree.shared if read_shared else 0, trunk)
-    return found
+            read += range(tree.shared if read_shared else 0, trunk)
+    return read
 
 
 @pytest.mark.parametrize("teacher", ["one", "each"])
@@ -168,18 +168,18 @@ def test_an_8b_model_gains_what_the_design_expects(
 def matrix_entries(model: PreTrainedModel) -> int:
     """Of the decoder layers' matrices, experts counted by the share of them that a token is sent to."""
     config = model.config
-    found = 0
+    count = 0
     for name, parameter in model.base_model.layers.named_parameters():
         if "conv1d" in name or parameter.dim() < 2:
             continue
         share = config.num_experts_per_tok / config.num_experts if ".experts." in name else 1
-        found += round(parameter.numel() * share)
-    return found
+        count += round(parameter.numel() * share)
+    return count
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_weights_are_those_of_the_models_matrices(name: str) -> None:
-    model = TINY[name]()
+    model = tiny(name)
     assert sum(layer.weights for layer in model_sizes(model.config).layers) == matrix_entries(model)
 
 

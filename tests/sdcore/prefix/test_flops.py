@@ -21,10 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from sdcore.models import Body, find_body
+from sdcore.prefix.choice import STRATEGIES
 from sdcore.prefix.costs.count import Cost, cost
 from sdcore.prefix.costs.sizes import ModelSizes, model_sizes
 from sdcore.prefix.planner import Plan, Tree, plan
-from sdcore.prefix.runner import STRATEGIES
 from sdcore.prefix.strategies.cached import PromptStates
 from sdcore.prefix.strategies.two_phase import micro_batches
 from tests.sdcore.prefix.models import VOCAB, tiny
@@ -85,12 +85,12 @@ def counted(model: PreTrainedModel, tokens: int, run: Callable[[], object]) -> C
     """What `run` does, of which the model's rotary angles of so many tokens are taken off."""
     with FlopCounterMode(display=False, custom_mapping={ATTENTION: _forward, ATTENTION_BACKWARD: _backward}) as mode:
         run()
-    found = dict(mode.get_flop_counts()["Global"])
+    flops = dict(mode.get_flop_counts()["Global"])
     # Half a head's frequencies times one position, per token; some versions of torch multiply elements instead.
-    assert found.pop(aten.bmm, 0) in (0, model.config.head_dim * tokens)
-    attention = found.pop(ATTENTION) + found.pop(ATTENTION_BACKWARD, 0)
-    products = found.pop(aten.mm)
-    assert not found, f"operators that no test has accounted for: {found}"
+    assert flops.pop(aten.bmm, 0) in (0, model.config.head_dim * tokens)
+    attention = flops.pop(ATTENTION) + flops.pop(ATTENTION_BACKWARD, 0)
+    products = flops.pop(aten.mm)
+    assert not flops, f"operators that no test has accounted for: {flops}"
     return Counted(products, attention)
 
 

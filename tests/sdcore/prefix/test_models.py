@@ -75,8 +75,8 @@ def test_a_heads_bias_is_part_of_it() -> None:
 
 
 def test_scale_and_softcap_are_the_configurations() -> None:
-    found = {name: head_of(tiny(name)).transform for name in ("llama", "gemma2", "granite", "cohere")}
-    assert {name: (transform.scale, transform.softcap) for name, transform in found.items()} == {
+    transforms = {name: head_of(tiny(name)).transform for name in ("llama", "gemma2", "granite", "cohere")}
+    assert {name: (transform.scale, transform.softcap) for name, transform in transforms.items()} == {
         "llama": (1.0, None),
         "gemma2": (1.0, 1.5),
         "granite": (1 / 3, None),

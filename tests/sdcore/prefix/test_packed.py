@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,8 +18,10 @@ from sdcore.prefix.planner import Plan, Tree
 from sdcore.prefix.strategies import packed
 from sdkernels.testing import LiveBytes
 
-from .models import CONFIGS, HEADS, HYBRIDS, VOCAB, build, double_precision, one_by_one, tiny
+from .models import CONFIGS, HEADS, HYBRIDS, VOCAB, build, one_by_one, tiny
 from .trees import random_plan
+
+pytestmark = pytest.mark.usefixtures("in_double_precision")
 
 SUPPORTED = [name for name in CONFIGS | HEADS if name not in HYBRIDS]
 
@@ -42,12 +44,6 @@ def assert_same_gradients(actual: list[Tensor | None], expected: list[Tensor | N
             assert not any(gradient is not None and gradient.any() for gradient in (a, e))
         else:
             assert (a - e).norm() <= 1e-9 * e.norm() + 1e-14
-
-
-@pytest.fixture(autouse=True)
-def _double_precision() -> Iterator[None]:
-    with double_precision():
-        yield
 
 
 @pytest.fixture(params=["one", "each"])
@@ -199,21 +195,6 @@ def test_it_does_not_matter_which_attention_the_model_uses_otherwise(implementat
     assert (packed.hidden_states(body, trees)[0] - one_by_one(body, trees)).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("max_tokens", [1, 25, 60])
-def test_groups_can_be_spread_over_rows(max_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    body, trees = body_of("mistral"), random_plan(3, vocab=VOCAB)
-    expected, whole = packed.hidden_states(body, trees.student, record=True)
-    tokens = count_tokens(monkeypatch)
-    actual, recorded = packed.hidden_states(body, trees.student, record=True, max_tokens=max_tokens)
-    alone = [tree.tokens(read_shared=False) for tree in trees.student]
-    assert sum(tokens) == sum(alone)
-    assert all(count <= max_tokens or count in alone for count in tokens)
-    assert (actual - expected).abs().max() < 1e-10
-    with torch.no_grad():
-        live, _ = packed.hidden_states(body, trees.teacher, prompts=recorded, max_tokens=max_tokens)
-        assert (live - packed.hidden_states(body, trees.teacher, prompts=whole)[0]).abs().max() < 1e-10
-
-
 def test_without_completions_there_are_no_rows_but_a_graph() -> None:
     body = body_of("llama")
     trees = random_plan(3, sizes=[(0, 0), (0,)], prompts=[4, 5], vocab=VOCAB).student
@@ -318,5 +299,3 @@ def test_prompts_that_do_not_fit_are_refused() -> None:
     _, short = packed.hidden_states(body, trees.student, record=[1] * 5)
     with pytest.raises(ArgumentError, match=r"trees\[0\], got 1"):
         packed.hidden_states(body, trees.teacher, prompts=short)
-    with pytest.raises(ArgumentError, match="max_tokens"):
-        packed.hidden_states(body, trees.student, max_tokens=0)

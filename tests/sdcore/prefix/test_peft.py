@@ -2,64 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from sdcore.errors import UnsupportedModelError
-from sdcore.prefix.planner import Plan, Tree
+from sdcore.prefix.planner import Plan
 from sdcore.prefix.runner import run
 from sdcore.step import distill_step
 from sdcore.teachers import AdapterOff, TrustRegion
-from tests.sdcore.prefix.models import double_precision, tiny
+from tests.sdcore.prefix.models import (
+    assert_same_gradients,
+    checkpointed,
+    gradients,
+    plain_rows,
+    reverse_kl,
+    shaken,
+    tiny,
+)
 from tests.sdcore.prefix.trees import random_plan
 
 peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.usefixtures("in_double_precision")
 
 SEED = 4
 SHARING: list[Any] = ["packed", "cached", "two_phase"]
 
 
-@pytest.fixture(autouse=True)
-def in_double_precision() -> Iterator[None]:
-    with double_precision():
-        yield
-
-
 def adapted(*, name: str = "llama", **options: Any) -> Any:
     """A model with an adapter that is not zero: its states differ from the base model's by about their size."""
     config = peft.LoraConfig(r=2, lora_dropout=0.0, target_modules=["q_proj", "v_proj", "down_proj"], **options)
-    model = peft.get_peft_model(tiny(name), config).double().train()
-    draw = torch.Generator().manual_seed(1)
-    for key, weight in model.named_parameters():
-        if "lora_" in key:
-            weight.data = 0.3 * torch.randn(weight.shape, dtype=weight.dtype, generator=draw)
-    return model
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
-
-
-def plain_rows(model: nn.Module, trees: tuple[Tree, ...]) -> tuple[Tensor, Tensor]:
-    """(N, H) last hidden states and (N, V) logits of the whole model, one sequence at a time."""
-    hidden, logits = [], []
-    for tree in trees:
-        for i in tree.active:
-            out = model(input_ids=tree.sequence(i)[None], output_hidden_states=True, use_cache=False)
-            start = len(tree.sequence(i)) - tree.rows[i]
-            hidden.append(out.hidden_states[-1][0, start:])
-            logits.append(out.logits[0, start:])
-    return torch.cat(hidden), torch.cat(logits)
-
-
-def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    log_p, log_q = student.log_softmax(-1), teacher.detach().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    return shaken(peft.get_peft_model(tiny(name), config))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
@@ -69,16 +45,13 @@ def test_a_step_with_an_adapter_is_that_of_plain_forwards(dora: bool, strategy: 
     planned = random_plan(SEED)
     plain, model = adapted(use_dora=dora), adapted(use_dora=dora)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpointed(model)
     loss = reverse_kl(plain_rows(plain, planned.student)[1], plain_rows(tiny("llama"), planned.teacher)[1])
     loss.backward()
     out = distill_step(model, planned, teacher=AdapterOff(), strategy=strategy)
     assert torch.allclose(out.loss, loss.detach(), rtol=1e-9)
-    expected, found = gradients(plain), gradients(model)
-    assert found.keys() == expected.keys()
-    assert all("lora_" in name for name in found)
-    for name, grad in expected.items():
-        assert float((found[name] - grad).norm() / grad.norm()) < 1e-9, name
+    assert_same_gradients(gradients(model), gradients(plain))
+    assert all("lora_" in name for name in gradients(model))
 
 
 @pytest.mark.parametrize("strategy", SHARING[:2])
@@ -105,21 +78,20 @@ def test_with_the_adapter_off_the_teacher_is_the_base_model(dora: bool, strategy
 def test_a_trust_region_is_between_the_base_model_and_the_adapted_one(strategy: Any) -> None:
     planned, plain, model = random_plan(SEED), adapted(), adapted()
     with torch.no_grad():
-        base, live = (plain_rows(one, planned.teacher)[1] for one in (tiny("llama"), plain))
+        base, live = (plain_rows(reference, planned.teacher)[1] for reference in (tiny("llama"), plain))
     loss = reverse_kl(plain_rows(plain, planned.student)[1], 0.7 * base + 0.3 * live)
     loss.backward()
     out = distill_step(model, planned, teacher=TrustRegion(AdapterOff(), share=0.3), strategy=strategy)
     assert torch.allclose(out.loss, loss.detach(), rtol=1e-9)
-    expected, found = gradients(plain), gradients(model)
-    assert {name for name, grad in expected.items() if not torch.allclose(found[name], grad, rtol=1e-7)} == set()
+    assert_same_gradients(gradients(model), gradients(plain))
 
 
 @pytest.mark.parametrize("strategy", ["packed", "two_phase"])
 def test_a_trained_copy_of_the_head_is_the_students_and_the_original_the_teachers(strategy: Any) -> None:
     planned = random_plan(SEED)
     models = [adapted(modules_to_save=["lm_head"]) for _ in range(2)]
-    for one in models:
-        copy = one.get_base_model().lm_head.modules_to_save["default"]
+    for adapter in models:
+        copy = adapter.get_base_model().lm_head.modules_to_save["default"]
         copy.weight.data.mul_(1.5)
     plain, model = models
     loss = reverse_kl(plain_rows(plain, planned.student)[1], plain_rows(tiny("llama"), planned.teacher)[1])
@@ -139,11 +111,11 @@ def switches(model: nn.Module) -> dict[str, Any]:
 
 
 def state_of(model: Any) -> dict[str, Any]:
-    found = {name: (off, list(model.get_submodule(name).active_adapters)) for name, off in switches(model).items()}
-    assert len(found) == 7  # three layers in each of two, and the head
-    found |= {name: weight.requires_grad for name, weight in model.named_parameters()}
-    found["training"] = [module.training for module in model.modules()]
-    return found
+    state = {name: (off, list(model.get_submodule(name).active_adapters)) for name, off in switches(model).items()}
+    assert len(state) == 7  # three layers in each of two, and the head
+    state |= {name: weight.requires_grad for name, weight in model.named_parameters()}
+    state["training"] = [module.training for module in model.modules()]
+    return state
 
 
 @pytest.mark.parametrize("fails", [None, "teacher", "backward"])

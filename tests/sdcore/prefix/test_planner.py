@@ -340,22 +340,22 @@ lengths = st.lists(st.integers(0, 300), max_size=40)
 def test_buckets_waste_no_more_than_they_may(
     lengths: list[int], most_padding: float, free_padding: int, most_tokens: int | None
 ) -> None:
-    found = buckets(lengths, most_padding=most_padding, free_padding=free_padding, most_tokens=most_tokens)
-    assert sorted(i for bucket in found for i in bucket) == list(range(len(lengths)))
-    for bucket in found:
+    batches = buckets(lengths, most_padding=most_padding, free_padding=free_padding, most_tokens=most_tokens)
+    assert sorted(i for bucket in batches for i in bucket) == list(range(len(lengths)))
+    for bucket in batches:
         assert bucket == sorted(bucket)
         padded = max(lengths[i] for i in bucket) * len(bucket)
         padding = padded - sum(lengths[i] for i in bucket)
         assert padding <= max(most_padding * padded, free_padding)
         assert most_tokens is None or padded <= most_tokens or len(bucket) == 1
-    longest = [max(lengths[i] for i in bucket) for bucket in found]
+    longest = [max(lengths[i] for i in bucket) for bucket in batches]
     assert longest == sorted(longest, reverse=True)
 
 
 @given(lengths, st.floats(0, 0.9))
 def test_no_two_neighbouring_buckets_could_have_been_one(lengths: list[int], most_padding: float) -> None:
-    found = buckets(lengths, most_padding=most_padding)
-    for first, second in itertools.pairwise(found):
+    batches = buckets(lengths, most_padding=most_padding)
+    for first, second in itertools.pairwise(batches):
         joined = [*first, max(second, key=lambda i: lengths[i])]
         padded = max(lengths[i] for i in joined) * len(joined)
         assert padded - sum(lengths[i] for i in joined) > most_padding * padded

@@ -126,19 +126,19 @@ def students(strategy: str, name: str, precision: str) -> list[Run]:
     if strategy == "exact":
         model = exact_model(name, precision)
         with double_precision():
-            return [student("one_by_one", model, one) for one in trees]
+            return [student("one_by_one", model, tree) for tree in trees]
     model = model_of(name, precision)
     with PRECISIONS[precision].entered():
-        return [student(strategy, model, one) for one in trees]
+        return [student(strategy, model, tree) for tree in trees]
 
 
-def assert_as_near(found: Sequence[Tensor], exact: Sequence[Tensor], alone: Sequence[Tensor]) -> None:
-    """Over the plans, `found` is at most twice as far from `exact` as `alone` is."""
+def assert_as_near(states: Sequence[Tensor], exact: Sequence[Tensor], alone: Sequence[Tensor]) -> None:
+    """Over the plans, `states` is at most twice as far from `exact` as `alone` is."""
 
     def error(runs: Sequence[Tensor]) -> float:
         return math.sqrt(sum(relative_error(a, e) ** 2 for a, e in zip(runs, exact, strict=True)) / len(exact))
 
-    assert error(found) <= 2 * error(alone)
+    assert error(states) <= 2 * error(alone)
 
 
 def by_kind(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -168,7 +168,7 @@ def teachers(kind: str, name: str, precision: str, seed: int) -> list[Tensor]:
     exact = kind == "exact"
     body = find_body((exact_model if exact else model_of)(name, precision, seed=seed))
     with torch.no_grad(), double_precision() if exact else PRECISIONS[precision].entered():
-        return [one_by_one(body, one) for one in trees]
+        return [one_by_one(body, of_plan) for of_plan in trees]
 
 
 def teacher_pass(strategy: str, body: Body, passes: Plan, *, live: bool) -> Tensor:
@@ -193,9 +193,9 @@ def test_a_teachers_states_are_as_near_to_float64_as_one_by_one(
     seed = 0 if live else 1
     body = find_body(model_of(name, precision, seed=seed))
     with PRECISIONS[precision].entered():
-        found = [teacher_pass(strategy, body, plan_of(name, 0, teacher), live=live) for teacher in ("one", "each")]
+        states = [teacher_pass(strategy, body, plan_of(name, 0, teacher), live=live) for teacher in ("one", "each")]
     alone, exact = (teachers(kind, name, precision, seed) for kind in ("alone", "exact"))
-    assert_as_near(found, exact, alone)
+    assert_as_near(states, exact, alone)
 
 
 @pytest.mark.parametrize(
@@ -207,10 +207,8 @@ def test_checkpointing_changes_no_bit(strategy: str, name: str, precision: str) 
     model = copy.deepcopy(model_of(name, precision))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with PRECISIONS[precision].entered():
-        found = student(strategy, model, plan_of(name, 0).student)
+        run = student(strategy, model, plan_of(name, 0).student)
     expected = students(strategy, name, precision)[0]
-    assert torch.equal(found.states, expected.states)
-    assert found.gradients.keys() == expected.gradients.keys()
-    assert [
-        key for key, gradient in expected.gradients.items() if not torch.equal(found.gradients[key], gradient)
-    ] == []
+    assert torch.equal(run.states, expected.states)
+    assert run.gradients.keys() == expected.gradients.keys()
+    assert [key for key, gradient in expected.gradients.items() if not torch.equal(run.gradients[key], gradient)] == []

@@ -21,17 +21,12 @@ from sdcore.prefix import Plan, choice, plan
 from sdcore.prefix.runner import passes, run
 from sdcore.step import distill_step
 from sdcore.teachers import Frozen, Live, TrustRegion
-from tests.sdcore.prefix.models import COMMON, VOCAB, build, tiny, tokens_of
+from tests.sdcore.prefix.models import COMMON, VOCAB, build, checkpointed, tiny, tokens_of
 from tests.sdcore.prefix.trees import short_plan
 
 pytestmark = pytest.mark.usefixtures("first_use")
 
 SHARING = ["packed", "cached", "two_phase"]
-
-
-def checkpointed(model: PreTrainedModel, *, reentrant: bool = False) -> PreTrainedModel:
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    return model
 
 
 def mamba() -> PreTrainedModel:
@@ -58,11 +53,11 @@ class Operators(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[str, Any]] = []
+        self.calls: list[tuple[str, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        shapes = [tuple(one.shape) for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
-        self.found.append((str(func), shapes))
+        shapes = [tuple(value.shape) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        self.calls.append((str(func), shapes))
         return func(*args, **(kwargs or {}))
 
 
@@ -77,7 +72,7 @@ def test_where_nothing_is_shared_auto_runs_what_naive_runs_and_no_operator_more(
         with Operators() as operators:
             distill_step(model, alone, **options)
         model.zero_grad()
-        return operators.found
+        return operators.calls
 
     # Tables that the loss keeps are made by whichever step is the first.
     expected = [step(strategy="naive") for _ in range(2)][1]
@@ -141,7 +136,7 @@ def test_unsupported_models_fall_back_to_naive_with_one_warning_that_says_why(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         reports = [run(model, short_plan()).report for _ in range(2)]
-    ours = [str(one.message) for one in caught if "without sharing prefixes" in str(one.message)]
+    ours = [str(warning.message) for warning in caught if "without sharing prefixes" in str(warning.message)]
     assert len(ours) == 1
     assert reason in ours[0]
     for report in reports:
@@ -211,9 +206,9 @@ def test_a_teacher_on_another_device_than_the_plan_is_refused_before_any_pass() 
     student, teacher = tiny("llama"), on_meta(seed=1)
     for model in (student, teacher):
         model.model.register_forward_pre_hook(lambda *_: pytest.fail("a pass was run"))
-    for one in (Frozen(teacher), TrustRegion(Frozen(teacher))):
+    for weights in (Frozen(teacher), TrustRegion(Frozen(teacher))):
         with pytest.raises(PlanError, match="must be on the model's device, meta, got ids on cpu"):
-            distill_step(student, short_plan(), teacher=one)
+            distill_step(student, short_plan(), teacher=weights)
 
 
 # --- what the teacher reads ---
@@ -245,14 +240,15 @@ def test_a_live_teacher_reads_the_students_states_and_another_computes_its_own(s
 
 def state_of(model: nn.Module) -> dict[str, Any]:
     """Everything that a pass could leave behind, but for the student's gradients."""
-    found: dict[str, Any] = {"implementation": model.config._attn_implementation, "rng": torch.get_rng_state().tolist()}
+    traces: dict[str, Any] = {"implementation": model.config._attn_implementation}
+    traces["rng"] = torch.get_rng_state().tolist()
     for name, module in model.named_modules():
         attributes = {key: value for key, value in vars(module).items() if not key.startswith("_parameters")}
-        found[name] = sorted(attributes), module.training, len(module._forward_hooks), len(module._forward_pre_hooks)
-        found[name + ":function"] = attributes.get("_gradient_checkpointing_func")
+        traces[name] = sorted(attributes), module.training, len(module._forward_hooks), len(module._forward_pre_hooks)
+        traces[name + ":function"] = attributes.get("_gradient_checkpointing_func")
     for name, weight in model.named_parameters():
-        found[name] = weight.requires_grad, weight._backward_hooks
-    return found
+        traces[name] = weight.requires_grad, weight._backward_hooks
+    return traces
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["", "after an error"])
@@ -318,10 +314,10 @@ def test_dropout_is_off_in_both_passes_and_in_what_backward_runs_again(strategy:
     model.gpt_neox.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(torch.is_grad_enabled()))
     if checkpointing:
         checkpointed(model)
-    found = distill_step(model, short_plan(), strategy=strategy, verify="off")
+    out = distill_step(model, short_plan(), strategy=strategy, verify="off")
     times = len(runs)
     expected = distill_step(calm, short_plan(), strategy="naive")
-    assert torch.allclose(found.loss, expected.loss, rtol=1e-9)
+    assert torch.allclose(out.loss, expected.loss, rtol=1e-9)
     for (name, weight), other in zip(model.named_parameters(), calm.parameters(), strict=True):
         assert float((weight.grad - other.grad).norm()) <= 1e-9 * float(other.grad.norm()), name
     assert model.training
@@ -334,9 +330,9 @@ def test_dropout_is_off_in_both_passes_and_in_what_backward_runs_again(strategy:
 def test_dropout_of_another_teacher_is_off_too() -> None:
     teacher = with_dropout()
     calm = copy.deepcopy(teacher).eval()
-    found, expected = (run(tiny("llama"), short_plan(), Frozen(one)).teacher_hidden for one in (teacher, calm))
-    assert found is not None
-    assert torch.equal(found, expected)
+    hidden, expected = (run(tiny("llama"), short_plan(), Frozen(model)).teacher_hidden for model in (teacher, calm))
+    assert hidden is not None
+    assert torch.equal(hidden, expected)
     assert teacher.training
 
 

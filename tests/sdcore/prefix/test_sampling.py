@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from sdcore.errors import ArgumentError, PlanError, PlanTypeError, UnsupportedModelError
 from sdcore.prefix.sampling import Sampled, generate
-from tests.sdcore.prefix.models import TINY, VOCAB, tiny
+from tests.sdcore.prefix.models import VOCAB, tiny
 
 FAMILIES = ["llama", "mistral", "gemma2", "gemma3", "gpt_neox", "qwen3_moe", "qwen3_next", "qwen3_5"]
 # Longer than the window of the families that have one; of unequal lengths, one of a single token.
@@ -216,7 +216,7 @@ def test_the_models_generation_config_changes_nothing() -> None:
 
 def call(prompts: Any = None, **changed: Any) -> Callable[[], Sampled]:
     good: dict[str, Any] = {"num_completions": 2, "max_new_tokens": 4, "eos_token_id": EOS}
-    return lambda: generate(TINY["llama"](), PROMPTS if prompts is None else prompts, **(good | changed))
+    return lambda: generate(tiny("llama"), PROMPTS if prompts is None else prompts, **(good | changed))
 
 
 @pytest.mark.parametrize(

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Phi3Config, PreTrainedModel
 
 from sdcore.errors import ArgumentError, UnsupportedModelError
 from sdcore.models import Body, find_body
+from sdcore.prefix.choice import STRATEGIES as MODULES
 from sdcore.prefix.planner import Tree, plan
 from sdcore.prefix.strategies import two_phase
 from sdcore.prefix.strategies.two_phase import BackwardError, micro_batches
 from sdkernels.live_bytes import LiveBytes
-from tests.sdcore.prefix.models import COMMON, HEADS, HYBRIDS, SLIDING, TINY, VOCAB, build, double_precision, tiny
+from tests.sdcore.prefix.models import (
+    COMMON,
+    CONFIGS,
+    HEADS,
+    HYBRIDS,
+    SLIDING,
+    VOCAB,
+    assert_same_gradients,
+    build,
+    checkpointed,
+    double_precision,
+    gradients,
+    plain_rows,
+    tiny,
+)
 from tests.sdcore.prefix.trees import random_plan
 
 # A strategy is a module with a function `hidden_states`; those of SHARING read a teacher's prompt from
@@ -31,7 +45,7 @@ MICRO_BATCH = 2
 SEED = 3
 
 
-def cases(strategies: Sequence[str], names: Iterable[str] = TINY) -> list[Any]:
+def cases(strategies: Sequence[str], names: Iterable[str] = CONFIGS) -> list[Any]:
     return [
         pytest.param(strategy, name, id=f"{strategy}-{name}")
         for strategy in strategies
@@ -40,28 +54,9 @@ def cases(strategies: Sequence[str], names: Iterable[str] = TINY) -> list[Any]:
     ]
 
 
-def checkpointed(model: PreTrainedModel, *, reentrant: bool = False) -> PreTrainedModel:
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    return model
-
-
-def one_by_one(body: Body, trees: Sequence[Tree]) -> Tensor:
-    """(N, H): the whole model on each sequence alone, and its last hidden states."""
-    rows = []
-    for tree in trees:
-        for i in tree.active:
-            output = body.causal_lm(input_ids=tree.sequence(i)[None], output_hidden_states=True, use_cache=False)
-            rows.append(output.hidden_states[-1][0, len(tree.sequence(i)) - tree.rows[i] :])
-    return torch.cat(rows)
-
-
 def weights_of(count: int, width: int) -> Tensor:
     """A loss is the sum of these times the states: its gradient tells every state from every other."""
     return torch.randn(count, width, dtype=torch.float64, generator=torch.Generator().manual_seed(count))
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
 def student_pass(strategy: str, body: Body, trees: Sequence[Tree]) -> Tensor:
@@ -74,7 +69,7 @@ def student_pass(strategy: str, body: Body, trees: Sequence[Tree]) -> Tensor:
             hidden[part.rows] = part.hidden.detach()
             part.attach((part.hidden * weights[part.rows]).sum()).backward()
         return hidden
-    module = importlib.import_module(f"sdcore.prefix.strategies.{strategy}")
+    module = MODULES[strategy]
     hidden, prompts = module.hidden_states(body, trees)
     assert prompts is None
     (hidden * weights).sum().backward()
@@ -83,7 +78,7 @@ def student_pass(strategy: str, body: Body, trees: Sequence[Tree]) -> Tensor:
 
 def live_teacher(strategy: str, body: Body, student: Sequence[Tree], teacher: Sequence[Tree]) -> Tensor:
     """(N, H) of a teacher that starts from the student's states."""
-    module = importlib.import_module(f"sdcore.prefix.strategies.{strategy}")
+    module = MODULES[strategy]
     record: Any = True if strategy == "packed" else [tree.shared for tree in teacher]
     _, prompts = module.hidden_states(body, student, record=record)
     return module.hidden_states(body, teacher, prompts=prompts)[0]
@@ -93,7 +88,7 @@ def live_teacher(strategy: str, body: Body, student: Sequence[Tree], teacher: Se
 def reference(name: str, attention: str | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     body, trees = find_body(tiny(name, attn_implementation=attention)), random_plan(SEED).student
     with double_precision():
-        hidden = one_by_one(body, trees)
+        hidden = plain_rows(body.causal_lm, trees)[0]
         (hidden * weights_of(*hidden.shape)).sum().backward()
     return hidden.detach(), gradients(body.causal_lm)
 
@@ -101,23 +96,16 @@ def reference(name: str, attention: str | None = None) -> tuple[Tensor, dict[str
 @cache
 def teacher_reference(name: str, teacher: str, seed: int) -> Tensor:
     with double_precision(), torch.no_grad():
-        return one_by_one(find_body(tiny(name, seed=seed)), random_plan(SEED, teacher=teacher).teacher)
+        return plain_rows(tiny(name, seed=seed), random_plan(SEED, teacher=teacher).teacher)[0]
 
 
-def assert_same_states(found: Tensor, expected: Tensor) -> None:
-    assert found.shape == expected.shape
-    assert float((found - expected).abs().max()) < 1e-10
-
-
-def assert_same_gradients(model: nn.Module, expected: dict[str, Tensor]) -> None:
-    found = gradients(model)
-    assert found.keys() == expected.keys()
-    errors = {name: float((found[name] - grad).norm() / grad.norm()) for name, grad in expected.items()}
-    assert {name: error for name, error in errors.items() if not error < 1e-9} == {}
+def assert_same_states(hidden: Tensor, expected: Tensor) -> None:
+    assert hidden.shape == expected.shape
+    assert float((hidden - expected).abs().max()) < 1e-10
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize(("strategy", "name"), cases(STRATEGIES, [*TINY, *HEADS]))
+@pytest.mark.parametrize(("strategy", "name"), cases(STRATEGIES, [*CONFIGS, *HEADS]))
 def test_a_students_states_and_gradients_are_those_of_single_sequences(
     strategy: str, name: str, checkpointing: bool
 ) -> None:
@@ -125,7 +113,7 @@ def test_a_students_states_and_gradients_are_those_of_single_sequences(
     model = checkpointed(tiny(name)) if checkpointing else tiny(name)
     with double_precision():
         assert_same_states(student_pass(strategy, find_body(model), random_plan(SEED).student), hidden)
-    assert_same_gradients(model, grads)
+    assert_same_gradients(gradients(model), grads)
 
 
 def adapted(kind: str) -> PreTrainedModel:
@@ -147,7 +135,7 @@ def test_adapters_get_the_gradients_that_naive_gives_them(strategy: str, kind: s
         hidden = student_pass("naive", find_body(expected), trees)
         assert_same_states(student_pass(strategy, find_body(model), trees), hidden)
     assert all("lora" in name for name in gradients(expected))
-    assert_same_gradients(model, gradients(expected))
+    assert_same_gradients(gradients(model), gradients(expected))
     with model.disable_adapter(), expected.disable_adapter(), double_precision(), torch.no_grad():
         assert_same_states(student_states(strategy, find_body(model), trees), reference("llama")[0])
 
@@ -159,17 +147,17 @@ def test_eager_attention_gives_the_same(strategy: str, name: str) -> None:
     model = tiny(name, attn_implementation="eager")
     with double_precision():
         assert_same_states(student_pass(strategy, find_body(model), random_plan(SEED).student), hidden)
-    assert_same_gradients(model, grads)
+    assert_same_gradients(gradients(model), grads)
 
 
 @pytest.mark.parametrize("teacher", ["one", "each"])
 @pytest.mark.parametrize(("strategy", "name"), cases(STRATEGIES))
 def test_a_teacher_with_other_weights_computes_its_own_prompt(strategy: str, name: str, teacher: str) -> None:
-    module = importlib.import_module(f"sdcore.prefix.strategies.{strategy}")
+    module = MODULES[strategy]
     body = find_body(tiny(name, seed=1))
     with double_precision(), torch.no_grad():
-        found, _ = module.hidden_states(body, random_plan(SEED, teacher=teacher).teacher)
-    assert_same_states(found, teacher_reference(name, teacher, 1))
+        hidden, _ = module.hidden_states(body, random_plan(SEED, teacher=teacher).teacher)
+    assert_same_states(hidden, teacher_reference(name, teacher, 1))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
@@ -181,8 +169,8 @@ def test_a_live_teacher_goes_on_from_the_students_prompt(
     passes = random_plan(SEED, teacher=teacher)
     body = find_body(checkpointed(tiny(name)) if checkpointing else tiny(name))
     with double_precision(), torch.no_grad():
-        found = live_teacher(strategy, body, passes.student, passes.teacher)
-    assert_same_states(found, teacher_reference(name, teacher, 0))
+        hidden = live_teacher(strategy, body, passes.student, passes.teacher)
+    assert_same_states(hidden, teacher_reference(name, teacher, 0))
 
 
 @pytest.mark.parametrize(("strategy", "name"), cases(SHARING))
@@ -219,14 +207,14 @@ def test_recording_for_a_teacher_changes_no_gradient(strategy: str, name: str) -
                 weights = weights_of(*hidden.shape)[part.rows]
                 part.attach((part.hidden * weights).sum()).backward()
         else:
-            module = importlib.import_module(f"sdcore.prefix.strategies.{strategy}")
+            module = MODULES[strategy]
             states, prompts = module.hidden_states(body, passes.student, record=record)
             with torch.no_grad():
                 teacher, _ = module.hidden_states(body, passes.teacher, prompts=prompts)
             (states * weights_of(*hidden.shape)).sum().backward()
     assert not teacher.requires_grad
     assert_same_states(teacher, teacher_reference(name, "one", 0))
-    assert_same_gradients(model, grads)
+    assert_same_gradients(gradients(model), grads)
 
 
 @pytest.mark.parametrize("shared", [1, 2, 3, 10, 11])
@@ -239,8 +227,8 @@ def test_recurrent_states_are_read_wherever_the_teacher_leaves_the_students_prom
     assert passes.teacher[0].shared == shared
     body = find_body(tiny(name))
     with double_precision(), torch.no_grad():
-        found = live_teacher("cached", body, passes.student, passes.teacher)
-        assert_same_states(found, one_by_one(body, passes.teacher))
+        hidden = live_teacher("cached", body, passes.student, passes.teacher)
+        assert_same_states(hidden, plain_rows(body.causal_lm, passes.teacher)[0])
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -249,9 +237,9 @@ def test_without_rows_gradients_are_zero_and_not_missing(strategy: str) -> None:
     model = tiny("llama")
     trees = plan([[1, 2, 3]], [[[], []]]).student
     assert student_pass(strategy, find_body(model), trees).shape == (0, 32)
-    found = gradients(model.base_model)
-    assert found.keys() == dict(model.base_model.named_parameters()).keys()
-    assert all(not grad.any() for grad in found.values())
+    grads = gradients(model.base_model)
+    assert grads.keys() == dict(model.base_model.named_parameters()).keys()
+    assert all(not grad.any() for grad in grads.values())
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -260,9 +248,7 @@ def test_a_pass_without_gradient_leaves_no_trace(strategy: str) -> None:
     before = {name: vars(module).keys() for name, module in model.named_modules()}
     random_state = torch.get_rng_state()
     with torch.no_grad():
-        importlib.import_module(f"sdcore.prefix.strategies.{strategy}").hidden_states(
-            find_body(model), random_plan(0).student
-        )
+        MODULES[strategy].hidden_states(find_body(model), random_plan(0).student)
     assert {name: vars(module).keys() for name, module in model.named_modules()} == before
     assert torch.equal(torch.get_rng_state(), random_state)
     assert model.training
@@ -280,7 +266,7 @@ def test_naive_is_right_under_reentrant_checkpointing() -> None:
     model = checkpointed(tiny("llama"), reentrant=True)
     with double_precision():
         assert_same_states(student_pass("naive", find_body(model), random_plan(SEED).student), hidden)
-    assert_same_gradients(model, grads)
+    assert_same_gradients(gradients(model), grads)
 
 
 def long_rope() -> PreTrainedModel:
@@ -294,7 +280,7 @@ def test_naive_never_batches_sequences_on_both_sides_of_a_rotary_switch() -> Non
     body = find_body(long_rope())
     trees = plan([list(range(14))], [[list(range(length)) for length in (2, 3, 4, 5)]]).student
     with double_precision(), torch.no_grad():
-        assert_same_states(student_states("naive", body, trees), one_by_one(body, trees))
+        assert_same_states(student_states("naive", body, trees), plain_rows(body.causal_lm, trees)[0])
 
 
 @pytest.mark.parametrize("strategy", ["cached", "two_phase"])
@@ -303,18 +289,18 @@ def test_a_prefix_is_not_shared_across_a_rotary_switch(strategy: str) -> None:
     short, long = (plan([list(range(length))], [[[1, 2, 3], [4]]]).student for length in (14, 17))
     with double_precision(), torch.no_grad():
         for trees in (short, long):
-            assert_same_states(student_states(strategy, body, trees), one_by_one(body, trees))
+            assert_same_states(student_states(strategy, body, trees), plain_rows(body.causal_lm, trees)[0])
         with pytest.raises(UnsupportedModelError, match="LongRoPE"):
             student_states(strategy, body, plan([list(range(15))], [[[1, 2, 3], [4]]]).student)
         # The student's prompt is on one side, the teacher's on the other: nothing is read, all of it computed.
         passes = plan([list(range(12))], [[[1, 2, 3]]], [list(range(20))])
         assert passes.teacher[0].shared == 12
-        found = live_teacher(strategy, body, passes.student, passes.teacher)
-        assert_same_states(found, one_by_one(body, passes.teacher))
+        hidden = live_teacher(strategy, body, passes.student, passes.teacher)
+        assert_same_states(hidden, plain_rows(body.causal_lm, passes.teacher)[0])
 
 
 def student_states(strategy: str, body: Body, trees: Sequence[Tree]) -> Tensor:
-    return importlib.import_module(f"sdcore.prefix.strategies.{strategy}").hidden_states(body, trees)[0]
+    return MODULES[strategy].hidden_states(body, trees)[0]
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 8])
@@ -344,7 +330,7 @@ def test_a_loss_scale_reaches_every_gradient_once(name: str) -> None:
         for part in micro_batches(body, trees, micro_batch=1):
             weights = weights_of(sum(tree.num_rows for tree in trees), body.hidden_size)[part.rows]
             (part.attach((part.hidden * weights).sum()) * 1024.0).backward()
-    assert_same_gradients(model, {name: grad * 1024.0 for name, grad in grads.items()})
+    assert_same_gradients(gradients(model), {name: grad * 1024.0 for name, grad in grads.items()})
 
 
 def test_taking_a_part_before_the_last_ones_backward_is_an_error() -> None:

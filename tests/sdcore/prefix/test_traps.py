@@ -20,7 +20,10 @@ from sdcore.errors import UnsupportedModelError
 from sdcore.models import Body, find_body
 from sdcore.prefix.strategies import caches
 from sdcore.prefix.strategies.caches import PrefixCache, run_reading, run_recording
-from tests.sdcore.prefix.models import HYBRIDS, SLIDING, TINY, VOCAB, WINDOW, double_precision, tiny
+from tests.sdcore.prefix import models
+from tests.sdcore.prefix.models import CONFIGS, HYBRIDS, SLIDING, VOCAB, WINDOW, tiny
+
+pytestmark = pytest.mark.usefixtures("in_double_precision")
 
 TRUNK, BRANCH = 15, 5
 
@@ -30,9 +33,7 @@ def ids(*shape: int, seed: int = 0) -> Tensor:
 
 
 def checkpointed(name: str) -> Body:
-    model = tiny(name)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return find_body(model)
+    return find_body(models.checkpointed(tiny(name)))
 
 
 def expected(body: Body, trunk: Tensor, branches: Tensor) -> Tensor:
@@ -45,28 +46,22 @@ def difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).detach().abs().max())
 
 
-@pytest.fixture(autouse=True)
-def exact() -> Any:
-    with double_precision():
-        yield
-
-
 def test_a_dynamic_cache_grows_when_a_second_branch_reads_it() -> None:
     body = find_body(tiny("llama"))
     trunk, branches = ids(TRUNK), ids(2, BRANCH, seed=1)
     cache = DynamicCache(config=body.config)
     with torch.no_grad():
         body.base(input_ids=trunk[None], past_key_values=cache, use_cache=False)
-        found = [
+        hidden = [
             body.base(input_ids=branch[None], past_key_values=cache, use_cache=False).last_hidden_state
             for branch in branches
         ]
         assert cache.get_seq_length() == TRUNK + 2 * BRANCH
-        assert difference(found[0], expected(body, trunk, branches)[:1]) < 1e-10
-        assert difference(found[1], expected(body, trunk, branches)[1:]) > 0.5
+        assert difference(hidden[0], expected(body, trunk, branches)[:1]) < 1e-10
+        assert difference(hidden[1], expected(body, trunk, branches)[1:]) > 0.5
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_prefix_is_the_same_after_it_was_read(name: str) -> None:
     body = find_body(tiny(name))
     trunk, branches = ids(TRUNK), ids(2, BRANCH, seed=1)
@@ -75,8 +70,8 @@ def test_a_prefix_is_the_same_after_it_was_read(name: str) -> None:
         before = [state.clone() for state in states.tensors()]
         # A single token takes the decoding path of recurrent layers, which writes into their states.
         for length in (BRANCH, 1, BRANCH):
-            found = run_reading(body, branches[:, :length], states)
-            assert difference(found, expected(body, trunk, branches[:, :length])) < 1e-10
+            hidden = run_reading(body, branches[:, :length], states)
+            assert difference(hidden, expected(body, trunk, branches[:, :length])) < 1e-10
     assert all(torch.equal(old, new) for old, new in zip(before, states.tensors(), strict=True))
 
 
@@ -89,11 +84,11 @@ def test_checkpointing_drops_a_cache_without_an_error() -> None:
     assert cache.get_seq_length() == 0
     states, _ = run_recording(find_body(tiny("llama")), trunk)
     reading = PrefixCache(body, states, batch=1, recording=False)
-    found = body(branch, position_ids=torch.tensor([[TRUNK]]), past_key_values=reading)
-    assert difference(found, expected(body, trunk, branch)) > 0.5
+    hidden = body(branch, position_ids=torch.tensor([[TRUNK]]), past_key_values=reading)
+    assert difference(hidden, expected(body, trunk, branch)) > 0.5
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_dropped_cache_is_an_error_of_ours(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     body = checkpointed(name)
     states, _ = run_recording(body, ids(TRUNK))
@@ -165,8 +160,8 @@ def test_a_sliding_layer_reads_the_tail_of_the_prefix_and_no_more(name: str, len
     trunk, branches = ids(TRUNK), ids(2, BRANCH, seed=1)
     with torch.no_grad():
         states, _ = run_recording(body, trunk)
-        found = run_reading(body, branches, states.up_to(length, body))
-        assert difference(found, expected(body, trunk[:length], branches)) < 1e-10
+        hidden = run_reading(body, branches, states.up_to(length, body))
+        assert difference(hidden, expected(body, trunk[:length], branches)) < 1e-10
     cache = PrefixCache(body, states.up_to(length, body), batch=1, recording=False)
     sliding = body.windows.index(WINDOW)
     keys, _ = cache.update(*(torch.zeros(1, 2, BRANCH, 12, dtype=torch.float64) for _ in range(2)), sliding)
@@ -194,7 +189,7 @@ def test_one_mask_for_all_layers_drops_the_window() -> None:
         assert difference(body(tokens, attention_mask=causal), body(tokens)) > 0.05
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_position_off_by_one_shows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With weights of std 0.02 it hardly would: then the tests that compare strategies could not fail."""
     body = find_body(tiny(name))

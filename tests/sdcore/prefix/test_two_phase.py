@@ -85,16 +85,16 @@ def test_a_loss_that_ignores_a_parts_states_leaves_the_gradients_of_the_others(i
         return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
     weights = [float(i != ignored) for i in range(3)]
-    found, expected = (gradients(weights, constant=constant) for constant in (True, False))
-    assert found.keys() == expected.keys()
+    grads, expected = (gradients(weights, constant=constant) for constant in (True, False))
+    assert grads.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, msg=name)
+        torch.testing.assert_close(grads[name], gradient, msg=name)
 
 
 def test_a_frozen_body_leaves_the_heads_gradient() -> None:
     model, other = tiny("llama"), tiny("llama")
-    for one in (model, other):
-        one.model.requires_grad_(False)
+    for whole in (model, other):
+        whole.model.requires_grad_(False)
     planned = plan([list(range(9))], [[[1, 2, 3], [4, 5]]], [list(range(12))])
     distill_step(model, planned, micro_batch=1, verify="off")
     distill_step(other, planned, strategy="naive")

@@ -232,11 +232,11 @@ def test_a_context_gets_every_field_that_is_about_it() -> None:
 def test_a_loss_gets_every_field_that_is_about_it() -> None:
     loss = SDPO(topk_of="teacher", temperature=2.0, normalize=True).build_loss()
     assert loss.importance_clip == 2.0
-    assert loss.options["support"] == TopK(100, of="teacher", tail=True)
-    assert (loss.options["alpha"], loss.options["temperature"], loss.options["normalize"]) == (0.5, 2.0, True)
-    assert Method(sampled_token=True).build_loss().options["support"] == "sampled"
+    assert loss.options.support == TopK(100, of="teacher", tail=True)
+    assert (loss.options.alpha, loss.options.temperature, loss.options.normalize) == (0.5, 2.0, True)
+    assert Method(sampled_token=True).build_loss().options.support == "sampled"
     full = OPSD(entry_clip=0.05).build_loss()
-    assert (full.options["support"], full.options["entry_clip"], full.importance_clip) == (None, 0.05, None)
+    assert (full.options.support, full.options.entry_clip, full.importance_clip) == (None, 0.05, None)
 
 
 def test_a_method_builds_its_teacher() -> None:

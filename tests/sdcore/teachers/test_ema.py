@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import multiprocessing
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +22,18 @@ from sdcore.errors import ArgumentError, UnsupportedModelError
 from sdcore.prefix.runner import run
 from sdcore.step import distill_step
 from sdcore.teachers import EMA, AdapterOff, Frozen, Live, PeriodicSync, Snapshot, TrustRegion, ema
-from tests.sdcore.prefix.models import COMMON, build, double_precision, tiny
+from tests.processes import assert_right, run_cases, verdicts_of
+from tests.sdcore.prefix.models import (
+    COMMON,
+    assert_same_gradients,
+    build,
+    double_precision,
+    gradients,
+    tiny,
+)
 from tests.sdcore.prefix.trees import random_plan
 
 STRATEGIES: list[Any] = ["naive", "packed", "cached"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def in_double_precision() -> Iterator[None]:
-    """Not for the tests of bfloat16: while it is entered there is no float32."""
-    with double_precision():
-        yield
 
 
 EXACT = pytest.mark.usefixtures("in_double_precision")
@@ -72,25 +64,18 @@ def move(model: nn.Module, seed: int, scale: float = 0.3) -> None:
             weight.data += scale * torch.randn(weight.shape, dtype=weight.dtype, generator=draw)
 
 
-def test_the_rate_is_the_share_of_the_student() -> None:
-    """The trap: 0.05 taken for a decay would make the teacher nearly live."""
-    student = linear(0.0)
-    teacher = EMA(student, 0.05)
-    fill(student, 1.0)
-    for step, expected in ((1, 0.05), (2, 0.05 + 0.95 * 0.05)):
-        teacher.update(student, step)
-        (average,) = content(teacher, student).values()
-        assert torch.allclose(average, torch.full_like(average, expected))
-    assert float(student.weight.min()) == 1.0
-
-
-@pytest.mark.parametrize(("rate", "expected"), [(0.0, 0.0), (1.0, 1.0)])
-def test_rate_0_is_frozen_and_rate_1_the_student_after_each_step(rate: float, expected: float) -> None:
+@pytest.mark.parametrize("rate", [0.0, 0.05, 1.0])
+def test_the_rate_is_the_share_of_the_student(rate: float) -> None:
+    """The trap: 0.05 taken for a decay would make the teacher nearly live; 0 is frozen, 1 the student."""
     student = linear(0.0)
     teacher = EMA(student, rate)
     fill(student, 1.0)
-    teacher.update(student, 1)
-    assert float(content(teacher, student)["weight"].mean()) == expected
+    for step, expected in ((1, rate), (2, rate + (1 - rate) * rate)):
+        teacher.update(student, step)
+        (average,) = content(teacher, student).values()
+        assert torch.allclose(average, torch.full_like(average, expected))
+        assert rate == 0.05 or bool((average == rate).all())
+    assert float(student.weight.min()) == 1.0
 
 
 def test_a_periodic_copy_is_renewed_on_multiples_of_its_period_only() -> None:
@@ -144,7 +129,7 @@ def averaged(students: list[nn.Module], rate: float) -> nn.Module:
 
 @EXACT
 @pytest.mark.parametrize("trust", [False, True])
-@pytest.mark.parametrize(("strategy", "micro_batch"), [*((one, None) for one in STRATEGIES), ("two_phase", 1)])
+@pytest.mark.parametrize(("strategy", "micro_batch"), [*((name, None) for name in STRATEGIES), ("two_phase", 1)])
 def test_a_step_is_that_of_a_second_model_with_the_average(strategy: Any, micro_batch: int | None, trust: bool) -> None:
     student, planned = tiny("llama"), random_plan(4)
     teacher, states = EMA(student, 0.3), [copy.deepcopy(student)]
@@ -164,8 +149,7 @@ def test_a_step_is_that_of_a_second_model_with_the_average(strategy: Any, micro_
     )
     assert torch.allclose(out.loss, expected.loss, rtol=1e-9)
     assert float(out.loss) > 1e-3
-    for (name, mine), other in zip(student.named_parameters(), plain.parameters(), strict=True):
-        assert float((mine.grad - other.grad).norm() / other.grad.norm()) < 1e-9, name
+    assert_same_gradients(gradients(student), gradients(plain))
 
 
 def test_the_teacher_reads_none_of_the_students_states() -> None:
@@ -226,25 +210,27 @@ def test_an_average_takes_4_bytes_per_weight_that_is_trained(dtype: torch.dtype)
     student.model.embed_tokens.requires_grad_(False)
     trained = sum(weight.numel() for weight in student.parameters() if weight.requires_grad)
     kept = EMA(student, 0.1)._kept.values()
-    assert sum(one.value.nbytes + (0 if one.rest is None else one.rest.nbytes) for one in kept) == 4 * trained
+    rests = sum(weight.rest.nbytes for weight in kept if weight.rest is not None)
+    assert sum(weight.value.nbytes for weight in kept) + rests == 4 * trained
 
 
 def test_pieces_do_not_change_the_average(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
+    contents = []
     for piece in (2**24, 5):
         monkeypatch.setattr(ema, "PIECE", piece)
         student = tiny("llama").to(torch.bfloat16)
         teacher = EMA(student, 0.1)
         move(student, 1)
         teacher.update(student, 1)
-        found.append(content(teacher, student))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+        contents.append(content(teacher, student))
+    assert all(torch.equal(contents[0][name], contents[1][name]) for name in contents[0])
 
 
 # LoRA
 
 
-def adapted() -> Any:
+def with_adapter() -> Any:
+    """In training from the start: what the adapter adds is zero."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, lora_alpha=4, lora_dropout=0.0, target_modules=["q_proj", "v_proj", "down_proj"])
@@ -253,15 +239,15 @@ def adapted() -> Any:
 
 def products(model: nn.Module) -> dict[str, Tensor]:
     """What each adapter adds to its layer's weight."""
-    found = {}
+    factors = {}
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
-            found[name] = (module.lora_B["default"].weight @ module.lora_A["default"].weight).detach().clone()
-    return found
+            factors[name] = (module.lora_B["default"].weight @ module.lora_A["default"].weight).detach().clone()
+    return factors
 
 
 def test_of_an_adapted_model_the_adapter_alone_is_averaged() -> None:
-    student = adapted()
+    student = with_adapter()
     teacher = EMA(student, 0.1)
     assert teacher._kept
     assert all("lora_" in name for name in teacher._kept)
@@ -269,7 +255,7 @@ def test_of_an_adapted_model_the_adapter_alone_is_averaged() -> None:
 
 def test_an_average_of_factors_from_the_students_own_is_the_average_of_products() -> None:
     """Exactly while one factor stands still; from zero it would be 26 % of the change where 51 % is meant."""
-    student, rate, steps = adapted(), 0.05, 14
+    student, rate, steps = with_adapter(), 0.05, 14
     for name, weight in student.named_parameters():
         weight.requires_grad_("lora_B" in name or "lora_A" in name)
     teacher = EMA(student, rate)
@@ -279,13 +265,13 @@ def test_an_average_of_factors_from_the_students_own_is_the_average_of_products(
             weight.data += torch.randn_like(weight)
     for step in range(1, steps + 1):
         teacher.update(student, step)
-        meant = {name: (1 - rate) * one + rate * products(student)[name] for name, one in meant.items()}
+        meant = {name: (1 - rate) * mean + rate * products(student)[name] for name, mean in meant.items()}
     with teacher.weights(student):
-        found = products(student)
+        average = products(student)
     change = 1 - (1 - rate) ** steps
     for name, product in products(student).items():
-        assert torch.allclose(found[name], meant[name], rtol=1e-9)
-        assert torch.allclose(found[name], change * product, rtol=1e-9)
+        assert torch.allclose(average[name], meant[name], rtol=1e-9)
+        assert torch.allclose(average[name], change * product, rtol=1e-9)
         assert abs(change - 0.51) < 0.005
         assert abs(change**2 - 0.26) < 0.005  # what both factors from zero would give
 
@@ -293,7 +279,7 @@ def test_an_average_of_factors_from_the_students_own_is_the_average_of_products(
 @EXACT
 def test_in_training_the_average_of_factors_is_near_that_of_products() -> None:
     """AdamW at 2e-4: the error is the covariance of the factors, which grows with the rate; from zero it is a half."""
-    student, rate, planned = adapted(), 0.05, random_plan(4)
+    student, rate, planned = with_adapter(), 0.05, random_plan(4)
     teacher, meant = EMA(student, rate), products(student)
     zero = {name: torch.zeros_like(w) for name, w in student.named_parameters() if "lora_" in name}
     optimizer = torch.optim.AdamW([w for w in student.parameters() if w.requires_grad], lr=2e-4)
@@ -304,24 +290,24 @@ def test_in_training_the_average_of_factors_is_near_that_of_products() -> None:
         optimizer.zero_grad()
         teacher.update(student, step)
         now = products(student)
-        meant = {name: (1 - rate) * one + rate * now[name] for name, one in meant.items()}
+        meant = {name: (1 - rate) * mean + rate * now[name] for name, mean in meant.items()}
         for name, weight in student.named_parameters():
             if name in zero:
                 zero[name].lerp_(weight.detach(), rate)
     with teacher.weights(student):
-        found = products(student)
-    for name, one in meant.items():
+        average = products(student)
+    for name, mean in meant.items():
         from_zero = zero[f"{name}.lora_B.default.weight"] @ zero[f"{name}.lora_A.default.weight"]
-        assert float((found[name] - one).norm() / one.norm()) < 0.02
-        assert float((from_zero - one).norm() / one.norm()) > 0.4
+        assert float((average[name] - mean).norm() / mean.norm()) < 0.02
+        assert float((from_zero - mean).norm() / mean.norm()) > 0.4
 
 
 @EXACT
 def test_an_adapters_average_and_the_adapter_off_can_take_turns() -> None:
-    student, planned = adapted(), random_plan(4)
+    student, planned = with_adapter(), random_plan(4)
     move(student, 1)
     teacher = EMA(student, 0.1)
-    base, live = (run(student, planned, one).teacher_hidden for one in (AdapterOff(), Live()))
+    base, live = (run(student, planned, weights).teacher_hidden for weights in (AdapterOff(), Live()))
     move(student, 2)
     assert torch.allclose(run(student, planned, teacher).teacher_hidden, live, atol=1e-9)  # type: ignore[arg-type]
     assert torch.allclose(run(student, planned, AdapterOff()).teacher_hidden, base, atol=1e-9)  # type: ignore[arg-type]
@@ -351,8 +337,8 @@ def test_a_loaded_average_goes_on_to_the_last_bit(tied: bool, dtype: torch.dtype
         move(student, step, 0.01)
         teacher.update(student, step)
         other.update(student, step)
-    one, two = content(teacher, student), content(other, student)
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    ours, loaded = content(teacher, student), content(other, student)
+    assert all(torch.equal(ours[name], loaded[name]) for name in ours)
     for name, kept in teacher._kept.items():
         rest = other._kept[name].rest
         assert kept.rest is rest or torch.equal(kept.rest, rest)  # type: ignore[arg-type]
@@ -461,21 +447,8 @@ def test_a_student_whose_dtype_changes_keeps_its_average() -> None:
     assert torch.allclose(average, torch.tensor(1.0 + 0.01 * 2**-7), rtol=2**-23)
 
 
-def sharded_work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    try:
-        with double_precision():
-            found = {"wrapped before": sharded_agrees(Path(folder), True), "after": sharded_agrees(Path(folder), False)}
-        Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    finally:
-        dist.destroy_process_group()
-
-
-def sharded_agrees(folder: Path, wrapped_before: bool) -> str:
-    """ "" where an average of a sharded student is that of a plain one, in the pass, in the step and in the file."""
+def sharded_agrees(folder: Path, wrapped_before: bool) -> None:
+    """An average of a sharded student is that of a plain one, in the pass, in the step and in the file."""
 
     def shard(model: Any) -> Any:
         for layer in model.model.layers:
@@ -483,52 +456,45 @@ def sharded_agrees(folder: Path, wrapped_before: bool) -> str:
         return fully_shard(model)
 
     plain, student, planned = tiny("llama"), tiny("llama"), random_plan(4)
-    one = EMA(plain, 0.3)
-    two = None if wrapped_before else EMA(student, 0.3)
+    single = EMA(plain, 0.3)
+    sharded = None if wrapped_before else EMA(student, 0.3)
     shard(student)
-    two = two or EMA(student, 0.3)
+    sharded = sharded or EMA(student, 0.3)
     for step in (1, 2):
         move(plain, step)
         for mine, other in zip(student.parameters(), plain.parameters(), strict=True):
             whole = torch.distributed.tensor.distribute_tensor(other.detach(), mine.device_mesh, mine.placements)
             mine.to_local().data.copy_(whole.to_local())
-        one.update(plain, step)
-        two.update(student, step)
+        single.update(plain, step)
+        sharded.update(student, step)
         # Twice: the second pass meets what the first has left gathered.
-        for teacher in (two, TrustRegion(two, 0.3)):
-            expected = distill_step(plain, planned, teacher=one if teacher is two else TrustRegion(one, 0.3))
+        for teacher, alone in ((sharded, single), (TrustRegion(sharded, 0.3), TrustRegion(single, 0.3))):
+            expected = distill_step(plain, planned, teacher=alone)
             out = distill_step(student, planned, teacher=teacher)
-            if not torch.allclose(out.loss, expected.loss, rtol=1e-9):
-                return f"loss {float(out.loss)}, not {float(expected.loss)}"
-            for (name, mine), other in zip(student.named_parameters(), plain.parameters(), strict=True):
-                assert isinstance(mine.grad, DTensor)
-                error = float((mine.grad.full_tensor() - other.grad).norm() / other.grad.norm())
-                if not error < 1e-9:
-                    return f"gradient of {name} off by {error}"
-    two.save(folder)
+            assert torch.allclose(out.loss, expected.loss, rtol=1e-9)
+            assert all(isinstance(weight.grad, DTensor) for weight in student.parameters())
+            assert_same_gradients(gradients(student), gradients(plain))
+    sharded.save(folder)
     dist.barrier()
     saved = load_file(folder / "teacher.safetensors")
-    if not all(torch.equal(saved[name], kept.value) for name, kept in one._kept.items()):
-        return "the file differs"
-    before = {name: kept.value.clone() for name, kept in two._kept.items()}
-    two.update(student, 3)
-    two.load(folder)
+    assert all(torch.equal(saved[name], kept.value) for name, kept in single._kept.items()), "the file differs"
+    before = {name: kept.value.clone() for name, kept in sharded._kept.items()}
+    sharded.update(student, 3)
+    sharded.load(folder)
     dist.barrier()
-    return "" if all(torch.equal(before[name], kept.value) for name, kept in two._kept.items()) else "not loaded"
+    assert all(torch.equal(before[name], kept.value) for name, kept in sharded._kept.items()), "not loaded"
+
+
+def sharded_work(rank: int, folder: str) -> None:
+    cases = {str(before): partial(sharded_agrees, Path(folder), before) for before in (True, False)}
+    with double_precision():
+        run_cases(rank, folder, cases, ranks=2, seconds=60)
 
 
 def test_the_average_of_a_student_sharded_by_fsdp2_is_sharded_and_the_same(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=sharded_work, args=(rank, str(tmp_path))) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(90)
-        if worker.is_alive():
-            worker.kill()
-    assert [worker.exitcode for worker in workers] == [0, 0]
-    for rank in range(2):
-        assert json.loads((tmp_path / f"{rank}.json").read_text()) == {"wrapped before": "", "after": ""}
+    verdicts = verdicts_of(sharded_work, tmp_path, str(tmp_path), ranks=2, seconds=90)
+    for wrapped_before in (True, False):
+        assert_right(str(wrapped_before), verdicts)
 
 
 @pytest.mark.parametrize(

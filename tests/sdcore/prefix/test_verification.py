@@ -13,13 +13,13 @@ from torch import Tensor
 from sdcore.errors import UnsupportedModelError
 from sdcore.models import Body, find_body
 from sdcore.prefix.attention.segments import Block, Row, pack
-from sdcore.prefix.checks import agrees, forget
 from sdcore.prefix.choice import STRATEGIES
 from sdcore.prefix.runner import run
 from sdcore.prefix.strategies import cached, caches, packed
 from sdcore.prefix.strategies.caches import PrefixCache, TrunkStates
+from sdcore.prefix.verification import disagreement, forget
 from sdcore.teachers import Frozen
-from tests.sdcore.prefix.models import HYBRIDS, TINY, tiny, tokens_of
+from tests.sdcore.prefix.models import CONFIGS, HYBRIDS, tiny, tokens_of
 from tests.sdcore.prefix.trees import random_plan, short_plan
 
 pytestmark = pytest.mark.usefixtures("first_use")
@@ -102,7 +102,7 @@ def test_planted_faults_are_caught_on_first_use(
 ) -> None:
     model = tiny(name).to(dtype)
     body = find_body(model)
-    assert agrees(body, STRATEGIES[strategy], short_plan(), "once") is None
+    assert disagreement(body, STRATEGIES[strategy], short_plan(), "once") is None
     forget()
     plant(monkeypatch)
     with pytest.raises(UnsupportedModelError, match=f"strategy '{strategy}' disagrees with naive: .* differ by"):
@@ -114,12 +114,12 @@ def test_planted_faults_are_caught_on_first_use(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_what_is_right_passes_the_check(name: str, dtype: torch.dtype) -> None:
     body = find_body(tiny(name).to(dtype))
     for strategy in ("cached", *(() if name in HYBRIDS else ("packed",))):
-        assert agrees(body, STRATEGIES[strategy], short_plan(), "once") is None
-        assert agrees(body, STRATEGIES[strategy], random_plan(3), "always") is None
+        assert disagreement(body, STRATEGIES[strategy], short_plan(), "once") is None
+        assert disagreement(body, STRATEGIES[strategy], random_plan(3), "always") is None
 
 
 def long_trunks_go_wrong(patch: pytest.MonkeyPatch) -> None:

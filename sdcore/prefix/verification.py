@@ -1,8 +1,8 @@
-"""The first-use check: does a strategy compute on this model what naive computes?
+"""Verifies, before a strategy is first used on a kind of model, that it computes what naive computes.
 
-The first time that a kind of model meets a strategy, a few short made-up sequences run both ways, without gradient: two
-groups, completions of one token and of several, a teacher that reads the student's prompt states and one that does not.
-A strategy that disagrees is not used, and the caller says so with the numbers.
+A few short made-up sequences run both ways, without gradient: two groups, completions of one token and of several, a
+teacher that reads the student's prompt states and one that does not. A strategy that disagrees is not used, and the
+caller says so with the numbers.
 
 How much may differ is not a constant: it is four times what naive itself differs by between a padded batch and one
 sequence at a time, and never less than eps^(2/3) of the dtype (2e-5 in float32, 4 % in bfloat16), which rounding does
@@ -30,29 +30,29 @@ from .strategies import naive, ranks
 
 Verify = Literal["once", "always", "off"]
 
-# What was found for (model class, attention implementation, dtype, device, strategy): the problem, or None.
-_FOUND: dict[tuple[object, ...], str | None] = {}
+# The problem of each (model class, attention implementation, dtype, device, strategy) that was verified, or None.
+_VERDICTS: dict[tuple[object, ...], str | None] = {}
 
 
-def agrees(body: Body, strategy: ModuleType, own_plan: Plan, verify: Verify) -> str | None:
-    """None where the strategy's module computes what naive does, else how much they differ."""
+def disagreement(body: Body, strategy: ModuleType, own_plan: Plan, verify: Verify) -> str | None:
+    """Says how much the strategy's module differs from naive; None where it computes the same."""
     if verify == "always":
-        return _problem(body, strategy, own_plan)
+        return _compare(body, strategy, own_plan)
     attention = getattr(body.config, "_attn_implementation", None)
     key = (type(body.causal_lm), attention, body.dtype, body.device.type, strategy.__name__)
     # One rank may have met this kind of model before, and another not.
-    if ranks.most(body, key not in _FOUND)[0]:
-        _FOUND[key] = _problem(body, strategy, short_plan(body))
-    return _FOUND[key]
+    if ranks.most(body, key not in _VERDICTS)[0]:
+        _VERDICTS[key] = _compare(body, strategy, short_plan(body))
+    return _VERDICTS[key]
 
 
 def forget() -> None:
-    """Make every next use a first one."""
-    _FOUND.clear()
+    """Makes every next use a first one."""
+    _VERDICTS.clear()
 
 
 def short_plan(body: Body) -> Plan:
-    """Seeded sequences that have one of everything, short enough to cost nothing."""
+    """Makes seeded sequences that have one of everything, short enough to cost nothing."""
     generator = torch.Generator().manual_seed(0)
 
     def ids(length: int) -> Tensor:
@@ -69,17 +69,18 @@ def short_plan(body: Body) -> Plan:
 
 
 @torch.no_grad()
-def _problem(body: Body, strategy: ModuleType, checked: Plan) -> str | None:
+def _compare(body: Body, strategy: ModuleType, checked: Plan) -> str | None:
+    """Runs a plan both ways, its teacher with and without the student's states; the same result on every rank."""
     with without_dropout(body.model, training=False):
         record = [tree.shared for tree in checked.teacher]
         student, prompts = ranks.hidden_states(body, strategy, checked.student, record=record)
-        found = [(student, checked.student)]
+        passes = [(student, checked.student)]
         if checked.teacher:
-            found.append((ranks.hidden_states(body, strategy, checked.teacher, prompts=prompts)[0], checked.teacher))
-            found.append((ranks.hidden_states(body, strategy, checked.teacher)[0], checked.teacher))
+            passes.append((ranks.hidden_states(body, strategy, checked.teacher, prompts=prompts)[0], checked.teacher))
+            passes.append((ranks.hidden_states(body, strategy, checked.teacher)[0], checked.teacher))
         error = noise = 0.0
         undecided = _routes(body) and torch.finfo(student.dtype).bits == 16
-        for states, trees in found:
+        for states, trees in passes:
             alone = _one_by_one(body, trees)
             error = max(error, _difference(states, alone, undecided))
             noise = max(noise, _difference(ranks.hidden_states(body, naive, trees)[0], alone, undecided))
@@ -95,7 +96,7 @@ def _problem(body: Body, strategy: ModuleType, checked: Plan) -> str | None:
 
 
 def _one_by_one(body: Body, trees: Sequence[Tree]) -> Tensor:
-    """(N, H) by one unpadded sequence at a time."""
+    """Returns the states (N, H), computed by one unpadded sequence at a time."""
     places = [(tree, i) for tree in trees for i in tree.active]
     (wanted,) = ranks.runs_of_all(body, [len(places)])
     rows = []
@@ -107,7 +108,7 @@ def _one_by_one(body: Body, trees: Sequence[Tree]) -> Tensor:
 
 
 def _difference(states: Tensor, exact: Tensor, undecided: bool) -> float:
-    """The largest difference of a row, relative to the row's norm; infinite where a state is not finite.
+    """Returns the largest difference of a row, relative to the row's norm; infinite where a state is not finite.
 
     Where some rows may be `undecided` it is the largest of all but a tenth of them.
     """
@@ -120,8 +121,6 @@ def _difference(states: Tensor, exact: Tensor, undecided: bool) -> float:
 
 
 def _routes(body: Body) -> bool:
+    """True for a mixture of experts."""
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     return any((getattr(body.config, name, None) or 0) > 1 for name in names)
-
-
-__all__ = ["Verify", "agrees", "forget", "short_plan"]
