@@ -25,8 +25,8 @@ import torch
 from transformers import PreTrainedModel
 
 from sdcore.losses import FusedLinearDivergence
-from sdcore.losses.aggregate import spread
 from sdcore.losses.policy_gradient import PolicyTerm, group_advantages
+from sdcore.losses.token_weighting import spread
 from sdcore.prefix import plan
 from sdcore.step import distill_step, policy_gradient_step
 from sdcore.world.episodes import Episode

@@ -29,8 +29,8 @@ from transformers import PreTrainedModel
 
 from sdcore.demo.experiment import Exam
 from sdcore.losses import FusedLinearDivergence
-from sdcore.losses.aggregate import spread
 from sdcore.losses.policy_gradient import PolicyTerm, group_advantages
+from sdcore.losses.token_weighting import spread
 from sdcore.prefix import plan
 from sdcore.step import distill_step, imitate_step, policy_gradient_step
 from sdcore.teachers import Frozen

@@ -23,9 +23,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sdcore.losses import Tilted
-from sdcore.losses.aggregate import spread
 from sdcore.losses.policy_gradient import PolicyTerm
 from sdcore.losses.tilt import LogZ, self_normalized_weights
+from sdcore.losses.token_weighting import spread
 from sdcore.prefix import plan
 from sdcore.step import policy_gradient_step, tilt_step, token_logprobs
 from sdcore.teachers import Frozen

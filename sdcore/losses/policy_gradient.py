@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .aggregate import per_completion, spread
+from .token_weighting import per_completion, spread
 
 Estimator: TypeAlias = Literal["grpo", "dr_grpo", "leave_one_out"]
 KLEstimator: TypeAlias = Literal["k3", "exact"]

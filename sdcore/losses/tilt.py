@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .aggregate import per_completion, spread
+from .token_weighting import per_completion, spread
 
 # With alpha 0, rounding errors are multiplied by up to exp(-exponent).
 LEAST_EXPONENT = -10.0

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import PolicyTerm, Tilted, TokenTilt, group_advantages, token_weights
-from ..losses.aggregate import per_completion, spread
+from ..losses.token_weighting import per_completion, spread
 from ..prefix import Plan
 from ..prefix import plan as plan_of
 from ..prefix.choice import Strategy
