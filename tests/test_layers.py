@@ -23,7 +23,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"tile"},
         {"vocab_parallel"},
         {"validation"},
-        {"driver", "definition"},
+        {"driver", "reference_call"},
         {"api"},
         {"testing", "compile_check", "__init__"},
         {"tuning"},
@@ -101,7 +101,7 @@ SHORT: dict[str, str] = {}
 
 
 def part(module: str) -> str:
-    """The name in the table: `sdkernels.tile.support` → `tile`, the package itself → `__init__`."""
+    """The name in the table: `sdkernels.tile.head` → `tile`, the package itself → `__init__`."""
     return [*module.split("."), "__init__"][1]
 
 
@@ -182,9 +182,9 @@ def test_only_what_checks_others_imports_the_reference() -> None:
     def importers(module: str) -> set[str]:
         return {f.importer for f in IMPORTS if f.target == module}
 
-    assert importers("sdkernels.reference") <= {"sdkernels.definition", "sdcore.bench.oracle"}
+    assert importers("sdkernels.reference") <= {"sdkernels.reference_call", "sdcore.bench.oracle"}
     # `backend="reference"` is the face's: no driver and no backend comes near it.
-    assert importers("sdkernels.definition") <= {"sdkernels.api", "sdkernels.testing"}
+    assert importers("sdkernels.reference_call") <= {"sdkernels.api", "sdkernels.testing"}
 
 
 def test_backends_never_import_each_other() -> None:

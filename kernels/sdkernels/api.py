@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .definition import divergence_by_definition
 from .driver import operators
 from .driver.call import DIVERGENCE_NAMES, HEAD_NAMES, heads_of, objective_of, setting_of, shards_of
+from .reference_call import divergence_by_definition
 from .types import (
     Backend,
     DivergenceOutput,

@@ -16,8 +16,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .definition import reference_output
 from .live_bytes import LiveBytes, Matmul
+from .reference_call import reference_output
 from .types import DivergenceOutput, ImportanceClip, LogitTransform, Operands, Options, TeacherMix, TopK, TopKLogprobs
 
 

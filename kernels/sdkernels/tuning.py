@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from .compile_check import CHIPS, check, launched_by
-from .tile.support import gradient_view
+from .tile.tiling import gradient_view
 from .tile.triton_backend.configs import TABLE, Config
 from .tile.triton_backend.divergence import full_divergence
 from .tile.triton_backend.softmax_gradient import softmax_gradient

@@ -145,7 +145,7 @@ def test_passes_over_the_logits_are_no_more_and_no_fewer(case: str) -> None:
     assert found == expected, (
         f"{case}: {float(found):g} passes over the logits, {expected:g} were agreed on. If the change is meant, show "
         "in the commit what it costs or saves in time (sdcore bench, before and after, one machine) and write the new "
-        "number into PASSES. If it is not: an operator was added in torch_backend.py, elementwise.py, support.py or "
+        "number into PASSES. If it is not: an operator was added in torch_backend.py, elementwise.py, topk.py or "
         "chunks.py, or widens or copies a block"
     )
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sdkernels import linear_divergence
-from sdkernels.driver import call
+from sdkernels.driver import backends
 from sdkernels.reference import divergence
 from sdkernels.testing import allowed_error, assert_within, make_inputs, relative_error
 from sdkernels.tile import native_backend, threads, torch_backend
@@ -311,7 +311,7 @@ def test_auto_takes_it_on_a_cpu_but_not_for_float64() -> None:
     with pytest.raises(TypeError, match="backend='native' needs inputs of at most 32 bits"):
         linear_divergence(*(tensor.double() for tensor in inputs), backend="native")
     with pytest.raises(ValueError, match="backend='native' needs tensors on a CPU"):
-        call.choose_backend("native", torch.empty(1, device="meta"))
+        backends.choose_backend("native", torch.empty(1, device="meta"))
 
 
 @needs_compiler

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,12 +14,11 @@ from ..tile.tiling import DEFAULT_WORKSPACE_MB, MIB
 from ..tile.tuned import table_for
 from ..types import LogitTransform, Objective, Operands, Options, Setting, TeacherMix, TopK, TopKLogprobs
 from ..vocab_parallel.agreement import agree, check_group, normalizer_over
+from .backends import choose_backend
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # not in every build of torch
 
-# A top-k support of this size or more does not fit the registers of a Triton program.
-TRITON_BUCKETS = 2048
 # The operands whose first dimension is this rank's slice of the vocabulary, the head first.
 SHARDED = ("student_weight", "teacher_weight", "mix_weight", "student_bias", "teacher_bias")
 COMMON = tuple(name for name in Operands._fields if name not in SHARDED)
@@ -97,45 +94,6 @@ def setting_of(
         normalizer=_normalizer(normalizer_group, operands, options.reduction),
         raise_on_nonfinite=options.on_nonfinite == "raise",
     )
-
-
-def choose_backend(backend: str, *tensors: Tensor | None, buckets: int = 0) -> str:
-    """Returns the backend for tensors like these, "auto" resolved; refuses one that cannot take them."""
-    present = [tensor for tensor in tensors if tensor is not None]
-    device = present[0].device.type
-    wide = any(tensor.dtype == torch.float64 for tensor in present)
-    if backend == "auto":
-        if wide:
-            return "torch"
-        if device == "cpu":
-            return "native" if _can_compile() else "torch"
-        fits = device == "cuda" and buckets < TRITON_BUCKETS
-        return "triton" if fits and importlib.util.find_spec("triton") else "torch"
-    if backend != "torch" and wide:
-        raise TypeError(f"backend={backend!r} needs inputs of at most 32 bits, got torch.float64; use backend='torch'")
-    if backend == "triton":
-        if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(
-                f"backend='triton' needs tensors on a GPU (or TRITON_INTERPRET=1), got {present[0].device}"
-            )
-        if not importlib.util.find_spec("triton"):
-            raise ModuleNotFoundError("backend='triton' needs the triton package: pip install triton")
-    if backend == "native":
-        if device != "cpu":
-            raise ValueError(f"backend='native' needs tensors on a CPU, got {present[0].device}")
-        if not _can_compile():
-            raise RuntimeError(
-                "backend='native' needs a C compiler ($CC, or cc) and a folder for what it makes ($SDKERNELS_CACHE, or "
-                "~/.cache/sdkernels); use backend='torch'"
-            )
-    return backend
-
-
-@torch.compiler.assume_constant_result
-def _can_compile() -> bool:
-    from ..tile.native_backend import is_available
-
-    return is_available()
 
 
 def shards_of(

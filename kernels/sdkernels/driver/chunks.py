@@ -7,23 +7,22 @@ than one chunk of logits; `tiling` sizes the chunk so that all of it fits the wo
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..tile.elementwise import transform_
 from ..tile.head import fast_products
-from ..tile.support import gradient_view, transform_
 from ..tile.threads import populated
-from ..tile.tiling import MOST_ROWS, block_rows, plan_tiling
+from ..tile.tiling import MOST_ROWS, block_rows, gradient_view, plan_tiling
 from ..types import Gradients, Objective, Operands, TileRows, is_same
 from ..vocab_parallel.backend import VocabularyParallel
 from ..vocab_parallel.shards import Shards
+from .backends import load_backend
 
 Rows = slice | Tensor  # a chunk's rows: a slice where every row is active, else their indices
 
@@ -251,11 +250,6 @@ class HeadGradients:
         if bias is not None and operands.student_bias is not None:
             bias = bias.to(operands.student_bias.dtype)
         return Gradients(self.hidden, weight, bias)
-
-
-def load_backend(name: str) -> ModuleType:
-    """Imports the module of a backend; triton is imported here and nowhere else."""
-    return importlib.import_module(f"..tile.{name}_backend", __package__)
 
 
 def _active_rows(token_weights: Tensor | None) -> Tensor | None:

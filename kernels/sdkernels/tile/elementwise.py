@@ -9,13 +9,14 @@ u is small, and its gradient comes as numerators and one number a row: `numerato
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .support import bucket_terms, clipped_terms, transform_
 from .tiling import block_rows
+from .topk import bucket_terms
 
 # Above this log-ratio u, e^u is out of reach of float32, and p·(e^u - 1) has to be taken as q - p.
 FAR = 40.0
@@ -212,3 +213,46 @@ def _near_loss(u: Tensor, neg_p: Tensor, alpha: float) -> Tensor:
         log_mixture = (ratio * alpha).add_(1 - alpha).log_()  # log(m/p)
         summands = wide.sub_(log_mixture).mul_(ratio).sub_(log_mixture, alpha=(1 - alpha) / alpha)
     return summands.to(u.dtype).mul_(neg_p).sum(-1).neg_()
+
+
+def clipped_divergence(
+    student: Tensor, teacher: Tensor, alpha: float, normalize: bool, entry_clip: float
+) -> tuple[Tensor, Tensor]:
+    """Returns the loss (rows,) Σ min(entry, entry_clip) and its gradient with respect to the student's logits."""
+    loss, numerators = clipped_terms(student, teacher, alpha, normalize, entry_clip)
+    return loss, numerators - student.exp() * numerators.sum(-1, keepdim=True)
+
+
+def clipped_terms(
+    student: Tensor, teacher: Tensor, alpha: float, normalize: bool, entry_clip: float
+) -> tuple[Tensor, Tensor]:
+    """Returns loss (rows,) and numerators (rows, V), as in `bucket_terms`; the centre is the numerators' sum.
+
+    The entries are the textbook summands, which may be negative (OPSD, arXiv:2601.18734); `student` and `teacher` are
+    log-probabilities (rows, V) in float64.
+    """
+    p, q = student.exp(), teacher.exp()
+    level = 0.0
+    if alpha == 0.0:
+        entries, slopes, level = q * (teacher - student), -q, -1.0
+    elif alpha == 1.0:
+        entries = p * (student - teacher)
+        slopes, level = entries + p, 1.0
+    else:
+        mixture = torch.logaddexp(student + math.log1p(-alpha), teacher + math.log(alpha))
+        scale = 1 / (alpha * (1 - alpha)) if normalize else 1.0
+        slopes = scale * (1 - alpha) * p * (student - mixture)
+        entries = scale * alpha * q * (teacher - mixture) + slopes
+    # The slopes are d entry / d log p. Without caps they are near to a multiple of p, which the centre would take off.
+    return entries.clamp(max=entry_clip).sum(-1), torch.where(entries < entry_clip, slopes, 0.0) - level * p
+
+
+def transform_(z: Tensor, head: tuple[float, float | None, float], bias: Tensor | None) -> None:
+    """Turns raw projections into final logits, in place."""
+    scale, softcap, temperature = head
+    if bias is not None:
+        z.add_(bias)
+    if softcap is not None:
+        z.mul_(scale / softcap).tanh_().mul_(softcap / temperature)
+    elif scale != temperature:
+        z.mul_(scale / temperature)

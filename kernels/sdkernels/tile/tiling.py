@@ -1,4 +1,4 @@
-"""Says how many rows are worked on at a time, from shapes and a byte budget: integers only, no tensors.
+"""Says how many rows are worked on at a time, from shapes and a byte budget, and where their gradient goes.
 
 The workspace of the fused operations is, for a chunk of C rows: the logits of every side (C, V), the rows' hidden
 states and gradient (C, H), one tile of the head in the compute dtype where the head's own dtype cannot be multiplied
@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 MIB = 1 << 20
 DEFAULT_WORKSPACE_MB = 256
 # Entries of a block of the torch backend. On a CPU its buffers then stay in the second-level cache of a few cores; on
 # a GPU a block must fill the chip.
 BLOCK_ENTRIES = {"cpu": 1 << 17, "other": 1 << 19}
-# Upper bound on the bytes per block entry over all objectives; the float64 branches of `support` take the most.
+# Upper bound on the bytes per block entry over all objectives; the float64 branches of `topk` take the most.
 BLOCK_BYTES_PER_ENTRY = 144
 # Of a chunk of projected rows. On a CPU more of them gain nothing in the products, and are memory to be asked for.
 MOST_ROWS = {"cpu": 256}
@@ -76,3 +79,12 @@ def plan_tiling(
     most = max(1, min(affordable_rows, rows - 1, most_rows or rows))
     chunks = -(-rows // most) if rows else 1
     return Tiling(chunk_rows=max(1, -(-rows // chunks)), cast_columns=cast_columns)
+
+
+def gradient_view(logits: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Returns where the gradient (C, V) goes: the logits' own memory, half of each row for a 16-bit `dtype`."""
+    if dtype is None or dtype == logits.dtype:
+        return logits
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"gradient_dtype must be float32, bfloat16 or float16, got {dtype}")
+    return logits.view(dtype)[:, : logits.shape[1]]

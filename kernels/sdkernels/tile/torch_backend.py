@@ -19,6 +19,7 @@ from .elementwise import (
     blocks_of,
     centre_,
     chain_,
+    clipped_divergence,
     divergence_terms,
     exponential_sums,
     finalise_,
@@ -28,8 +29,8 @@ from .elementwise import (
     narrow_,
 )
 from .head import Head
-from .support import bucket_divergence, clipped_divergence, gradient_view, tail_share, with_tail
-from .tiling import BLOCK_BYTES_PER_ENTRY, block_rows
+from .tiling import BLOCK_BYTES_PER_ENTRY, block_rows, gradient_view
+from .topk import bucket_divergence, tail_share, with_tail
 
 # What `HeadWalk` may project as the teacher: see `TileRows.teacher_is_gap`.
 TAKES_GAP = True

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..tile import torch_backend
-from ..tile.support import gradient_view
+from ..tile.tiling import gradient_view
 from ..types import Objective, RowValues, TileRows
 from .shards import Shards
 from .stages import Tile

@@ -36,8 +36,9 @@ from ..tile.elementwise import (
     logprob_gradient_,
     narrow_,
     slope_of,
+    transform_,
 )
-from ..tile.support import bucket_divergence, tail_share, transform_, with_tail
+from ..tile.topk import bucket_divergence, tail_share, with_tail
 from ..types import Objective, TileRows
 from .moments import Normaliser, by_row, lower_, merge_exponentials, merge_topk, side_sums
 from .shards import Places, Shards

@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 
 from sdkernels import TopKLogprobs, linear_logprobs, logit_divergence
 from sdkernels.driver.call import transform_scalars
-from sdkernels.tile.support import transform_
+from sdkernels.tile.elementwise import transform_
 
 from ...errors import ArgumentError
 from ...losses import FusedLinearDivergence

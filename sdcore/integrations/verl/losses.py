@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sdkernels import LogitTransform, TopK, TopKLogprobs, logit_divergence
-from sdkernels.tile.support import with_tail
+from sdkernels.tile.topk import with_tail
 
 from ...errors import ArgumentError
 from ...losses import FusedLinearDivergence, policy_loss

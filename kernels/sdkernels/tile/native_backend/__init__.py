@@ -19,8 +19,8 @@ from torch import Tensor
 from ...types import Objective, RowValues, TileRows
 from .. import torch_backend
 from ..elementwise import narrow_
-from ..support import gradient_view
 from ..threads import together
+from ..tiling import gradient_view
 from ..torch_backend import logprob_tile, topk_tile
 from .build import Job, library
 from .products import make_head

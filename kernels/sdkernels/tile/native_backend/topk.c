@@ -7,7 +7,7 @@
 
 #include "rows.h"
 
-/* The mass that an empty tail is given; see support.py. */
+/* The mass that an empty tail is given; see tile/topk.py. */
 #define LEAST_MASS 1e-37
 /* Of a total: a tail with less may have lost some of it to exponentials that are taken for 0. */
 #define LEAST_TAIL 1e-25

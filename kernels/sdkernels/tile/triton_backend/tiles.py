@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...types import Objective, RowValues, TileRows
-from ..support import gradient_view
+from ..tiling import gradient_view
 from .buckets import topk_divergence
 from .divergence import full_divergence
 from .softmax_gradient import softmax_gradient
