@@ -55,7 +55,7 @@ ALIGNED = {"V", "stride_student", "stride_teacher", "stride_gradient", "stride_l
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel, how it is launched, and the arguments that select code."""
+    """Names a kernel, how it is launched, and the arguments that select code."""
 
     kernel: str  # name of the function in triton_backend
     variant: str

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Matmul(NamedTuple):
-    """One matrix product (m, k) by (k, n); a batch is counted in m."""
+    """Stands for a matrix product (m, k) by (k, n); a batch is counted in m."""
 
     operator: str
     m: int

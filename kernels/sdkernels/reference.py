@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 class Transform(NamedTuple):
-    """From a projection to final logits; see `final_logits`."""
+    """Leads from a projection to final logits; see `final_logits`."""
 
     bias: Tensor | None = None
     scale: float = 1.0
@@ -34,7 +34,7 @@ IDENTITY = Transform()
 
 
 class ReferenceOutput(NamedTuple):
-    """Values per row (N,) in float64, 0 in rows of weight 0; `loss` is () or, with reduction "none", (N,)."""
+    """Holds values per row (N,) in float64, 0 in rows of weight 0; `loss` is () or, with reduction "none", (N,)."""
 
     loss: Tensor
     per_token: Tensor

@@ -22,7 +22,7 @@ from .types import DivergenceOutput, ImportanceClip, LogitTransform, Operands, O
 
 
 class Inputs(NamedTuple):
-    """Tensors to call `linear_divergence` with; `teacher_weight` is None where both sides share a head."""
+    """Holds tensors for `linear_divergence`; `teacher_weight` is None where both sides share a head."""
 
     student_hidden: Tensor  # (N, H)
     student_weight: Tensor  # (V, H)
@@ -141,7 +141,7 @@ def make_arguments(inputs: Inputs, objective: str, **changes: Any) -> dict[str, 
 
 
 class Run(NamedTuple):
-    """Values, and the gradients of the loss (or of `upstream · loss`); a gradient is None for a tensor without one."""
+    """Holds values and the gradients of the loss (or of `upstream · loss`), None for a tensor without one."""
 
     output: Any  # DivergenceOutput or ReferenceOutput
     hidden_gradient: Tensor | None  # (N, H)

@@ -58,7 +58,7 @@ Launch = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 class Trial(NamedTuple):
-    """A launch at one shape: its time, or why there is none."""
+    """Records a launch at one shape: its time, or why there is none."""
 
     rows: int
     vocab: int

@@ -24,7 +24,7 @@ Reduction = Literal["mean", "sum", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class LogitTransform:
-    """From a projection `x = h W^T` to the logits: `softcap·tanh(scale·(x + bias)/softcap) / temperature`.
+    """Leads from a projection `x = h W^T` to the logits: `softcap·tanh(scale·(x + bias)/softcap) / temperature`.
 
     `bias` is a (V,) tensor or None. `scale` multiplies (Cohere's `logit_scale`, the inverse of Granite's
     `logits_scaling`); `softcap` is Gemma's `final_logit_softcapping`, None for none. `temperature` None means the
@@ -39,7 +39,7 @@ class LogitTransform:
 
 @dataclass(frozen=True)
 class TopK:
-    """Restrict both distributions to the k most likely ids of one side (SDPO, arXiv:2601.20802).
+    """Restricts both distributions to the k most likely ids of one side (SDPO, arXiv:2601.20802).
 
     With `tail` the remaining mass of each side becomes one more bucket, which keeps the result a divergence.
     Without it both sides are renormalised over the k ids.
@@ -52,7 +52,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class TeacherMix:
-    """A second teacher; the teacher's logits become `(1 - share)·teacher + share·this one` (trust region, SDPO).
+    """Mixes in a second teacher; logits become `(1 - share)·teacher + share·this one` (trust region, SDPO).
 
     `hidden` is (N, Hm). `weight` is (V, Hm), or None for the weight that the first teacher uses. Both teachers go
     through the teacher's `LogitTransform` before they are mixed.
@@ -65,7 +65,7 @@ class TeacherMix:
 
 @dataclass(frozen=True)
 class TopKLogprobs:
-    """The teacher as log-probabilities of K ids per row, as a serving engine returns them, in place of hidden states.
+    """Stands for a teacher's hidden states: log-probabilities of K ids per row, as a serving engine returns them.
 
     `ids` is (N, K) int64 without repetition in a row; `logprobs` is (N, K), the log-probabilities under the full
     vocabulary, so that a row's probabilities add up to at most 1.
@@ -77,7 +77,7 @@ class TopKLogprobs:
 
 @dataclass(frozen=True)
 class ImportanceClip:
-    """Multiply a token's loss by `min(exp(log p(y) - old_logprob), clip)`, without gradient (SDPO's IS clip).
+    """Multiplies a token's loss by `min(exp(log p(y) - old_logprob), clip)`, without gradient (SDPO's IS clip).
 
     `old_logprobs` is (N,): the log-probability of `target_ids` under the policy that sampled them.
     """
@@ -87,7 +87,7 @@ class ImportanceClip:
 
 
 class DivergenceOutput(NamedTuple):
-    """Result of `linear_divergence` and `logit_divergence`. Everything but the loss is detached (see `per_token`)."""
+    """What a divergence returns. Everything but the loss is detached (see `per_token`)."""
 
     loss: torch.Tensor  # () float32 (float64 for float64 inputs); (N,) with reduction="none"
     per_token: torch.Tensor  # (N,) divergence times token weight and importance; 0 where the weight is 0
@@ -122,7 +122,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Every scalar that says what is computed for a row. Reference: `reference.py`, function by function."""
+    """Holds every scalar that says what is computed for a row. Reference: `reference.py`, function by function."""
 
     alpha: float = 1.0
     normalize: bool = False
@@ -173,7 +173,7 @@ class Objective:
 
 
 class Operands(NamedTuple):
-    """The tensors of a call. A teacher weight of None is the student's, a mixed-in teacher's None is the teacher's.
+    """Holds a call's tensors. A teacher weight of None is the student's, a mixed-in teacher's None is the teacher's.
 
     Without a `student_weight`, what stands for hidden states are logits (N, V).
     """
@@ -194,18 +194,18 @@ class Operands(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the logits and of every row value."""
+        """Is the dtype of the logits and of every row value."""
         sides = (self.student_hidden, self.teacher_hidden, self.mix_hidden)
         return compute_dtype_of(*sides, self.student_weight, self.teacher_weight, self.mix_weight)
 
     @property
     def vocab(self) -> int:
-        """The columns of the logits, padding included."""
+        """Counts the columns of the logits, padding included."""
         return self.student_hidden.shape[1] if self.student_weight is None else self.student_weight.shape[0]
 
     @property
     def weight(self) -> torch.Tensor:
-        """The student's head, which logits do not have."""
+        """Is the student's head, which logits do not have."""
         if self.student_weight is None:
             raise TypeError("these operands are logits: they have no head")
         return self.student_weight
@@ -225,7 +225,7 @@ class Operands(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """How a call is run, as opposed to what it computes; in the order in which an operator takes it."""
+    """Says how a call is run, as opposed to what it computes, in the order in which an operator takes it."""
 
     backend: str = "torch"
     workspace_bytes: int = 0

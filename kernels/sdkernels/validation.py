@@ -18,6 +18,7 @@ MOST_MASS = 1.02
 # The most logits (rows times V) that the reference is run on: each of its dozen tensors then takes 64 MiB.
 MOST_REFERENCE_LOGITS = 1 << 23
 BACKENDS = ("auto", "torch", "native", "triton")
+DIVERGENCE_BACKENDS = (*BACKENDS, "reference")  # of `linear_divergence`
 INTEGER_DTYPES = (torch.int64, torch.int32)
 
 
@@ -93,7 +94,7 @@ def check_call(
     gradient: str,
     workspace_mb: float | None,
     on_nonfinite: str,
-    backends: tuple[str, ...] = BACKENDS,
+    backends: tuple[str, ...] = DIVERGENCE_BACKENDS,
 ) -> None:
     """Refuses scalar options of a divergence."""
     check_number("alpha", alpha, 0.0, 1.0)
@@ -137,7 +138,7 @@ def check_linear_divergence(given: Operands, options: Options, whole_vocab: int)
     """Refuses arguments of `linear_divergence`; `whole_vocab` is 0 unless the heads are slices of a larger one."""
     _check_sides(given, options, whole_vocab)
     hidden, weight = given.student_hidden, given.weight
-    check_options(options, (*BACKENDS, "reference"))
+    check_options(options, DIVERGENCE_BACKENDS)
     _check_rows(given, options, options.vocab_size or whole_vocab or weight.shape[0])
     check_head("student_head", options.student_head, weight.shape[0], hidden)
     check_head("teacher_head", options.teacher_head, weight.shape[0], hidden)

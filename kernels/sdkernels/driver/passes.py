@@ -19,7 +19,7 @@ from .chunks import HeadGradients, HeadWalk, LogitGradient, LogitWalk, RowWalk
 
 
 class Values(NamedTuple):
-    """Row values (N,), 0 in rows without weight; None where there is nothing to report."""
+    """Holds row values (N,), 0 in rows without weight; None where there is nothing to report."""
 
     per_token: Tensor  # divergence times token weight and importance
     student_logprobs: Tensor | None

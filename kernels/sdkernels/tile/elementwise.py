@@ -30,7 +30,7 @@ ORDINARY = 1e30
 
 
 class Scratch(NamedTuple):
-    """Buffers of one block of rows in the compute dtype."""
+    """Holds the buffers of one block of rows in the compute dtype."""
 
     neg_p: Tensor
     u: Tensor  # not the teacher's logits: what is only read of a tile is not written back to memory
@@ -47,7 +47,7 @@ class Sums(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """A divergence over the columns at hand. The gradient is `(numerators - p · centre) · factor`, all columns' centre.
+    """Sums up the columns at hand. The gradient is `(numerators - p · centre) · factor`, all columns' centre.
 
     The numerators lie in z.
     """

@@ -103,7 +103,7 @@ def fast_products(device: torch.device, product: Product) -> Iterator[None]:
 
 
 class Head:
-    """One (V, H) weight and how rows are multiplied by it.
+    """Multiplies rows by one (V, H) weight.
 
     `dtype` is that of the logits, `operand_dtype` that in which hidden rows are projected. `narrow`: the gradient
     products take tile and hidden rows in the dtype of the weight instead.

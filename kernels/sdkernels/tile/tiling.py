@@ -30,7 +30,7 @@ VECTOR_BYTES_PER_ROW = 64
 
 @dataclass(frozen=True)
 class Tiling:
-    """Rows per chunk, and columns of the head cast at a time (0 where nothing is cast)."""
+    """Says how many rows a chunk has, and columns of the head are cast at a time (0 where nothing is cast)."""
 
     chunk_rows: int
     cast_columns: int

@@ -113,7 +113,7 @@ def topk_tile(logits: Tensor, rows: TileRows, objective: Objective, k: int) -> t
 
 
 class Side(NamedTuple):
-    """One distribution of a block: its final logits, shifted where they had to be, and their normalisation."""
+    """Holds one distribution of a block: its final logits, shifted where they had to be, and their normalisation."""
 
     z: Tensor  # (rows, V)
     total: Tensor  # (rows, 1) sum of the exponentials
@@ -126,7 +126,7 @@ class Side(NamedTuple):
 
 
 class Teacher(NamedTuple):
-    """The teacher of a block in relation to its student; either `t` or `side` is there."""
+    """Relates the teacher of a block to its student; either `t` or `side` is there."""
 
     u: Tensor  # (rows, V) log q - log p
     t: Tensor | None  # (rows, V) q/p - 1, where the two are close

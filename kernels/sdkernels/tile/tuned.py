@@ -28,7 +28,7 @@ NEAR: Final = 2.0
 
 
 class KernelRow(NamedTuple):
-    """The fastest launch of a kernel at rows of V entries."""
+    """Holds the fastest launch of a kernel at rows of V entries."""
 
     vocab: int
     block: int  # vocabulary entries of a block, a power of two
@@ -37,7 +37,7 @@ class KernelRow(NamedTuple):
 
 
 class WorkspaceRow(NamedTuple):
-    """The smallest workspace that is about as fast as any, for a head (V, H) that is trained."""
+    """Holds the smallest workspace that is about as fast as any, for a head (V, H) that is trained."""
 
     vocab: int
     hidden: int
@@ -49,7 +49,7 @@ Row = TypeVar("Row", KernelRow, WorkspaceRow)
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A file of `tables/`."""
+    """Is a file of `tables/`."""
 
     architecture: str  # one of ARCHITECTURES
     device: str

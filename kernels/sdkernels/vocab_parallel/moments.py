@@ -15,7 +15,7 @@ from ..tile.elementwise import Scratch, exponential_sums, growth_sums
 
 
 class Normaliser(NamedTuple):
-    """One side of C rows over the whole vocabulary, (C,) float64 each; `log_sum` is relative to `shift`."""
+    """Normalises one side of C rows over the whole vocabulary, (C,) float64; `log_sum` is relative to `shift`."""
 
     shift: Tensor
     log_sum: Tensor
@@ -23,7 +23,7 @@ class Normaliser(NamedTuple):
 
     @property
     def level(self) -> Tensor:
-        """The log of the sum of exponentials of the logits as they were."""
+        """Is the log of the sum of exponentials of the logits as they were."""
         return self.shift + self.log_sum
 
 

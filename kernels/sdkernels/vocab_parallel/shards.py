@@ -29,7 +29,7 @@ class Places(NamedTuple):
 
 
 class Shards:
-    """The slices of `sizes` rows of a head over the ranks of the group of this name.
+    """Knows the slices of `sizes` rows of a head, over the ranks of the group of this name.
 
     Columns from `vocab` on are padding.
 

@@ -64,7 +64,7 @@ class Merged(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """Some ids of each row with their final logits, and the teacher's minus the student's."""
+    """Lists some ids of each row with their final logits, and the teacher's minus the student's."""
 
     ids: Tensor  # (C, k) int64
     logits: Tensor  # (C, k) float64
@@ -72,7 +72,7 @@ class Entries(NamedTuple):
 
 
 class Tile:
-    """The stages of a tile of C rows over this rank's columns, each one loop over blocks of rows."""
+    """Does the stages of a tile of C rows over this rank's columns, each one loop over blocks of rows."""
 
     def __init__(
         self,

@@ -67,7 +67,7 @@ def make_head(weight: Tensor, dtype: torch.dtype) -> Head:
 
 
 class NativeHead(Head):
-    """A head (V, H) whose products are compiled; hidden rows and logits are float32."""
+    """Multiplies by a head (V, H) in compiled products; hidden rows and logits are float32."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         super().__init__(weight, dtype)

@@ -33,7 +33,7 @@ LEAST_MASS = tl.constexpr(1e-37)
 
 
 class Buckets(NamedTuple):
-    """Result of a row's buckets; the gradients are with respect to raw projections, but the tail's to final logits."""
+    """Holds what a row's buckets give; gradients are with respect to raw projections, the tail's to final logits."""
 
     loss: Tensor  # (C,)
     id_gradient: Tensor  # (C, K)

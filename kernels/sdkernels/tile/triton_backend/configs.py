@@ -32,7 +32,7 @@ from ..tuned import architecture, table_for
 
 
 class Config(NamedTuple):
-    """Vocabulary entries per block, warps per program, blocks in flight."""
+    """Says how a kernel is launched: vocabulary entries per block, warps per program, blocks in flight."""
 
     block: int
     warps: int
@@ -40,7 +40,7 @@ class Config(NamedTuple):
 
 
 class HeadFactors(NamedTuple):
-    """A head's (scale, softcap, temperature) as the kernels want it: see formulas.final_logits."""
+    """Holds a head's (scale, softcap, temperature) as the kernels want it: see formulas.final_logits."""
 
     gain: float
     cap: float

@@ -47,7 +47,7 @@ SUMS = 4
 
 
 class Family(NamedTuple):
-    """Which formulas, and the factor of `normalize`."""
+    """Says which formulas, and the factor of `normalize`."""
 
     number: int
     factor: float

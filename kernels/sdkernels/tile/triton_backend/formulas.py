@@ -38,13 +38,13 @@ TANH_SATURATES = tl.constexpr(15.0)
 
 @triton.jit
 def exp(b_x):
-    """`e^x`, with results below 2^-126 flushed to 0."""
+    """Returns `e^x`, with results below 2^-126 flushed to 0."""
     return tl.exp2(b_x * LOG2E)
 
 
 @triton.jit
 def phi_near(b_u):
-    """`e^u - 1 - u` for |u| < NEAR: Taylor, relative error 4e-8."""
+    """Returns `e^u - 1 - u` for |u| < NEAR: Taylor, relative error 4e-8."""
     b_series = 1 / 5040 + b_u * (1 / 40320)
     b_series = 1 / 720 + b_u * b_series
     b_series = 1 / 120 + b_u * b_series
@@ -55,7 +55,7 @@ def phi_near(b_u):
 
 @triton.jit
 def rho_near(b_a, b_s):
-    """`a - log(1 + a)` given `s = a / (2 + a)`, |s| < 0.25, from log(1 + a) = 2 artanh(s): relative error 6e-8.
+    """Returns `a - log(1 + a)` of `s = a / (2 + a)`, |s| < 0.25, by log(1 + a) = 2 artanh(s): relative error 6e-8.
 
     The first term is `a - 2s = a·s`, without a difference.
     """
@@ -69,7 +69,7 @@ def rho_near(b_a, b_s):
 
 @triton.jit
 def tanh(b_y):
-    """Quotient of two polynomials (the continued fraction, cut) for |y| < 1, of exponentials beyond."""
+    """Divides two polynomials (the continued fraction, cut) for |y| < 1, exponentials beyond."""
     b_square = b_y * b_y
     near = tl.abs(b_y) < 1
     b_clipped = tl.where(b_y > TANH_SATURATES, TANH_SATURATES, tl.where(b_y < -TANH_SATURATES, -TANH_SATURATES, b_y))
@@ -81,7 +81,7 @@ def tanh(b_y):
 
 @triton.jit
 def transformed(b_x, p_bias, o_v, m_v, gain, cap, SOFTCAP: tl.constexpr, EXCLUDE: tl.constexpr = False):
-    """Final logits of raw projections, -inf where `m_v` is off, and their derivative.
+    """Returns final logits of raw projections, -inf where `m_v` is off, and their derivative.
 
     Without soft-cap `gain` is scale / temperature. With it `gain` is scale / softcap, `cap` softcap / temperature.
     EXCLUDE: a raw projection of -inf stays -inf under a soft-cap.
@@ -102,26 +102,26 @@ def transformed(b_x, p_bias, o_v, m_v, gain, cap, SOFTCAP: tl.constexpr, EXCLUDE
 
 @triton.jit
 def final_logits(p_row, p_bias, o_v, m_v, gain, cap, SOFTCAP: tl.constexpr, EXCLUDE: tl.constexpr = False):
-    """`transformed` entries `o_v` of a row of raw projections in memory."""
+    """Loads entries `o_v` of a row of raw projections, `transformed`."""
     b_x = tl.load(p_row + o_v, mask=m_v, other=-float("inf"))
     return transformed(b_x, p_bias, o_v, m_v, gain, cap, SOFTCAP, EXCLUDE)
 
 
 @triton.jit
 def log_ratio(b_student, b_teacher, shift):
-    """`u` from final logits; `shift` is the teacher's log-sum-exp minus the student's. Finite where both are -inf."""
+    """Takes `u` of final logits; `shift` is the teacher's log-sum-exp minus the student's. Finite for -inf of both."""
     return tl.where(b_student == b_teacher, 0.0, b_teacher - b_student) - shift
 
 
 @triton.jit
 def mass_times(b_mass, b_log):
-    """`mass · log` with `0 · inf = 0`."""
+    """Returns `mass · log` with `0 · inf = 0`."""
     return tl.where(b_mass == 0, 0.0, b_mass * b_log)
 
 
 @triton.jit
 def divergence_terms(b_lp, b_lq, b_u, alpha, FAMILY: tl.constexpr):
-    """Per entry: p, loss, slope, constant, textbook entry, and d entry / d log p.
+    """Returns per entry p, loss, slope, constant, textbook entry, and d entry / d log p.
 
     The gradient with respect to the final logits is `slope - p · sum(constant)`; the loss is the sum of `loss`. Both
     are before the factor of `normalize`. Whatever the caller does not use, the compiler leaves out.

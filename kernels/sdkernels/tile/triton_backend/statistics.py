@@ -49,7 +49,7 @@ LOWEST = tl.constexpr(-1.0e30)
 
 
 class Statistics(NamedTuple):
-    """Views (C,) into one array, float32; the fields that a call does not compute hold nothing of use."""
+    """Holds views (C,) into one array, float32; the fields that a call does not compute hold nothing of use."""
 
     array: Tensor  # (STATISTICS, C)
     lse_student: Tensor
@@ -65,14 +65,14 @@ class Statistics(NamedTuple):
 
 @triton.jit
 def rescale(b_max, b_new, b_sum, b_first):
-    """Per-lane S and E under a larger maximum."""
+    """Rescales per-lane S and E to a larger maximum."""
     factor = exp(b_max - b_new)
     return factor * b_sum, factor * (b_first + (b_max - b_new) * b_sum)
 
 
 @triton.jit
 def add_block(b_z, b_max, b_sum, b_first):
-    """Per-lane S and E with a block of logits, and its weights; `b_max` is at least the block's maximum."""
+    """Adds a block of logits to per-lane S and E, and returns its weights; `b_max` is at least its maximum."""
     b_below = b_z - b_max
     b_weight = exp(b_below)
     return b_sum + b_weight, b_first + b_weight * tl.maximum(b_below, LOWEST), b_weight
