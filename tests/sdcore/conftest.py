@@ -1,21 +1,17 @@
-"""Runs the tests of sdcore on one thread: two wait for each other after every operator, long on a busy machine."""
+"""Runs the tests of sdcore on one thread, and lets them run in float64 throughout."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from tests.sdcore.prefix.models import double_precision
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="module", autouse=True)
+def on_one_thread(one_thread: None) -> None:
+    """Two threads wait for each other after every operator of models this small, long on a busy machine."""
 
 
 @pytest.fixture

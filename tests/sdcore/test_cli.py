@@ -24,8 +24,6 @@ COMMANDS = ["train", "eval", "solve", "report", "profile-memory", "demo"]
 REWARD = {"sdpo": "with_feedback", "rl": "fraction", "grpo": "fraction"}
 PATHS = ["sdft", "sdpo", "opsd", "context_distillation", "rl", "sft"]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

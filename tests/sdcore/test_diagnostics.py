@@ -31,7 +31,6 @@ from sdcore.types import Conditioned, Example, Group, Rollout
 from sdkernels import LogitTransform
 from tests.sdcore.prefix.models import CONFIGS, VOCAB, build, double_precision
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 Sampled = tuple[list[Group], list[Conditioned]]
 random = partial(torch.randn, dtype=torch.float64)
 

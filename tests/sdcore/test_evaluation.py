@@ -14,9 +14,7 @@ from sdcore.errors import ArgumentError
 from sdcore.rollouts.samplers import SampledCompletion, stop_ids
 from sdcore.training.evaluation import evaluate
 from sdcore.world.data import exact, rows
-from tests.sdcore.trainer_runs import one_thread, tokenizer, world_model
-
-__all__ = ["one_thread"]  # a fixture, for every test here
+from tests.sdcore.trainer_runs import tokenizer, world_model
 
 QUESTIONS = read_examples(rows("rl", task="pi", count=11, seed=0))
 

@@ -44,8 +44,6 @@ from sdcore.training.config import SelfDistillationConfig
 from sdcore.training.dry_run import setting_of_run
 from sdkernels.live_bytes import LiveBytes
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SIZES: dict[str, Any] = {
     "vocab_size": 3000,
     "hidden_size": 96,

@@ -32,8 +32,6 @@ from sdcore.memory.plot import as_json
 from sdcore.memory.timeline import Phase
 from sdkernels.live_bytes import LiveBytes
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 VOCAB, HIDDEN, ROWS = 997, 32, 4 * 12
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,

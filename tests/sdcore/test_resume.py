@@ -21,9 +21,8 @@ from transformers import TrainerCallback
 from sdcore.presets import GRPO, Method
 from sdcore.training.checkpoints import CheckpointError, to_resume, whole
 from sdcore.world.data import fraction, with_feedback
-from tests.sdcore.trainer_runs import SDFT_METHOD, SDPO_METHOD, lines, losses, one_thread, trainer
+from tests.sdcore.trainer_runs import SDFT_METHOD, SDPO_METHOD, lines, losses, trainer
 
-__all__ = ["one_thread"]  # a fixture, for every test here
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
 # Name → method, kind of data, reward functions, and other arguments.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,6 @@ ROW = rows("sdpo", task="luma", count=1, seed=0)[0]
 QUESTION = tuple(ROW["messages"])
 METHOD = preset("sdpo", template=TEMPLATES["sdpo"])
 FAST = SolveConfig(max_samples=96, max_completion_length=11, learning_rate=1e-3)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Faster than two for matrices this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def model() -> Any:

@@ -50,13 +50,10 @@ from tests.sdcore.trainer_runs import (
     config,
     lines,
     losses,
-    one_thread,
     tokenizer,
     trainer,
     world_model,
 )
-
-__all__ = ["one_thread"]  # a fixture, for every test here
 
 METHODS: dict[str, tuple[Method, str]] = {
     "sdft_paper": (SDFTPaper(template=SHOW), "sdft"),

@@ -38,9 +38,7 @@ from sdcore.presets import GRPO, SFT, Method, RLTilt
 from sdcore.training.prepare import check_engine
 from sdcore.training.trainer import SelfDistillationTrainer
 from sdcore.world.data import fraction, rows, with_feedback
-from tests.sdcore.trainer_runs import SDFT_METHOD, SDPO_METHOD, lines, losses, one_thread, trainer
-
-__all__ = ["one_thread"]  # a fixture, for every test here
+from tests.sdcore.trainer_runs import SDFT_METHOD, SDPO_METHOD, lines, losses, trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 240  # a hang is a failure within this time

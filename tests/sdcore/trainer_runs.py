@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -22,15 +21,6 @@ SHOW = "{{ prompt }} {{ privileged_context }}"
 SHOW_ATTEMPT = "{{ prompt }} {{ attempt or feedback }}"
 SDFT_METHOD = SDFTAsRun(template=SHOW, skip_first_tokens=0)
 SDPO_METHOD = SDPO(template=SHOW_ATTEMPT, num_generations=4)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are faster with one, and their sums the same wherever they run; also in module fixtures."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tokenizer() -> Any:

@@ -1,4 +1,4 @@
-"""Runs the tiny models of these tests on one thread, and keeps them on the disk where TRL reads its teachers from."""
+"""Keeps the tiny models of these tests on the disk, where TRL reads its teachers from."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-
-@pytest.fixture(scope="module", autouse=True)
-def on_one_thread(one_thread: None) -> None:
-    """Models this small are faster on one thread, and their sums the same wherever they run."""
 
 
 @pytest.fixture(scope="module")

@@ -32,9 +32,7 @@ from sdcore.rollouts.samplers import SampledCompletion
 from sdcore.rollouts.vllm import VLLMColocated, VLLMServer
 from sdcore.step import token_logprobs
 from sdcore.world.data import fraction
-from tests.sdcore.trainer_runs import lines, one_thread, tokenizer, trainer, world_model
-
-__all__ = ["one_thread"]  # a fixture, for every test here
+from tests.sdcore.trainer_runs import lines, tokenizer, trainer, world_model
 
 PYTHON = os.environ.get("SDCORE_VLLM")
 SECONDS_TO_START = 600

@@ -23,9 +23,7 @@ from sdcore.presets import SDPO
 from sdcore.rollouts.samplers import FollowsWeights, ModelSampler, Sampler
 from sdcore.rollouts.vllm import EngineError, VLLMColocated, VLLMServer, whole_state
 from sdcore.world.data import with_feedback
-from tests.sdcore.trainer_runs import SHOW_ATTEMPT, lines, one_thread, tokenizer, trainer, world_model
-
-__all__ = ["one_thread"]  # a fixture, for every test here
+from tests.sdcore.trainer_runs import SHOW_ATTEMPT, lines, tokenizer, trainer, world_model
 
 EOS = 2
 PROMPTS = [torch.tensor([1, 5, 9]), torch.tensor([1, 7])]
