@@ -4,7 +4,9 @@ builder = SuccessOrFeedback(overflow="truncate_context", max_teacher_prompt_leng
 conditioned = builder.condition(group, tokenizer)
 """
 
-from .builders import (
+from .overflow import FEEDBACK_SEPARATOR, join_feedback, split_feedback
+from .rendering import prompt_ids, require_text, student_prompt_ids, with_context
+from .teacher_prompts import (
     ContextBuilder,
     Custom,
     Demonstration,
@@ -14,8 +16,6 @@ from .builders import (
     Template,
     check_examples,
 )
-from .overflow import FEEDBACK_SEPARATOR, join_feedback, split_feedback
-from .prompts import prompt_ids, require_text, student_prompt_ids, with_context
 from .templates import without_thinking
 
 __all__ = [

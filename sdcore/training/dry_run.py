@@ -30,7 +30,7 @@ from rich.text import Text
 from torch import Tensor
 
 from ..contexts import ContextBuilder, require_text, student_prompt_ids
-from ..contexts.builders import check_examples
+from ..contexts.teacher_prompts import check_examples
 from ..errors import ArgumentError, DataError, UnsupportedModelError
 from ..memory import Load, Prediction, Setting, compare, memory_table
 from ..prefix.planner import common_prefix

@@ -25,7 +25,7 @@ from accelerate.utils import gather_object  # type: ignore[import-untyped, unuse
 from torch import nn
 
 from ..contexts import ContextBuilder
-from ..contexts.builders import COUNTS
+from ..contexts.teacher_prompts import COUNTS
 from ..diagnostics import drift, leak, metrics, overlap
 from ..presets.method import Method
 from ..step import StepOutput

@@ -25,7 +25,7 @@ from sdcore.contexts import (
     student_prompt_ids,
     with_context,
 )
-from sdcore.contexts.builders import COUNTS
+from sdcore.contexts.teacher_prompts import COUNTS
 from sdcore.errors import ArgumentError, ContextError, DataError, UnsupportedModelError
 from sdcore.prefix import plan
 from sdcore.types import Conditioned, Example, Group, Message, Prompt

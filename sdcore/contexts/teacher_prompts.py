@@ -35,7 +35,7 @@ from ..prefix.planner import common_prefix
 from ..types import Conditioned, Example, Group
 from . import templates
 from .overflow import Fitted, Overflow, Shown, check_overflow, fit, split_feedback
-from .prompts import prompt_ids, with_context
+from .rendering import prompt_ids, with_context
 
 # What a group's counts always have, so that a chart has its zeros.
 COUNTS = (
