@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from ..errors import ArgumentError
-from . import on_paper, prefix, scaling, step, trainer
+from . import prefix, scaling, step, trainer
 from .places import checkout, newest_results
 from .report import Report, load
 from .shapes import FULL_VOCABULARY
@@ -115,9 +115,6 @@ STEP = Block("step results", partial(_overview_block, step, "step"))
 TRAINER = Block("trainer results", partial(_overview_block, trainer, "trainer"))
 SCALING = Block("scaling results", scaling_block)
 BLOCKS = (DIVERGENCE, PREFIX, STEP, TRAINER, SCALING)
-# Not of results, and not in the README: calculated.
-ON_PAPER = Block("scaling on paper", lambda results, root: on_paper.text())
-PERFORMANCE = Path("docs") / "performance.md"
 
 
 def readme_file() -> Path:
@@ -131,13 +128,12 @@ def readme_file() -> Path:
 
 
 def update() -> Path:
-    """Renew all blocks of the checkout's README and docs; returns the README's path. Raises `ArgumentError`."""
+    """Renew all blocks of the checkout's README; returns the README's path. Raises `ArgumentError`."""
     file = readme_file()
-    for page, blocks in ((file, BLOCKS), (file.parent / PERFORMANCE, (ON_PAPER,))):
-        text = page.read_text(encoding="utf-8")
-        for block in blocks:
-            text = block.renewed(text, file.parent / "benchmarks" / "results", file.parent)
-        page.write_text(text, encoding="utf-8")
+    text = file.read_text(encoding="utf-8")
+    for block in BLOCKS:
+        text = block.renewed(text, file.parent / "benchmarks" / "results", file.parent)
+    file.write_text(text, encoding="utf-8")
     return file
 
 
@@ -145,8 +141,6 @@ __all__ = [
     "BLOCKS",
     "DIVERGENCE",
     "NOTHING",
-    "ON_PAPER",
-    "PERFORMANCE",
     "PREFIX",
     "SCALING",
     "STEP",
