@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 from statistics import mean
 
 import torch
 
-from sdcore.bench import divergence
 from sdcore.bench.options import Options
 from sdcore.bench.peers import at_workspace
-from sdcore.bench.report import load
 from sdcore.bench.shapes import GOAL_SHAPES, JSD, QUICK_SHAPE, REVERSE_KL, Group, groups
+from sdcore.bench.suite import run
+from sdcore.bench.suites.divergence import SUITE
 from sdcore.bench.tables import by_group, floor_seconds
 from sdkernels import tuned
 from sdkernels.tuning import SHAPES, as_json, chosen_of, merged, tune
@@ -45,7 +46,7 @@ if part == "workspace":
     options = Options(suite="divergence", device=device.type, output=folder, quick=quick, seconds=1.0)
     planned = [group for group in groups(device.type, quick=quick) if group.divergence in (REVERSE_KL, JSD)]
     planned = [group for group in planned if group.dtype == "bf16" and group.shape in (QUICK_SHAPE, *GOAL_SHAPES)]
-    divergence.run(options, planned=planned, contenders=[at_workspace(size) for size in MEGABYTES])
+    run(replace(SUITE, planned=planned, contenders=[at_workspace(size) for size in MEGABYTES]), options)
 elif part == "table":
     trials = [chosen_of(json.loads(path.read_text())) for path in sorted(folder.glob("tune/*/tuned.json"))]
     multiples = {
@@ -53,7 +54,7 @@ elif part == "table":
             int(row.contender.split()[1]): row.median / floor_seconds(rows) for row in rows if " MB" in row.contender
         }
         for path in folder.glob("workspace/*/divergence-*.json")
-        for group, rows in by_group(load(path).speed).items()
+        for group, rows in by_group(SUITE.load(path).speed).items()
     }
     tuned.write(merged(trials, enough(multiples), device), folder / "tables")
 else:

@@ -1,4 +1,4 @@
-"""Sizes of the models that the suites build: real ones by name, and small stand-ins, all with random weights.
+"""Lists the sizes of the models that the suites build: real ones by name and small stand-ins, all with random weights.
 
     size = size_of("qwen3-4b")               # as in its config.json
     size = size_of("qwen3-4b, 2 layers")     # the same layers, fewer of them
@@ -24,7 +24,7 @@ NO_MORE: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
 class ModelSize(NamedTuple):
-    """A decoder's sizes; `family` is transformers' `model_type`, `more` what its configuration has beyond the rest."""
+    """Holds a decoder's sizes; `family` is transformers' `model_type`, `more` what its configuration has besides."""
 
     hidden: int  # H
     layers: int
@@ -47,7 +47,7 @@ class ModelSize(NamedTuple):
         )
 
     def config(self, *, vocab: int, **changes: Any) -> Any:
-        """transformers' configuration, with so many ids; `changes` go into it as they are."""
+        """Makes transformers' configuration, with so many ids; `changes` go into it as they are."""
         from transformers import AutoConfig
 
         fields: dict[str, Any] = {
@@ -119,7 +119,7 @@ MODELS: Final = {
 
 
 def size_of(name: str) -> ModelSize:
-    """Of a key of `MODELS`, or of one with its layers cut: `"qwen3-4b, 2 layers"`. Raises `ArgumentError`."""
+    """Looks up a key of `MODELS`, or one with its layers cut: `"qwen3-4b, 2 layers"`. Raises `ArgumentError`."""
     if name in MODELS:
         return MODELS[name]
     cut = re.fullmatch(r"(.+), (\d+) layers?", name)
@@ -129,8 +129,5 @@ def size_of(name: str) -> ModelSize:
 
 
 def with_layers(name: str, layers: int | None) -> str:
-    """The name of a model whose layers are cut; None leaves it."""
+    """Returns the name of a model whose layers are cut; None leaves it."""
     return name if layers is None else f"{name}, {layers} layers"
-
-
-__all__ = ["MODELS", "PASS_VOCAB", "REAL_MODELS", "ModelSize", "size_of", "with_layers"]

@@ -1,8 +1,4 @@
-"""The contenders: ours, the plain code, the public kernels, and the four bare matrix products.
-
-`prepare` is the one set-up function: speed, memory, accuracy and the pytest-benchmark entries all call the step that
-it returns, a forward and a backward pass to the gradients of the student's hidden states and of the head. A contender
-that cannot run raises `Unavailable` with the reason, which becomes its row.
+"""Lists the contenders of the output layer: ours, the plain code, and the public kernels.
 
 Every contender gets its best setting: Liger the chunk size that `best_liger_chunk` finds on the shape, a pure soft
 loss (its default adds half a hard cross-entropy) and its default compilation. All of them take the mixture weight the
@@ -13,79 +9,22 @@ way `alpha` is defined here (0: KL(teacher‖student), 1: KL(student‖teacher))
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .shapes import DTYPES, CaseInputs, Divergence
-from .timing import FLOOR, FROZEN_FLOOR, timed
+from .contender import Contender, Loss, Unavailable, prepare, require
+from .measure import timed
+from .shapes import CaseInputs, Divergence
 
 LIGER_CHUNK_SIZES = (64, 128, 256, 512, 1024)
 # What Liger calls the inner kernels of its fused loss; the second is for compute capability 9.0 and above.
 LIGER_TRITON_KERNEL, LIGER_CUTE_KERNEL = "nvidia-triton", "nvidia-cutedsl"
 # Its default. On a GPU every further size is compiled for longer than it is timed, and adds up more gradients.
 LIGER_CUDA_CHUNK = 1024
-
-
-class StepResult(NamedTuple):
-    """What one step computes."""
-
-    loss: Tensor  # ()
-    hidden_gradient: Tensor  # (N, H)
-    weight_gradient: Tensor  # (V, H); empty where the head is frozen
-
-
-Loss = Callable[[], Tensor]
-Step = Callable[[], StepResult]
-
-
-class Unavailable(Exception):
-    """This contender cannot run this case; the message says why."""
-
-
-@dataclass(frozen=True)
-class Contender:
-    """`build(inputs, divergence)` returns a function of no arguments to the mean loss over the rows, in the graph."""
-
-    name: str
-    build: Callable[[CaseInputs, Divergence], Loss]
-    peer: str = ""  # what `--peers` calls it; empty: ours
-    # The bytes of a compiled graph are allocated where `LiveBytes` does not see them.
-    compiled: bool = False
-
-
-def skipped(contender: Contender, reason: str) -> Contender:
-    """The same row without a run."""
-
-    def build(inputs: CaseInputs, divergence: Divergence) -> Loss:
-        raise Unavailable(reason)
-
-    return replace(contender, build=build)
-
-
-def prepare(contender: Contender, inputs: CaseInputs, divergence: Divergence) -> Step:
-    """A step of `contender`; raises `Unavailable`."""
-    loss_of = contender.build(inputs, divergence)
-    frozen = not inputs.student_weight.requires_grad
-    leaves = (inputs.student_hidden,) if frozen else (inputs.student_hidden, inputs.student_weight)
-
-    def step() -> StepResult:
-        loss = loss_of()
-        gradients = torch.autograd.grad(loss, leaves)
-        return StepResult(loss.detach(), gradients[0], gradients[0].new_empty(0) if frozen else gradients[1])
-
-    return step
-
-
-def require(module: str, package: str) -> None:
-    """Raises `Unavailable`, with how to install `package`, where its `module` is missing."""
-    if find_spec(module) is None:
-        raise Unavailable(f"not installed: pip install {package}")
 
 
 def _full_vocabulary_only(divergence: Divergence, name: str) -> None:
@@ -109,7 +48,7 @@ def _sdcore(
 def plain_loss(
     student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, divergence: Divergence, upcast: bool
 ) -> Tensor:
-    """The loss as trainers write it: all logits in the model's dtype, then (with `upcast`) everything in float32."""
+    """Computes the loss as trainers write it: all logits in the model's dtype, then (`upcast`) all in float32."""
     student_logits = student_hidden @ student_weight.T  # (N, V)
     with torch.no_grad():
         teacher_logits = teacher_hidden @ student_weight.T  # (N, V)
@@ -142,7 +81,7 @@ def _plain(inputs: CaseInputs, divergence: Divergence, *, upcast: bool = True) -
 
 
 def _allow_many_graphs() -> None:
-    """Let torch.compile make one graph per chunk size, dtype and divergence; past 8 it would go on in eager code."""
+    """Lets torch.compile make one graph per chunk size, dtype and divergence; past 8 it would go on in eager code."""
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
@@ -198,8 +137,9 @@ _best_chunks: dict[tuple[Any, ...], int] = {}
 
 
 def best_liger_chunk(inputs: CaseInputs) -> int:
-    """The fastest of `LIGER_CHUNK_SIZES` on this shape and dtype, by the better of two steps of reverse KL each; on a
-    GPU its default.
+    """Finds the fastest of `LIGER_CHUNK_SIZES` on this shape and dtype; on a GPU it is the default.
+
+    Of each size it takes the better of two steps of reverse KL.
 
     It goes from the largest down and stops two sizes past the best: smaller chunks add up more weight gradients.
     """
@@ -222,7 +162,7 @@ def best_liger_chunk(inputs: CaseInputs) -> int:
 
 
 def _liger_fused(inputs: CaseInputs, divergence: Divergence, *, implementation: str) -> Loss:
-    """`LigerFusedLinearJSD` with its inner kernel said, which Liger else chooses by GPU and by what is installed."""
+    """Builds `LigerFusedLinearJSD` with its inner kernel said, which Liger else chooses by what is there."""
     require("liger_kernel", "liger-kernel")
     _full_vocabulary_only(divergence, "Liger")
     if inputs.device.type != "cuda":
@@ -276,17 +216,34 @@ def _flash_linear_attention(inputs: CaseInputs, divergence: Divergence) -> Loss:
     return lambda: fused_kl_div_loss(hidden, teacher_hidden, weight, teacher_weight)
 
 
-SDCORE = Contender("sdcore", _sdcore)
-SDCORE_RECOMPUTE = Contender("sdcore, recompute", partial(_sdcore, recompute=True))
-PLAIN = Contender("plain torch", _plain, "naive")
-PLAIN_LOW_PRECISION = Contender("plain torch, no upcast", partial(_plain, upcast=False), "naive")
-COMPILED = Contender("torch.compile", _compiled, "compile", compiled=True)
-TRL = Contender("TRL chunked", _trl, "trl")
-LIGER = Contender("Liger chunked", _liger, "liger", compiled=True)
-LIGER_TRITON = Contender("Liger FusedLinearJSD", partial(_liger_fused, implementation=LIGER_TRITON_KERNEL), "liger")
-LIGER_CUTE = Contender("Liger FusedLinearJSD, CuTe", partial(_liger_fused, implementation=LIGER_CUTE_KERNEL), "liger")
-ORDA = Contender("orda-kernel", _orda, "orda")
-FLASH_LINEAR_ATTENTION = Contender("flash-linear-attention", _flash_linear_attention, "fla")
+# Ours stand out in a picture; the others are told apart by hue and marker.
+SDCORE = Contender("sdcore", _sdcore, colour="#0b6e99", marker="o")
+SDCORE_RECOMPUTE = Contender("sdcore, recompute", partial(_sdcore, recompute=True), colour="#6bb7d6", marker="D")
+PLAIN = Contender("plain torch", _plain, "naive", colour="#8c8c8c", marker="X")
+PLAIN_LOW_PRECISION = Contender(
+    "plain torch, no upcast", partial(_plain, upcast=False), "naive", colour="#4d4d4d", marker="d"
+)
+COMPILED = Contender("torch.compile", _compiled, "compile", compiled=True, colour="#8a7fb5", marker="v")
+TRL = Contender("TRL chunked", _trl, "trl", colour="#c8443c", marker="P")
+LIGER = Contender("Liger chunked", _liger, "liger", compiled=True, colour="#e08a1e", marker="s")
+LIGER_TRITON = Contender(
+    "Liger FusedLinearJSD",
+    partial(_liger_fused, implementation=LIGER_TRITON_KERNEL),
+    "liger",
+    colour="#b8621b",
+    marker="^",
+)
+LIGER_CUTE = Contender(
+    "Liger FusedLinearJSD, CuTe",
+    partial(_liger_fused, implementation=LIGER_CUTE_KERNEL),
+    "liger",
+    colour="#8a4a10",
+    marker="<",
+)
+ORDA = Contender("orda-kernel", _orda, "orda", colour="#7a9a3a", marker="*")
+FLASH_LINEAR_ATTENTION = Contender(
+    "flash-linear-attention", _flash_linear_attention, "fla", colour="#a0527a", marker="p"
+)
 CONTENDERS = (
     SDCORE,
     SDCORE_RECOMPUTE,
@@ -302,17 +259,17 @@ CONTENDERS = (
 
 
 def at_workspace(megabytes: int) -> Contender:
-    """Ours with a workspace of so many MiB."""
+    """Returns ours with a workspace of so many MiB."""
     return Contender(f"{SDCORE.name}, {megabytes} MB", partial(_sdcore, workspace_mb=megabytes))
 
 
 def wanted(contender: Contender, peers: Sequence[str] | None) -> bool:
-    """Whether a choice of peers has it; ours are in every choice."""
+    """True if a choice of peers has it; ours are in every choice."""
     return peers is None or not contender.peer or contender.peer in peers
 
 
 def setting(contender: Contender, inputs: CaseInputs) -> str:
-    """What was tuned, for the table."""
+    """Says what was tuned, for the table."""
     if contender.name == LIGER.name:
         chunk_size = _best_chunks.get((inputs.shape, inputs.student_hidden.dtype, inputs.device))
         return "" if chunk_size is None else f"chunk {chunk_size}"
@@ -322,58 +279,3 @@ def setting(contender: Contender, inputs: CaseInputs) -> str:
 
         return f"workspace {workspace_bytes_for(None, inputs.student_weight) / MIB:.0f} MB"
     return ""
-
-
-def floor_name(inputs: CaseInputs) -> str:
-    """What the row of `bare_matmuls` is called, before its dtype."""
-    return FLOOR if inputs.student_weight.requires_grad else FROZEN_FLOOR
-
-
-def bare_matmuls(inputs: CaseInputs, dtype: str) -> Callable[[], None]:
-    """The floor: two projections, the gradients of the hidden states and, if it is trained, of the head, into
-    preallocated outputs."""
-    frozen = not inputs.student_weight.requires_grad
-    hidden, weight, teacher_hidden = (tensor.detach().to(DTYPES[dtype]) for tensor in inputs)
-    student_logits = hidden.new_empty(len(hidden), len(weight))
-    teacher_logits = torch.empty_like(student_logits)
-    hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.empty_like(weight)
-
-    def products() -> None:
-        torch.mm(hidden, weight.T, out=student_logits)
-        torch.mm(teacher_hidden, weight.T, out=teacher_logits)
-        torch.mm(student_logits, weight, out=hidden_gradient)
-        if not frozen:
-            torch.mm(student_logits.T, hidden, out=weight_gradient)
-
-    return products
-
-
-__all__ = [
-    "COMPILED",
-    "CONTENDERS",
-    "FLASH_LINEAR_ATTENTION",
-    "LIGER",
-    "LIGER_CHUNK_SIZES",
-    "LIGER_CUTE",
-    "LIGER_TRITON",
-    "ORDA",
-    "PLAIN",
-    "PLAIN_LOW_PRECISION",
-    "SDCORE",
-    "SDCORE_RECOMPUTE",
-    "TRL",
-    "Contender",
-    "Step",
-    "StepResult",
-    "Unavailable",
-    "at_workspace",
-    "bare_matmuls",
-    "best_liger_chunk",
-    "floor_name",
-    "plain_loss",
-    "prepare",
-    "require",
-    "setting",
-    "skipped",
-    "wanted",
-]
