@@ -20,7 +20,7 @@ from ..prefix import Plan, cost, plan
 from .limit import LIMITS, SHARED, Products
 from .models import with_layers
 from .options import Options, workload
-from .rows import Outcome, PassStep
+from .rows import Outcome, Step
 from .shapes import DTYPES
 
 # Tokens of a generation prompt, after which a completion begins: the teacher's context is put in before them.
@@ -41,6 +41,10 @@ class Case:
     work: str = ""
     contexts: str = EACH  # ONE: all completions are shown the same, as where there is one successful attempt
     topk: int | None = None  # None: the full vocabulary
+
+    @property
+    def sizes(self) -> str:
+        return f"P={self.prompt} C={self.context} R={self.completion} G={self.completions}"
 
     @property
     def objective(self) -> str:
@@ -91,15 +95,16 @@ class Setup:
 
 @dataclass(frozen=True)
 class PassContender:
-    """Builds, by `build(setup)`, what is timed. The last fields are for the cost model."""
+    """Has `build(setup, contender)`, which returns what is timed; the other fields say how, also to the cost model."""
 
     name: str
-    build: Callable[[Any], PassStep]
+    build: Callable[[Any, Any], Step]
     ours: bool = True
-    strategy: str = "packed"
+    strategy: Any = "packed"
     micro_batch: int | None = None
     shares: bool = True  # the prompt is computed once
     live: bool = True  # the teacher reads the student's prompt states
+    checkpointing: bool = False
 
 
 def random_model(config: Any, dtype: torch.dtype, device: str, seed: int) -> Any:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -26,12 +25,13 @@ THRESHOLD: Final = 1.1
 
 
 class Key(NamedTuple):
+    """Names a row: a contender in a case."""
+
     case: str
     contender: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pair:
+class Pair(NamedTuple):
     """Holds a row that is in both files; seconds are medians."""
 
     key: Key
@@ -43,8 +43,7 @@ class Pair:
         return self.after / self.before
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Comparison(NamedTuple):
     """Lists the rows in the order of the first file."""
 
     machines: tuple[str, str]
@@ -67,7 +66,7 @@ def compare(before: Path, after: Path) -> Comparison:
         raise ArgumentError(f"{before} and {after} have no row in common: are they of the same suite and sizes?")
     return Comparison(
         machines=(_machine(first), _machine(second)),
-        rows=[Pair(key=key, before=a[key], after=b[key]) for key in a if key in b],
+        rows=[Pair(key, a[key], b[key]) for key in a if key in b],
         only_before=[key for key in a if key not in b],
         only_after=[key for key in b if key not in a],
     )

@@ -19,13 +19,9 @@ from .models import REAL_MODELS
 
 DTYPE_NAMES: Final = ("fp32", "bf16")
 DEVICES: Final = ("cpu", "cuda")
-DIVERGENCE_LETTERS: Final = "NVH"
-PASS_LETTERS: Final = "PCRGL"
 LETTERS: Final = {
-    "divergence": DIVERGENCE_LETTERS,
-    "prefix": PASS_LETTERS,
-    "step": PASS_LETTERS,
-    "trainer": PASS_LETTERS,
+    "divergence": "NVH",
+    **dict.fromkeys(("prefix", "step", "trainer"), "PCRGL"),
     "scaling": "NVHPRGL",
 }
 SUITES: Final = tuple(LETTERS)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sdkernels import reference
 
-from .rows import Errors, StepResult
+from .rows import Errors, Outcome
 from .shapes import CaseInputs, Divergence
 
 # Bytes of one float64 tile; about ten are live at a time.
@@ -28,19 +28,17 @@ EQUAL_GRADIENT = {"fp32": 1e-3, "bf16": 0.05}
 
 
 @torch.no_grad()
-def solve(inputs: CaseInputs, divergences: tuple[Divergence, ...]) -> dict[Divergence, StepResult]:
+def solve(inputs: CaseInputs, divergences: tuple[Divergence, ...]) -> dict[Divergence, Outcome]:
     """Returns mean loss over the rows and gradients, per divergence, in the dtype of the products (see above)."""
     shape = inputs.shape
     dtype = torch.float64 if shape.rows * shape.vocab * shape.hidden <= FLOAT64_PRODUCT else torch.float32
     hidden, weight, teacher_hidden = (tensor.detach().to(dtype) for tensor in inputs)
-    results = {
-        divergence: StepResult(
-            torch.zeros((), dtype=torch.float64, device=inputs.device),
-            torch.empty_like(hidden),
-            weight.new_zeros(weight.shape if inputs.student_weight.requires_grad else 0),
-        )
-        for divergence in divergences
-    }
+    results = {}
+    for divergence in divergences:
+        gradients = {"hidden": torch.empty_like(hidden)}
+        if inputs.student_weight.requires_grad:
+            gradients["weight"] = torch.zeros_like(weight)
+        results[divergence] = Outcome(torch.zeros((), dtype=torch.float64, device=inputs.device), gradients)
     chunk = max(1, TILE_BYTES // (8 * shape.vocab))
     for start in range(0, shape.rows, chunk):
         rows = slice(start, start + chunk)
@@ -53,11 +51,11 @@ def solve(inputs: CaseInputs, divergences: tuple[Divergence, ...]) -> dict[Diver
                 gradient = reference.divergence_gradient(log_p, log_q, divergence.alpha)
             else:
                 loss, gradient = _with_support(student_logits, teacher_logits, divergence)
-            result.loss.add_(loss.sum() / shape.rows)
+            result.values.add_(loss.sum() / shape.rows)
             gradient = (gradient / shape.rows).to(dtype)
-            torch.mm(gradient, weight, out=result.hidden_gradient[rows])
-            if inputs.student_weight.requires_grad:
-                result.weight_gradient.addmm_(gradient.T, hidden[rows])
+            torch.mm(gradient, weight, out=result.gradients["hidden"][rows])
+            if "weight" in result.gradients:
+                result.gradients["weight"].addmm_(gradient.T, hidden[rows])
     return results
 
 
@@ -71,10 +69,10 @@ def _with_support(student_logits: Tensor, teacher_logits: Tensor, divergence: Di
     return reference.divergence(student, teacher, divergence.alpha), gradient
 
 
-def compare(result: StepResult, exact: StepResult) -> Errors:
-    """Returns the errors of what a step computed."""
-    pairs = zip(result, exact, strict=True)
-    return Errors(*(relative_error(actual, right) if right.numel() else 0.0 for actual, right in pairs))
+def compare(outcome: Outcome, exact: Outcome) -> Errors:
+    """Returns the errors of what a step of the output layer computed."""
+    of_gradients = {name: relative_error(outcome.gradients[name], right) for name, right in exact.gradients.items()}
+    return Errors(relative_error(outcome.values, exact.values), of_gradients["hidden"], of_gradients.get("weight", 0.0))
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:

@@ -12,7 +12,7 @@ import gc
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,14 +20,13 @@ from typing import Any
 
 import torch
 
-from .contender import Unavailable
 from .limit import LIMITS, SHARED, Products
-from .measure import error_line, free_bytes, take_turns, too_large, watch_memory
+from .measure import check_and_time, free_bytes, too_large
 from .options import Options
 from .oracle import relative_error
-from .rows import MemoryRow, Outcome, PassReport, PassRow, PassStep, write
-from .suite import Run, Suite
-from .tables import NONE, Table, format_error, mebibytes, ratio, why
+from .rows import Outcome, PassReport, PassRow, Step, write
+from .suite import Run
+from .tables import Table, format_error, mebibytes, ratio, why
 
 # What every row has on disk.
 COMMON = ("contender", "setting", "seconds", "errors", "reason", "gradient_error", "live_bytes", "resident_bytes")
@@ -37,10 +36,14 @@ MAY_BE_UNKNOWN = ("gradient_error", "values_error", "allowed", "needed_bytes")
 Column = tuple[str, Callable[[PassRow, PassRow | None], str]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PassSuite(Suite):
+@dataclass(kw_only=True)
+class PassSuite:
     """Says what distinguishes a suite of whole passes; `setup` is what the contenders of a case have in common."""
 
+    name: str
+    title: str  # of its page
+    seconds: float  # for a row, by default
+    picture: str = ""  # what benchmarks/README.md calls its picture; empty: it shows none
     case: Callable[..., Any]  # what a row is a row of
     # Names on disk, and of which attribute: of a case, and of what a row has beyond COMMON.
     case_fields: Mapping[str, str]
@@ -58,10 +61,10 @@ class PassSuite(Suite):
     is_large: Callable[[Any], bool] = lambda case: False  # takes a CPU seconds: timed once, unless seconds are given
     limits_left_out: Sequence[str] = ()  # which have a row in a case that does not fit
     notes_free_memory: bool = False  # beside the machine
-    models: Callable[[PassReport], list[str]] = lambda report: []
-    glance: Callable[[PassReport], list[Table]]
+    about: Callable[[PassReport], list[str]] = lambda report: []  # what was measured, beside the machine
+    overviews: Callable[[PassReport], list[Table]]  # everything at a glance
     per_case: Callable[[PassReport], list[Table]] | None = None  # None: `case_table` of each case
-    draw: Callable[[PassReport, Path], None]
+    draw: Callable[[PassReport, Path], Any]
     reference: Callable[[Sequence[PassRow]], PassRow | None] = lambda rows: None
     columns: Sequence[Column] = ()
     is_ours: Callable[[PassRow], bool] = lambda row: row.ours
@@ -100,13 +103,13 @@ class PassSuite(Suite):
         """Checks, then times; repetitions come to `seconds_per_row`, or to the least number."""
         rows: list[PassRow] = []
 
-        def candidates() -> Iterator[tuple[PassRow, Callable[[], PassStep]]]:
+        def candidates() -> Iterator[tuple[PassRow, Callable[[], Step]]]:
             for contender in chosen:
                 row = PassRow(group=setup.case, contender=contender.name, ours=contender.ours)
                 row.allowed, row.needed_bytes = self.allowed(setup, contender), self.needed_bytes(setup, contender)
                 row.reason = too_large(row.needed_bytes, free_bytes(setup.device))
                 rows.append(row)
-                yield row, partial(contender.build, setup)
+                yield row, partial(contender.build, setup, contender)
 
         limits = [
             (PassRow(group=setup.case, contender=name, ours=False), products) for name, products in self.limits(setup)
@@ -135,12 +138,6 @@ class PassSuite(Suite):
             unknown = {name: math.nan for name in MAY_BE_UNKNOWN if figures.get(name) is None}
             report.rows.append(PassRow(**figures | unknown | {"group": group}))
         return report
-
-    def about(self, report: PassReport) -> list[str]:
-        return self.models(report)
-
-    def overviews(self, report: PassReport) -> list[Table]:
-        return self.glance(report)
 
     def details(self, report: PassReport) -> list[Table]:
         if self.per_case is not None:
@@ -171,54 +168,6 @@ class PassSuite(Suite):
         return [picture]
 
 
-def check_and_time(
-    candidates: Iterable[tuple[PassRow, Callable[[], PassStep]]],
-    judge: Callable[[PassRow, Outcome, Outcome], str | None],
-    device: torch.device,
-    *,
-    seconds_per_row: float,
-    limits: Iterable[tuple[PassRow, Callable[[], object]]] = (),
-    exact: Outcome | None = None,
-) -> None:
-    """Fills in the rows of a case.
-
-    A candidate, with what builds its step, is taken up when those before it have been checked; one that has a `reason`
-    already is passed over. `judge(row, outcome, first outcome)` notes errors in the row and says why it is not to be
-    timed. `limits` are timed with the others, and not checked. With `exact`, the right answer from elsewhere, the first
-    outcome is judged by it as well.
-    """
-    steps: list[tuple[Any, Any]] = []
-    for row, build in candidates:
-        if row.reason is not None:
-            continue
-        usage = MemoryRow(group=row.group, contender=row.contender)
-        try:
-            step = build()
-            with watch_memory(usage, device, compiled=False):
-                outcome = step()
-        except Unavailable as unavailable:
-            row.reason = str(unavailable)
-            continue
-        except Exception as error:
-            row.reason = error_line(error)
-            continue
-        row.live_bytes, row.resident_bytes = usage.live_bytes, usage.resident_bytes
-        row.gradient_bytes = sum(gradient.nbytes for gradient in outcome.gradients.values())
-        if exact is None:
-            exact = outcome
-        else:
-            row.reason = judge(row, outcome, exact)
-        del outcome
-        if row.reason is None:
-            steps.append((row, step))
-    exact = None
-    if steps:
-        for row, products in limits:
-            products()
-            steps.append((row, products))
-        take_turns(steps, device, seconds_per_row)
-
-
 def compare(outcome: Outcome, exact: Outcome) -> tuple[float, float]:
     """Returns the relative errors of the states (or the loss), and of all gradients together; NaN without any."""
     values = relative_error(outcome.values, exact.values)
@@ -242,6 +191,10 @@ def limit(rows: Sequence[PassRow]) -> PassRow | None:
     return next((row for row in rows if row.contender == SHARED and row.seconds), None)
 
 
+def models_of(report: PassReport) -> list[str]:
+    return [row.group.model for row in report.rows]
+
+
 def timed_rows(rows: Sequence[PassRow]) -> list[PassRow]:
     """Returns the rows that pictures show: those that were timed and are no limit."""
     return [row for row in rows if not row.reason and row.contender not in LIMITS]
@@ -262,9 +215,32 @@ def milliseconds(row: PassRow) -> str:
     return f"{row.median * 1e3:.0f} ms" if row.median >= 0.1 else f"{row.median * 1e3:.1f} ms"
 
 
-def spread(row: PassRow, unknown: str = NONE) -> str:
-    return unknown if math.isnan(row.spread) else f"{row.spread:.0%}"
-
-
 def errors(row: PassRow) -> str:
     return " / ".join(format_error(e) for e in (row.values_error, row.gradient_error) if not math.isnan(e))
+
+
+def draw_cases(
+    groups: Mapping[Any, Sequence[PassRow]],
+    path: Path,
+    *,
+    title: str,
+    head: Callable[[Any], str],
+    colour: Callable[[PassRow], str],
+    above: tuple[str, Callable[[PassRow, Sequence[PassRow]], float]],
+    mark: Callable[[PassRow, Sequence[PassRow]], float | None],
+    below: tuple[str, Callable[[PassRow, Sequence[PassRow]], float]],
+    line: float | None = None,
+) -> None:
+    """Draws two bars for each contender of a case; `above` (with a mark) and `below` (with a line) say of what."""
+    from .plot import LINE, Bar, Panel, bars
+
+    upper: list[Panel] = []
+    lower: list[Panel] = []
+    for case, rows in groups.items():
+        timed, ylabels = timed_rows(rows), ("", "") if upper else (above[0], below[0])
+        bars_above = [("", [Bar(above[1](row, rows), colour(row), mark=mark(row, rows))]) for row in timed]
+        bars_below = [(row.contender, [Bar(below[1](row, rows), colour(row))]) for row in timed]
+        upper.append(Panel(groups=bars_above, title=head(case), ylabel=ylabels[0]))
+        levels = [] if line is None else [(line, LINE)]
+        lower.append(Panel(groups=bars_below, ylabel=ylabels[1], levels=levels, slanted=True))
+    bars([upper, lower], path, title=title, size=(1 + 3 * len(groups), 6.4))

@@ -1,4 +1,8 @@
-"""Lists the contenders of the output layer: ours, the plain code, and the public kernels.
+"""Lists the contenders of the output layer: ours, the plain code, the public kernels, and the bare matrix products.
+
+`prepare` is the one set-up function: speed, memory, accuracy and the pytest-benchmark entries all call the step that
+it returns, a forward and a backward pass to the gradients of the student's hidden states and of the head. A contender
+that cannot run raises `Unavailable` with the reason, which becomes its row.
 
 Every contender gets its best setting: Liger the chunk size that `best_liger_chunk` finds on the shape, a pure soft
 loss (its default adds half a hard cross-entropy) and its default compilation. All of them take the mixture weight the
@@ -9,22 +13,67 @@ way `alpha` is defined here (0: KL(teacher‖student), 1: KL(student‖teacher))
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contender import Contender, Loss, Unavailable, prepare, require
-from .measure import timed
-from .shapes import CaseInputs, Divergence
+from .measure import Unavailable, timed
+from .rows import FLOOR, FROZEN_FLOOR, Outcome, Step
+from .shapes import DTYPES, CaseInputs, Divergence
 
 LIGER_CHUNK_SIZES = (64, 128, 256, 512, 1024)
 # What Liger calls the inner kernels of its fused loss; the second is for compute capability 9.0 and above.
 LIGER_TRITON_KERNEL, LIGER_CUTE_KERNEL = "nvidia-triton", "nvidia-cutedsl"
 # Its default. On a GPU every further size is compiled for longer than it is timed, and adds up more gradients.
 LIGER_CUDA_CHUNK = 1024
+Loss = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Has `build(inputs, divergence)`, which returns a function of no arguments to the mean loss, in the graph."""
+
+    name: str
+    build: Callable[[CaseInputs, Divergence], Loss]
+    peer: str = ""  # what `--peers` calls it; empty: ours
+    colour: str = "black"
+    marker: str = "o"  # in line plots
+    # The bytes of a compiled graph are allocated where `LiveBytes` does not see them.
+    compiled: bool = False
+
+
+def skipped(contender: Contender, reason: str) -> Contender:
+    """Returns the same row without a run."""
+
+    def build(inputs: CaseInputs, divergence: Divergence) -> Loss:
+        raise Unavailable(reason)
+
+    return replace(contender, build=build)
+
+
+def prepare(contender: Contender, inputs: CaseInputs, divergence: Divergence) -> Step:
+    """Makes a step of `contender`; raises `Unavailable`."""
+    loss_of = contender.build(inputs, divergence)
+    frozen = not inputs.student_weight.requires_grad
+    leaves = (inputs.student_hidden,) if frozen else (inputs.student_hidden, inputs.student_weight)
+
+    def step() -> Outcome:
+        loss = loss_of()
+        gradients = torch.autograd.grad(loss, leaves)
+        return Outcome(loss.detach(), dict(zip(("hidden", "weight"), gradients, strict=False)))
+
+    return step
+
+
+def require(module: str, package: str) -> None:
+    """Raises `Unavailable`, with how to install `package`, where its `module` is missing."""
+    if find_spec(module) is None:
+        raise Unavailable(f"not installed: pip install {package}")
 
 
 def _full_vocabulary_only(divergence: Divergence, name: str) -> None:
@@ -217,45 +266,19 @@ def _flash_linear_attention(inputs: CaseInputs, divergence: Divergence) -> Loss:
 
 
 # Ours stand out in a picture; the others are told apart by hue and marker.
-SDCORE = Contender("sdcore", _sdcore, colour="#0b6e99", marker="o")
-SDCORE_RECOMPUTE = Contender("sdcore, recompute", partial(_sdcore, recompute=True), colour="#6bb7d6", marker="D")
-PLAIN = Contender("plain torch", _plain, "naive", colour="#8c8c8c", marker="X")
-PLAIN_LOW_PRECISION = Contender(
-    "plain torch, no upcast", partial(_plain, upcast=False), "naive", colour="#4d4d4d", marker="d"
-)
-COMPILED = Contender("torch.compile", _compiled, "compile", compiled=True, colour="#8a7fb5", marker="v")
-TRL = Contender("TRL chunked", _trl, "trl", colour="#c8443c", marker="P")
-LIGER = Contender("Liger chunked", _liger, "liger", compiled=True, colour="#e08a1e", marker="s")
-LIGER_TRITON = Contender(
-    "Liger FusedLinearJSD",
-    partial(_liger_fused, implementation=LIGER_TRITON_KERNEL),
-    "liger",
-    colour="#b8621b",
-    marker="^",
-)
-LIGER_CUTE = Contender(
-    "Liger FusedLinearJSD, CuTe",
-    partial(_liger_fused, implementation=LIGER_CUTE_KERNEL),
-    "liger",
-    colour="#8a4a10",
-    marker="<",
-)
-ORDA = Contender("orda-kernel", _orda, "orda", colour="#7a9a3a", marker="*")
-FLASH_LINEAR_ATTENTION = Contender(
-    "flash-linear-attention", _flash_linear_attention, "fla", colour="#a0527a", marker="p"
-)
-CONTENDERS = (
-    SDCORE,
-    SDCORE_RECOMPUTE,
-    PLAIN,
-    COMPILED,
-    TRL,
-    LIGER,
-    LIGER_TRITON,
-    LIGER_CUTE,
-    ORDA,
-    FLASH_LINEAR_ATTENTION,
-)
+SDCORE = Contender("sdcore", _sdcore, "", "#0b6e99", "o")
+SDCORE_RECOMPUTE = Contender("sdcore, recompute", partial(_sdcore, recompute=True), "", "#6bb7d6", "D")
+PLAIN = Contender("plain torch", _plain, "naive", "#8c8c8c", "X")
+PLAIN_LOW_PRECISION = Contender("plain torch, no upcast", partial(_plain, upcast=False), "naive", "#4d4d4d", "d")
+COMPILED = Contender("torch.compile", _compiled, "compile", "#8a7fb5", "v", compiled=True)
+TRL = Contender("TRL chunked", _trl, "trl", "#c8443c", "P")
+LIGER = Contender("Liger chunked", _liger, "liger", "#e08a1e", "s", compiled=True)
+_triton, _cute = (partial(_liger_fused, implementation=name) for name in (LIGER_TRITON_KERNEL, LIGER_CUTE_KERNEL))
+LIGER_TRITON = Contender("Liger FusedLinearJSD", _triton, "liger", "#b8621b", "^")
+LIGER_CUTE = Contender("Liger FusedLinearJSD, CuTe", _cute, "liger", "#8a4a10", "<")
+ORDA = Contender("orda-kernel", _orda, "orda", "#7a9a3a", "*")
+FLA = Contender("flash-linear-attention", _flash_linear_attention, "fla", "#a0527a", "p")
+CONTENDERS = (SDCORE, SDCORE_RECOMPUTE, PLAIN, COMPILED, TRL, LIGER, LIGER_TRITON, LIGER_CUTE, ORDA, FLA)
 
 
 def at_workspace(megabytes: int) -> Contender:
@@ -279,3 +302,29 @@ def setting(contender: Contender, inputs: CaseInputs) -> str:
 
         return f"workspace {workspace_bytes_for(None, inputs.student_weight) / MIB:.0f} MB"
     return ""
+
+
+def floor_name(inputs: CaseInputs) -> str:
+    """Names the row of `bare_matmuls`, before its dtype."""
+    return FLOOR if inputs.student_weight.requires_grad else FROZEN_FLOOR
+
+
+def bare_matmuls(inputs: CaseInputs, dtype: str) -> Callable[[], None]:
+    """Makes the floor: two projections, the gradients of the hidden states and, if it is trained, of the head.
+
+    All go into outputs that are there before.
+    """
+    frozen = not inputs.student_weight.requires_grad
+    hidden, weight, teacher_hidden = (tensor.detach().to(DTYPES[dtype]) for tensor in inputs)
+    student_logits = hidden.new_empty(len(hidden), len(weight))
+    teacher_logits = torch.empty_like(student_logits)
+    hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def products() -> None:
+        torch.mm(hidden, weight.T, out=student_logits)
+        torch.mm(teacher_hidden, weight.T, out=teacher_logits)
+        torch.mm(student_logits, weight, out=hidden_gradient)
+        if not frozen:
+            torch.mm(student_logits.T, hidden, out=weight_gradient)
+
+    return products

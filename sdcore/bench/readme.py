@@ -25,20 +25,17 @@ class Block(NamedTuple):
     suite: str
 
     @property
-    def begin(self) -> str:
-        return f"<!-- {self.suite} results -->"
-
-    @property
-    def end(self) -> str:
-        return f"<!-- /{self.suite} results -->"
+    def marks(self) -> tuple[str, str]:
+        return f"<!-- {self.suite} results -->", f"<!-- /{self.suite} results -->"
 
     def renewed(self, text: str, results: Path, folder: Path) -> str:
         """Makes the block of `text`, a page in `folder`, anew; raises `ArgumentError` where a marker is missing."""
-        before, found_begin, rest = text.partition(self.begin)
-        _, found_end, after = rest.partition(self.end)
+        (begin, end), made = self.marks, self.made(results, folder)
+        before, found_begin, rest = text.partition(begin)
+        _, found_end, after = rest.partition(end)
         if not found_begin or not found_end:
-            raise ArgumentError(f"the text must contain {self.begin} and, after it, {self.end}")
-        return f"{before}{self.begin}\n\n{self.made(results, folder)}\n\n{self.end}{after}"
+            raise ArgumentError(f"the text must contain {begin} and, after it, {end}")
+        return f"{before}{begin}\n\n{made}\n\n{end}{after}"
 
     def made(self, results: Path, folder: Path) -> str:
         """Shows the newest result of every device: on what it was measured, tables, pictures."""
@@ -48,7 +45,7 @@ class Block(NamedTuple):
             report, place = suite.load(path), _place(path.with_suffix(""), folder)
             parts.append(f"Measured on {describe(report.machine)}. [All numbers]({place}.json), [tables]({place}.md).")
             parts += suite.about(report)
-            parts += [table.markdown() for table in suite.readme_tables(report)]
+            parts += [table.markdown() for table in suite.overviews(report)]
             for picture in sorted(path.parent.glob(f"{path.stem}*.png")) if suite.picture else []:
                 what = picture.stem.removeprefix(path.stem).removeprefix("-") or suite.picture
                 parts.append(f"![{what}]({_place(picture, folder)})")
@@ -72,15 +69,15 @@ def pages() -> dict[Path, str]:
         page = root / name
         text = page.read_text(encoding="utf-8")
         for block in BLOCKS:
-            if number == 0 or block.begin in text:
+            if number == 0 or block.marks[0] in text:
                 text = block.renewed(text, root / "benchmarks" / "results", page.parent)
         renewed[page] = text
     return renewed
 
 
 def update() -> list[Path]:
-    """Writes the pages with their blocks made anew; returns those that changed. Raises `ArgumentError`."""
-    changed = {page: text for page, text in pages().items() if page.read_text(encoding="utf-8") != text}
-    for page, text in changed.items():
+    """Writes the pages with their blocks made anew; returns them. Raises `ArgumentError`."""
+    renewed = pages()
+    for page, text in renewed.items():
         page.write_text(text, encoding="utf-8")
-    return list(changed)
+    return list(renewed)

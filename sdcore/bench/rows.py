@@ -12,12 +12,12 @@ import os
 import platform
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,26 +33,22 @@ FLOOR, FROZEN_FLOOR = "four matmuls", "three matmuls"
 FLOORS = (FLOOR, FROZEN_FLOOR)
 
 
-class StepResult(NamedTuple):
-    """What one step of the output layer computes."""
-
-    loss: Tensor  # ()
-    hidden_gradient: Tensor  # (N, H)
-    weight_gradient: Tensor  # (V, H); empty where the head is frozen
-
-
 class Outcome(NamedTuple):
-    """What all contenders of a case of whole passes must agree on."""
+    """Is what all contenders of a case must agree on."""
 
-    values: Tensor  # (N, H) hidden states; () the loss in a step
-    gradients: dict[str, Tensor]  # by parameter; empty for a teacher
+    values: Tensor  # () the loss; (N, H) hidden states where there is none
+    gradients: dict[str, Tensor]  # by parameter, or of the output layer `hidden` (N, H) and `weight` (V, H)
+
+    @property
+    def gradient_bytes(self) -> int:
+        return sum(gradient.nbytes for gradient in self.gradients.values())
 
 
-PassStep = Callable[[], Outcome]
+Step = Callable[[], Outcome]
 
 
 class Errors(NamedTuple):
-    """Relative errors; those of the gradients norm-wise. NaN where a result is not finite."""
+    """Holds relative errors; those of the gradients norm-wise. NaN where a result is not finite."""
 
     loss: float
     hidden_gradient: float
@@ -71,7 +67,7 @@ class SpeedRow:
     contender: str
     setting: str = ""
     seconds: list[float] = field(default_factory=list)
-    errors: Errors | None = None  # None for a floor, for a row that did not run, and for whole passes
+    errors: Errors | None = None  # of the output layer; None for a floor, and for a row that did not run
     reason: str | None = None  # why it was not timed
 
     @property
@@ -127,6 +123,9 @@ class AccuracyRow:
     reason: str | None = None
 
 
+AnyRow = TypeVar("AnyRow", SpeedRow, PassRow, MemoryRow)
+
+
 @dataclass(kw_only=True)
 class Report:
     """All rows of a run of the suite `divergence`, and where and when it ran."""
@@ -145,10 +144,14 @@ class PassReport:
     rows: list[PassRow] = field(default_factory=list)
 
     def by_case(self) -> dict[Any, list[PassRow]]:
-        rows_of: dict[Any, list[PassRow]] = {}
-        for row in self.rows:
-            rows_of.setdefault(row.group, []).append(row)
-        return rows_of
+        return by_group(self.rows)
+
+
+def by_group(rows: Iterable[AnyRow]) -> dict[Any, list[AnyRow]]:
+    grouped: dict[Any, list[AnyRow]] = {}
+    for row in rows:
+        grouped.setdefault(row.group, []).append(row)
+    return grouped
 
 
 def describe_machine(device: str) -> dict[str, Any]:

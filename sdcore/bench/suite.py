@@ -2,7 +2,9 @@
 
     run(prefix.SUITE, Options(suite="prefix", quick=True))
 
-What a suite is says `Suite`; those of whole passes are `passes.PassSuite`s.
+A suite is a `PassSuite` or the `DivergenceSuite`. It has a name, the title of its page, the seconds of a row and a name
+for its picture; it measures into the JSON of a run, loads and saves a report, and says of one on what it was measured
+(`about`), what it comes to (`overviews`), all there is to know (`details`), and draws it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from ..errors import ArgumentError
 from .options import Options
 from .places import result_path
 from .rows import describe_machine, machine_folder
-from .tables import Table, describe
+from .tables import describe
 
 NO_PLOTS = 'no plots, matplotlib is not installed: pip install "sdcore[bench]"'
 
@@ -36,46 +38,6 @@ class Run:
     machine: dict[str, Any]
     path: Path  # of the JSON
     started: float = field(default_factory=time.perf_counter)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Suite:
-    """Says what distinguishes a suite from the others; a report is what its `load` returns."""
-
-    name: str
-    title: str  # of its page
-    seconds: float  # for a row, by default
-    picture: str = ""  # what benchmarks/README.md calls its picture; empty: it shows none
-
-    def measure(self, run: Run) -> None:
-        """Fills the run's JSON."""
-        raise NotImplementedError
-
-    def load(self, path: Path) -> Any:
-        raise NotImplementedError
-
-    def save(self, report: Any, path: Path) -> None:
-        raise NotImplementedError
-
-    def about(self, report: Any) -> list[str]:
-        """Says what was measured on, beside the machine."""
-        return []
-
-    def overviews(self, report: Any) -> list[Table]:
-        """Makes the tables that show everything at a glance."""
-        raise NotImplementedError
-
-    def details(self, report: Any) -> list[Table]:
-        """Makes a table for each case."""
-        raise NotImplementedError
-
-    def readme_tables(self, report: Any) -> list[Table]:
-        """Makes the tables that benchmarks/README.md shows."""
-        return self.overviews(report)
-
-    def save_plots(self, report: Any, path: Path) -> list[Path]:
-        """Draws the report beside its JSON, `path`; returns what was written."""
-        raise NotImplementedError
 
 
 def start(options: Options, *, seconds: float, progress: Console | None = None) -> Run:
@@ -104,7 +66,7 @@ def start(options: Options, *, seconds: float, progress: Console | None = None) 
     )
 
 
-def run(suite: Suite, options: Options, *, progress: Console | None = None) -> Path:
+def run(suite: Any, options: Options, *, progress: Console | None = None) -> Path:
     """Measures, saves, shows; returns the path of the JSON. Raises `ArgumentError`."""
     this = start(options, seconds=suite.seconds, progress=progress)
     suite.measure(this)
@@ -127,7 +89,7 @@ def run(suite: Suite, options: Options, *, progress: Console | None = None) -> P
     return this.path
 
 
-def markdown(suite: Suite, report: Any) -> str:
+def markdown(suite: Any, report: Any) -> str:
     """Writes the whole report as a file beside its JSON."""
     tables = [*suite.overviews(report), *suite.details(report)]
     head = [f"# {suite.title}", describe(report.machine), *suite.about(report)]

@@ -14,13 +14,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from .rows import FLOORS, AccuracyRow, MemoryRow, PassRow, SpeedRow
+from .rows import FLOORS, AccuracyRow, MemoryRow, SpeedRow, by_group
 from .shapes import MIB, REVERSE_KL, Divergence, Group, Shape
 
 NONE = "–"
 OURS = "sdcore"  # what the names of our contenders of the output layer begin with
 Row = TypeVar("Row", bound=SpeedRow)
-AnyRow = TypeVar("AnyRow", SpeedRow, PassRow, MemoryRow)
 
 
 @dataclass
@@ -93,6 +92,10 @@ def ratio(value: float, unit: str = "") -> str:
     return NONE if math.isnan(value) else f"{value:.2f}{unit}"
 
 
+def spread(row: SpeedRow, unknown: str = NONE) -> str:
+    return unknown if math.isnan(row.spread) else f"{row.spread:.0%}"
+
+
 def mebibytes(count: int | None) -> str:
     return NONE if count is None else f"{count / MIB:.0f}"
 
@@ -115,13 +118,6 @@ def describe(machine: Mapping[str, Any]) -> str:
     return f"{machine['name']} ({details}), {machine['date']}; Python {machine['python']}, {versions}"
 
 
-def by_group(rows: Iterable[AnyRow]) -> dict[Any, list[AnyRow]]:
-    grouped: dict[Any, list[AnyRow]] = {}
-    for row in rows:
-        grouped.setdefault(row.group, []).append(row)
-    return grouped
-
-
 def floor_seconds(rows: Iterable[SpeedRow]) -> float:
     """Returns the time of the faster of a group's bare products."""
     return min((row.median for row in rows if row.contender.startswith(FLOORS)), default=math.nan)
@@ -129,19 +125,15 @@ def floor_seconds(rows: Iterable[SpeedRow]) -> float:
 
 def speed_table(rows: Sequence[SpeedRow]) -> Table:
     """Shows all there is to know about one group."""
-    table = Table(
-        f"{rows[0].group}: forward and backward",
-        ("contender", "median", "spread", "of the floor", "runs", "error of loss", "of gradients"),
-    )
-    floor = floor_seconds(rows)
+    heads = ("contender", "median", "spread", "of the floor", "runs", "error of loss", "of gradients")
+    table, floor = Table(f"{rows[0].group}: forward and backward", heads), floor_seconds(rows)
     for row in rows:
         name = f"{row.contender} ({row.setting})" if row.setting else row.contender
         if row.reason:
             table.notes.append(f"{name}: {why(row.reason)}")
             continue
-        spread = "" if math.isnan(row.spread) else f"{row.spread:.0%}"
         errors = [format_error(row.errors.loss), format_error(row.errors.gradient)] if row.errors else ["", ""]
-        times = [f"{row.median * 1e3:.1f} ms", spread, f"{row.median / floor:.2f}×", str(len(row.seconds))]
+        times = [f"{row.median * 1e3:.1f} ms", spread(row, ""), ratio(row.median / floor, "×"), str(len(row.seconds))]
         table.add(name, *times, *errors, ours=row.contender.startswith(OURS))
     return table
 
@@ -161,11 +153,9 @@ def ratio_table(shape: Shape, rows: Iterable[SpeedRow]) -> Table:
         lambda row, rows: [ratio(row.median / floor_seconds(groups[row.group])) if row else NONE],
         lambda row: row.contender.startswith(OURS),
     )
-    floors = [floor_seconds(members) for members in groups.values()]
-    table.add(
-        "matmuls, ms" if frozen else "four matmuls, ms",
-        *(NONE if math.isnan(floor) else f"{floor * 1e3:.0f}" for floor in floors),
-    )
+    floors = [floor_seconds(members) * 1e3 for members in groups.values()]
+    name = "matmuls, ms" if frozen else "four matmuls, ms"
+    table.add(name, *(NONE if math.isnan(floor) else f"{floor:.0f}" for floor in floors))
     return table
 
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from .. import world
 from .cases import Case, Setup
-from .contender import require
+from .peers import require
 
 SDPO, SDFT, GKD, DISTILLATION = "SDPO", "SDFT", "GKD", "Distillation"
 TRAINERS: Final = (SDPO, SDFT, GKD, DISTILLATION)
@@ -69,31 +69,28 @@ def make_trainer(setup: Setup, name: str, kind: Any, *, teacher: str = "live", o
 
 def _config(setup: Setup, name: str, teacher: str, folder: str) -> Any:
     case: Case = setup.case
-    common: dict[str, Any] = {
+    chosen: dict[str, Any] = {
         "output_dir": folder,
         "report_to": "none",
         "use_cpu": setup.device.type == "cpu",
         "bf16": False,  # the weights have the case's dtype
         "per_device_train_batch_size": case.completions,
         "activation_checkpointing": False,
+        "max_new_tokens" if name == GKD else "max_completion_length": case.completion,
     }
     if has_context(name):
-        common |= {
+        chosen |= {
             "num_generations": case.completions if name == SDPO else 1,
-            "max_completion_length": case.completion,
             "distillation_alpha": ALPHA,
             "distillation_mode": "full_logits" if case.topk is None else "topk_logits",
             "distillation_topk": case.topk,
             "distillation_add_tail": case.topk is not None,
             "teacher_model_kind": teacher,
         }
-    if name == SDFT:
-        common["num_loss_tokens_to_skip"] = 0
-    elif name == GKD:
-        common |= {"beta": ALPHA, "lmbda": 0.0, "max_new_tokens": case.completion}  # never on policy: nothing sampled
-    elif name == DISTILLATION:
-        common |= {"beta": ALPHA, "max_completion_length": case.completion}
-    return _of_trl(name, "Config")(**common)
+    else:
+        chosen["beta"] = ALPHA
+    own: dict[str, dict[str, Any]] = {SDFT: {"num_loss_tokens_to_skip": 0}, GKD: {"lmbda": 0.0}}  # 0: never on policy
+    return _of_trl(name, "Config")(**chosen, **own.get(name, {}))
 
 
 def _of_trl(name: str, kind: str) -> Any:

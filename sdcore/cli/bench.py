@@ -95,9 +95,9 @@ def bench(
         elif readme:
             from sdcore.bench.readme import update
 
-            typer.echo(f"renewed {', '.join(map(str, update())) or 'nothing'}")
+            typer.echo(f"renewed {', '.join(map(str, update()))}")
         else:
-            _run(suite, {name: own[name] for name in ("peers", "trainers", "sweeps")}, chosen)
+            _run(suite, {"peers": peers, "trainers": trainers, "sweeps": sweeps}, chosen)
 
 
 def _refuse(suite: str, given: dict[str, Any]) -> None:

@@ -16,19 +16,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
-from ..contender import Contender, prepare
-from ..estimate import FLOAT32, model_bytes, peak_bytes
+from .. import oracle
 from ..limit import HEAD_BYTES, SHARED, Products
+from ..measure import FLOAT32, model_bytes, peak_bytes
 from ..models import size_of, with_layers
 from ..options import LETTERS, SWEEPS, Options, parse_shape
-from ..oracle import difference, relative_error, solve
+from ..oracle import solve
 from ..passes import compare
-from ..peers import PLAIN, SDCORE
-from ..rows import Errors, Outcome, PassRow, PassStep
+from ..peers import PLAIN, SDCORE, prepare
+from ..rows import Outcome, PassRow, Step
 from ..shapes import DTYPES, JSD, MIB, SPEED_NOISE, CaseInputs, Group, Shape, make_case_inputs
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class Way(NamedTuple):
     name: str
     ours: bool = True
 
-    def build(self, this: Job) -> PassStep:
+    def build(self, this: Job, way: Way) -> Step:
         return this.builds[self.name]()
 
 
@@ -163,7 +163,7 @@ class Job:
     """Holds what is run at a point: its contenders by name, the right answer, the limit."""
 
     case: Point
-    builds: dict[str, Callable[[], PassStep]]
+    builds: dict[str, Callable[[], Step]]
     needed: dict[str, float]  # bytes beyond weights and inputs, by estimate
     exact: Outcome
     products: Products
@@ -181,10 +181,12 @@ def names(point: Point) -> tuple[str, str]:
 def resident_bytes(point: Point) -> float:
     """Estimates what is there whoever runs: inputs or weights, the right answer and what finds it, the limit."""
     if point.sweep not in OF_HEAD:
+        from .prefix import config_of
+
         few = _few(point)
         kept = _kept_bytes(point, few.completions, "naive")
         # Weights, the reference's gradients and those of the right answer.
-        return model_bytes(_config(few), point.dtype, gradients=True, copies=1) + kept
+        return model_bytes(config_of(few), point.dtype, gradients=True, copies=1) + kept
     rows, vocab, hidden = _shape(point)
     inputs = DTYPES[point.dtype].itemsize * (2 * rows + vocab) * hidden
     reference = 2 * FLOAT32 * (2 * distinct_rows(rows) + vocab) * hidden  # widened inputs, and their gradients
@@ -216,8 +218,8 @@ def _head_job(point: Point, device: str) -> Job:
         shape._replace(rows=distinct_rows(shape.rows)), point.dtype, noise=SPEED_NOISE, device=device
     )
     times = shape.rows // few.shape.rows
-    loss, hidden_gradient, weight_gradient = solve(few, (JSD,))[JSD]
-    exact = Outcome(loss, {"hidden": hidden_gradient.repeat(times, 1).div_(times), "weight": weight_gradient})
+    exact = solve(few, (JSD,))[JSD]
+    exact.gradients["hidden"] = exact.gradients["hidden"].repeat(times, 1).div_(times)
     inputs = CaseInputs(
         few.student_hidden.detach().repeat(times, 1).requires_grad_(),
         few.student_weight,
@@ -225,18 +227,9 @@ def _head_job(point: Point, device: str) -> Job:
     )
     group = Group(shape, point.dtype, JSD)
 
-    def build(contender: Contender) -> PassStep:
-        step = prepare(contender, inputs, JSD)
-
-        def outcome() -> Outcome:
-            result = step()
-            return Outcome(result.loss, {"hidden": result.hidden_gradient, "weight": result.weight_gradient})
-
-        return outcome
-
     return Job(
         point,
-        {contender.name: partial(build, contender) for contender in (PLAIN, SDCORE)},
+        {contender.name: partial(prepare, contender, inputs, JSD) for contender in (PLAIN, SDCORE)},
         {contender.name: peak_bytes(contender.name, group, device) for contender in (PLAIN, SDCORE)},
         exact,
         Products((), (shape.hidden, shape.vocab), 0, 0, shape.rows, DTYPES[point.dtype], torch.device(device)),
@@ -245,16 +238,17 @@ def _head_job(point: Point, device: str) -> Job:
 
 def judge(row: PassRow, outcome: Outcome, exact: Outcome) -> str | None:
     """Notes how far an outcome is from the right answer, and says so if that is more than rounding."""
-    return (_judge_head if row.group.sweep in OF_HEAD else _judge_pass)(row, outcome, exact)
+    if row.group.sweep in OF_HEAD:
+        errors = oracle.compare(outcome, exact)
+        row.values_error, row.gradient_error = errors.loss, errors.gradient
+        return oracle.difference(errors, row.group.dtype)
+    from .prefix import EQUAL
 
-
-def _judge_head(row: PassRow, outcome: Outcome, exact: Outcome) -> str | None:
-    errors = Errors(
-        relative_error(outcome.values, exact.values),
-        *(relative_error(outcome.gradients[name], right) for name, right in exact.gradients.items()),
-    )
-    row.values_error, row.gradient_error = errors.loss, errors.gradient
-    return difference(errors, row.group.dtype)
+    row.values_error, row.gradient_error = compare(outcome, exact)
+    for name, error in (("states", row.values_error), ("gradients", row.gradient_error)):
+        if not error <= EQUAL[row.group.dtype]:
+            return f"{name} off by {error:.1e}"
+    return None
 
 
 def _few(point: Point) -> Case:
@@ -273,18 +267,13 @@ def _few(point: Point) -> Case:
     )
 
 
-def _config(case: Case) -> Any:
-    from .prefix import config_of
-
-    return config_of(case)
-
-
 def _kept_bytes(point: Point, completions: int, strategy: str) -> int:
     """Estimates what a pass keeps for its backward."""
     from ...prefix import cost_of_sizes
+    from .prefix import config_of
 
     return cost_of_sizes(
-        _config(_few(point)),
+        config_of(_few(point)),
         prompt_tokens=point.of("P"),
         context_tokens=0,
         completion_tokens=point.of("R"),
@@ -296,11 +285,11 @@ def _kept_bytes(point: Point, completions: int, strategy: str) -> int:
 
 def _pass_job(point: Point, device: str) -> Job:
     from ..cases import Setup
-    from .prefix import contenders, limits, make_setup
+    from .prefix import SUITE, contenders, make_setup
 
     few = make_setup(_few(point), device)
     chosen = {contender.name: contender for contender in contenders(few.case) if contender.name in names(point)}
-    right = chosen[NAIVE].build(few)()
+    right = chosen[NAIVE].build(few, chosen[NAIVE])()
     times = point.of("G") // few.case.completions
     exact = Outcome(
         right.values.repeat(times, 1), {name: times * gradient for name, gradient in right.gradients.items()}
@@ -312,18 +301,8 @@ def _pass_job(point: Point, device: str) -> Job:
     gradients = model_bytes(setup.body.config, point.dtype, gradients=False)  # as many as weights
     return Job(
         point,
-        {name: partial(contender.build, setup) for name, contender in chosen.items()},
+        {name: partial(contender.build, setup, contender) for name, contender in chosen.items()},
         {name: _kept_bytes(point, case.completions, way.strategy) + gradients for name, way in chosen.items()},
         exact,
-        dict(limits(setup))[SHARED],
+        dict(SUITE.limits(setup))[SHARED],
     )
-
-
-def _judge_pass(row: PassRow, outcome: Outcome, exact: Outcome) -> str | None:
-    from .prefix import EQUAL
-
-    row.values_error, row.gradient_error = compare(outcome, exact)
-    for name, error in (("states", row.values_error), ("gradients", row.gradient_error)):
-        if not error <= EQUAL[row.group.dtype]:
-            return f"{name} off by {error:.1e}"
-    return None

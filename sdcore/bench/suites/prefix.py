@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,14 @@ from ...step import distill_step
 from ...teachers import Frozen, Live
 from .. import cases as of_passes
 from ..cases import Case, PassContender, Setup, chosen_cases, gradients_of, in_dtype
-from ..estimate import model_bytes
-from ..limit import LIMITS, Products
-from ..models import size_of
+from ..limit import LIMITS
+from ..measure import model_bytes
+from ..models import described, size_of
 from ..options import Options
-from ..passes import PassSuite, compare, errors, memory_share, milliseconds, speedup, spread, timed_rows
-from ..rows import Outcome, PassReport, PassRow, PassStep
+from ..passes import PassSuite, compare, draw_cases, errors, memory_share, milliseconds, models_of, speedup
+from ..rows import Outcome, PassReport, PassRow, Step
 from ..shapes import DTYPES
-from ..tables import NONE, Table, mebibytes, pivot, ratio
+from ..tables import NONE, Table, mebibytes, pivot, ratio, spread
 
 STUDENT, TEACHER, TEACHER_EACH, STEP = (
     "student: forward and backward",
@@ -77,14 +77,14 @@ def own_cases(device: str, *, quick: bool = False, everything: bool = False) -> 
         one = replace(many, completions=1)
         return [*_of(many, WORKS), *_of(one, (STUDENT,)), replace(many, dtype="bf16")]
     on_cpu = device == "cpu"
-    models, dtypes = (CPU_MODELS, ("fp32",)) if on_cpu else (CUDA_MODELS, ("bf16",))
+    models, dtype = (CPU_MODELS, "fp32") if on_cpu else (CUDA_MODELS, "bf16")
     if everything:
         # All layers do the same, so that two of them say on a CPU what eight would, in a quarter of the time.
         models = GRID_CPU_MODELS if on_cpu else models
-        grid = itertools.product((512, 2048, 8192), (64, 128, 512), (1, 4, 8), models, dtypes)
+        grid = itertools.product((512, 2048, 8192), (64, 128, 512), (1, 4, 8), models)
         sized = [
             Case(model=model, dtype=dtype, prompt=prompt, context=256, completion=completion, completions=completions)
-            for prompt, completion, completions, model, dtype in grid
+            for prompt, completion, completions, model in grid
         ]
         works = (STUDENT, TEACHER, TEACHER_EACH) if on_cpu else WORKS
         cases = [of_work for case in sized for of_work in _of(case, works)]
@@ -92,7 +92,7 @@ def own_cases(device: str, *, quick: bool = False, everything: bool = False) -> 
         return cases + bf16 if on_cpu else cases
     cases = []
     for model in models:
-        short = Case(model=model, dtype=dtypes[0], prompt=512, context=256, completion=128, completions=8)
+        short = Case(model=model, dtype=dtype, prompt=512, context=256, completion=128, completions=8)
         long = replace(short, prompt=2048, completion=64)
         cases += [*_of(short, WORKS), *_of(long, (STUDENT, TEACHER) if on_cpu else WORKS)]
         cases.append(replace(short, completions=1, work=STUDENT))
@@ -154,63 +154,54 @@ def needed_bytes(setup: Setup, contender: PassContender) -> float:
     return cost_of(setup, contender).student.kept_bytes + gradients
 
 
-def limits(setup: Setup) -> list[tuple[str, Products]]:
-    return of_passes.limits(
-        setup, student=setup.case.work in (STUDENT, STEP), head=setup.case.work == STEP, teacher_shares=True
-    )
-
-
 def contenders(case: Case) -> list[PassContender]:
     """Lists the contenders, naive first: it is what the others are compared with."""
     if case.work == STUDENT:
-        alone = case.completions == 1
+        last = PassContender("two_phase, 2", _student, strategy="two_phase", micro_batch=2)
         return [
-            PassContender("naive batch", _student("naive"), strategy="naive", shares=False),
+            PassContender("naive batch", _student, strategy="naive", shares=False),
             PassContender("naive loop", _naive_loop, strategy="two_phase", micro_batch=1, shares=False),
             PassContender("PrefixGrouper-style", _expanded, strategy="cached"),
-            PassContender("cached", _student("cached"), strategy="cached"),
-            PassContender("packed", _student("packed")),
-            PassContender("two_phase, 1", _student("two_phase", 1), strategy="two_phase", micro_batch=1),
-            *(
-                []
-                if alone
-                else [PassContender("two_phase, 2", _student("two_phase", 2), strategy="two_phase", micro_batch=2)]
-            ),
-            *([PassContender("auto", _student("auto"))] if alone else []),
+            PassContender("cached", _student, strategy="cached"),
+            PassContender("packed", _student),
+            PassContender("two_phase, 1", _student, strategy="two_phase", micro_batch=1),
+            # Its costs are those of packed, which with one completion has nothing to share.
+            last if case.completions > 1 else PassContender("auto", _student_auto),
         ]
     if case.work == STEP:
         return [
-            PassContender("naive batch", _step("naive"), strategy="naive", shares=False),
-            PassContender("cached", _step("cached"), strategy="cached"),
-            PassContender("packed", _step("packed")),
-            PassContender("two_phase, 2", _step("two_phase", 2), strategy="two_phase", micro_batch=2),
+            PassContender("naive batch", _step, strategy="naive", shares=False),
+            PassContender("cached", _step, strategy="cached"),
+            PassContender("packed", _step),
+            PassContender("two_phase, 2", _step, strategy="two_phase", micro_batch=2),
         ]
     return [
-        PassContender("naive batch", _teacher("naive", live=False), strategy="naive", shares=False, live=False),
-        PassContender("cached, frozen", _teacher("cached", live=False), strategy="cached", live=False),
-        PassContender("packed, frozen", _teacher("packed", live=False), live=False),
-        PassContender("cached, live", _teacher("cached", live=True), strategy="cached"),
-        PassContender("packed, live", _teacher("packed", live=True)),
+        PassContender("naive batch", _teacher, strategy="naive", shares=False, live=False),
+        PassContender("cached, frozen", _teacher, strategy="cached", live=False),
+        PassContender("packed, frozen", _teacher, live=False),
+        PassContender("cached, live", _teacher, strategy="cached"),
+        PassContender("packed, live", _teacher),
     ]
 
 
-def _student(strategy: Any, micro_batch: int | None = None) -> Callable[[Setup], PassStep]:
-    def build(setup: Setup) -> PassStep:
-        def step() -> Outcome:
-            setup.model.zero_grad()
-            hidden = torch.empty_like(setup.direction)
-            parts, _ = passes(setup.model, setup.plan, strategy=strategy, micro_batch=micro_batch)
-            for part in parts:
-                hidden[part.rows] = part.student_hidden.detach()
-                part.attach((part.student_hidden * setup.direction[part.rows]).sum()).backward()
-            return Outcome(hidden, gradients_of(setup.model))
+def _student(setup: Setup, contender: PassContender) -> Step:
+    def step() -> Outcome:
+        setup.model.zero_grad()
+        hidden = torch.empty_like(setup.direction)
+        parts, _ = passes(setup.model, setup.plan, strategy=contender.strategy, micro_batch=contender.micro_batch)
+        for part in parts:
+            hidden[part.rows] = part.student_hidden.detach()
+            part.attach((part.student_hidden * setup.direction[part.rows]).sum()).backward()
+        return Outcome(hidden, gradients_of(setup.model))
 
-        return step
-
-    return build
+    return step
 
 
-def _naive_loop(setup: Setup) -> PassStep:
+def _student_auto(setup: Setup, contender: PassContender) -> Step:
+    return _student(setup, replace(contender, strategy="auto"))
+
+
+def _naive_loop(setup: Setup, contender: PassContender) -> Step:
     """Runs a sequence at a time, each with a backward of its own: gradient accumulation with a batch of 1."""
     tree = setup.plan.student[0]
 
@@ -226,7 +217,7 @@ def _naive_loop(setup: Setup) -> PassStep:
     return step
 
 
-def _expanded(setup: Setup) -> PassStep:
+def _expanded(setup: Setup, contender: PassContender) -> Step:
     """Runs the prompt once, then repeats its keys and values for every completion, in a padded batch with a mask.
 
     What PrefixGrouper (arXiv:2506.05433) and trainers with a repeated cache do, here with transformers' own cache: one
@@ -255,33 +246,27 @@ def _expanded(setup: Setup) -> PassStep:
     return step
 
 
-def _teacher(strategy: str, *, live: bool) -> Callable[[Setup], PassStep]:
-    def build(setup: Setup) -> PassStep:
-        prompts = None
-        if live:
-            with torch.no_grad():
-                record = [tree.shared for tree in setup.plan.teacher]
-                _, prompts = STRATEGIES[strategy].hidden_states(setup.body, setup.plan.student, record=record)
-        teacher = Live() if live else Frozen(copy.deepcopy(setup.model))
+def _teacher(setup: Setup, contender: PassContender) -> Step:
+    prompts = None
+    if contender.live:
+        with torch.no_grad():
+            record = [tree.shared for tree in setup.plan.teacher]
+            _, prompts = STRATEGIES[contender.strategy].hidden_states(setup.body, setup.plan.student, record=record)
+    teacher = Live() if contender.live else Frozen(copy.deepcopy(setup.model))
 
-        def step() -> Outcome:
-            return Outcome(teacher_rows(setup.body, teacher, setup.plan.teacher, strategy, prompts).hidden, {})
+    def step() -> Outcome:
+        return Outcome(teacher_rows(setup.body, teacher, setup.plan.teacher, contender.strategy, prompts).hidden, {})
 
-        return step
-
-    return build
+    return step
 
 
-def _step(strategy: Any, micro_batch: int | None = None) -> Callable[[Setup], PassStep]:
-    def build(setup: Setup) -> PassStep:
-        def step() -> Outcome:
-            setup.model.zero_grad()
-            out = distill_step(setup.model, setup.plan, strategy=strategy, micro_batch=micro_batch)
-            return Outcome(out.loss, gradients_of(setup.model))
+def _step(setup: Setup, contender: PassContender) -> Step:
+    def step() -> Outcome:
+        setup.model.zero_grad()
+        out = distill_step(setup.model, setup.plan, strategy=contender.strategy, micro_batch=contender.micro_batch)
+        return Outcome(out.loss, gradients_of(setup.model))
 
-        return step
-
-    return build
+    return step
 
 
 def judge(row: PassRow, outcome: Outcome, exact: Outcome) -> str | None:
@@ -337,38 +322,27 @@ def overviews(report: PassReport) -> list[Table]:
     return tables + [overview(work, report, memory=True) for work in works if not work.startswith("teacher")]
 
 
-def describe_models(report: PassReport) -> list[str]:
-    names = dict.fromkeys(case.model for case in report.by_case())
-    return ["; ".join(f"{name}: {size_of(name)}" for name in names) + "; random weights, sdpa attention."]
-
-
 def draw(report: PassReport, path: Path) -> None:
     """Draws per case a bar for each contender's speed-up, a mark for what the FLOPs allow, and the peak beneath.
 
     Of more than `MOST_PANELS` cases it shows only the student's passes with the most completions.
     """
-    from ..plot import Bar, BarPanel, bars
-
     groups = report.by_case()
     if len(groups) > MOST_PANELS:
         most = max(case.completions for case in groups)
         shown = [case for case in groups if case.work == STUDENT and case.completions == most][:MOST_PANELS]
         groups = {case: groups[case] for case in shown}
-    upper: list[BarPanel] = []
-    lower: list[BarPanel] = []
-    for case, rows in groups.items():
-        base, timed, first = reference(rows), timed_rows(rows), not upper
-        colours = [
-            "#8c8c8c" if row.contender in REFERENCES else "#0b6e99" if is_ours(row) else "#e08a1e" for row in timed
-        ]
-        speeds = [Bar(speedup(row, base), c, mark=row.allowed) for row, c in zip(timed, colours, strict=True)]
-        peaks = [Bar(memory_share(row, base), c) for row, c in zip(timed, colours, strict=True)]
-        title = f"{case.work}\n{sizes_of(case)}\n{case.dtype}, {case.model}"
-        upper.append(BarPanel([("", [bar]) for bar in speeds], title, "times faster than naive" if first else ""))
-        labelled = [(row.contender, [bar]) for row, bar in zip(timed, peaks, strict=True)]
-        lower.append(BarPanel(labelled, ylabel="peak bytes / naive's" if first else "", line=0.2, slanted=True))
-    title = f"Shared prefixes, {report.machine['name']} (lines: what the FLOPs allow; dashed: a fifth)"
-    bars([upper, lower], path, title=title, size=(1 + 2.6 * len(groups), 6.4))
+    draw_cases(
+        groups,
+        path,
+        title=f"Shared prefixes, {report.machine['name']} (lines: what the FLOPs allow; dashed: a fifth)",
+        head=lambda case: f"{case.work}\n{sizes_of(case)}\n{case.dtype}, {case.model}",
+        colour=lambda row: "#8c8c8c" if row.contender in REFERENCES else "#0b6e99" if is_ours(row) else "#e08a1e",
+        above=("times faster than naive", lambda row, rows: speedup(row, reference(rows))),
+        below=("peak bytes / naive's", lambda row, rows: memory_share(row, reference(rows))),
+        mark=lambda row, rows: row.allowed,
+        line=0.2,
+    )
 
 
 SUITE = PassSuite(
@@ -383,14 +357,16 @@ SUITE = PassSuite(
     cases=planned_cases,
     contenders=contenders,
     setup=make_setup,
-    limits=limits,
+    limits=lambda setup: of_passes.limits(
+        setup, student=setup.case.work in (STUDENT, STEP), head=setup.case.work == STEP
+    ),
     judge=judge,
     # Weights, and a frozen teacher's or the gradients of all.
     resident_bytes=lambda case: model_bytes(config_of(case), case.dtype, gradients=True),
     needed_bytes=needed_bytes,
     allowed=allowed_speedup,
-    models=describe_models,
-    glance=overviews,
+    about=lambda report: [f"{described(models_of(report))[0]}; random weights, sdpa attention."],
+    overviews=overviews,
     draw=draw,
     reference=reference,
     columns=(

@@ -70,26 +70,19 @@ def sweep_table(sweep: Sweep) -> Table:
     """Shows one line per size."""
     first = next(iter(sweep))
     plain, ours = names(first)
-    table = Table(
-        f"{first.sweep}, {MEANING[first.sweep]}; {first.fixed}: forward and backward",
-        (
-            first.sweep,
-            *(f"{name}, s" for name in (plain, ours, LIMIT)),
-            f"{plain} / {ours}",
-            f"{ours} / matmuls",
-            *(f"{name}, peak MiB" for name in (plain, ours)),
-            "gradients, MiB",
-        ),
-    )
+    times, peaks = (f"{name}, s" for name in (plain, ours, LIMIT)), (f"{name}, peak MiB" for name in (plain, ours))
+    title = f"{first.sweep}, {MEANING[first.sweep]}; {first.fixed}: forward and backward"
+    heads = (first.sweep, *times, f"{plain} / {ours}", f"{ours} / matmuls", *peaks, "gradients, MiB")
+    table = Table(title, heads)
     for point, rows in sweep.items():
         by_name = {row.contender: row for row in rows}
-        times = [by_name[name].median for name in (plain, ours, LIMIT)]
+        seconds = [by_name[name].median for name in (plain, ours, LIMIT)]
         gradients = max(row.gradient_bytes for row in rows) / MIB
         table.add(
             f"{point.size:,}",
-            *(_number(time) for time in times),
-            _number(times[0] / times[1], "×"),
-            _number(times[1] / times[2], "×"),
+            *map(_number, seconds),
+            _number(seconds[0] / seconds[1], "×"),
+            _number(seconds[1] / seconds[2], "×"),
             *(_number(live_mib(by_name[name])) for name in (plain, ours)),
             _number(gradients or math.nan),
         )
@@ -107,16 +100,10 @@ def _number(value: float, unit: str = "") -> str:
 
 def overview(report: PassReport) -> Table:
     """Shows one line per sweep: how each contender grows, and how far the plain way came."""
+    growths = ("time, plain", "time, sdcore", "time, matmuls", "peak, plain", "peak, sdcore")
     table = Table(
         "Growth: x where time or peak memory is about size^x, over the larger half of a sweep",
-        (
-            "varies",
-            "fixed",
-            *(f"time, {name}" for name in ("plain", "sdcore", "matmuls")),
-            *(f"peak, {name}" for name in ("plain", "sdcore")),
-            "largest, plain",
-            "largest, sdcore",
-        ),
+        ("varies", "fixed", *growths, "largest, plain", "largest, sdcore"),
         text_columns=2,
         notes=["Plain is plain torch with whole logits (N, V), and every completion with its prompt (G, P)."],
     )
@@ -166,7 +153,7 @@ def draw(report: PassReport, path: Path) -> None:
 
 
 def _panels(sweep: Sweep, free: int | None) -> tuple[Any, Any]:
-    from ..plot import Line, LinePanel
+    from ..plot import Line, Panel
 
     first = next(iter(sweep))
     plain, ours = names(first)
@@ -183,38 +170,28 @@ def _panels(sweep: Sweep, free: int | None) -> tuple[Any, Any]:
         measured = peaks["plain"][-1:]
         style = STYLES["too large"] | {"markevery": slice(len(measured), None)}
         memory.append(Line(measured + beyond, style, LABELS["too large"]))
-    ticks = {float(point.size): _short(point.size) for point in sweep}
-    return (
-        LinePanel(
-            [Line(points, STYLES[style], LABELS[style]) for style, points in times.items()],
-            ticks,
-            title=f"{first.sweep}: {MEANING[first.sweep]}\n{first.fixed}",
-            text=_apart(first, times, "takes {:.2g}× as long"),
-            shown=lambda time: f"{time:g} s",
-        ),
-        LinePanel(
-            memory,
-            ticks,
-            xlabel=first.sweep,
-            levels=[] if free is None else [(free / MIB, STYLES["memory"] | {"label": LABELS["memory"]})],
-            text=_apart(first, peaks, "holds {:.2g}× as much"),
-            base=4,
-            shown=lambda mib: f"{mib:g} MiB" if mib < 1024 else f"{mib / 1024:g} GiB",
-        ),
-    )
+    times_drawn = [Line(points, STYLES[style], LABELS[style]) for style, points in times.items()]
+    title, text = f"{first.sweep}: {MEANING[first.sweep]}\n{first.fixed}", _apart(first, times, "takes {:.2g}× as long")
+    upper = Panel(lines=times_drawn, title=title, text=text, shown=lambda time: f"{time:g} s")
+    levels = [] if free is None else [(free / MIB, STYLES["memory"] | {"label": LABELS["memory"]})]
+    text = _apart(first, peaks, "holds {:.2g}× as much")
+    lower = Panel(lines=memory, xlabel=first.sweep, levels=levels, text=text, base=4, shown=_bytes)
+    return upper, lower
+
+
+def _bytes(mib: float) -> str:
+    return f"{mib:g} MiB" if mib < 1024 else f"{mib / 1024:g} GiB"
 
 
 def _apart(first: Point, curves: dict[str, list[tuple[int, float]]], words: str) -> str:
     """Says how far the two are apart at the largest size that both were run at."""
+    from ..plot import short
+
     plain, ours = dict(curves["plain"]), dict(curves["ours"])
     both = [size for size in plain if size in ours]
     if not both:
         return ""
-    return f"at {first.sweep}={_short(both[-1])} plain\n{words.format(plain[both[-1]] / ours[both[-1]])}"
-
-
-def _short(size: int) -> str:
-    return f"{size // 1024}k" if size % 1024 == 0 else f"{size:,}"
+    return f"at {first.sweep}={short(both[-1])} plain\n{words.format(plain[both[-1]] / ours[both[-1]])}"
 
 
 SUITE = PassSuite(
@@ -236,7 +213,7 @@ SUITE = PassSuite(
     is_large=lambda point: point.is_large,
     limits_left_out=(LIMIT,),
     notes_free_memory=True,
-    glance=lambda report: [overview(report)],
+    overviews=lambda report: [overview(report)],
     per_case=lambda report: [sweep_table(sweep) for sweep in sweeps(report)],
     draw=draw,
 )

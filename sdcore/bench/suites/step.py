@@ -22,27 +22,35 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...presets.methods import SDPO
 from ...step import distill_step
 from ...teachers import EMA, Live
 from .. import cases as of_passes
 from ..cases import ONE, Case, PassContender, Setup, chosen_cases, gradients_of, in_dtype
-from ..estimate import model_bytes
 from ..limit import LIMITS
-from ..models import size_of
+from ..measure import model_bytes
+from ..models import described, size_of
 from ..options import Options
-from ..passes import PassSuite, compare, errors, limit, memory_share, milliseconds, speedup, spread, timed_rows
-from ..peers import plain_loss
-from ..rows import Outcome, PassReport, PassRow, PassStep
-from ..shapes import MIB, Divergence
-from ..tables import NONE, Table, mebibytes, pivot, ratio
+from ..passes import (
+    PassSuite,
+    compare,
+    draw_cases,
+    errors,
+    limit,
+    memory_share,
+    milliseconds,
+    models_of,
+    speedup,
+    timed_rows,
+)
+from ..rows import Outcome, PassReport, PassRow, Step
+from ..shapes import MIB
+from ..tables import NONE, Table, mebibytes, pivot, ratio, spread
 from ..trl_trainers import ALPHA, trl_batch, trl_trainer
 
 TOPK, TINY_TOPK = 100, 10
@@ -58,8 +66,7 @@ FIELDS = ("model", "prompt", "context", "completion", "completions", "topk", "co
 
 
 def named(case: Case) -> str:
-    sizes = f"P={case.prompt} C={case.context} R={case.completion} G={case.completions}"
-    name = f"{case.objective}, {case.contexts}, {sizes} {case.dtype}, {case.model}"
+    name = f"{case.objective}, {case.contexts}, {case.sizes} {case.dtype}, {case.model}"
     return name[0].upper() + name[1:]
 
 
@@ -100,105 +107,61 @@ def make_setup(case: Case, device: str = "cpu", seed: int = 0) -> Setup:
 
 
 def contenders(case: Case) -> list[PassContender]:
-    """Lists the contenders, TRL's batch first: it is what the others are compared with.
-
-    Where TRL is not installed, the plain code takes its place.
-    """
+    """Lists the contenders, TRL's batch first: it is what the others are compared with."""
+    theirs = PassContender("TRL", _trl, ours=False, micro_batch=case.completions)
+    one: dict[str, Any] = {"strategy": "two_phase", "micro_batch": 1}
+    two: dict[str, Any] = {"strategy": "two_phase", "micro_batch": 2}
     return [
-        *([] if find_spec("trl") else [NAIVE]),
-        PassContender("TRL", _trl(case.completions), ours=False),
-        PassContender("TRL, checkpointing", _trl(case.completions, checkpointing=True), ours=False),
-        PassContender("TRL, 1 at a time", _trl(1), ours=False),
-        PassContender("TRL, 1, checkpointing", _trl(1, checkpointing=True), ours=False),
-        PassContender("packed, live", _ours("packed", None, live=True)),
-        PassContender("packed, EMA", _ours("packed", None, live=False)),
-        PassContender("two_phase 2, live", _ours("two_phase", 2, live=True)),
-        PassContender("two_phase 2, EMA", _ours("two_phase", 2, live=False)),
-        PassContender("two_phase 1, live", _ours("two_phase", 1, live=True)),
-        PassContender("two_phase 1, EMA", _ours("two_phase", 1, live=False)),
-        PassContender("packed, live, checkpointing", _ours("packed", None, live=True, checkpointing=True)),
-        PassContender("two_phase 1, EMA, checkpointing", _ours("two_phase", 1, live=False, checkpointing=True)),
+        theirs,
+        replace(theirs, name="TRL, checkpointing", checkpointing=True),
+        replace(theirs, name="TRL, 1 at a time", micro_batch=1),
+        replace(theirs, name="TRL, 1, checkpointing", micro_batch=1, checkpointing=True),
+        PassContender("packed, live", _ours),
+        PassContender("packed, EMA", _ours, live=False),
+        PassContender("two_phase 2, live", _ours, **two),
+        PassContender("two_phase 2, EMA", _ours, **two, live=False),
+        PassContender("two_phase 1, live", _ours, **one),
+        PassContender("two_phase 1, EMA", _ours, **one, live=False),
+        PassContender("packed, live, checkpointing", _ours, checkpointing=True),
+        PassContender("two_phase 1, EMA, checkpointing", _ours, **one, live=False, checkpointing=True),
     ]
 
 
-def _ours(
-    strategy: Any, micro_batch: int | None, *, live: bool, checkpointing: bool = False
-) -> Callable[[Setup], PassStep]:
-    def build(setup: Setup) -> PassStep:
-        method = SDPO(alpha=ALPHA, topk=setup.case.topk, importance_clip=None)
-        loss, planned = method.build_loss(), setup.plan
-        teacher = Live() if live else EMA(setup.model, method.update_rate)
-
-        def step() -> Outcome:
-            setup.model.zero_grad()
-            with training(setup.model, checkpointing=checkpointing):
-                out = distill_step(
-                    setup.model, planned, loss=loss, teacher=teacher, strategy=strategy, micro_batch=micro_batch
-                )
-            return Outcome(out.loss, gradients_of(setup.model))
-
-        setup.model.zero_grad()
-        return step
-
-    return build
-
-
-def _trl(micro_batch: int, *, checkpointing: bool = False) -> Callable[[Setup], PassStep]:
-    """Runs TRL's `compute_loss` and a backward on so many completions at a time, as gradient accumulation does."""
-
-    def build(setup: Setup) -> PassStep:
-        trainer = trl_trainer(setup, "SDPO")
-        whole = trl_batch(setup, "SDPO")
-        count = setup.case.completions
-        starts = range(0, count, micro_batch)
-        parts = [{name: rows[i : i + micro_batch] for name, rows in whole.items()} for i in starts]
-        trainer.current_gradient_accumulation_steps = len(parts)
-
-        def step() -> Outcome:
-            setup.model.zero_grad()
-            total = torch.zeros((), device=setup.device)
-            with training(setup.model, checkpointing=checkpointing):
-                for part in parts:
-                    loss = trainer.compute_loss(setup.model, part)
-                    loss.backward()
-                    total += loss.detach()
-            return Outcome(total, gradients_of(setup.model))
-
-        setup.model.zero_grad()
-        return step
-
-    return build
-
-
-def _naive(setup: Setup) -> PassStep:
-    """Runs the update as written without either trick: every completion with its own prompt, and all logits.
-
-    The teacher is the student itself, without a gradient, on the prompt with the context.
-    """
-    case, batch = setup.case, trl_batch(setup, "SDPO")
-    divergence = Divergence(case.objective, ALPHA, case.topk)
-    student_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)  # (G, P + R)
-
-    def states(ids: Tensor) -> Tensor:  # (G, L) -> (G·R, H), those that predict a completion's tokens
-        hidden = setup.body.base(input_ids=ids, use_cache=False).last_hidden_state
-        return hidden[:, -case.completion - 1 : -1].flatten(0, 1)
+def _ours(setup: Setup, contender: PassContender) -> Step:
+    method = SDPO(alpha=ALPHA, topk=setup.case.topk, importance_clip=None)
+    teacher = Live() if contender.live else EMA(setup.model, method.update_rate)
+    how: dict[str, Any] = {"strategy": contender.strategy, "micro_batch": contender.micro_batch}
+    loss, planned = method.build_loss(), setup.plan
 
     def step() -> Outcome:
         setup.model.zero_grad()
-        with training(setup.model, checkpointing=False):
-            student = states(student_ids)
-            with torch.no_grad():
-                teacher = states(batch["teacher_input_ids"])
-            weight = setup.body.causal_lm.get_output_embeddings().weight
-            loss = plain_loss(student, weight, teacher, divergence, upcast=True)
-            loss.backward()
-        return Outcome(loss.detach(), gradients_of(setup.model))
+        with training(setup.model, checkpointing=contender.checkpointing):
+            out = distill_step(setup.model, planned, loss=loss, teacher=teacher, **how)
+        return Outcome(out.loss, gradients_of(setup.model))
 
     setup.model.zero_grad()
     return step
 
 
-NAIVE = PassContender("naive", _naive, ours=False)
+def _trl(setup: Setup, contender: PassContender) -> Step:
+    """Runs TRL's `compute_loss` and a backward on so many completions at a time, as gradient accumulation does."""
+    trainer, whole, count = trl_trainer(setup, "SDPO"), trl_batch(setup, "SDPO"), setup.case.completions
+    size = contender.micro_batch or count
+    parts = [{name: rows[i : i + size] for name, rows in whole.items()} for i in range(0, count, size)]
+    trainer.current_gradient_accumulation_steps = len(parts)
+
+    def step() -> Outcome:
+        setup.model.zero_grad()
+        total = torch.zeros((), device=setup.device)
+        with training(setup.model, checkpointing=contender.checkpointing):
+            for part in parts:
+                loss = trainer.compute_loss(setup.model, part)
+                loss.backward()
+                total += loss.detach()
+        return Outcome(total, gradients_of(setup.model))
+
+    setup.model.zero_grad()
+    return step
 
 
 @contextmanager
@@ -269,36 +232,26 @@ def overview(report: PassReport) -> Table:
 
 
 def describe_models(report: PassReport) -> list[str]:
-    names = dict.fromkeys(case.model for case in report.by_case())
-    sizes = "; ".join(f"{name}: {size_of(name)}".partition(" (")[0] for name in names)
-    vocabularies = ", ".join(f"{size_of(name).step_vocab:,}" for name in names)
+    sizes, vocabularies = described(models_of(report), until=" (")
     return [f"{sizes}, here {vocabularies}; random weights, sdpa attention."]
 
 
 def draw(report: PassReport, path: Path, *, title: str, head: Callable[[Any], str]) -> None:
     """Draws per case a bar for each contender's seconds, the limit as a line, and its peak beneath."""
-    from ..plot import Bar, BarPanel, bars
-
-    upper: list[BarPanel] = []
-    lower: list[BarPanel] = []
-    for case, rows in report.by_case().items():
-        timed, least, first = timed_rows(rows), limit(rows), not upper
-        colours = ["#0b6e99" if row.ours else "#8c8c8c" for row in timed]
-        seconds = [("", [Bar(row.median, colour)]) for row, colour in zip(timed, colours, strict=True)]
-        peaks = [
-            (row.contender, [Bar((row.live_bytes or 0) / MIB, colour)])
-            for row, colour in zip(timed, colours, strict=True)
-        ]
-        line = least.median if least else None
-        upper.append(BarPanel(seconds, head(case), "seconds" if first else "", line))
-        lower.append(BarPanel(peaks, ylabel="peak MiB" if first else "", slanted=True))
-    size = 1 + 3.4 * len(upper), 6.4
-    bars([upper, lower], path, title=f"{title}, {report.machine['name']}", size=size)
+    draw_cases(
+        report.by_case(),
+        path,
+        title=f"{title}, {report.machine['name']}",
+        head=head,
+        colour=lambda row: "#0b6e99" if row.ours else "#8c8c8c",
+        above=("seconds", lambda row, rows: row.median),
+        below=("peak MiB", lambda row, rows: (row.live_bytes or 0) / MIB),
+        mark=lambda row, rows: least.median if (least := limit(rows)) else None,
+    )
 
 
 def _head(case: Case) -> str:
-    sizes = f"P={case.prompt} C={case.context} R={case.completion} G={case.completions}"
-    return f"{case.objective}\n{case.contexts}\n{sizes}\n{case.model}, {case.dtype}"
+    return f"{case.objective}\n{case.contexts}\n{case.sizes}\n{case.model}, {case.dtype}"
 
 
 COLUMNS = (
@@ -326,8 +279,8 @@ SUITE = PassSuite(
     judge=judge,
     # Weights, their gradients, and the copy that TRL's teacher is.
     resident_bytes=lambda case: model_bytes(config_of(case.model), case.dtype, gradients=True, copies=1),
-    models=describe_models,
-    glance=lambda report: [overview(report)],
+    about=describe_models,
+    overviews=lambda report: [overview(report)],
     draw=lambda report, path: draw(report, path, title="Update phase of SDPO", head=_head),
     reference=reference,
     columns=COLUMNS,

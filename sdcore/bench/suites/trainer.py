@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -26,12 +26,12 @@ import torch
 from ...prefix import Plan, cost_of_sizes, plan
 from .. import cases as of_passes
 from ..cases import EACH, Case, PassContender, Setup, chosen_cases, gradients_of, in_dtype
-from ..contender import require
-from ..estimate import model_bytes, trl_bytes
-from ..models import size_of
+from ..measure import model_bytes, trl_bytes
+from ..models import described
 from ..options import Options
-from ..passes import PassSuite, limit, memory_share, milliseconds, speedup
-from ..rows import Outcome, PassReport, PassStep
+from ..passes import PassSuite, limit, memory_share, milliseconds, models_of, speedup
+from ..peers import require
+from ..rows import Outcome, PassReport, Step
 from ..shapes import DTYPES
 from ..tables import Table, mebibytes, ratio
 from ..trl_trainers import DISTILLATION, GKD, SDPO, TRAINERS, has_context, make_trainer, trl_batch, trl_trainer
@@ -52,8 +52,7 @@ FIELDS = {"trainer": "work"} | {
 
 
 def named(case: Case) -> str:
-    context = f" C={case.context}" if has_context(case.work) else ""
-    sizes = f"P={case.prompt}{context} R={case.completion} G={case.completions}"
+    sizes = case.sizes if has_context(case.work) else case.sizes.replace(f" C={case.context}", "")
     return f"{case.work}, {case.objective}, {sizes} {case.dtype}, {case.model}"
 
 
@@ -130,35 +129,33 @@ def contenders(case: Case) -> list[PassContender]:
     theirs = PassContender(f"TRL {case.work}Trainer", _theirs, ours=False)
     name = f"Fused{case.work}Trainer"
     if not has_context(case.work):
-        return [theirs, PassContender(name, _ours())]
+        return [theirs, PassContender(name, _ours)]
     kind = "ema" if case.work == SDPO else "base"
     return [
         theirs,
-        PassContender(f"{name}, {kind} teacher", _ours(kind)),
-        PassContender(f"{name}, live teacher", _ours("live")),
-        PassContender(f"{name}, {kind}, micro_batch=1", _ours(kind, micro_batch=1)),
+        PassContender(f"{name}, {kind} teacher", _ours, live=False),
+        PassContender(f"{name}, live teacher", _ours),
+        PassContender(f"{name}, {kind}, micro_batch=1", _ours, live=False, micro_batch=1),
     ]
 
 
-def _theirs(setup: TrainerSetup) -> PassStep:
+def _theirs(setup: TrainerSetup, contender: PassContender) -> Step:
     return _updates(setup, trl_trainer(setup, setup.case.work, setup.other))
 
 
-def _ours(teacher: str = "live", *, micro_batch: int | None = None) -> Callable[[TrainerSetup], PassStep]:
-    def build(setup: TrainerSetup) -> PassStep:
-        require("trl", "trl")
-        from ...integrations import trl as fused
+def _ours(setup: TrainerSetup, contender: PassContender) -> Step:
+    require("trl", "trl")
+    from ...integrations import trl as fused
 
-        # Equality is checked against TRL here; the check of the passes would count as memory.
-        options = fused.FusedOptions(verify="off", micro_batch=micro_batch)
-        name = setup.case.work
-        kind = getattr(fused, f"Fused{name}Trainer")
-        return _updates(setup, make_trainer(setup, name, kind, teacher=teacher, other=setup.other, fused=options))
-
-    return build
+    # Equality is checked against TRL here; the check of the passes would count as memory.
+    options = fused.FusedOptions(verify="off", micro_batch=contender.micro_batch)
+    name = setup.case.work
+    teacher = "live" if contender.live else "ema" if name == SDPO else "base"
+    kind = getattr(fused, f"Fused{name}Trainer")
+    return _updates(setup, make_trainer(setup, name, kind, teacher=teacher, other=setup.other, fused=options))
 
 
-def _updates(setup: TrainerSetup, trainer: Any) -> PassStep:
+def _updates(setup: TrainerSetup, trainer: Any) -> Step:
     """Makes one optimizer step's update: TRL's training step on the fixed batch, then AdamW."""
     whole = trl_batch(setup, setup.case.work)
     # Instead of sampling.
@@ -228,9 +225,7 @@ def overview(report: PassReport) -> Table:
 
 def describe_models(report: PassReport) -> list[str]:
     """Says what was trained, and on which sizes."""
-    names = dict.fromkeys(case.model for case in report.by_case())
-    sizes = "; ".join(f"{name}: {size_of(name)}".partition(", vocabulary")[0] for name in names)
-    vocabularies = ", ".join(f"{size_of(name).step_vocab:,}" for name in names)
+    sizes, vocabularies = described(models_of(report), until=", vocabulary")
     prompts = ", ".join(dict.fromkeys(f"P={case.prompt}" for case in report.by_case()))
     return [f"{sizes}, vocabulary {vocabularies}, {prompts}; random weights, sdpa attention, AdamW."]
 
@@ -252,8 +247,8 @@ SUITE = PassSuite(
     # Weights, gradients, two teachers' copies and AdamW's moments.
     resident_bytes=lambda case: model_bytes(config_of(case.model), case.dtype, gradients=True, copies=2, moments=True),
     needed_bytes=lambda setup, contender: 0.0 if contender.ours else trainer_bytes(setup.case, setup.model.config),
-    models=describe_models,
-    glance=lambda report: [overview(report)],
+    about=describe_models,
+    overviews=lambda report: [overview(report)],
     draw=lambda report, path: step.draw(
         report, path, title="An optimizer step's update", head=lambda case: named(case).replace(", ", "\n")
     ),
