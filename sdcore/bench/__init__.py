@@ -1,7 +1,6 @@
-"""The benchmark suite behind `sdcore bench`: speed, memory and accuracy, ours and the public peers'.
+"""Measures speed, memory and accuracy, ours and the public peers': the suites behind `sdcore bench`.
 
 Five suites: `divergence` (the output layer and its loss), `prefix` (passes that share a prompt), `step` (a step's
 update phase), `trainer` (whole trainers) and `scaling` (how time and memory grow). `compare` sets two results side by
-side, `on_paper` calculates what cannot be run here. What may be chosen is in `options`, where results go in `places`;
-the rest is imported when a suite runs.
+side. What may be chosen is in `options`, where results go in `places`; the rest is imported when a suite runs.
 """

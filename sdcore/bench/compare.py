@@ -1,7 +1,7 @@
-"""Two results of the same suite side by side: which rows got slower, and by how much.
+"""Sets two results of the same suite side by side: which rows got slower, and by how much?
 
-    found = compare(Path("before.json"), Path("after.json"))
-    [row for row in found.rows if row.ratio > 1.1]
+    comparison = compare(Path("before.json"), Path("after.json"))
+    comparison.slower(1.1)
 
 A row is a contender in a case; its ratio is the median of the second file by the median of the first. Works on the JSON
 of every suite, without torch. What differs from a test of significance: there is none. Measure both on one quiet
@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -26,13 +25,14 @@ THRESHOLD: Final = 1.1
 
 
 class Key(NamedTuple):
+    """Names a row: a contender in a case."""
+
     case: str
     contender: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """A row that is in both files; seconds are medians."""
+class Pair(NamedTuple):
+    """Holds a row that is in both files; seconds are medians."""
 
     key: Key
     before: float
@@ -43,9 +43,8 @@ class Pair:
         return self.after / self.before
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Rows in the order of the first file."""
+class Comparison(NamedTuple):
+    """Lists the rows in the order of the first file."""
 
     machines: tuple[str, str]
     rows: list[Pair]
@@ -53,12 +52,12 @@ class Comparison:
     only_after: list[Key]
 
     def slower(self, threshold: float = THRESHOLD) -> list[Pair]:
-        """The rows whose ratio is above the threshold."""
+        """Returns the rows whose ratio is above the threshold."""
         return [row for row in self.rows if row.ratio > threshold]
 
 
 def compare(before: Path, after: Path) -> Comparison:
-    """Raises `ArgumentError` for a file that is not a suite's result, or of another suite than the first."""
+    """Pairs the rows of two files. Raises `ArgumentError` for one that is no result, or not of the same suite."""
     first, second = _read(before), _read(after)
     if ("speed" in first) != ("speed" in second):
         raise ArgumentError(f"{before} and {after} must be of the same suite")
@@ -67,27 +66,27 @@ def compare(before: Path, after: Path) -> Comparison:
         raise ArgumentError(f"{before} and {after} have no row in common: are they of the same suite and sizes?")
     return Comparison(
         machines=(_machine(first), _machine(second)),
-        rows=[Pair(key=key, before=a[key], after=b[key]) for key in a if key in b],
+        rows=[Pair(key, a[key], b[key]) for key in a if key in b],
         only_before=[key for key in a if key not in b],
         only_after=[key for key in b if key not in a],
     )
 
 
-def comparison_table(found: Comparison, threshold: float = THRESHOLD) -> Table:
-    """For a terminal: the slower rows in red, the faster in green."""
+def comparison_table(comparison: Comparison, threshold: float = THRESHOLD) -> Table:
+    """Makes a table for a terminal: the slower rows in red, the faster in green."""
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE, title_justify="left", title=" → ".join(dict.fromkeys(found.machines)))
+    table = Table(box=box.SIMPLE, title_justify="left", title=" → ".join(dict.fromkeys(comparison.machines)))
     table.add_column("case")
     table.add_column("contender")
     for name in ("before", "after", "ratio"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in found.rows:
+    for row in comparison.rows:
         style = "bold red" if row.ratio > threshold else "green" if row.ratio < 1 / threshold else None
         cells = (f"{row.before * 1e3:.1f} ms", f"{row.after * 1e3:.1f} ms", f"{row.ratio:.2f}")
         table.add_row(*row.key, *cells, style=style)
-    for keys, where in ((found.only_before, "first"), (found.only_after, "second")):
+    for keys, where in ((comparison.only_before, "first"), (comparison.only_after, "second")):
         for key in keys:
             table.add_row(*key, "–", "–", f"only in the {where}", style="dim")
     return table
@@ -106,13 +105,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _medians(stored: dict[str, Any]) -> dict[Key, float]:
-    found = {}
+    medians = {}
     for row in stored.get("speed", stored.get("rows", [])):
         if row["seconds"]:
             median = statistics.median(row["seconds"])
             if median > 0 and math.isfinite(median):
-                found[Key(_case(row), row["contender"])] = median
-    return found
+                medians[Key(_case(row), row["contender"])] = median
+    return medians
 
 
 def _case(row: dict[str, Any]) -> str:
@@ -126,6 +125,3 @@ def _case(row: dict[str, Any]) -> str:
 def _machine(stored: dict[str, Any]) -> str:
     machine = stored["machine"]
     return f"{machine['name']}, {machine['date']}, torch {machine.get('versions', {}).get('torch', '?')}"
-
-
-__all__ = ["THRESHOLD", "Comparison", "Key", "Pair", "compare", "comparison_table"]

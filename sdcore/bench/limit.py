@@ -1,10 +1,11 @@
-"""The limit of a whole pass or step: its matrix products alone, timed in the same run as the rows they limit.
+"""Makes the limit of a whole pass or step: its matrix products alone, timed in the same run as the rows they limit.
 
     products = Products.of(config, student_tokens=1536, teacher_tokens=1792, rows=512, dtype="fp32", device="cpu")
     products()          # every linear layer: a forward and two gradients of the student, a forward of the teacher
 
-Into buffers that are there before. What differs from the pass: no attention, no norms, no loss between the products, so
-no implementation can be expected to reach it. Not covered: the experts of a mixture (the limit is then lower still).
+They go into buffers that are there before. What differs from the pass: no attention, no norms, no loss between the
+products, so no implementation can be expected to reach it. Not covered: the experts of a mixture (the limit is then
+lower still).
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .estimate import MIB
-from .shapes import DTYPES
+from .shapes import DTYPES, MIB
 
 SHARED, NAIVE = "matmuls alone, shared", "matmuls alone, naive"
 LIMITS = (SHARED, NAIVE)
@@ -28,7 +28,7 @@ HEAD_BYTES = 256 * MIB
 
 @dataclass(frozen=True, eq=False)
 class Products:
-    """Calling it makes the products once. `layers` counts the linear layers of each (inputs, outputs)."""
+    """Makes the products once when it is called. `layers` counts the linear layers of each (inputs, outputs)."""
 
     layers: tuple[tuple[tuple[int, int], int], ...]
     head: tuple[int, int]  # (H, V)
@@ -43,7 +43,7 @@ class Products:
     def of(
         cls, config: Any, *, student_tokens: int, teacher_tokens: int, rows: int, dtype: str, device: str | torch.device
     ) -> Products:
-        """Of a transformers' configuration, whose model is made on the meta device."""
+        """Reads the layers off a transformers' configuration, whose model is made on the meta device."""
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
@@ -63,7 +63,7 @@ class Products:
 
     @property
     def flops(self) -> int:
-        """Of one call, a multiplication and an addition each."""
+        """Counts the FLOPs of one call, a multiplication and an addition each."""
         body = sum(count * inputs * outputs for (inputs, outputs), count in self.layers)
         hidden, vocab = self.head
         return 2 * (body * (3 * self.student_tokens + self.teacher_tokens) + 4 * self.rows * hidden * vocab)
@@ -87,7 +87,7 @@ class Products:
             torch.mm(out.T, states, out=self._buffer("gradient of weight", outputs, inputs))
 
     def _output_layer(self) -> None:
-        """Student's and teacher's projection and the two gradients, some columns at a time."""
+        """Makes student's and teacher's projection and the two gradients, some columns at a time."""
         hidden, vocab = self.head
         columns = max(1, min(vocab, HEAD_BYTES // (self.rows * self.dtype.itemsize)))
         states = self._buffer("states", self.rows, hidden)
@@ -106,6 +106,3 @@ class Products:
             # Not zeros, which are less work for a GPU's power limit, nor what memory held, which may be denormal.
             self.buffers[name] = torch.randn(size, dtype=self.dtype, device=self.device)
         return self.buffers[name][:size].view(shape)
-
-
-__all__ = ["LIMITS", "NAIVE", "SHARED", "Products"]

@@ -1,4 +1,4 @@
-"""What may be chosen on the command line of a suite, and what a choice of sizes means.
+"""Says what may be chosen on the command line of a suite, and what a choice of sizes means.
 
     Options(suite="prefix", model="qwen3-0.6b", shapes=("L=2,G=4",), quick=False)
 
@@ -12,50 +12,35 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final
 
 from ..errors import ArgumentError
 from .models import REAL_MODELS
 
 DTYPE_NAMES: Final = ("fp32", "bf16")
 DEVICES: Final = ("cpu", "cuda")
-DIVERGENCE_LETTERS: Final = "NVH"
-PASS_LETTERS: Final = "PCRGL"
 LETTERS: Final = {
-    "divergence": DIVERGENCE_LETTERS,
-    "prefix": PASS_LETTERS,
-    "step": PASS_LETTERS,
-    "trainer": PASS_LETTERS,
+    "divergence": "NVH",
+    **dict.fromkeys(("prefix", "step", "trainer"), "PCRGL"),
     "scaling": "NVHPRGL",
 }
 SUITES: Final = tuple(LETTERS)
-# Whose `everything` is not the run that the README shows.
+# Whose `everything` is not the run that benchmarks/README.md shows.
 WITH_GRID: Final = ("prefix", "scaling")
 # Of the suite `scaling`, by the letter that varies.
 SWEEPS: Final = ("N", "V", "G", "P")
 
 
-class Workload(NamedTuple):
-    """The sizes that a model preset fixes beside the model's own."""
-
-    prompt: int  # P
-    context: int  # C
-    completion: int  # R
-    completions: int  # G
-
-    @property
-    def rows(self) -> int:
-        """N."""
-        return self.completion * self.completions
-
-
 # One prompt with its completions, as RL-like methods train on them; on a CPU what takes minutes and not hours.
-WORKLOADS: Final = {"cuda": Workload(1024, 256, 512, 8), "cpu": Workload(512, 128, 64, 4)}
+WORKLOADS: Final = {
+    "cuda": {"prompt": 1024, "context": 256, "completion": 512, "completions": 8},
+    "cpu": {"prompt": 512, "context": 128, "completion": 64, "completions": 4},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """A run of a suite. Raises `ArgumentError`, which names the option."""
+    """Describes a run of a suite. Raises `ArgumentError`, which names the option."""
 
     suite: str
     device: str | None = None  # None: cuda where there is one
@@ -92,17 +77,17 @@ class Options:
 
     @property
     def sizes(self) -> list[dict[str, int]]:
-        """Of each shape, by letter; one empty one where none was given."""
+        """Returns the sizes of each shape, by letter; one empty one where none was given."""
         return [parse_shape(shape, LETTERS[self.suite]) for shape in self.shapes] or [{}]
 
     @property
     def chosen(self) -> bool:
-        """Whether the sizes are not the suite's own."""
+        """True if the sizes are not the suite's own."""
         return bool(self.model or self.shapes)
 
     @property
     def variant(self) -> str:
-        """The folder of what is not the suite's own run; empty for that one."""
+        """Names the folder of what is not the suite's own run; empty for that one."""
         if self.quick:
             return "quick"
         parts = [self.model, *self.shapes, self.dtype, *(self.peers or ())]
@@ -111,27 +96,28 @@ class Options:
 
 
 def parse_shape(text: str, letters: str) -> dict[str, int]:
-    """`"N=512,V=32000"` by letter. Raises `ArgumentError`."""
-    found: dict[str, int] = {}
+    """Reads `"N=512,V=32000"` by letter. Raises `ArgumentError`."""
+    sizes: dict[str, int] = {}
     for entry in text.split(","):
         letter, equals, number = (part.strip() for part in entry.partition("="))
         if letter not in letters or len(letter) != 1 or not equals or not number.isdecimal() or int(number) < 1:
             raise ArgumentError(
-                f"shape must be like {','.join(f'{one}=1024' for one in letters[:2])}, of the letters "
+                f"shape must be like {','.join(f'{letter}=1024' for letter in letters[:2])}, of the letters "
                 f"{', '.join(letters)}, got {text!r}"
             )
-        found[letter] = int(number)
-    return found
+        sizes[letter] = int(number)
+    return sizes
 
 
-def workload(sizes: Mapping[str, int], device: str) -> Workload:
-    """Of a shape, or the device's own where it says nothing."""
-    own = WORKLOADS[device]
-    return Workload(*(sizes.get(letter, size) for letter, size in zip("PCRG", own, strict=True)))
+def workload(sizes: Mapping[str, int], device: str) -> dict[str, Any]:
+    """Returns the sizes of a case: those of a shape, or the device's own where it says nothing."""
+    return {
+        name: sizes.get(letter, size) for letter, (name, size) in zip("PCRG", WORKLOADS[device].items(), strict=True)
+    }
 
 
 def split_names(text: str | None, allowed: Sequence[str], name: str) -> tuple[str, ...] | None:
-    """A comma-separated choice among `allowed`; None stays None. Raises `ArgumentError`."""
+    """Splits a comma-separated choice among `allowed`; None stays None. Raises `ArgumentError`."""
     if text is None:
         return None
     chosen = tuple(part.strip() for part in text.split(",") if part.strip())
@@ -139,18 +125,3 @@ def split_names(text: str | None, allowed: Sequence[str], name: str) -> tuple[st
     if wrong or not chosen:
         raise ArgumentError(f"{name} must be of {', '.join(allowed)}, got {', '.join(wrong) or 'nothing'}")
     return chosen
-
-
-__all__ = [
-    "DEVICES",
-    "DTYPE_NAMES",
-    "LETTERS",
-    "SUITES",
-    "SWEEPS",
-    "WORKLOADS",
-    "Options",
-    "Workload",
-    "parse_shape",
-    "split_names",
-    "workload",
-]

@@ -1,4 +1,4 @@
-"""The right answer to a case, from the definitions in `sdkernels/reference.py`, a few rows at a time.
+"""Computes the right answer to a case from the definitions in `sdkernels/reference.py`, a few rows at a time.
 
 All divergences of a shape share its projections. They and the gradient products are float64 where that is cheap, and
 float32 at the shapes of the speed table, whose error (1e-6) is far below what the equality check asks; everything in
@@ -7,32 +7,18 @@ between is float64 always.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from sdkernels import reference
 
-from .peers import StepResult
+from .rows import Errors, Outcome
 from .shapes import CaseInputs, Divergence
 
 # Bytes of one float64 tile; about ten are live at a time.
 TILE_BYTES = 64 << 20
 # Up to here float64 products take under a second.
 FLOAT64_PRODUCT = 1 << 29  # N·V·H
-
-
-class Errors(NamedTuple):
-    """Relative errors; those of the gradients norm-wise. NaN where a result is not finite."""
-
-    loss: float
-    hidden_gradient: float
-    weight_gradient: float  # 0 where the head is frozen and has no gradient
-
-    @property
-    def gradient(self) -> float:
-        return max(self.hidden_gradient, self.weight_gradient)
 
 
 # What counts as the same quantity: rounding stays below it in every implementation, a wrong constant, a swapped
@@ -42,19 +28,17 @@ EQUAL_GRADIENT = {"fp32": 1e-3, "bf16": 0.05}
 
 
 @torch.no_grad()
-def solve(inputs: CaseInputs, divergences: tuple[Divergence, ...]) -> dict[Divergence, StepResult]:
-    """Mean loss over the rows and its gradients, per divergence, in the dtype of the products (see above)."""
+def solve(inputs: CaseInputs, divergences: tuple[Divergence, ...]) -> dict[Divergence, Outcome]:
+    """Returns mean loss over the rows and gradients, per divergence, in the dtype of the products (see above)."""
     shape = inputs.shape
     dtype = torch.float64 if shape.rows * shape.vocab * shape.hidden <= FLOAT64_PRODUCT else torch.float32
     hidden, weight, teacher_hidden = (tensor.detach().to(dtype) for tensor in inputs)
-    results = {
-        divergence: StepResult(
-            torch.zeros((), dtype=torch.float64, device=inputs.device),
-            torch.empty_like(hidden),
-            weight.new_zeros(weight.shape if inputs.student_weight.requires_grad else 0),
-        )
-        for divergence in divergences
-    }
+    results = {}
+    for divergence in divergences:
+        gradients = {"hidden": torch.empty_like(hidden)}
+        if inputs.student_weight.requires_grad:
+            gradients["weight"] = torch.zeros_like(weight)
+        results[divergence] = Outcome(torch.zeros((), dtype=torch.float64, device=inputs.device), gradients)
     chunk = max(1, TILE_BYTES // (8 * shape.vocab))
     for start in range(0, shape.rows, chunk):
         rows = slice(start, start + chunk)
@@ -67,11 +51,11 @@ def solve(inputs: CaseInputs, divergences: tuple[Divergence, ...]) -> dict[Diver
                 gradient = reference.divergence_gradient(log_p, log_q, divergence.alpha)
             else:
                 loss, gradient = _with_support(student_logits, teacher_logits, divergence)
-            result.loss.add_(loss.sum() / shape.rows)
+            result.values.add_(loss.sum() / shape.rows)
             gradient = (gradient / shape.rows).to(dtype)
-            torch.mm(gradient, weight, out=result.hidden_gradient[rows])
-            if inputs.student_weight.requires_grad:
-                result.weight_gradient.addmm_(gradient.T, hidden[rows])
+            torch.mm(gradient, weight, out=result.gradients["hidden"][rows])
+            if "weight" in result.gradients:
+                result.gradients["weight"].addmm_(gradient.T, hidden[rows])
     return results
 
 
@@ -85,26 +69,23 @@ def _with_support(student_logits: Tensor, teacher_logits: Tensor, divergence: Di
     return reference.divergence(student, teacher, divergence.alpha), gradient
 
 
-def compare(result: StepResult, exact: StepResult) -> Errors:
-    """The errors of what a step computed."""
-    pairs = zip(result, exact, strict=True)
-    return Errors(*(relative_error(actual, right) if right.numel() else 0.0 for actual, right in pairs))
+def compare(outcome: Outcome, exact: Outcome) -> Errors:
+    """Returns the errors of what a step of the output layer computed."""
+    of_gradients = {name: relative_error(outcome.gradients[name], right) for name, right in exact.gradients.items()}
+    return Errors(relative_error(outcome.values, exact.values), of_gradients["hidden"], of_gradients.get("weight", 0.0))
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """Norm-wise."""
+    """Returns the norm of the difference by the norm of the right answer."""
     # Sums in float64 without a float64 copy: the head's gradient has 136 million entries.
     distance = torch.linalg.vector_norm(actual - exact, dtype=torch.float64)
     return (distance / torch.linalg.vector_norm(exact, dtype=torch.float64)).item()
 
 
 def difference(errors: Errors, dtype: str) -> str | None:
-    """Why a result is not the quantity that was asked for, or None."""
+    """Says why a result is not the quantity that was asked for; None if it is."""
     if not errors.loss <= EQUAL_LOSS[dtype]:
         return f"loss off by {errors.loss:.1e}"
     if not errors.gradient <= EQUAL_GRADIENT[dtype]:
         return f"gradient off by {errors.gradient:.1e}"
     return None
-
-
-__all__ = ["EQUAL_GRADIENT", "EQUAL_LOSS", "Errors", "compare", "difference", "relative_error", "solve"]

@@ -1,4 +1,4 @@
-"""The contenders: ours, the plain code, the public kernels, and the four bare matrix products.
+"""Lists the contenders of the output layer: ours, the plain code, the public kernels, and the bare matrix products.
 
 `prepare` is the one set-up function: speed, memory, accuracy and the pytest-benchmark entries all call the step that
 it returns, a forward and a backward pass to the gradients of the student's hidden states and of the head. A contender
@@ -16,51 +16,39 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .measure import Unavailable, timed
+from .rows import FLOOR, FROZEN_FLOOR, Outcome, Step
 from .shapes import DTYPES, CaseInputs, Divergence
-from .timing import FLOOR, FROZEN_FLOOR, timed
 
 LIGER_CHUNK_SIZES = (64, 128, 256, 512, 1024)
 # What Liger calls the inner kernels of its fused loss; the second is for compute capability 9.0 and above.
 LIGER_TRITON_KERNEL, LIGER_CUTE_KERNEL = "nvidia-triton", "nvidia-cutedsl"
 # Its default. On a GPU every further size is compiled for longer than it is timed, and adds up more gradients.
 LIGER_CUDA_CHUNK = 1024
-
-
-class StepResult(NamedTuple):
-    """What one step computes."""
-
-    loss: Tensor  # ()
-    hidden_gradient: Tensor  # (N, H)
-    weight_gradient: Tensor  # (V, H); empty where the head is frozen
-
-
 Loss = Callable[[], Tensor]
-Step = Callable[[], StepResult]
-
-
-class Unavailable(Exception):
-    """This contender cannot run this case; the message says why."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """`build(inputs, divergence)` returns a function of no arguments to the mean loss over the rows, in the graph."""
+    """Has `build(inputs, divergence)`, which returns a function of no arguments to the mean loss, in the graph."""
 
     name: str
     build: Callable[[CaseInputs, Divergence], Loss]
     peer: str = ""  # what `--peers` calls it; empty: ours
+    colour: str = "black"
+    marker: str = "o"  # in line plots
     # The bytes of a compiled graph are allocated where `LiveBytes` does not see them.
     compiled: bool = False
 
 
 def skipped(contender: Contender, reason: str) -> Contender:
-    """The same row without a run."""
+    """Returns the same row without a run."""
 
     def build(inputs: CaseInputs, divergence: Divergence) -> Loss:
         raise Unavailable(reason)
@@ -69,15 +57,15 @@ def skipped(contender: Contender, reason: str) -> Contender:
 
 
 def prepare(contender: Contender, inputs: CaseInputs, divergence: Divergence) -> Step:
-    """A step of `contender`; raises `Unavailable`."""
+    """Makes a step of `contender`; raises `Unavailable`."""
     loss_of = contender.build(inputs, divergence)
     frozen = not inputs.student_weight.requires_grad
     leaves = (inputs.student_hidden,) if frozen else (inputs.student_hidden, inputs.student_weight)
 
-    def step() -> StepResult:
+    def step() -> Outcome:
         loss = loss_of()
         gradients = torch.autograd.grad(loss, leaves)
-        return StepResult(loss.detach(), gradients[0], gradients[0].new_empty(0) if frozen else gradients[1])
+        return Outcome(loss.detach(), dict(zip(("hidden", "weight"), gradients, strict=False)))
 
     return step
 
@@ -109,7 +97,7 @@ def _sdcore(
 def plain_loss(
     student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, divergence: Divergence, upcast: bool
 ) -> Tensor:
-    """The loss as trainers write it: all logits in the model's dtype, then (with `upcast`) everything in float32."""
+    """Computes the loss as trainers write it: all logits in the model's dtype, then (`upcast`) all in float32."""
     student_logits = student_hidden @ student_weight.T  # (N, V)
     with torch.no_grad():
         teacher_logits = teacher_hidden @ student_weight.T  # (N, V)
@@ -142,7 +130,7 @@ def _plain(inputs: CaseInputs, divergence: Divergence, *, upcast: bool = True) -
 
 
 def _allow_many_graphs() -> None:
-    """Let torch.compile make one graph per chunk size, dtype and divergence; past 8 it would go on in eager code."""
+    """Lets torch.compile make one graph per chunk size, dtype and divergence; past 8 it would go on in eager code."""
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
@@ -198,8 +186,9 @@ _best_chunks: dict[tuple[Any, ...], int] = {}
 
 
 def best_liger_chunk(inputs: CaseInputs) -> int:
-    """The fastest of `LIGER_CHUNK_SIZES` on this shape and dtype, by the better of two steps of reverse KL each; on a
-    GPU its default.
+    """Finds the fastest of `LIGER_CHUNK_SIZES` on this shape and dtype; on a GPU it is the default.
+
+    Of each size it takes the better of two steps of reverse KL.
 
     It goes from the largest down and stops two sizes past the best: smaller chunks add up more weight gradients.
     """
@@ -222,7 +211,7 @@ def best_liger_chunk(inputs: CaseInputs) -> int:
 
 
 def _liger_fused(inputs: CaseInputs, divergence: Divergence, *, implementation: str) -> Loss:
-    """`LigerFusedLinearJSD` with its inner kernel said, which Liger else chooses by GPU and by what is installed."""
+    """Builds `LigerFusedLinearJSD` with its inner kernel said, which Liger else chooses by what is there."""
     require("liger_kernel", "liger-kernel")
     _full_vocabulary_only(divergence, "Liger")
     if inputs.device.type != "cuda":
@@ -276,43 +265,34 @@ def _flash_linear_attention(inputs: CaseInputs, divergence: Divergence) -> Loss:
     return lambda: fused_kl_div_loss(hidden, teacher_hidden, weight, teacher_weight)
 
 
-SDCORE = Contender("sdcore", _sdcore)
-SDCORE_RECOMPUTE = Contender("sdcore, recompute", partial(_sdcore, recompute=True))
-PLAIN = Contender("plain torch", _plain, "naive")
-PLAIN_LOW_PRECISION = Contender("plain torch, no upcast", partial(_plain, upcast=False), "naive")
-COMPILED = Contender("torch.compile", _compiled, "compile", compiled=True)
-TRL = Contender("TRL chunked", _trl, "trl")
-LIGER = Contender("Liger chunked", _liger, "liger", compiled=True)
-LIGER_TRITON = Contender("Liger FusedLinearJSD", partial(_liger_fused, implementation=LIGER_TRITON_KERNEL), "liger")
-LIGER_CUTE = Contender("Liger FusedLinearJSD, CuTe", partial(_liger_fused, implementation=LIGER_CUTE_KERNEL), "liger")
-ORDA = Contender("orda-kernel", _orda, "orda")
-FLASH_LINEAR_ATTENTION = Contender("flash-linear-attention", _flash_linear_attention, "fla")
-CONTENDERS = (
-    SDCORE,
-    SDCORE_RECOMPUTE,
-    PLAIN,
-    COMPILED,
-    TRL,
-    LIGER,
-    LIGER_TRITON,
-    LIGER_CUTE,
-    ORDA,
-    FLASH_LINEAR_ATTENTION,
-)
+# Ours stand out in a picture; the others are told apart by hue and marker.
+SDCORE = Contender("sdcore", _sdcore, "", "#0b6e99", "o")
+SDCORE_RECOMPUTE = Contender("sdcore, recompute", partial(_sdcore, recompute=True), "", "#6bb7d6", "D")
+PLAIN = Contender("plain torch", _plain, "naive", "#8c8c8c", "X")
+PLAIN_LOW_PRECISION = Contender("plain torch, no upcast", partial(_plain, upcast=False), "naive", "#4d4d4d", "d")
+COMPILED = Contender("torch.compile", _compiled, "compile", "#8a7fb5", "v", compiled=True)
+TRL = Contender("TRL chunked", _trl, "trl", "#c8443c", "P")
+LIGER = Contender("Liger chunked", _liger, "liger", "#e08a1e", "s", compiled=True)
+_triton, _cute = (partial(_liger_fused, implementation=name) for name in (LIGER_TRITON_KERNEL, LIGER_CUTE_KERNEL))
+LIGER_TRITON = Contender("Liger FusedLinearJSD", _triton, "liger", "#b8621b", "^")
+LIGER_CUTE = Contender("Liger FusedLinearJSD, CuTe", _cute, "liger", "#8a4a10", "<")
+ORDA = Contender("orda-kernel", _orda, "orda", "#7a9a3a", "*")
+FLA = Contender("flash-linear-attention", _flash_linear_attention, "fla", "#a0527a", "p")
+CONTENDERS = (SDCORE, SDCORE_RECOMPUTE, PLAIN, COMPILED, TRL, LIGER, LIGER_TRITON, LIGER_CUTE, ORDA, FLA)
 
 
 def at_workspace(megabytes: int) -> Contender:
-    """Ours with a workspace of so many MiB."""
+    """Returns ours with a workspace of so many MiB."""
     return Contender(f"{SDCORE.name}, {megabytes} MB", partial(_sdcore, workspace_mb=megabytes))
 
 
 def wanted(contender: Contender, peers: Sequence[str] | None) -> bool:
-    """Whether a choice of peers has it; ours are in every choice."""
+    """True if a choice of peers has it; ours are in every choice."""
     return peers is None or not contender.peer or contender.peer in peers
 
 
 def setting(contender: Contender, inputs: CaseInputs) -> str:
-    """What was tuned, for the table."""
+    """Says what was tuned, for the table."""
     if contender.name == LIGER.name:
         chunk_size = _best_chunks.get((inputs.shape, inputs.student_hidden.dtype, inputs.device))
         return "" if chunk_size is None else f"chunk {chunk_size}"
@@ -325,13 +305,15 @@ def setting(contender: Contender, inputs: CaseInputs) -> str:
 
 
 def floor_name(inputs: CaseInputs) -> str:
-    """What the row of `bare_matmuls` is called, before its dtype."""
+    """Names the row of `bare_matmuls`, before its dtype."""
     return FLOOR if inputs.student_weight.requires_grad else FROZEN_FLOOR
 
 
 def bare_matmuls(inputs: CaseInputs, dtype: str) -> Callable[[], None]:
-    """The floor: two projections, the gradients of the hidden states and, if it is trained, of the head, into
-    preallocated outputs."""
+    """Makes the floor: two projections, the gradients of the hidden states and, if it is trained, of the head.
+
+    All go into outputs that are there before.
+    """
     frozen = not inputs.student_weight.requires_grad
     hidden, weight, teacher_hidden = (tensor.detach().to(DTYPES[dtype]) for tensor in inputs)
     student_logits = hidden.new_empty(len(hidden), len(weight))
@@ -346,34 +328,3 @@ def bare_matmuls(inputs: CaseInputs, dtype: str) -> Callable[[], None]:
             torch.mm(student_logits.T, hidden, out=weight_gradient)
 
     return products
-
-
-__all__ = [
-    "COMPILED",
-    "CONTENDERS",
-    "FLASH_LINEAR_ATTENTION",
-    "LIGER",
-    "LIGER_CHUNK_SIZES",
-    "LIGER_CUTE",
-    "LIGER_TRITON",
-    "ORDA",
-    "PLAIN",
-    "PLAIN_LOW_PRECISION",
-    "SDCORE",
-    "SDCORE_RECOMPUTE",
-    "TRL",
-    "Contender",
-    "Step",
-    "StepResult",
-    "Unavailable",
-    "at_workspace",
-    "bare_matmuls",
-    "best_liger_chunk",
-    "floor_name",
-    "plain_loss",
-    "prepare",
-    "require",
-    "setting",
-    "skipped",
-    "wanted",
-]

@@ -1,7 +1,7 @@
-"""Where results are written and found.
+"""Says where results are written and found.
 
-In a checkout of sdcore, results go to `benchmarks/results/<device>/`, whose newest files the README shows; anywhere
-else to `sdcore-bench/<device>/` of the working directory. A suite that is not the divergences' has a folder there, and
+In a checkout of sdcore, results go to `benchmarks/results/<device>/`, whose newest files benchmarks/README.md shows;
+elsewhere to `sdcore-bench/<device>/` of the working directory. A suite that is not `divergence` has a folder there, and
 so has a run that is not the suite's own: `quick`, `grid`, or what was chosen on the command line.
 """
 
@@ -17,12 +17,12 @@ DIVERGENCE: Final = "divergence"
 
 
 def checkout() -> Path | None:
-    """The root of the checkout that this code is part of; None for an installed wheel."""
+    """Returns the root of the checkout that this code is part of; None for an installed wheel."""
     return SOURCE if (SOURCE / "pyproject.toml").is_file() and (SOURCE / "benchmarks").is_dir() else None
 
 
 def results_folder() -> Path:
-    """Where devices have their folders, for a run in the working directory."""
+    """Returns the folder of all devices, for a run in the working directory."""
     root = checkout()
     if root is not None and Path.cwd().resolve().is_relative_to(root):
         return root / "benchmarks" / "results"
@@ -30,7 +30,7 @@ def results_folder() -> Path:
 
 
 def result_path(*, suite: str, device: str, date: str, variant: str = "", output: Path | None = None) -> Path:
-    """The JSON of a run; its tables and plots are beside it. With `output`, a folder, that is where they all go."""
+    """Returns the JSON of a run, beside which its tables and plots lie; `output`, a folder, takes them instead."""
     if output is not None:
         return output / f"{suite}-{date}.json"
     folder = results_folder() / device
@@ -42,12 +42,9 @@ def folder_name(text: str) -> str:
 
 
 def newest_results(results: Path, suite: str = "") -> list[Path]:
-    """The newest file of every device; file names are dates. Empty where nothing is committed yet.
+    """Finds the newest file of every device; file names are dates. Empty where nothing is committed yet.
 
     `suite` is the folder of a suite that is not the divergences'.
     """
     newest = {path.parent: path for path in sorted(results.glob(f"*/{suite}/*.json" if suite else "*/*.json"))}
     return list(newest.values())
-
-
-__all__ = ["checkout", "folder_name", "newest_results", "result_path", "results_folder"]

@@ -1,213 +1,135 @@
-"""Three pictures of a report: times over the floor, bytes, errors. One colour per contender in all of them."""
+"""Draws panels of bars and of lines; everything that a picture shows comes in as plain data.
+
+    bars([[Panel(groups=[("KL", [Bar(2.0, "#0b6e99", "ours")])], ylabel="seconds")]], Path("speed.png"), title="Speed")
+
+A picture is a grid of panels; rows of bars share their vertical axis. One legend is below all of them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from .live_memory import MemoryRow
-from .peers import (
-    COMPILED,
-    FLASH_LINEAR_ATTENTION,
-    LIGER,
-    LIGER_CUTE,
-    LIGER_TRITON,
-    ORDA,
-    PLAIN,
-    PLAIN_LOW_PRECISION,
-    SDCORE,
-    SDCORE_RECOMPUTE,
-    TRL,
-)
-from .report import Report
-from .tables import by_group, floor_seconds, memory_selection
-
-# Ours stand out; the others are told apart by hue and, in the line plots, by marker.
-COLOURS = {
-    SDCORE.name: "#0b6e99",
-    SDCORE_RECOMPUTE.name: "#6bb7d6",
-    LIGER.name: "#e08a1e",
-    LIGER_TRITON.name: "#b8621b",
-    LIGER_CUTE.name: "#8a4a10",
-    COMPILED.name: "#8a7fb5",
-    TRL.name: "#c8443c",
-    PLAIN.name: "#8c8c8c",
-    PLAIN_LOW_PRECISION.name: "#4d4d4d",
-    ORDA.name: "#7a9a3a",
-    FLASH_LINEAR_ATTENTION.name: "#a0527a",
-}
-MARKERS = dict(zip(COLOURS, "oDs^<vPXd*p", strict=True))
-MIB = 1 << 20
-BAR = 0.8
+WIDTH = 0.8  # of the bars of a group
+LINE = {"color": "black", "linewidth": 0.8, "linestyle": "--"}
 
 
-def save_plots(report: Report, path: Path) -> list[Path]:
-    """Write `<path>-speed.png`, `-memory.png` and `-accuracy.png`, those for which something was measured."""
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figures = {"speed": _speed, "memory": _memory, "accuracy": _accuracy}
-    written = []
-    for name, draw in figures.items():
-        if all(row.reason for row in getattr(report, name)):
-            continue
-        figure = draw(report)
-        target = path.with_name(f"{path.stem}-{name}.png")
-        figure.savefig(target, dpi=110)
-        plt.close(figure)
-        written.append(target)
-    return written
+class Bar(NamedTuple):
+    """Is one bar; `pale` of its height is a part that all have, `mark` a dash across it."""
+
+    height: float
+    colour: str
+    name: str = ""  # in the legend
+    pale: float = 0.0
+    mark: float | None = None
 
 
-def _speed(report: Report) -> Any:
-    groups = by_group(report.speed)
-    panels = list(dict.fromkeys((group.shape, group.dtype) for group in groups))
-    shapes = list(dict.fromkeys(shape for shape, _ in panels))
-    dtypes = list(dict.fromkeys(dtype for _, dtype in panels))
-    figure, axes = plt.subplots(
-        len(dtypes),
-        len(shapes),
-        figsize=(max(8.0, 1.5 + 3.5 * len(shapes)), 1.2 + 3.1 * len(dtypes)),
-        squeeze=False,
-        sharey="row",
-    )
-    for i, dtype in enumerate(dtypes):
-        for j, shape in enumerate(shapes):
-            members = {g: rows for g, rows in groups.items() if g.shape == shape and g.dtype == dtype}
-            _speed_panel(axes[i][j], members)
-            axes[i][j].set_title(f"{shape}, {dtype}", fontsize=9)
-        axes[i][0].set_ylabel("time / four bare matmuls")
-    _legend(figure, axes)
-    title = f"linear_divergence, forward + backward, {report.machine['name']} (under the names: sdcore)"
-    figure.suptitle(title, x=0.01, ha="left")
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
-    return figure
+class Line(NamedTuple):
+    """Is one line: its points and matplotlib's style."""
+
+    points: Sequence[tuple[float, float]]
+    style: dict[str, Any]
+    name: str = ""  # in the legend
 
 
-def _speed_panel(axes: Axes, groups: dict[Any, Any]) -> None:
-    labels = [group.work.replace(", ", ",\n") for group in groups]
-    for position, rows in enumerate(groups.values()):
-        floor = floor_seconds(rows)
-        timed = [row for row in rows if row.contender in COLOURS and not row.reason]
-        width = BAR / max(len(timed), 1)
-        for k, row in enumerate(sorted(timed, key=lambda row: row.median)):
-            left = position - BAR / 2 + k * width
-            ratio = row.median / floor
-            axes.bar(left, ratio, width * 0.92, align="edge", color=COLOURS[row.contender], label=row.contender)
-            if row.contender == SDCORE.name:
-                labels[position] += f"\n{ratio:.2f}×"
-    axes.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
-    axes.set_xticks(range(len(groups)), labels, fontsize=8)
-    # A panel with one group keeps the bar width of its neighbours.
-    axes.set_xlim(-0.6, max(len(groups), 2) - 0.4)
+@dataclass(kw_only=True)
+class Panel:
+    """Holds groups of bars, each with its label below, or lines over logarithmic axes; `levels` are drawn across."""
+
+    groups: Sequence[tuple[str, Sequence[Bar]]] = ()
+    slanted: bool = False  # the groups' labels
+    lines: Sequence[Line] = ()
+    base: float = 10  # of the vertical axis of lines
+    shown: Callable[[float], str] | None = None  # a number of that axis
+    levels: Sequence[tuple[float, dict[str, Any]]] = ()
+    title: str = ""
+    xlabel: str = ""
+    ylabel: str = ""
+    text: str = ""  # in the upper left corner of lines
 
 
-def _memory(report: Report) -> Any:
-    selected = memory_selection(report.memory)
-    dtype = selected[-1].group.dtype
-    rows = [row for row in selected if row.group.dtype == dtype]
-    groups = list(dict.fromkeys(row.group for row in rows))
-    figure, axes = plt.subplots(figsize=(max(8.0, 2.0 + 2.1 * len(groups)), 4.2))
-    drawn = [[row for row in rows if row.group == group and _bytes(row)] for group in groups]
-    width = BAR / max(map(len, drawn))
-    for position, members in enumerate(drawn):
-        for k, row in enumerate(sorted(members, key=_bytes)):
-            left = position + (k - len(members) / 2) * width
-            beyond = max(_bytes(row) - row.gradient_bytes, 0) / MIB
-            colour = COLOURS.get(row.contender, COLOURS[SDCORE.name])  # ours with a workspace of its own
-            axes.bar(left, row.gradient_bytes / MIB, width * 0.92, align="edge", color=colour, alpha=0.35)
-            axes.bar(
-                left,
-                beyond,
-                width * 0.92,
-                bottom=row.gradient_bytes / MIB,
-                align="edge",
-                color=colour,
-                label=row.contender,
-            )
-            axes.text(
-                left + width / 2,
-                _bytes(row) / MIB,
-                f" {_bytes(row) / MIB:.0f}",
-                ha="center",
-                va="bottom",
-                fontsize=6.5,
-                rotation=90,
-            )
-    axes.set_xticks(range(len(groups)), [f"{group.shape}\n{group.work}" for group in groups])
-    axes.tick_params(axis="x", labelsize=8)
-    axes.set_ylabel("peak MiB beyond the inputs")
-    axes.margins(y=0.12)
-    figure.suptitle(f"Peak memory of one step, {dtype} (pale: the gradients)", x=0.01, ha="left")
-    _legend(figure, [[axes]])
-    figure.tight_layout(rect=(0, 0.1, 1, 1))
-    return figure
+Grid = Sequence[Sequence[Panel]]
 
 
-def _bytes(row: MemoryRow) -> int:
-    return (row.live_bytes if row.live_bytes is not None else row.resident_bytes) or 0
+def bars(grid: Grid, path: Path, *, title: str, size: tuple[float, float]) -> Path:
+    """Draws a grid of panels of bars, of `size` inches, as a picture."""
+    figure, axes = plt.subplots(len(grid), len(grid[0]), figsize=size, squeeze=False, sharey="row")
+    for panel, axis in _panels(grid, axes):
+        for position, (_, group) in enumerate(panel.groups):
+            width = WIDTH / max(len(group), 1)
+            for k, bar in enumerate(group):
+                left = position - WIDTH / 2 + k * width
+                shape: dict[str, Any] = {"width": width * 0.92, "align": "edge", "color": bar.colour}
+                if bar.pale:
+                    axis.bar(left, bar.pale, alpha=0.35, **shape)
+                axis.bar(left, max(bar.height - bar.pale, 0), bottom=bar.pale, label=bar.name or None, **shape)
+                if bar.mark is not None:
+                    axis.hlines(bar.mark, left, left + width, color="black", zorder=3)
+        slant: dict[str, Any] = {"rotation": 60, "ha": "right"} if panel.slanted else {}
+        axis.set_xticks(range(len(panel.groups)), [label for label, _ in panel.groups], fontsize=8, **slant)
+        axis.set_xlim(-0.6, max(len(panel.groups), 2) - 0.4)
+    return _finish(figure, axes, path, title)
 
 
-def _accuracy(report: Report) -> Any:
-    divergences = list(dict.fromkeys(row.divergence for row in report.accuracy))
-    figure, axes = plt.subplots(
-        2, len(divergences), figsize=(1.5 + 2.4 * len(divergences), 6.2), squeeze=False, sharex=True, sharey="row"
-    )
-    for j, divergence in enumerate(divergences):
-        members = [row for row in report.accuracy if row.divergence == divergence and row.errors is not None]
-        for contender in dict.fromkeys(row.contender for row in members):
-            points = [(row.noise, row.errors) for row in members if row.contender == contender and row.errors]
-            style = {
-                "color": COLOURS[contender],
-                "marker": MARKERS[contender],
-                "markersize": 5,
-                "label": contender,
-                "linewidth": 2.2 if contender == SDCORE.name else 1.2,
-                "zorder": 4 if contender == SDCORE.name else 2,
-            }
-            # An exact zero has no place on a logarithmic axis.
-            axes[0][j].plot(*zip(*((noise, max(e.loss, 1e-9)) for noise, e in points), strict=True), **style)
-            axes[1][j].plot(*zip(*((noise, max(e.gradient, 1e-9)) for noise, e in points), strict=True), **style)
-        axes[0][j].set_title(str(divergence).replace(", ", ",\n"), fontsize=9)
-        axes[1][j].set_xlabel("teacher − student (noise)")
-    noises = sorted({row.noise for row in report.accuracy})
-    for axis in axes.flat:
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_xticks(noises, [f"{noise:g}" for noise in noises])
+def lines(grid: Grid, path: Path, *, title: str, size: tuple[float, float]) -> Path:
+    """Draws a grid of panels of lines, of `size` inches, as a picture."""
+    figure, axes = plt.subplots(len(grid), len(grid[0]), figsize=size, squeeze=False, sharex="col")
+    for panel, axis in _panels(grid, axes):
+        for line in filter(lambda line: line.points, panel.lines):
+            axis.plot(*zip(*line.points, strict=True), label=line.name or None, **line.style)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=panel.base)
+        sizes = sorted({x for line in panel.lines for x, _ in line.points})
+        axis.set_xticks(sizes, list(map(short, sizes)), fontsize=7)
         axis.xaxis.set_minor_locator(NullLocator())
-        axis.grid(True, axis="y", linewidth=0.4, alpha=0.6)
-        axis.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
-    axes[0][0].set_ylabel("relative error of the loss")
-    axes[1][0].set_ylabel("relative error of the gradients")
-    _legend(figure, axes)
-    figure.suptitle(
-        f"Error against float64, {report.accuracy[0].shape}, bf16 inputs (dashed: 100 %)", x=0.01, ha="left"
-    )
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
-    return figure
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        if panel.shown is not None:
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _, shown=panel.shown: shown(value)))
+        axis.grid(True, linewidth=0.4, alpha=0.6)
+        if panel.text:
+            low, high = axis.get_ylim()
+            axis.set_ylim(low, high * (high / low) ** 0.18)  # room for the words
+            axis.text(0.04, 0.96, panel.text, transform=axis.transAxes, va="top", fontsize=8)
+    return _finish(figure, axes, path, title)
 
 
-def _legend(figure: Any, axes: Any) -> None:
-    found: dict[str, Any] = {}
-    for row in axes:
-        for axis in row:
-            handles, labels = axis.get_legend_handles_labels()
-            found.update(zip(labels, handles, strict=True))
-    names = [name for name in COLOURS if name in found]
-    figure.legend(
-        [found[name] for name in names],
-        names,
-        loc="lower center",
-        ncols=min(len(names), 9 if len(axes[0]) > 2 else 4),
-        frameon=False,
-        fontsize=8,
-    )
+def _panels(grid: Grid, axes: Any) -> Iterator[tuple[Panel, Any]]:
+    """Pairs panels with their axes, which get what all panels have when they are drawn."""
+    for panel, axis in zip((panel for row in grid for panel in row), axes.flat, strict=True):
+        yield panel, axis
+        for level, style in panel.levels:
+            axis.axhline(level, **style)
+        axis.set_title(panel.title, fontsize=8)
+        axis.set_xlabel(panel.xlabel)
+        axis.set_ylabel(panel.ylabel)
+        axis.spines[["top", "right"]].set_visible(False)
 
 
-__all__ = ["save_plots"]
+def short(size: float) -> str:
+    """Writes a size as axes have it: 512, 2k, 0.03."""
+    return f"{size / 1024:g}k" if size and size % 1024 == 0 else f"{size:,g}"
+
+
+def _finish(figure: Any, axes: Any, path: Path, title: str) -> Path:
+    """Adds title and legend, a name once, and writes the picture."""
+    handles: dict[str, Any] = {}
+    for axis in axes.flat:
+        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(name, handle)
+    if handles:
+        figure.legend(
+            handles.values(), handles, loc="lower center", ncols=min(len(handles), 5), frameon=False, fontsize=8
+        )
+    figure.suptitle(title, x=0.01, ha="left")
+    figure.tight_layout(rect=(0, 0.02 + 0.03 * -(-len(handles) // 5), 1, 1) if handles else (0, 0, 1, 1))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path

@@ -1,4 +1,4 @@
-"""What is measured: shapes, divergences, inputs, and which of their combinations a full run covers.
+"""Says what is measured of the output layer: shapes, divergences, inputs, and which combinations a full run covers.
 
 The inputs of a float32 case are those of the bfloat16 case, widened: one oracle then serves both, and a product of two
 entries is exact in float32. No time depends on it. The teacher of a speed case is far from the student (noise 1), so
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from sdkernels.testing import make_inputs
 
+MIB = 1 << 20
 SPEED_NOISE = 1.0
 ACCURACY_NOISES = (0.3, 0.03, 0.003)
 
 
 class Shape(NamedTuple):
-    """N rows, V vocabulary, H hidden."""
+    """Holds N rows, V vocabulary, H hidden."""
 
     rows: int
     vocab: int
@@ -32,7 +33,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Divergence:
-    """`alpha` as in the design, section 3; `topk` None for the full vocabulary, else the student's top k and a tail."""
+    """Has `alpha` as docs/divergences.md; `topk` is None for the full vocabulary, else it has a tail."""
 
     name: str
     alpha: float
@@ -56,7 +57,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Group(NamedTuple):
-    """One table of contenders that compute the same thing on the same inputs."""
+    """Is one table: contenders that compute the same thing on the same inputs."""
 
     shape: Shape
     dtype: str  # a key of DTYPES
@@ -72,8 +73,10 @@ class Group(NamedTuple):
 
 
 class CaseInputs(NamedTuple):
-    """Leaves of the student (its head one only if it is trained), and the teacher's states; the teacher's head is the
-    student's, detached."""
+    """Holds leaves of the student (its head is one only if it is trained) and the teacher's states.
+
+    The teacher's head is the student's, detached.
+    """
 
     student_hidden: Tensor  # (N, H)
     student_weight: Tensor  # (V, H)
@@ -91,7 +94,7 @@ class CaseInputs(NamedTuple):
 def make_case_inputs(
     shape: Shape, dtype: str, *, noise: float, device: str = "cpu", seed: int = 0, frozen_head: bool = False
 ) -> CaseInputs:
-    """Seeded inputs of standard deviation 1 whose logits have a standard deviation of 3."""
+    """Makes seeded inputs of standard deviation 1 whose logits have a standard deviation of 3."""
     made = make_inputs(
         shape.rows, shape.hidden, shape.vocab, noise=noise, dtype=torch.bfloat16, device=device, seed=seed
     )
@@ -123,7 +126,7 @@ QUICK_ACCURACY_SHAPE = Shape(8, 600, 32)
 
 
 def groups(device: str, *, quick: bool = False, everything: bool = False) -> list[Group]:
-    """The groups of a run, in the order in which they are measured.
+    """Lists the groups of a run, in the order in which they are measured.
 
     On a CPU it is what two cores do in ten minutes: the largest vocabulary with one divergence, no forward KL, which
     costs what a reverse KL does, and not the long shape. `everything` measures all combinations. A GPU has the shapes
@@ -156,35 +159,8 @@ def groups(device: str, *, quick: bool = False, everything: bool = False) -> lis
 
 
 def chosen_groups(shape: Shape, *, everything: bool = False) -> list[Group]:
-    """The groups of a shape that somebody asked for; without `everything` no forward KL, which costs what the reverse
-    KL does."""
+    """Lists the groups of a shape that somebody asked for.
+
+    Without `everything` there is no forward KL, which costs what the reverse KL does.
+    """
     return _product(shape, BOTH, ALL if everything else WITHOUT_FORWARD_KL)
-
-
-__all__ = [
-    "ACCURACY_NOISES",
-    "ACCURACY_SHAPE",
-    "ALL",
-    "BOTH",
-    "CPU_SHAPES",
-    "CUDA_SHAPES",
-    "DTYPES",
-    "FORWARD_KL",
-    "FULL_VOCABULARY",
-    "GOAL_SHAPES",
-    "JSD",
-    "QUICK_ACCURACY_SHAPE",
-    "QUICK_SHAPE",
-    "REVERSE_KL",
-    "SPEED_NOISE",
-    "TOP_K",
-    "TOP_K_FORWARD",
-    "TOP_K_REVERSE",
-    "CaseInputs",
-    "Divergence",
-    "Group",
-    "Shape",
-    "chosen_groups",
-    "groups",
-    "make_case_inputs",
-]

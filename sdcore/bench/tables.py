@@ -1,28 +1,30 @@
-"""The tables of a report, once, for the terminal (rich) and for Markdown."""
+"""Lays out results as tables, once, for the terminal (rich) and for Markdown.
+
+Here are what all suites use, and the tables of the suite `divergence`; the others' are made of their columns.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from .live_memory import MemoryRow
-from .measure import AccuracyRow
-from .peers import SDCORE, SDCORE_RECOMPUTE
-from .report import Report
-from .shapes import REVERSE_KL, Divergence, Group, Shape
-from .timing import FLOORS, SpeedRow
+from .rows import FLOORS, AccuracyRow, MemoryRow, SpeedRow, by_group
+from .shapes import MIB, REVERSE_KL, Divergence, Group, Shape
 
-MIB = 1 << 20
+NONE = "–"
+OURS = "sdcore"  # what the names of our contenders of the output layer begin with
+Row = TypeVar("Row", bound=SpeedRow)
 
 
 @dataclass
 class Table:
-    """The first `text_columns` are words, the others numbers; `ours` are the rows to set off; `notes` go below."""
+    """Holds cells: the first `text_columns` are words, the others numbers; `ours` are set off, `notes` go below."""
 
     title: str
     columns: Sequence[str]
@@ -31,8 +33,8 @@ class Table:
     ours: set[int] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, *cells: str, contender: str = "") -> None:
-        if contender in (SDCORE.name, SDCORE_RECOMPUTE.name):
+    def add(self, *cells: str, ours: bool = False) -> None:
+        if ours:
             self.ours.add(len(self.rows))
         self.rows.append(list(cells))
 
@@ -57,44 +59,87 @@ class Table:
         return text + "".join(f"\n\n{note}" for note in self.notes)
 
 
+def pivot(
+    table: Table,
+    groups: Sequence[Sequence[Row]],
+    cells: Callable[[Row | None, Sequence[Row]], Sequence[str]],
+    ours: Callable[[Row], bool],
+    *,
+    keep_empty: bool = False,
+) -> Table:
+    """Adds a line for each contender, of its cells in each group of rows (None: it was not timed there).
+
+    A contender that was timed nowhere has a line only with `keep_empty`.
+    """
+    for contender in dict.fromkeys(row.contender for rows in groups for row in rows):
+        of_contender = [
+            next((row for row in rows if row.contender == contender and not row.reason), None) for rows in groups
+        ]
+        line = [cell for row, rows in zip(of_contender, groups, strict=True) for cell in cells(row, rows)]
+        if keep_empty or any(cell != NONE for cell in line):
+            table.add(
+                contender, *line, ours=any(ours(row) for rows in groups for row in rows if row.contender == contender)
+            )
+    return table
+
+
 def why(reason: str) -> str:
-    """A reason as a note says it."""
+    """Words a reason as a note says it."""
     return reason if reason.startswith("not ") else f"not timed, {reason}"
 
 
+def ratio(value: float, unit: str = "") -> str:
+    return NONE if math.isnan(value) else f"{value:.2f}{unit}"
+
+
+def spread(row: SpeedRow, unknown: str = NONE) -> str:
+    return unknown if math.isnan(row.spread) else f"{row.spread:.0%}"
+
+
+def mebibytes(count: int | None) -> str:
+    return NONE if count is None else f"{count / MIB:.0f}"
+
+
+def format_error(error: float) -> str:
+    """Shows percent with two digits down to 0.01 %, scientific below."""
+    if math.isnan(error):
+        return "NaN"
+    if error < 1e-4:
+        return f"{error:.0e}"
+    digits = max(0, 1 - math.floor(math.log10(error * 100)))
+    return f"{error * 100:.{digits}f} %"
+
+
+def describe(machine: Mapping[str, Any]) -> str:
+    """Says machine and software in one line."""
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items() if number)
+    details = f"{machine['threads']} threads, {machine['cpu_capability']}" if machine["kind"] == "cpu" else "CUDA"
+    details = ", ".join([details, *(f"{name}={value}" for name, value in machine.get("malloc", {}).items())])
+    return f"{machine['name']} ({details}), {machine['date']}; Python {machine['python']}, {versions}"
+
+
 def floor_seconds(rows: Iterable[SpeedRow]) -> float:
-    """The faster of a group's bare products."""
+    """Returns the time of the faster of a group's bare products."""
     return min((row.median for row in rows if row.contender.startswith(FLOORS)), default=math.nan)
 
 
-def by_group(rows: Iterable[SpeedRow]) -> dict[Group, list[SpeedRow]]:
-    grouped: dict[Group, list[SpeedRow]] = {}
-    for row in rows:
-        grouped.setdefault(row.group, []).append(row)
-    return grouped
-
-
 def speed_table(rows: Sequence[SpeedRow]) -> Table:
-    """All there is to know about one group."""
-    table = Table(
-        f"{rows[0].group}: forward and backward",
-        ("contender", "median", "spread", "of the floor", "runs", "error of loss", "of gradients"),
-    )
-    floor = floor_seconds(rows)
+    """Shows all there is to know about one group."""
+    heads = ("contender", "median", "spread", "of the floor", "runs", "error of loss", "of gradients")
+    table, floor = Table(f"{rows[0].group}: forward and backward", heads), floor_seconds(rows)
     for row in rows:
         name = f"{row.contender} ({row.setting})" if row.setting else row.contender
         if row.reason:
             table.notes.append(f"{name}: {why(row.reason)}")
             continue
-        spread = "" if math.isnan(row.spread) else f"{row.spread:.0%}"
         errors = [format_error(row.errors.loss), format_error(row.errors.gradient)] if row.errors else ["", ""]
-        times = [f"{row.median * 1e3:.1f} ms", spread, f"{row.median / floor:.2f}×", str(len(row.seconds))]
-        table.add(name, *times, *errors, contender=row.contender)
+        times = [f"{row.median * 1e3:.1f} ms", spread(row, ""), ratio(row.median / floor, "×"), str(len(row.seconds))]
+        table.add(name, *times, *errors, ours=row.contender.startswith(OURS))
     return table
 
 
 def ratio_table(shape: Shape, rows: Iterable[SpeedRow]) -> Table:
-    """A shape at a glance: every contender as a multiple of the four matrix products; with a frozen head, of three."""
+    """Shows a shape at a glance: all contenders as multiples of the four matrix products, three with a frozen head."""
     groups = {group: members for group, members in by_group(rows).items() if group.shape == shape}
     frozen = any(group.frozen_head for group in groups)
     table = Table(
@@ -102,29 +147,23 @@ def ratio_table(shape: Shape, rows: Iterable[SpeedRow]) -> Table:
         + (", three with a frozen head" if frozen else ""),
         ("contender", *(f"{group.dtype} {group.work}" for group in groups)),
     )
-    for contender in _contenders(rows):
-        cells = []
-        for members in groups.values():
-            row = next((row for row in members if row.contender == contender), None)
-            timed = row is not None and not row.reason
-            cells.append(f"{row.median / floor_seconds(members):.2f}" if row is not None and timed else "–")
-        if any(cell != "–" for cell in cells):
-            table.add(contender, *cells, contender=contender)
-    floors = [floor_seconds(members) for members in groups.values()]
-    table.add(
-        "matmuls, ms" if frozen else "four matmuls, ms",
-        *("–" if math.isnan(floor) else f"{floor * 1e3:.0f}" for floor in floors),
+    pivot(
+        table,
+        [[row for row in members if not row.contender.startswith(FLOORS)] for members in groups.values()],
+        lambda row, rows: [ratio(row.median / floor_seconds(groups[row.group])) if row else NONE],
+        lambda row: row.contender.startswith(OURS),
     )
+    floors = [floor_seconds(members) * 1e3 for members in groups.values()]
+    name = "matmuls, ms" if frozen else "four matmuls, ms"
+    table.add(name, *(NONE if math.isnan(floor) else f"{floor:.0f}" for floor in floors))
     return table
 
 
-def _contenders(rows: Iterable[SpeedRow]) -> list[str]:
-    return list(dict.fromkeys(row.contender for row in rows if not row.contender.startswith(FLOORS)))
-
-
 def memory_selection(rows: Sequence[MemoryRow]) -> list[MemoryRow]:
-    """Of a shape, a dtype and a kind of head one divergence, the reverse KL where it was measured: the others take
-    about the same."""
+    """Selects one divergence per shape, dtype and kind of head: the reverse KL where it was measured.
+
+    The others take about the same.
+    """
     chosen: dict[Group, Divergence] = {}
     for row in rows:
         case = row.group._replace(divergence=REVERSE_KL)
@@ -134,35 +173,30 @@ def memory_selection(rows: Sequence[MemoryRow]) -> list[MemoryRow]:
 
 
 def memory_table(rows: Sequence[MemoryRow]) -> Table:
-    """Peak bytes of a step; one line per group."""
-    contenders = [name for name in dict.fromkeys(row.contender for row in rows) if any(_used(rows, name))]
+    """Shows the peak bytes of a step, one line per group."""
+    contenders = list(dict.fromkeys(row.contender for row in rows if not row.reason))
     table = Table(
         "Peak MiB of one step beyond its inputs, gradients included: live tensors (resident growth of the process)",
         ("case", *contenders, "gradients alone"),
         notes=["What a compiled graph allocates is seen in the resident bytes only."],
     )
-    found = {(row.group, row.contender): row for row in rows}
-    for group in dict.fromkeys(row.group for row in rows):
-        cells = [_memory_cell(found.get((group, contender))) for contender in contenders]
-        gradients = max(row.gradient_bytes for row in rows if row.group == group)
-        table.add(str(group), *cells, f"{gradients / MIB:.0f}")
+    for group, members in by_group(rows).items():
+        row_of = {row.contender: row for row in members}
+        cells = [_memory_cell(row_of.get(contender)) for contender in contenders]
+        table.add(str(group), *cells, mebibytes(max(row.gradient_bytes for row in members)))
     return table
-
-
-def _used(rows: Iterable[MemoryRow], contender: str) -> Iterable[bool]:
-    return (not row.reason for row in rows if row.contender == contender)
 
 
 def _memory_cell(row: MemoryRow | None) -> str:
     if row is None or row.reason:
-        return "–"
+        return NONE
     live = "" if row.live_bytes is None else f"{row.live_bytes / MIB:.0f}"
     resident = "" if row.resident_bytes is None else f"({row.resident_bytes / MIB:.0f})"
-    return f"{live} {resident}".strip() or "–"
+    return f"{live} {resident}".strip() or NONE
 
 
 def accuracy_table(rows: Sequence[AccuracyRow]) -> Table:
-    """Error of the loss and, after the slash, of the worse gradient."""
+    """Shows the error of the loss and, after the slash, of the worse gradient."""
     noises = list(dict.fromkeys(row.noise for row in rows))
     table = Table(
         f"{rows[0].shape}, {rows[0].dtype} inputs: relative error of loss / gradients against float64, by the noise "
@@ -171,68 +205,16 @@ def accuracy_table(rows: Sequence[AccuracyRow]) -> Table:
         text_columns=2,
         notes=["`<0`: the loss came out negative, which no divergence can be."],
     )
-    found = {(row.divergence, row.contender, row.noise): row for row in rows}
+    row_of = {(row.divergence, row.contender, row.noise): row for row in rows}
     for divergence, contender in dict.fromkeys((row.divergence, row.contender) for row in rows):
-        cells = [_accuracy_cell(found.get((divergence, contender, noise))) for noise in noises]
-        if any(cell != "–" for cell in cells):
-            table.add(str(divergence), contender, *cells, contender=contender)
+        cells = [_accuracy_cell(row_of.get((divergence, contender, noise))) for noise in noises]
+        if any(cell != NONE for cell in cells):
+            table.add(str(divergence), contender, *cells, ours=contender.startswith(OURS))
     return table
 
 
 def _accuracy_cell(row: AccuracyRow | None) -> str:
     if row is None or row.errors is None:
-        return "–"
+        return NONE
     sign = " (<0)" if row.loss < 0 else ""
     return f"{format_error(row.errors.loss)}{sign} / {format_error(row.errors.gradient)}"
-
-
-def format_error(error: float) -> str:
-    """Percent with two digits down to 0.01 %, scientific below."""
-    if math.isnan(error):
-        return "NaN"
-    if error < 1e-4:
-        return f"{error:.0e}"
-    digits = max(0, 1 - math.floor(math.log10(error * 100)))
-    return f"{error * 100:.{digits}f} %"
-
-
-def report_tables(report: Report) -> list[Table]:
-    """Every table of a report, in the order of reading."""
-    tables = [ratio_table(shape, report.speed) for shape in dict.fromkeys(row.group.shape for row in report.speed)]
-    if report.memory:
-        tables.append(memory_table(memory_selection(report.memory)))
-    if report.accuracy:
-        tables.append(accuracy_table(report.accuracy))
-    return tables + [speed_table(rows) for rows in by_group(report.speed).values()]
-
-
-def describe(report: Report) -> str:
-    """Machine and software, one line."""
-    machine = report.machine
-    versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items() if found)
-    details = f"{machine['threads']} threads, {machine['cpu_capability']}" if machine["kind"] == "cpu" else "CUDA"
-    details = ", ".join([details, *(f"{name}={value}" for name, value in machine.get("malloc", {}).items())])
-    return f"{machine['name']} ({details}), {machine['date']}; Python {machine['python']}, {versions}"
-
-
-def markdown(report: Report) -> str:
-    """The whole report as a file beside its JSON."""
-    tables = [table.markdown() for table in report_tables(report)]
-    return "\n\n".join(["# Benchmark of linear_divergence", describe(report), *tables]) + "\n"
-
-
-__all__ = [
-    "Table",
-    "accuracy_table",
-    "by_group",
-    "describe",
-    "floor_seconds",
-    "format_error",
-    "markdown",
-    "memory_selection",
-    "memory_table",
-    "ratio_table",
-    "report_tables",
-    "speed_table",
-    "why",
-]

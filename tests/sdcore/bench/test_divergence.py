@@ -1,8 +1,7 @@
-"""The suite of the output layer checks what it times, keeps its rows through JSON, and the README shows the newest."""
+"""The suite of the output layer checks what it times, and says why what is not timed is not."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +10,28 @@ from typing import Any
 import pytest
 import torch
 
-from sdcore.bench import compare, divergence, live_memory, measure, peers, readme
-from sdcore.bench.estimate import group_bytes, peak_bytes
-from sdcore.bench.measure import measure_group
+from sdcore.bench import compare, peers
+from sdcore.bench.measure import MOST_OF_FREE, group_bytes, peak_bytes, repetitions
 from sdcore.bench.options import Options
 from sdcore.bench.oracle import solve
-from sdcore.bench.peers import CONTENDERS, PLAIN, SDCORE, Contender, plain_loss, skipped
+from sdcore.bench.peers import (
+    CONTENDERS,
+    LIGER_CUTE,
+    LIGER_CUTE_KERNEL,
+    LIGER_TRITON,
+    LIGER_TRITON_KERNEL,
+    PLAIN,
+    SDCORE,
+    Contender,
+    Unavailable,
+    plain_loss,
+    skipped,
+)
 from sdcore.bench.places import checkout, newest_results
-from sdcore.bench.report import Report, load, save
+from sdcore.bench.rows import Report, SpeedRow
 from sdcore.bench.shapes import (
     ALL,
+    JSD,
     QUICK_SHAPE,
     REVERSE_KL,
     TOP_K,
@@ -30,20 +41,16 @@ from sdcore.bench.shapes import (
     Shape,
     make_case_inputs,
 )
-from sdcore.bench.tables import markdown, ratio_table, speed_table
-from sdcore.bench.timing import SpeedRow, repetitions
-from sdcore.errors import ArgumentError
+from sdcore.bench.suite import run
+from sdcore.bench.suites import divergence
+from sdcore.bench.suites.divergence import SUITE, measure_group
+from sdcore.bench.tables import ratio_table, speed_table
+
+QuickJson = Callable[[str], Path]
 
 
-@pytest.fixture(scope="module")
-def quick_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file that a quick run writes."""
-    output = tmp_path_factory.mktemp("benchmark")
-    return divergence.run(Options(suite="divergence", quick=True, device="cpu", output=output))
-
-
-def test_a_quick_run_has_every_row_and_a_reason_for_each_that_is_not_timed(quick_json: Path) -> None:
-    report = load(quick_json)
+def test_a_quick_run_has_every_row_and_a_reason_for_each_that_is_not_timed(quick_json: QuickJson) -> None:
+    report = SUITE.load(quick_json("divergence"))
     groups = {row.group for row in report.speed}
     assert len(groups) == 5
     for group in groups:
@@ -57,16 +64,16 @@ def test_a_quick_run_has_every_row_and_a_reason_for_each_that_is_not_timed(quick
             assert bool(row.seconds) == (row.reason is None)
 
 
-def test_what_a_quick_run_timed_was_equal_to_the_oracle(quick_json: Path) -> None:
-    rows = [row for row in load(quick_json).speed if row.seconds and "matmuls" not in row.contender]
+def test_what_a_quick_run_timed_was_equal_to_the_oracle(quick_json: QuickJson) -> None:
+    rows = [row for row in SUITE.load(quick_json("divergence")).speed if row.seconds and "matmuls" not in row.contender]
     assert rows
     for row in rows:
         assert row.errors is not None
         assert row.errors.gradient < {"fp32": 1e-5, "bf16": 0.05}[row.group.dtype]
 
 
-def test_a_quick_run_counts_memory_and_errors_of_both_of_our_paths(quick_json: Path) -> None:
-    report = load(quick_json)
+def test_a_quick_run_counts_memory_and_errors_of_both_of_our_paths(quick_json: QuickJson) -> None:
+    report = SUITE.load(quick_json("divergence"))
     for name in ("sdcore", "sdcore, recompute"):
         memory = [row for row in report.memory if row.contender == name]
         assert len(memory) == 5
@@ -74,16 +81,6 @@ def test_a_quick_run_counts_memory_and_errors_of_both_of_our_paths(quick_json: P
         errors = [row.errors for row in report.accuracy if row.contender == name]
         assert len(errors) == 18  # 3 noises, 6 divergences
         assert all(error is not None and math.isfinite(error.gradient) for error in errors)
-
-
-def test_a_report_survives_being_saved(quick_json: Path, tmp_path: Path) -> None:
-    report = load(quick_json)
-    save(report, tmp_path / "again.json")
-    assert (tmp_path / "again.json").read_text() == quick_json.read_text()
-    assert (quick_json.with_suffix(".md")).read_text() == markdown(report)
-    assert {path.name for path in quick_json.parent.glob("*.png")} == {
-        f"{quick_json.stem}-{name}.png" for name in ("speed", "memory", "accuracy")
-    }
 
 
 def _wrong(name: str, factor: float) -> Contender:
@@ -135,8 +132,9 @@ def test_a_frozen_head_has_three_products_no_gradient_and_is_compared_without_it
     exact = solve(inputs, (REVERSE_KL,))[REVERSE_KL]
     trained = make_case_inputs(QUICK_SHAPE, "fp32", noise=1.0)
     whole = solve(trained, (REVERSE_KL,))[REVERSE_KL]
-    assert torch.equal(exact.hidden_gradient, whole.hidden_gradient)
-    assert (exact.weight_gradient.numel(), whole.weight_gradient.numel()) == (0, 1500 * 32)
+    assert torch.equal(exact.gradients["hidden"], whole.gradients["hidden"])
+    assert "weight" not in exact.gradients
+    assert whole.gradients["weight"].shape == (1500, 32)
     group = Group(QUICK_SHAPE, "fp32", REVERSE_KL, frozen_head=True)
     speed, memory = measure_group(group, (SDCORE, _wrong("half", 0.5)), inputs, exact, seconds_per_row=0.0)
     assert [row.contender for row in speed] == ["three matmuls fp32", "sdcore", "half"]
@@ -171,30 +169,10 @@ def test_a_row_of_a_frozen_head_keeps_it_on_disk_and_in_a_comparison(tmp_path: P
         SpeedRow(group=Group(QUICK_SHAPE, "bf16", REVERSE_KL, frozen), contender="sdcore", seconds=[1.0 + frozen])
         for frozen in (False, True)
     ]
-    save(Report(machine={"name": "a", "date": "b"}, speed=rows), tmp_path / "a.json")
-    assert [row.group for row in load(tmp_path / "a.json").speed] == [row.group for row in rows]
+    SUITE.save(Report(machine={"name": "a", "date": "b"}, speed=rows), tmp_path / "a.json")
+    assert [row.group for row in SUITE.load(tmp_path / "a.json").speed] == [row.group for row in rows]
     found = compare.compare(tmp_path / "a.json", tmp_path / "a.json")
     assert [row.before for row in found.rows] == [1.0, 2.0]
-
-
-def test_a_run_goes_on_where_its_rows_end(quick_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    planned = divergence.planned_groups(Options(suite="divergence", quick=True), "cpu")[2:]
-    report = load(quick_json)
-    report.speed = [row for row in report.speed if row.group == planned[0]]
-    report.memory = [row for row in report.memory if row.group == planned[0]]
-    save(report, tmp_path / "divergence-2026-01-02.json")
-    options = Options(suite="divergence", quick=True, device="cpu", output=tmp_path, peers=("naive",))
-    path = divergence.run(options, planned=planned[:2], resume=True)
-    assert path == tmp_path / "divergence-2026-01-02.json"
-    found = load(path)
-    assert found.speed[: len(report.speed)] == report.speed
-    assert list(dict.fromkeys(row.group for row in found.speed)) == planned[:2]
-    assert len({(row.group, row.contender) for row in found.speed}) == len(found.speed)
-    assert len(found.accuracy) == len(report.accuracy) > 0
-    monkeypatch.setitem(report.machine, "name", "another")
-    save(report, path)
-    with pytest.raises(ArgumentError, match=r"output must hold results of this machine, .* is of another"):
-        divergence.run(options, planned=planned, resume=True)
 
 
 def test_ratios_are_taken_to_the_faster_of_the_bare_products() -> None:
@@ -205,45 +183,6 @@ def test_ratios_are_taken_to_the_faster_of_the_bare_products() -> None:
         SpeedRow(group=group, contender="sdcore", seconds=[3.0, 3.0]),
     ]
     assert ratio_table(QUICK_SHAPE, rows).rows[0] == ["sdcore", "1.50"]
-
-
-def test_the_readme_shows_the_newest_committed_results() -> None:
-    text = readme.readme_file().read_text(encoding="utf-8")
-    root = readme.readme_file().parent
-    again = readme.DIVERGENCE.renewed(text, root / "benchmarks" / "results", root)
-    assert text == again, "run `sdcore bench --readme`"
-
-
-def test_the_readme_block_takes_the_newest_file_of_a_device(quick_json: Path, tmp_path: Path) -> None:
-    device = tmp_path / "results" / "some-device"
-    device.mkdir(parents=True)
-    block = readme.DIVERGENCE
-    empty = f"{block.begin}\n{block.end}"
-    assert "No results are committed yet" in block.renewed(empty, tmp_path / "results", tmp_path)
-    for date in ("2026-01-02", "2026-01-10"):
-        stored = json.loads(quick_json.read_text())
-        stored["machine"]["date"] = date
-        (device / f"{date}.json").write_text(json.dumps(stored))
-    text = block.renewed(f"before {empty} after", tmp_path / "results", tmp_path)
-    assert "(results/some-device/2026-01-10.json)" in text
-    assert "2026-01-02" not in text
-    assert text.startswith("before ")
-    assert text.endswith(" after")
-    assert block.renewed(text, tmp_path / "results", tmp_path) == text
-
-
-def test_a_readme_without_markers_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="<!-- results -->"):
-        readme.DIVERGENCE.renewed("no markers", Path(), Path())
-
-
-def test_every_committed_result_can_be_read() -> None:
-    root = checkout()
-    assert root is not None
-    found = newest_results(root / "benchmarks" / "results")
-    assert found
-    for path in found:
-        assert path.with_suffix(".md").read_text(encoding="utf-8") == markdown(load(path))
 
 
 def test_a_peer_that_is_not_installed_keeps_a_row_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +201,7 @@ def test_a_peer_that_is_not_installed_keeps_a_row_that_says_what_to_install(monk
 def test_a_contender_that_would_not_fit_the_memory_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     group = Group(QUICK_SHAPE, "fp32", REVERSE_KL)
     least = peak_bytes("plain torch", group, "cpu")
-    monkeypatch.setattr(measure, "free_bytes", lambda device: (least - 1) / live_memory.MOST_OF_FREE)
+    monkeypatch.setattr(divergence, "free_bytes", lambda device: (least - 1) / MOST_OF_FREE)
     inputs = make_case_inputs(QUICK_SHAPE, "fp32", noise=1.0)
     exact = solve(inputs, (REVERSE_KL,))[REVERSE_KL]
     speed, _ = measure_group(group, (SDCORE, PLAIN), inputs, exact, seconds_per_row=0.0)
@@ -274,7 +213,7 @@ def test_a_contender_that_would_not_fit_the_memory_is_not_tried(monkeypatch: pyt
 def test_a_shape_that_would_not_fit_the_memory_keeps_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(divergence, "free_bytes", lambda device: 1e9)
     options = Options(suite="divergence", device="cpu", model="qwen3-8b", peers=("naive",), output=tmp_path)
-    report = load(divergence.run(options))
+    report = SUITE.load(run(SUITE, options))
     assert {row.contender for row in report.speed} == {"sdcore", "sdcore, recompute", "plain torch"}
     assert {row.group.shape for row in report.speed} == {Shape(256, 151936, 4096)}
     assert all(str(row.reason).startswith("not run: needs") for row in report.speed)
@@ -284,7 +223,7 @@ def test_a_shape_that_would_not_fit_the_memory_keeps_its_rows(monkeypatch: pytes
 def test_the_estimates_of_memory_are_near_the_committed_measurements(contender: Contender) -> None:
     root = checkout()
     assert root is not None
-    rows = [row for path in newest_results(root / "benchmarks" / "results") for row in load(path).memory]
+    rows = [row for path in newest_results(root / "benchmarks" / "results") for row in SUITE.load(path).memory]
     measured = [row for row in rows if row.contender == contender.name and row.live_bytes]
     assert measured
     for row in measured:
@@ -316,3 +255,27 @@ def test_a_model_or_a_shape_takes_the_place_of_the_suites_own(options: dict[str,
 def test_a_choice_of_peers_keeps_ours() -> None:
     kept = [one.name for one in CONTENDERS if peers.wanted(one, ("naive", "fla"))]
     assert kept == ["sdcore", "sdcore, recompute", "plain torch", "flash-linear-attention"]
+
+
+def test_the_kernels_that_are_asked_for_are_there_in_the_installed_liger() -> None:
+    dispatch = pytest.importorskip("liger_kernel.backends.dispatch")
+    import liger_kernel.functional  # noqa: F401  # says where the implementations are
+
+    for operation in ("fused_linear_jsd", "jsd_loss_and_grad"):
+        found = set(dispatch.all_impls(operation))
+        assert LIGER_TRITON_KERNEL in found
+    # Its inner kernel is registered where CUTLASS can be imported only.
+    assert LIGER_CUTE_KERNEL in dispatch.all_impls("fused_linear_jsd")
+
+
+@pytest.mark.parametrize("contender", [LIGER_TRITON, LIGER_CUTE], ids=lambda one: one.name)
+@pytest.mark.parametrize(("divergence", "reason"), [(JSD, "needs a GPU"), (TOP_K, "no top-k")], ids=str)
+def test_without_a_gpu_the_rows_say_so(contender: Contender, divergence: Divergence, reason: str) -> None:
+    pytest.importorskip("liger_kernel")
+    with pytest.raises(Unavailable, match=reason):
+        peers.prepare(contender, make_case_inputs(QUICK_SHAPE, "fp32", noise=1.0), divergence)
+
+
+def test_every_contender_has_a_colour_and_a_marker_of_its_own() -> None:
+    assert len({(one.colour, one.marker) for one in divergence.COLOURED}) == len(divergence.COLOURED)
+    assert {one.name for one in CONTENDERS} <= set(divergence.COLOURS)

@@ -1,61 +1,56 @@
-"""The benchmark of scaling checks every size before it times it, also where nothing but ours fits, and can be drawn."""
+"""The benchmark of scaling checks every size before it times it, also where nothing but ours fits."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from sdcore.bench import readme, running, scaling, scaling_cases
+from sdcore.bench import passes
 from sdcore.bench.compare import compare
-from sdcore.bench.live_memory import MOST_OF_FREE
+from sdcore.bench.measure import MOST_OF_FREE
 from sdcore.bench.options import SWEEPS, Options
 from sdcore.bench.oracle import solve
-from sdcore.bench.passes import Outcome, PassReport, Step, save
-from sdcore.bench.places import checkout, newest_results
-from sdcore.bench.scaling import ScalingReport, exponent, load, markdown, measure, overview, sweep_table, sweeps
-from sdcore.bench.scaling_cases import (
+from sdcore.bench.rows import Outcome, PassReport, PassRow, Step
+from sdcore.bench.shapes import JSD, CaseInputs, Shape, make_case_inputs
+from sdcore.bench.suite import Run, start
+from sdcore.bench.suites import points as of_points
+from sdcore.bench.suites.points import (
     LIMIT,
     MOST_ROWS,
     OF_HEAD,
     Job,
     Point,
-    ScalingRow,
     distinct_completions,
     distinct_rows,
     job,
     names,
     points,
 )
-from sdcore.bench.shapes import JSD, CaseInputs, Shape, make_case_inputs
+from sdcore.bench.suites.scaling import SUITE, exponent, overview, sweep_table, sweeps
 from sdcore.cli import bench
 from sdcore.errors import ArgumentError
 
 ROWS = Point(sweep="N", sizes="N=512,V=300,H=16", dtype="fp32")
 COMPLETIONS = Point(sweep="G", sizes="G=8,P=24,R=4", dtype="fp32", model="quick")
-
-
-@pytest.fixture(scope="module")
-def quick_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file that a quick run writes."""
-    output = tmp_path_factory.mktemp("benchmark")
-    return scaling.run(Options(suite="scaling", quick=True, device="cpu", output=output))
+QuickJson = Callable[[str], Path]
 
 
 @pytest.fixture
-def this_run(tmp_path: Path) -> running.Run:
+def this_run(tmp_path: Path) -> Run:
     options = Options(suite="scaling", quick=True, device="cpu", output=tmp_path)
-    return running.start(options, seconds=0.0, progress=Console(quiet=True))
+    return start(options, seconds=0.0, progress=Console(quiet=True))
 
 
-def test_a_quick_run_times_the_plain_way_ours_and_the_limit_at_every_size(quick_json: Path) -> None:
-    found = load(quick_json).by_case()
+def test_a_quick_run_times_the_plain_way_ours_and_the_limit_at_every_size(quick_json: QuickJson) -> None:
+    report = SUITE.load(quick_json("scaling"))
+    found = report.by_case()
+    assert report.machine["free_bytes"] > 0
     assert [point.sweep for point in found] == sorted((point.sweep for point in found), key=SWEEPS.index)
     assert {point.sweep for point in found} == set(SWEEPS)
     for point, rows in found.items():
@@ -64,8 +59,8 @@ def test_a_quick_run_times_the_plain_way_ours_and_the_limit_at_every_size(quick_
         assert all(row.seconds for row in rows)
 
 
-def test_what_a_quick_run_timed_was_right_and_its_bytes_were_counted(quick_json: Path) -> None:
-    for row in load(quick_json).rows:
+def test_what_a_quick_run_timed_was_right_and_its_bytes_were_counted(quick_json: QuickJson) -> None:
+    for row in SUITE.load(quick_json("scaling")).rows:
         if row.contender == LIMIT:
             continue
         assert row.values_error < 1e-5
@@ -75,8 +70,8 @@ def test_what_a_quick_run_timed_was_right_and_its_bytes_were_counted(quick_json:
         assert row.needed_bytes > 0
 
 
-def test_a_quick_run_has_sizes_that_repeat_rows_and_completions(quick_json: Path) -> None:
-    sizes = {(point.sweep, point.size) for point in load(quick_json).by_case()}
+def test_a_quick_run_has_sizes_that_repeat_rows_and_completions(quick_json: QuickJson) -> None:
+    sizes = {(point.sweep, point.size) for point in SUITE.load(quick_json("scaling")).by_case()}
     assert any(sweep == "N" and distinct_rows(size) < size for sweep, size in sizes)
     assert any(sweep == "G" and distinct_completions(size) < size for sweep, size in sizes)
 
@@ -86,28 +81,18 @@ def test_the_right_answer_of_repeated_rows_is_that_of_all_of_them() -> None:
     few = make_case_inputs(Shape(MOST_ROWS, 300, 16), "fp32", noise=1.0)
     hidden = few.student_hidden.detach().repeat(2, 1).requires_grad_()
     exact = solve(CaseInputs(hidden, few.student_weight, few.teacher_hidden.repeat(2, 1)), (JSD,))[JSD]
-    torch.testing.assert_close(found.exact.values, exact.loss)
-    torch.testing.assert_close(found.exact.gradients["hidden"], exact.hidden_gradient)
-    torch.testing.assert_close(found.exact.gradients["weight"], exact.weight_gradient)
+    torch.testing.assert_close(found.exact.values, exact.values)
+    torch.testing.assert_close(found.exact.gradients["hidden"], exact.gradients["hidden"])
+    torch.testing.assert_close(found.exact.gradients["weight"], exact.gradients["weight"])
 
 
 def test_the_right_answer_of_repeated_completions_is_that_of_all_of_them() -> None:
     found = job(COMPLETIONS, "cpu")
-    naive = found.candidates[0].build()()
+    naive = found.builds[names(COMPLETIONS)[0]]()()
     assert len(naive.values) == 8 * 4
     torch.testing.assert_close(found.exact.values, naive.values)
     for name, gradient in naive.gradients.items():
         torch.testing.assert_close(found.exact.gradients[name], gradient, rtol=1e-4, atol=1e-5)
-
-
-def _with(change: Callable[[Outcome], Outcome], point: Point, device: str) -> Job:
-    found = job(point, device)
-
-    def build(whole: Callable[[], Step]) -> Step:
-        step = whole()
-        return lambda: change(step())
-
-    return found._replace(candidates=[one._replace(build=partial(build, one.build)) for one in found.candidates])
 
 
 @pytest.mark.parametrize(
@@ -122,14 +107,20 @@ def _with(change: Callable[[Outcome], Outcome], point: Point, device: str) -> Jo
     ids=["loss", "gradient of the states", "gradient of the head", "states", "gradient of a layer"],
 )
 def test_a_contender_that_computes_something_else_is_not_timed(
-    point: Point,
-    change: Callable[[Outcome], Outcome],
-    reason: str,
-    this_run: running.Run,
-    monkeypatch: pytest.MonkeyPatch,
+    point: Point, change: Callable[[Outcome], Outcome], reason: str, this_run: Run
 ) -> None:
-    monkeypatch.setattr(scaling, "job", partial(_with, change))
-    plain, ours, limit = measure(this_run, point)
+    def changed(whole: Callable[[], Step]) -> Callable[[], Step]:
+        def build() -> Step:
+            step = whole()
+            return lambda: change(step())
+
+        return build
+
+    def setup(point: Point, device: str) -> Job:
+        right = job(point, device)
+        return replace(right, builds={name: changed(build) for name, build in right.builds.items()})
+
+    plain, ours, limit = replace(SUITE, setup=setup).measure_one(this_run, point)
     for row in (plain, ours):
         assert str(row.reason).startswith(reason)
         assert not row.seconds
@@ -143,13 +134,12 @@ def _twice(outcome: Outcome, ending: str) -> Outcome:
 
 @pytest.mark.parametrize("point", [ROWS, COMPLETIONS], ids=["rows", "completions"])
 def test_where_the_plain_way_does_not_fit_ours_goes_on_and_is_checked(
-    point: Point, this_run: running.Run, monkeypatch: pytest.MonkeyPatch
+    point: Point, this_run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, ours = (one.needed for one in job(point, "cpu").candidates)
+    plain, ours = job(point, "cpu").needed.values()
     assert ours < plain
-    monkeypatch.setattr(scaling, "resident_bytes", lambda point: 0.0)
-    monkeypatch.setattr(scaling, "free_bytes", lambda device: (plain - 1) / MOST_OF_FREE)
-    rows = measure(this_run, point)
+    monkeypatch.setattr(passes, "free_bytes", lambda device: (plain - 1) / MOST_OF_FREE)
+    rows = replace(SUITE, resident_bytes=lambda point: 0.0).measure_one(this_run, point)
     assert str(rows[0].reason).startswith("not run: needs")
     assert rows[0].needed_bytes == plain
     assert rows[1].reason is None
@@ -161,10 +151,10 @@ def test_where_the_plain_way_does_not_fit_ours_goes_on_and_is_checked(
     assert any("not run: needs" in note for note in table.notes)
 
 
-def test_a_point_whose_inputs_do_not_fit_keeps_its_rows(this_run: running.Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaling, "free_bytes", lambda device: 1e5)
+def test_a_point_whose_inputs_do_not_fit_keeps_its_rows(this_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "free_bytes", lambda device: 1e5)
     for point in (ROWS, COMPLETIONS):
-        rows = measure(this_run, point)
+        rows = SUITE.measure_one(this_run, point)
         assert [row.contender for row in rows] == [*names(point), LIMIT]
         assert all(str(row.reason).startswith("not run: needs") for row in rows)
 
@@ -173,25 +163,16 @@ def test_a_point_whose_inputs_do_not_fit_keeps_its_rows(this_run: running.Run, m
 def test_a_row_that_takes_seconds_is_timed_once_unless_asked_otherwise(
     asked: float | None, once: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scaling_cases, "LARGE_ENTRIES", 512 * 300)
+    monkeypatch.setattr(of_points, "LARGE_ENTRIES", 512 * 300)
     options = Options(suite="scaling", device="cpu", output=tmp_path, seconds=asked)
-    rows = measure(running.start(options, seconds=1.0, progress=Console(quiet=True)), ROWS)
+    rows = SUITE.measure_one(start(options, seconds=1.0, progress=Console(quiet=True)), ROWS)
     assert ROWS.is_large
     assert all((len(row.seconds) == 1) == once for row in rows)
 
 
-def test_a_report_survives_being_saved_and_is_drawn(quick_json: Path, tmp_path: Path) -> None:
-    found = load(quick_json)
-    save(found, tmp_path / "again.json")
-    assert (tmp_path / "again.json").read_text() == quick_json.read_text()
-    assert quick_json.with_suffix(".md").read_text() == markdown(found)
-    assert quick_json.with_suffix(".png").stat().st_size > 0
-    assert found.machine["free_bytes"] > 0
-
-
-def _row(size: int, contender: str, seconds: float, mib: int, **fields: object) -> ScalingRow:
+def _row(size: int, contender: str, seconds: float, mib: int, **fields: object) -> PassRow:
     point = Point(sweep="N", sizes=f"N={size},V=100,H=8", dtype="fp32")
-    return ScalingRow(
+    return PassRow(
         group=point,
         contender=contender,
         seconds=[seconds] if seconds else [],
@@ -207,7 +188,7 @@ def test_the_growth_of_each_contender_is_its_exponent_over_the_larger_half() -> 
     for size in (100, 200, 400):
         rows.append(_row(size, "plain torch", size / 10 if size < 400 else 0, size, needed_bytes=1e9))
         rows += [_row(size, "sdcore", size / 20, 7), _row(size, LIMIT, size / 40, 0)]
-    report: ScalingReport = PassReport(machine={}, rows=list(reversed(rows)))
+    report = PassReport(machine={}, rows=list(reversed(rows)))
     (sweep,) = sweeps(report)
     assert [point.size for point in sweep] == [100, 200, 400]
     (line,) = overview(report).rows
@@ -260,15 +241,16 @@ def test_the_sweeps_of_the_output_layer_need_no_transformers(run_python: Callabl
 import sys
 from pathlib import Path
 sys.modules |= dict.fromkeys(["typer", "transformers", "trl", "liger_kernel", "matplotlib"])
-from sdcore.bench.scaling import run
+from sdcore.bench.suite import run
+from sdcore.bench.suites.scaling import SUITE
 from sdcore.bench.options import Options
-print(run(Options(suite="scaling", quick=True, device="cpu", threads=1, output=Path("."), peers=("N", "V"))))
+print(run(SUITE, Options(suite="scaling", quick=True, device="cpu", threads=1, output=Path("."), peers=("N", "V"))))
 """
     assert run_python(code).strip().endswith(".json")
 
 
-def test_two_results_can_be_compared(quick_json: Path) -> None:
-    found = compare(quick_json, quick_json)
+def test_two_results_can_be_compared(quick_json: QuickJson) -> None:
+    found = compare(quick_json("scaling"), quick_json("scaling"))
     assert found.rows
     assert all(row.ratio == 1 for row in found.rows)
     assert ("N N=8,V=500,H=32 fp32", "sdcore") in {(row.key.case.strip(), row.key.contender) for row in found.rows}
@@ -277,34 +259,3 @@ def test_two_results_can_be_compared(quick_json: Path) -> None:
 def test_the_sweeps_in_the_help_are_those_of_the_suite() -> None:
     assert bench.SWEEPS == SWEEPS
     assert set(OF_HEAD) < set(SWEEPS)
-
-
-def test_the_block_takes_the_newest_file_of_a_device(quick_json: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "results" / "some-device" / "scaling"
-    folder.mkdir(parents=True)
-    block = readme.SCALING
-    empty = f"{block.begin}\n{block.end}"
-    assert "`sdcore bench scaling`" in block.renewed(empty, tmp_path / "results", tmp_path)
-    for date in ("2026-01-02", "2026-01-10"):
-        stored = json.loads(quick_json.read_text())
-        (folder / f"{date}.json").write_text(json.dumps(stored))
-    (folder / "2026-01-10.png").touch()
-    text = block.renewed(empty, tmp_path / "results", tmp_path)
-    assert "(results/some-device/scaling/2026-01-10.json)" in text
-    assert "(results/some-device/scaling/2026-01-10.png)" in text
-    assert "2026-01-02" not in text
-    assert block.renewed(text, tmp_path / "results", tmp_path) == text
-
-
-def test_the_readme_shows_the_newest_committed_results_of_scaling() -> None:
-    text = readme.readme_file().read_text(encoding="utf-8")
-    root = readme.readme_file().parent
-    again = readme.SCALING.renewed(text, root / "benchmarks" / "results", root)
-    assert text == again, "run `sdcore bench --readme`"
-
-
-def test_every_committed_result_can_be_read() -> None:
-    root = checkout()
-    assert root is not None
-    for path in newest_results(root / "benchmarks" / "results", "scaling"):
-        assert path.with_suffix(".md").read_text(encoding="utf-8") == markdown(load(path))

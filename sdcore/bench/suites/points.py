@@ -1,40 +1,39 @@
-"""What the suite `scaling` measures: one size at a time, everything else fixed.
+"""Makes what is run at a point of the suite `scaling`: one size of one sweep, everything else fixed.
 
-A `Point` is one size of one sweep: N rows or V ids of the output layer with its loss (Jensen–Shannon, forward and
-backward; ours beside plain torch), G completions or P prompt tokens of the student's pass (packed beside the naive
-batch).
+A point has N rows or V ids of the output layer with its loss (Jensen–Shannon, forward and backward; ours beside plain
+torch), or G completions or P prompt tokens of the student's pass (packed beside the naive batch).
 
 What differs from the other suites: large sizes are made of a few distinct rows, or completions, that repeat. No time
 and no byte depends on it, and the right answer is that of the few: the same loss, gradients of the states that repeat,
 gradients of the weights in proportion. So every size is checked, also where nothing but ours fits the memory, at a
 small price. What such a check cannot see is a mix-up of two rows that are equal.
 
-The points of the output layer need no transformers.
+The points of the output layer need no transformers, which is why what the passes need is imported where it is used.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
-from .estimate import FLOAT32, MIB, model_bytes, peak_bytes
-from .limit import HEAD_BYTES, SHARED, Products
-from .models import size_of, with_layers
-from .options import LETTERS, SWEEPS, Options, parse_shape
-from .oracle import Errors, difference, relative_error, solve
-from .passes import Outcome, PassRow, Step, compare
-from .peers import PLAIN, SDCORE, Contender, prepare
-from .shapes import DTYPES, JSD, SPEED_NOISE, CaseInputs, Group, Shape, make_case_inputs
+from .. import oracle
+from ..limit import HEAD_BYTES, SHARED, Products
+from ..measure import FLOAT32, model_bytes, peak_bytes
+from ..models import size_of, with_layers
+from ..options import LETTERS, SWEEPS, Options, parse_shape
+from ..oracle import solve
+from ..passes import compare
+from ..peers import PLAIN, SDCORE, prepare
+from ..rows import Outcome, PassRow, Step
+from ..shapes import DTYPES, JSD, MIB, SPEED_NOISE, CaseInputs, Group, Shape, make_case_inputs
 
 if TYPE_CHECKING:
-    from .prefix_cases import Case
+    from ..cases import Case
 
-SUITE: Final = "scaling"
 OF_HEAD: Final = ("N", "V")
 NAIVE, PACKED = "naive batch", "packed"
 LIMIT: Final = "matmuls alone"
@@ -47,7 +46,7 @@ ORACLE_BYTES: Final = 640 * MIB
 
 
 class Sizes(NamedTuple):
-    """The sizes of a device's sweeps, and what the other sizes are in each of them."""
+    """Holds the sizes of a device's sweeps, and what the other sizes are in each of them."""
 
     sweeps: dict[str, tuple[int, ...]]
     fixed: dict[str, dict[str, int]]
@@ -90,31 +89,34 @@ FURTHER: Final = {"N": (32768, 65536), "V": (524288, 1048576), "G": (128, 256, 1
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One size of one sweep."""
+    """Is one size of one sweep."""
 
     sweep: str  # the letter that varies, of SWEEPS
     sizes: str  # all of them, as `--shape` writes them
     dtype: str  # a key of DTYPES
     model: str = ""  # as `size_of` takes it; empty for the output layer alone
 
+    @property
+    def by_letter(self) -> dict[str, int]:
+        return parse_shape(self.sizes, LETTERS["scaling"])
+
     def of(self, letter: str) -> int:
-        return parse_shape(self.sizes, LETTERS[SUITE])[letter]
+        return self.by_letter[letter]
 
     @property
     def size(self) -> int:
-        """The one that varies."""
+        """Returns the one that varies."""
         return self.of(self.sweep)
 
     @property
     def fixed(self) -> str:
-        """The others."""
-        found = parse_shape(self.sizes, LETTERS[SUITE])
-        text = " ".join(f"{letter}={size}" for letter, size in found.items() if letter != self.sweep)
+        """Names the others."""
+        text = " ".join(f"{letter}={size}" for letter, size in self.by_letter.items() if letter != self.sweep)
         return f"{text} {self.dtype}, {self.model}" if self.model else f"{text} {self.dtype}"
 
     @property
     def is_large(self) -> bool:
-        """Whether a row takes a CPU seconds."""
+        """True if a row takes a CPU seconds."""
         if self.sweep in OF_HEAD:
             return self.of("N") * self.of("V") >= LARGE_ENTRIES
         return self.of("G") * (self.of("P") + self.of("R")) >= LARGE_TOKENS
@@ -124,63 +126,67 @@ class Point:
 
 
 def points(options: Options, device: str) -> list[Point]:
-    """Of the sweeps that were asked for, smallest size first; a shape says what the others are meanwhile."""
+    """Lists the sweeps that were asked for, smallest size first; a shape says what the others are meanwhile."""
     own = QUICK if options.quick else CPU if device == "cpu" else CUDA
     (chosen,) = options.sizes
-    size = None if options.model is None else size_of(options.model)
+    of_model = None if options.model is None else size_of(options.model)
     dtypes = (options.dtype,) if options.dtype else tuple(DTYPES) if options.everything else (own.dtype,)
-    found = []
+    planned = []
     for sweep in options.peers or SWEEPS:
         fixed = own.fixed[sweep]
-        if size is not None and sweep in OF_HEAD:
-            fixed = fixed | ({"H": size.hidden} if sweep == "V" else {"V": size.step_vocab, "H": size.hidden})
+        if of_model is not None and sweep in OF_HEAD:
+            fixed = fixed | (
+                {"H": of_model.hidden} if sweep == "V" else {"V": of_model.step_vocab, "H": of_model.hidden}
+            )
         fixed = {letter: chosen.get(letter, number) for letter, number in fixed.items()}
         model = "" if sweep in OF_HEAD else with_layers(options.model or own.model, chosen.get("L"))
         sizes = sorted({*own.sweeps[sweep], *(FURTHER[sweep] if options.everything else ())})
         for dtype in dtypes:
             for number in sizes:
-                text = ",".join(f"{letter}={one}" for letter, one in ({sweep: number} | fixed).items())
-                found.append(Point(sweep=sweep, sizes=text, dtype=dtype, model=model))
-    return found
+                text = ",".join(f"{letter}={size}" for letter, size in ({sweep: number} | fixed).items())
+                planned.append(Point(sweep=sweep, sizes=text, dtype=dtype, model=model))
+    return planned
 
 
-@dataclass(kw_only=True)
-class ScalingRow(PassRow):
-    """`group` is a Point."""
-
-    values_error: float = math.nan  # of the loss, or of the states
-    needed_bytes: float = math.nan  # beyond weights and inputs, by the estimate that was made before
-
-
-class Candidate(NamedTuple):
-    """A contender at a point."""
+class Way(NamedTuple):
+    """Is a contender, which the job of a point knows how to build."""
 
     name: str
-    needed: float  # bytes beyond weights and inputs, by estimate
-    build: Callable[[], Step]
+    ours: bool = True
+
+    def build(self, this: Job, way: Way) -> Step:
+        return this.builds[self.name]()
 
 
-class Job(NamedTuple):
-    """What is run at a point."""
+@dataclass(frozen=True)
+class Job:
+    """Holds what is run at a point: its contenders by name, the right answer, the limit."""
 
-    candidates: list[Candidate]
+    case: Point
+    builds: dict[str, Callable[[], Step]]
+    needed: dict[str, float]  # bytes beyond weights and inputs, by estimate
     exact: Outcome
     products: Products
-    judge: Callable[[ScalingRow, Outcome, Outcome], str | None]
+
+    @property
+    def device(self) -> torch.device:
+        return self.products.device
 
 
 def names(point: Point) -> tuple[str, str]:
-    """Of the plain way and of ours."""
+    """Names the plain way and ours."""
     return (PLAIN.name, SDCORE.name) if point.sweep in OF_HEAD else (NAIVE, PACKED)
 
 
 def resident_bytes(point: Point) -> float:
-    """What is there whoever runs, by estimate: inputs or weights, the right answer and what finds it, the limit."""
+    """Estimates what is there whoever runs: inputs or weights, the right answer and what finds it, the limit."""
     if point.sweep not in OF_HEAD:
+        from .prefix import config_of
+
         few = _few(point)
         kept = _kept_bytes(point, few.completions, "naive")
         # Weights, the reference's gradients and those of the right answer.
-        return model_bytes(_config(few), point.dtype, gradients=True, copies=1) + kept
+        return model_bytes(config_of(few), point.dtype, gradients=True, copies=1) + kept
     rows, vocab, hidden = _shape(point)
     inputs = DTYPES[point.dtype].itemsize * (2 * rows + vocab) * hidden
     reference = 2 * FLOAT32 * (2 * distinct_rows(rows) + vocab) * hidden  # widened inputs, and their gradients
@@ -188,17 +194,17 @@ def resident_bytes(point: Point) -> float:
 
 
 def job(point: Point, device: str) -> Job:
-    """Inputs, the right answer and the contenders of a point."""
+    """Makes inputs, the right answer and the contenders of a point."""
     return _head_job(point, device) if point.sweep in OF_HEAD else _pass_job(point, device)
 
 
 def distinct_rows(rows: int) -> int:
-    """How many are made, of which the others are repetitions: the largest divisor up to `MOST_ROWS`."""
+    """Says how many are made, of which the others are repetitions: the largest divisor up to `MOST_ROWS`."""
     return next(few for few in range(min(rows, MOST_ROWS), 0, -1) if rows % few == 0)
 
 
 def distinct_completions(completions: int) -> int:
-    """Two or three where that divides them: the naive pass of these is the price of the right answer."""
+    """Returns two or three where that divides them: the naive pass of these is the price of the right answer."""
     return next((few for few in (2, 3) if completions % few == 0), 1)
 
 
@@ -212,8 +218,8 @@ def _head_job(point: Point, device: str) -> Job:
         shape._replace(rows=distinct_rows(shape.rows)), point.dtype, noise=SPEED_NOISE, device=device
     )
     times = shape.rows // few.shape.rows
-    loss, hidden_gradient, weight_gradient = solve(few, (JSD,))[JSD]
-    exact = Outcome(loss, {"hidden": hidden_gradient.repeat(times, 1).div_(times), "weight": weight_gradient})
+    exact = solve(few, (JSD,))[JSD]
+    exact.gradients["hidden"] = exact.gradients["hidden"].repeat(times, 1).div_(times)
     inputs = CaseInputs(
         few.student_hidden.detach().repeat(times, 1).requires_grad_(),
         few.student_weight,
@@ -221,57 +227,53 @@ def _head_job(point: Point, device: str) -> Job:
     )
     group = Group(shape, point.dtype, JSD)
 
-    def build(contender: Contender) -> Step:
-        step = prepare(contender, inputs, JSD)
-
-        def outcome() -> Outcome:
-            result = step()
-            return Outcome(result.loss, {"hidden": result.hidden_gradient, "weight": result.weight_gradient})
-
-        return outcome
-
     return Job(
-        [Candidate(one.name, peak_bytes(one.name, group, device), partial(build, one)) for one in (PLAIN, SDCORE)],
+        point,
+        {contender.name: partial(prepare, contender, inputs, JSD) for contender in (PLAIN, SDCORE)},
+        {contender.name: peak_bytes(contender.name, group, device) for contender in (PLAIN, SDCORE)},
         exact,
         Products((), (shape.hidden, shape.vocab), 0, 0, shape.rows, DTYPES[point.dtype], torch.device(device)),
-        _judge_head,
     )
 
 
-def _judge_head(row: ScalingRow, outcome: Outcome, exact: Outcome) -> str | None:
-    errors = Errors(
-        relative_error(outcome.values, exact.values),
-        *(relative_error(outcome.gradients[name], right) for name, right in exact.gradients.items()),
-    )
-    row.values_error, row.gradient_error = errors.loss, errors.gradient
-    return difference(errors, row.group.dtype)
+def judge(row: PassRow, outcome: Outcome, exact: Outcome) -> str | None:
+    """Notes how far an outcome is from the right answer, and says so if that is more than rounding."""
+    if row.group.sweep in OF_HEAD:
+        errors = oracle.compare(outcome, exact)
+        row.values_error, row.gradient_error = errors.loss, errors.gradient
+        return oracle.difference(errors, row.group.dtype)
+    from .prefix import EQUAL
+
+    row.values_error, row.gradient_error = compare(outcome, exact)
+    for name, error in (("states", row.values_error), ("gradients", row.gradient_error)):
+        if not error <= EQUAL[row.group.dtype]:
+            return f"{name} off by {error:.1e}"
+    return None
 
 
 def _few(point: Point) -> Case:
-    """The distinct completions of a point of the passes."""
-    from .prefix_cases import Case
+    """Returns the distinct completions of a point of the passes."""
+    from ..cases import Case
+    from .prefix import STUDENT
 
     return Case(
         model=point.model,
+        work=STUDENT,
         prompt=point.of("P"),
+        context=0,
         completion=point.of("R"),
         completions=distinct_completions(point.of("G")),
         dtype=point.dtype,
     )
 
 
-def _config(case: Case) -> Any:
-    from .prefix_cases import config_of
-
-    return config_of(case)
-
-
 def _kept_bytes(point: Point, completions: int, strategy: str) -> int:
-    """What a pass keeps for its backward."""
-    from ..prefix import cost_of_sizes
+    """Estimates what a pass keeps for its backward."""
+    from ...prefix import cost_of_sizes
+    from .prefix import config_of
 
     return cost_of_sizes(
-        _config(_few(point)),
+        config_of(_few(point)),
         prompt_tokens=point.of("P"),
         context_tokens=0,
         completion_tokens=point.of("R"),
@@ -282,61 +284,25 @@ def _kept_bytes(point: Point, completions: int, strategy: str) -> int:
 
 
 def _pass_job(point: Point, device: str) -> Job:
-    from ..prefix import plan
-    from .prefix import limit_rows
-    from .prefix_cases import Setup, contenders, make_setup
+    from ..cases import Setup
+    from .prefix import SUITE, contenders, make_setup
 
     few = make_setup(_few(point), device)
-    by_name = {one.name: one for one in contenders(few.case)}
-    right = by_name[NAIVE].build(few)()
+    chosen = {contender.name: contender for contender in contenders(few.case) if contender.name in names(point)}
+    right = chosen[NAIVE].build(few, chosen[NAIVE])()
     times = point.of("G") // few.case.completions
     exact = Outcome(
         right.values.repeat(times, 1), {name: times * gradient for name, gradient in right.gradients.items()}
     )
     few.model.zero_grad()
-    (tree,) = few.plan.student
-    completions = list(few.plan.target_ids.view(few.case.completions, -1)) * times
-    case = replace(few.case, completions=len(completions))
-    setup = Setup(case, few.model, plan([tree.trunk], [completions]), few.direction.repeat(times, 1))
-    gradients = model_bytes(_config(case), point.dtype, gradients=False)  # as many as weights
+    case = replace(few.case, completions=point.of("G"))
+    direction = few.direction.repeat(times, 1)
+    setup = Setup(case, few.model, few.prompt, few.completions * times, [], direction)
+    gradients = model_bytes(setup.body.config, point.dtype, gradients=False)  # as many as weights
     return Job(
-        [
-            Candidate(
-                name,
-                _kept_bytes(point, case.completions, by_name[name].strategy) + gradients,
-                partial(by_name[name].build, setup),
-            )
-            for name in (NAIVE, PACKED)
-        ],
+        point,
+        {name: partial(contender.build, setup, contender) for name, contender in chosen.items()},
+        {name: _kept_bytes(point, case.completions, way.strategy) + gradients for name, way in chosen.items()},
         exact,
-        next(products for row, products in limit_rows(setup) if row.contender == SHARED),
-        _judge_pass,
+        dict(SUITE.limits(setup))[SHARED],
     )
-
-
-def _judge_pass(row: ScalingRow, outcome: Outcome, exact: Outcome) -> str | None:
-    from .prefix import EQUAL
-
-    row.values_error, row.gradient_error = compare(outcome, exact)
-    for name, error in (("states", row.values_error), ("gradients", row.gradient_error)):
-        if not error <= EQUAL[row.group.dtype]:
-            return f"{name} off by {error:.1e}"
-    return None
-
-
-__all__ = [
-    "LIMIT",
-    "NAIVE",
-    "OF_HEAD",
-    "PACKED",
-    "SUITE",
-    "Job",
-    "Point",
-    "ScalingRow",
-    "distinct_completions",
-    "distinct_rows",
-    "job",
-    "names",
-    "points",
-    "resident_bytes",
-]
