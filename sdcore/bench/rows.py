@@ -99,7 +99,7 @@ class PassRow(SpeedRow):
 
 @dataclass(kw_only=True)
 class MemoryRow:
-    """Holds the bytes of a step at its peak beyond its inputs; a gradient counts in the dtype that it is returned in."""
+    """Holds the bytes of a step at its peak beyond its inputs; a gradient counts in the dtype it is returned in."""
 
     group: Any
     contender: str
