@@ -16,7 +16,7 @@ from sdcore.bench.options import Options
 from sdcore.bench.oracle import solve
 from sdcore.bench.peers import CONTENDERS, PLAIN, SDCORE, Contender
 from sdcore.bench.places import checkout, newest_results
-from sdcore.bench.rows import Report, SpeedRow
+from sdcore.bench.rows import MemoryRow, Report, SpeedRow
 from sdcore.bench.shapes import CaseInputs, Divergence, Group, Shape, make_case_inputs
 from sdcore.bench.suite import run
 from sdcore.bench.suites import divergence
@@ -60,6 +60,15 @@ def test_a_quick_run_counts_memory_and_errors_of_both_of_our_paths(quick_json: Q
         assert all(error is not None and math.isfinite(error.gradient) for error in errors)
 
 
+def _measured(
+    divergence: Divergence, *contenders: Contender, frozen: bool = False
+) -> tuple[list[SpeedRow], list[MemoryRow]]:
+    """The rows of a small group, each timed once."""
+    inputs = make_case_inputs(shapes.QUICK_SHAPE, "fp32", noise=1.0, frozen_head=frozen)
+    group = Group(shapes.QUICK_SHAPE, "fp32", divergence, frozen)
+    return measure_group(group, contenders, inputs, solve(inputs, (divergence,))[divergence], seconds_per_row=0.0)
+
+
 def _wrong(name: str, factor: float) -> Contender:
     def build(inputs: CaseInputs, divergence: Divergence) -> Callable[[], torch.Tensor]:
         return lambda: factor * peers.plain_loss(*inputs, divergence, upcast=True)
@@ -68,12 +77,8 @@ def _wrong(name: str, factor: float) -> Contender:
 
 
 def test_a_contender_that_computes_something_else_is_not_timed() -> None:
-    inputs = make_case_inputs(shapes.QUICK_SHAPE, "fp32", noise=1.0)
-    exact = solve(inputs, (shapes.REVERSE_KL,))[shapes.REVERSE_KL]
     contenders = (_wrong("half", 0.5), _wrong("right", 1.0), peers.skipped(PLAIN, "no reason"))
-    speed, _ = measure_group(
-        Group(shapes.QUICK_SHAPE, "fp32", shapes.REVERSE_KL), contenders, inputs, exact, seconds_per_row=0.0
-    )
+    speed, _ = _measured(shapes.REVERSE_KL, *contenders)
     half, right, left_out = speed[1:]
     assert half.reason is not None
     assert half.reason.startswith("loss off by 5.0e-01")
@@ -91,10 +96,7 @@ def test_a_contender_that_fails_gets_its_error_as_the_reason() -> None:
 
         return loss
 
-    inputs = make_case_inputs(shapes.QUICK_SHAPE, "fp32", noise=1.0)
-    exact = solve(inputs, (shapes.TOP_K,))[shapes.TOP_K]
-    group = Group(shapes.QUICK_SHAPE, "fp32", shapes.TOP_K)
-    speed, memory = measure_group(group, (Contender("broken", build), SDCORE), inputs, exact, seconds_per_row=0.0)
+    speed, memory = _measured(shapes.TOP_K, Contender("broken", build), SDCORE)
     assert speed[1].reason == memory[0].reason == "RuntimeError: out of luck"
     assert speed[2].reason is None
 
@@ -114,8 +116,7 @@ def test_a_frozen_head_has_three_products_no_gradient_and_is_compared_without_it
     assert torch.equal(exact.gradients["hidden"], whole.gradients["hidden"])
     assert "weight" not in exact.gradients
     assert whole.gradients["weight"].shape == (1500, 32)
-    group = Group(shapes.QUICK_SHAPE, "fp32", shapes.REVERSE_KL, frozen_head=True)
-    speed, memory = measure_group(group, (SDCORE, _wrong("half", 0.5)), inputs, exact, seconds_per_row=0.0)
+    speed, memory = _measured(shapes.REVERSE_KL, SDCORE, _wrong("half", 0.5), frozen=True)
     assert [row.contender for row in speed] == ["three matmuls fp32", "sdcore", "half"]
     assert speed[1].errors is not None
     assert 0 < speed[1].errors.gradient < 1e-5
@@ -170,11 +171,7 @@ def test_ratios_are_taken_to_the_faster_of_the_bare_products() -> None:
 
 def test_a_peer_that_is_not_installed_keeps_a_row_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
-    inputs = make_case_inputs(shapes.QUICK_SHAPE, "fp32", noise=1.0)
-    exact = solve(inputs, (shapes.REVERSE_KL,))[shapes.REVERSE_KL]
-    group = Group(shapes.QUICK_SHAPE, "fp32", shapes.REVERSE_KL)
-    chosen = [one for one in CONTENDERS if one.peer in ("trl", "liger", "orda", "fla")]
-    speed, _ = measure_group(group, chosen, inputs, exact, seconds_per_row=0.0)
+    speed, _ = _measured(shapes.REVERSE_KL, *(one for one in CONTENDERS if one.peer in ("trl", "liger", "orda", "fla")))
     reasons = {row.contender: row.reason for row in speed}
     assert reasons["TRL chunked"] == "not installed: pip install trl"
     assert reasons["flash-linear-attention"] == "not installed: pip install flash-linear-attention"
@@ -185,9 +182,7 @@ def test_a_contender_that_would_not_fit_the_memory_is_not_tried(monkeypatch: pyt
     group = Group(shapes.QUICK_SHAPE, "fp32", shapes.REVERSE_KL)
     least = peak_bytes("plain torch", group, "cpu")
     monkeypatch.setattr(divergence, "free_bytes", lambda device: (least - 1) / MOST_OF_FREE)
-    inputs = make_case_inputs(shapes.QUICK_SHAPE, "fp32", noise=1.0)
-    exact = solve(inputs, (shapes.REVERSE_KL,))[shapes.REVERSE_KL]
-    speed, _ = measure_group(group, (SDCORE, PLAIN), inputs, exact, seconds_per_row=0.0)
+    speed, _ = _measured(shapes.REVERSE_KL, SDCORE, PLAIN)
     reasons = {row.contender: row.reason for row in speed}
     assert reasons["sdcore"] is None
     assert str(reasons["plain torch"]).startswith("not run: needs 0.0 GiB")
