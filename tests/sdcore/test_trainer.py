@@ -22,7 +22,6 @@ from transformers import (
     TrainerCallback,
 )
 
-from sdcore.demo import CHECKPOINT
 from sdcore.errors import ArgumentError, DataError, UnsupportedModelError
 from sdcore.presets import (
     GRPO,
@@ -41,6 +40,7 @@ from sdcore.rollouts.samplers import ModelSampler, SampledCompletion
 from sdcore.teachers import EMA, Frozen
 from sdcore.training.config import SelfDistillationConfig
 from sdcore.training.trainer import SelfDistillationTrainer
+from sdcore.world import CHECKPOINT
 from sdcore.world.data import exact, fraction, lenient, rows, with_feedback
 from tests.sdcore.trainer_runs import (
     SDFT_METHOD,

@@ -32,11 +32,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from sdcore.demo import CHECKPOINT
 from sdcore.errors import UnsupportedModelError
 from sdcore.presets import GRPO, SFT, Method, RLTilt
 from sdcore.training.prepare import check_engine
 from sdcore.training.trainer import SelfDistillationTrainer
+from sdcore.world import CHECKPOINT
 from sdcore.world.data import fraction, rows, with_feedback
 from tests.sdcore.trainer_runs import SDFT_METHOD, SDPO_METHOD, lines, losses, trainer
 
@@ -122,6 +122,8 @@ def run(case: str, output: Path, *, resume: bool = False, **changes: Any) -> Non
         "per_device_eval_batch_size": 4,
         "leak_probe_every": 2,
         "overlap_probe_every": 2,
+        # Above the gradients' entries: below it, Adam makes a whole step of the rounding of an entry that is nearly 0.
+        "adam_epsilon": 1e-2,
     }
     made = trainer(output, method=method, **(common | options | changes))
     made.train(resume_from_checkpoint=resume)
@@ -271,7 +273,7 @@ def test_two_processes_save_the_whole_weights_of_one(kind: str, alone: Path, tog
     start = [weight.detach() for weight in AutoModelForCausalLM.from_pretrained(CHECKPOINT).parameters()]
     for case in RUN[kind]:
         for weight, wanted, before in zip(weights(together / case), weights(alone / case), start, strict=True):
-            assert (weight - wanted).norm() <= 1e-3 * (wanted - before).norm(), case
+            assert (weight - wanted).norm() <= 1e-4 * (wanted - before).norm(), case
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from sdcore.demo import CHECKPOINT
 from sdcore.presets import SDPO, Method, SDFTAsRun
 from sdcore.training.config import SelfDistillationConfig
 from sdcore.training.trainer import SelfDistillationTrainer
+from sdcore.world import CHECKPOINT
 from sdcore.world.data import Kind, rows
 
 # Contexts in the world's own language: it knows no words.

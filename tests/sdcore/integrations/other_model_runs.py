@@ -20,8 +20,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-from sdcore.demo import CHECKPOINT
 from sdcore.integrations.trl import FusedDistillationTrainer, FusedGKDTrainer
+from sdcore.world import CHECKPOINT
 from tests.processes import leave
 from tests.sdcore.integrations.trl_runs import logged
 

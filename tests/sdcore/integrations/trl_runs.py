@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
-from sdcore.demo import CHECKPOINT
 from sdcore.integrations.trl import FusedOptions
 from sdcore.integrations.trl.sdft import FusedSDFTTrainer
 from sdcore.integrations.trl.sdpo import FusedSDPOTrainer
 from sdcore.teachers import Frozen
+from sdcore.world import CHECKPOINT
 
 SDPO, SDFT = (SDPOTrainer, FusedSDPOTrainer), (SDFTTrainer, FusedSDFTTrainer)  # theirs, ours
 VOCAB = 134  # of the world's tokenizer

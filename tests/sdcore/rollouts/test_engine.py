@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from sdcore.demo import CHECKPOINT
 from sdcore.prefix import generate, plan
 from sdcore.presets import GRPO
 from sdcore.rollouts.samplers import SampledCompletion
 from sdcore.rollouts.vllm import VLLMColocated, VLLMServer
 from sdcore.step import token_logprobs
+from sdcore.world import CHECKPOINT
 from sdcore.world.data import fraction
 from tests.sdcore.trainer_runs import lines, tokenizer, trainer, world_model
 

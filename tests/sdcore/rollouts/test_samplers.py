@@ -14,12 +14,12 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sdcore.contexts import student_prompt_ids
-from sdcore.demo import CHECKPOINT
 from sdcore.errors import ArgumentError, DataError
 from sdcore.prefix import generate
 from sdcore.rollouts.samplers import FollowsWeights, ModelSampler, Sampler, completion_of, seed_of, whole_weights
 from sdcore.rollouts.window import WindowOrder, given_completion, load_rollouts, save_rollouts
 from sdcore.types import Example, Group, Rollout
+from sdcore.world import CHECKPOINT
 
 PROMPTS = [torch.tensor([1, 5, 9, 2]), torch.tensor([1, 7, 2]), torch.tensor([1, 8, 8, 8, 2])]
 

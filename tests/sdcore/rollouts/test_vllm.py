@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from sdcore.demo import CHECKPOINT
 from sdcore.errors import ArgumentError
 from sdcore.prefix import generate
 from sdcore.presets import SDPO
 from sdcore.rollouts.samplers import FollowsWeights, ModelSampler, Sampler
 from sdcore.rollouts.vllm import EngineError, VLLMColocated, VLLMServer, whole_state
+from sdcore.world import CHECKPOINT
 from sdcore.world.data import with_feedback
 from tests.sdcore.trainer_runs import SHOW_ATTEMPT, lines, tokenizer, trainer, world_model
 
