@@ -52,8 +52,8 @@ if [[ $device == cpu ]]; then
     do_once tune/kernels 300 "${tune[@]}" kernels @ --quick
     do_once workspace/quick 300 "${tune[@]}" workspace @ --quick
     do_once tune/table 60 "${tune[@]}" table "$folder" --quick
-    for suite in divergence prefix step; do do_once $suite/quick 300 "${bench[@]}" $suite --quick --output @; done
-    do_once memory/world 120 "${memory[@]}" --model world
+    for suite in divergence prefix step; do do_once $suite/quick 600 "${bench[@]}" $suite --quick --output @; done
+    do_once memory/world 300 "${memory[@]}" --model world --prompt-tokens 256 --context-tokens 128 --completion-tokens 128
 else
     do_once tests/kernels 240 "${tests[@]}"
     do_once tune/kernels 280 "${tune[@]}" kernels @

@@ -226,7 +226,6 @@ def _head_job(point: Point, device: str) -> Job:
         few.teacher_hidden.repeat(times, 1),
     )
     group = Group(shape, point.dtype, JSD)
-
     return Job(
         point,
         {contender.name: partial(prepare, contender, inputs, JSD) for contender in (PLAIN, SDCORE)},
@@ -291,18 +290,17 @@ def _pass_job(point: Point, device: str) -> Job:
     chosen = {contender.name: contender for contender in contenders(few.case) if contender.name in names(point)}
     right = chosen[NAIVE].build(few, chosen[NAIVE])()
     times = point.of("G") // few.case.completions
-    exact = Outcome(
-        right.values.repeat(times, 1), {name: times * gradient for name, gradient in right.gradients.items()}
-    )
+    gradients = {name: times * gradient for name, gradient in right.gradients.items()}
+    exact = Outcome(right.values.repeat(times, 1), gradients)
     few.model.zero_grad()
     case = replace(few.case, completions=point.of("G"))
     direction = few.direction.repeat(times, 1)
     setup = Setup(case, few.model, few.prompt, few.completions * times, [], direction)
-    gradients = model_bytes(setup.body.config, point.dtype, gradients=False)  # as many as weights
+    weights = model_bytes(setup.body.config, point.dtype, gradients=False)  # as many bytes as gradients
     return Job(
         point,
         {name: partial(contender.build, setup, contender) for name, contender in chosen.items()},
-        {name: _kept_bytes(point, case.completions, way.strategy) + gradients for name, way in chosen.items()},
+        {name: _kept_bytes(point, case.completions, way.strategy) + weights for name, way in chosen.items()},
         exact,
         dict(SUITE.limits(setup))[SHARED],
     )

@@ -78,7 +78,7 @@ def own_cases(device: str, *, quick: bool = False) -> list[Case]:
         models, dtype = ((CPU_MODEL,), "fp32") if device == "cpu" else (CUDA_MODELS, "bf16")
         sizes: dict[str, Any] = {"prompt": 1024, "context": 256, "completion": 128, "completions": 8}
         first = [Case(model=model, dtype=dtype, topk=TOPK, **sizes) for model in models]
-    return [of for case in first for of in (case, replace(case, topk=None), replace(case, contexts=ONE))]
+    return [variant for case in first for variant in (case, replace(case, topk=None), replace(case, contexts=ONE))]
 
 
 def planned_cases(options: Options, device: str) -> list[Case]:

@@ -68,7 +68,7 @@ def own_cases(device: str, *, quick: bool = False) -> list[Case]:
         case = Case(model=CPU_MODEL, completion=64, **sizes)
         return _of(case, TOPK, gkd={"prompt": 512, "completions": 2})
     cases = [Case(model=model, completion=512, dtype="bf16", **sizes) for model in CUDA_MODELS]
-    return [of for case in cases for of in _of(case, TOPK, gkd={"completion": 256, "completions": 2})]
+    return [variant for case in cases for variant in _of(case, TOPK, gkd={"completion": 256, "completions": 2})]
 
 
 def _of(case: Case, topk: int, gkd: Mapping[str, Any] | None = None) -> list[Case]:
@@ -79,10 +79,10 @@ def _of(case: Case, topk: int, gkd: Mapping[str, Any] | None = None) -> list[Cas
 def planned_cases(options: Options, device: str) -> list[Case]:
     """Returns the suite's own cases, or those of a model and of shapes; of the trainers that `peers` names."""
     if options.chosen:
-        cases = [of for case in chosen_cases(options, device, CPU_MODEL) for of in _of(case, TOPK)]
+        cases = [variant for case in chosen_cases(options, device, CPU_MODEL) for variant in _of(case, TOPK)]
     else:
         cases = in_dtype(own_cases(device, quick=options.quick), options.dtype)
-    return [case for case in cases if options.peers is None or case.work.lower() in options.peers]
+    return [case for case in cases if case.work.lower() in {name.lower() for name in options.peers or TRAINERS}]
 
 
 @dataclass(eq=False)
