@@ -19,8 +19,7 @@ import torch
 from rich.console import Console
 
 from ..errors import ArgumentError
-from .options import Options
-from .places import result_path
+from .options import Options, result_path
 from .rows import describe_machine, machine_folder
 from .tables import describe
 
