@@ -103,7 +103,7 @@ def draw(file: Path) -> None:
 
 
 def _panel(axes: Any, title: str, of: tuple[str, str], plain: tuple[str, str], ours: str) -> None:
-    lines = {
+    lines: dict[str, dict[str, Any]] = {
         plain[0]: {"label": plain[1], "color": "#8a8a8a", "marker": "s"},
         ours: {"label": "sdcore", "color": "#0b6e99", "marker": "o"},
         "matmuls alone": {"label": "matrix products", "color": "#222222", "linestyle": "--"},

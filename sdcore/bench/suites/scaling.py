@@ -177,7 +177,7 @@ def _draw_peaks(axes: Any, sweep: Sweep, free: int | None) -> None:
     if beyond:
         measured = peaks["plain"][-1:]
         marks = {"markevery": slice(len(measured), None)}
-        charts.line(axes, *zip(*measured, *beyond), label=LABELS["too large"], **STYLES["too large"] | marks)
+        charts.line(axes, *zip(*measured, *beyond, strict=True), label=LABELS["too large"], **STYLES["too large"] | marks)
     if free is not None:
         axes.axhline(free / MIB, label=LABELS["memory"], **STYLES["memory"])
     _draw_curves(axes, sweep, peaks, _bytes, "holds {:.2g}× as much", base=4)
@@ -193,9 +193,9 @@ def _draw_curves(
     base: float = 10,
 ) -> None:
     """Draws lines over logarithmic axes, and says how far plain and ours are apart where both were run last."""
-    for style, points in curves.items():
-        if points:
-            charts.line(axes, *zip(*points, strict=True), label=LABELS[style], **STYLES[style])
+    for style, measured in curves.items():
+        if measured:
+            charts.line(axes, *zip(*measured, strict=True), label=LABELS[style], **STYLES[style])
     charts.log_scale(axes, y=base)
     charts.sizes_on_x(axes, [point.size for point in sweep])
     axes.yaxis.set_major_formatter(lambda value, _: written(value))
