@@ -121,9 +121,6 @@ def check_and_time(
             step = build()
             with watch_memory(usage, device, row.contender in compiled):
                 outcome = step()
-        except Unavailable as unavailable:
-            row.reason = str(unavailable)
-            continue
         except Exception as error:
             row.reason = error_line(error)
             continue
@@ -145,7 +142,9 @@ def check_and_time(
 
 
 def error_line(error: Exception) -> str:
-    """Returns the kind of an error and the first line of its text: the reason of a row."""
+    """Returns the reason of a row: why it is `Unavailable`, or an error's kind and the first line of its text."""
+    if isinstance(error, Unavailable):
+        return str(error)
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:120] if lines else ''}"
 

@@ -33,8 +33,8 @@ from .suite import Run
 from .tables import Table, format_error, mebibytes, ratio, why
 
 # What every row has on disk.
-COMMON = ("contender", "setting", "seconds", "errors", "reason", "gradient_error", "live_bytes", "resident_bytes")
-COMMON_FIELDS = dict.fromkeys((*COMMON, "gradient_bytes"))
+FIGURES = ("gradient_error", "live_bytes", "resident_bytes", "gradient_bytes")
+COMMON = ("contender", "setting", "seconds", "errors", "reason", *FIGURES)
 MAY_BE_UNKNOWN = ("gradient_error", "values_error", "allowed", "needed_bytes")
 # A head, which may name the reference, and a cell made of a row and the reference.
 Column = tuple[str, Callable[[PassRow, PassRow | None], str]]
@@ -129,7 +129,7 @@ class PassSuite:
         for row in report.rows:
             group = {name: getattr(row.group, attribute) for name, attribute in self.case_fields.items()}
             figures = {name: getattr(row, attribute) for name, attribute in self.row_fields.items()}
-            rows.append({"group": group} | {name: getattr(row, name) for name in COMMON_FIELDS} | figures)
+            rows.append({"group": group} | {name: getattr(row, name) for name in COMMON} | figures)
         write(path, report.machine, {"rows": rows})
 
     def load(self, path: Path) -> PassReport:

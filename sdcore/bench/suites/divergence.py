@@ -31,7 +31,7 @@ from sdkernels.live_bytes import free_bytes
 from ... import charts
 from ...charts import Bar, figure_of, save
 from .. import peers, shapes, tables
-from ..measure import Unavailable, check_and_time, error_line, group_bytes, peak_bytes, too_large
+from ..measure import check_and_time, error_line, group_bytes, peak_bytes, too_large
 from ..models import size_of
 from ..options import WORKLOADS, Options
 from ..oracle import compare, difference, solve
@@ -152,8 +152,6 @@ def measure_accuracy(
             rows.append(row)
             try:
                 result = built(contender, inputs, divergence)()
-            except Unavailable as unavailable:
-                row.reason = str(unavailable)
             except Exception as error:
                 row.reason = error_line(error)
             else:

@@ -176,8 +176,8 @@ def _draw_peaks(axes: Any, sweep: Sweep, free: int | None) -> None:
     ]
     if beyond:
         measured = peaks["plain"][-1:]
-        marks = {"markevery": slice(len(measured), None)}
-        charts.line(axes, *zip(*measured, *beyond, strict=True), label=LABELS["too large"], **STYLES["too large"] | marks)
+        style = STYLES["too large"] | {"markevery": slice(len(measured), None)}
+        charts.line(axes, *zip(*measured, *beyond, strict=True), label=LABELS["too large"], **style)
     if free is not None:
         axes.axhline(free / MIB, label=LABELS["memory"], **STYLES["memory"])
     _draw_curves(axes, sweep, peaks, _bytes, "holds {:.2g}× as much", base=4)
