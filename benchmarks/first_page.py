@@ -11,9 +11,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from sdcore import charts
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "intel-xeon-processor-2-threads"
@@ -85,49 +88,42 @@ def _mebibytes(row: Mapping[str, Any]) -> str:
 
 def draw(file: Path) -> None:
     """Draws how time and memory grow: with whole logits, with whole prompts, and with sdcore."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.9), layout="constrained")
-    rows = "N, rows of the loss (V=32,000 H=512, JSD)"
-    _panel(axes[0], "Time of the loss, seconds", rows, "N", "seconds", ("plain torch", "whole logits"), "sdcore")
-    _panel(axes[1], "Peak memory of the loss, MiB", rows, "N", "live_bytes", ("plain torch", "whole logits"), "sdcore")
-    completions = "G, completions of one prompt (P=512 R=64)"
-    naive = ("naive batch", "a prompt per completion")
-    _panel(axes[2], "Time of a pass, seconds", completions, "G", "seconds", naive, "packed")
+    rows, completions = "N, rows of the loss (V=32,000 H=512, JSD)", "G, completions of one prompt (P=512 R=64)"
+    logits, prompts = ("plain torch", "whole logits"), ("naive batch", "a prompt per completion")
+    panels = [
+        partial(_panel, title="Time of the loss, seconds", of=("N", "seconds"), plain=logits, ours="sdcore"),
+        partial(_panel, title="Peak memory of the loss, MiB", of=("N", "live_bytes"), plain=logits, ours="sdcore"),
+        partial(_panel, title="Time of a pass, seconds", of=("G", "seconds"), plain=prompts, ours="packed"),
+    ]
+    figure = charts.figure_of(panels, columns=3, size=(4.0, 3.6))
+    for axes, label in zip(figure.axes, (rows, rows, completions), strict=True):
+        axes.set_xlabel(label)
     file.parent.mkdir(exist_ok=True)
-    figure.savefig(file, dpi=130)
+    charts.save(figure, file, dpi=130)
 
 
-def _panel(axis: Any, title: str, label: str, sweep: str, what: str, plain: tuple[str, str], ours: str) -> None:
-    lines = {
+def _panel(axes: Any, title: str, of: tuple[str, str], plain: tuple[str, str], ours: str) -> None:
+    lines: dict[str, dict[str, Any]] = {
         plain[0]: {"label": plain[1], "color": "#8a8a8a", "marker": "s"},
         ours: {"label": "sdcore", "color": "#0b6e99", "marker": "o"},
         "matmuls alone": {"label": "matrix products", "color": "#222222", "linestyle": "--"},
     }
-    points = {name: _points(sweep, name, what) for name in lines}
+    points = {name: _points(*of, contender=name) for name in lines}
     for name, style in lines.items():
         if points[name]:
-            axis.plot(list(points[name]), list(points[name].values()), linewidth=2, **style)
+            charts.line(axes, list(points[name]), list(points[name].values()), **style | {"linewidth": 2})
     last = max(points[plain[0]])
     above, below = points[plain[0]][last], points[ours][last]
-    axis.annotate("", (last, above), (last, below), arrowprops={"arrowstyle": "<->", "color": "#c0392b", "lw": 1.5})
-    axis.text(last * 1.12, (above * below) ** 0.5, f"{above / below:.2g}×", color="#c0392b", weight="bold", va="center")
+    axes.annotate("", (last, above), (last, below), arrowprops={"arrowstyle": "<->", "color": "#c0392b", "lw": 1.5})
+    axes.text(last * 1.12, (above * below) ** 0.5, f"{above / below:.2g}×", color="#c0392b", weight="bold", va="center")
     sizes = list(points[ours])
-    axis.set(xscale="log", yscale="log", xlim=(0.8 * sizes[0], 2.9 * last))
-    axis.set_xlabel(label, fontsize=10)
-    axis.set_xticks(sizes, [f"{size // 1024}k" if size >= 1024 else str(size) for size in sizes])
-    axis.minorticks_off()
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
-    axis.set_title(title, loc="left", weight="bold")
-    axis.grid(alpha=0.25)
-    axis.legend(frameon=False, fontsize=10, loc="upper left")
+    charts.log_scale(axes, y=10)
+    charts.sizes_on_x(axes, sizes)
+    axes.set_xlim(0.8 * sizes[0], 2.9 * last)
+    axes.set_title(title, weight="bold")
 
 
-def _points(sweep: str, contender: str, what: str) -> dict[int, float]:
+def _points(sweep: str, what: str, contender: str) -> dict[int, float]:
     """Returns seconds, or MiB, by the size that the sweep varies."""
     points = {}
     for row in read("scaling")["rows"]:

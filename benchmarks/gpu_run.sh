@@ -10,10 +10,10 @@
 set -u
 root="$(cd "$(dirname "$0")/.." && pwd)" && cd "$root" || exit 2
 export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}"
-device=cuda suffix="" only_list=false wanted=" " python="${PYTHON:-python3}" status=0
+device=cuda suffix="" quick="" only_list=false wanted=" " python="${PYTHON:-python3}" status=0
 for argument in "$@"; do
     case "$argument" in
-        --cpu) device=cpu suffix=-cpu; export TRITON_INTERPRET=1 ;;
+        --cpu) device=cpu suffix=-cpu quick=--quick; export TRITON_INTERPRET=1 ;;
         --list) only_list=true ;;
         tests | tune | workspace | divergence | prefix | memory | step) wanted+="$argument " ;;
         *) echo "a step is tests, tune, workspace, divergence, prefix, memory or step, got $argument" >&2; exit 2 ;;
@@ -30,9 +30,8 @@ do_once() {
     if ((SECONDS >= ${GPU_RUN_SECONDS:-3600})); then echo "not reached $name"; status=1; return; fi
     mkdir -p "$out"
     timeout --kill-after=5 "$limit" "${@/#@/$out}" >"$out/log.txt" 2>&1; code=$?
-    if ((code == 0)); then
-        echo "$((SECONDS - began)) s" >"$out/done"; echo "done        $name, $(<"$out/done")"
-    else
+    ((code == 0)) && echo "$((SECONDS - began)) s" >"$out/done" && echo "done        $name, $(<"$out/done")"
+    if ((code)); then
         tail -n 15 "$out/log.txt"; echo "failed      $name: exit $code (124: too slow), see $out/log.txt"; status=1
     fi
     if [[ ${OUT:-} ]]; then tar -czf "$OUT/.part" -C "$folder" . && mv "$OUT/.part" "$OUT/gpu-run.tar.gz"; fi
@@ -47,18 +46,15 @@ fi
 tests=("$python" -m pytest tests/sdkernels/test_triton_interpret.py -q --maxfail=20 -p no:cacheprovider)
 tune=("$python" benchmarks/gpu_tune.py) bench=("$python" -m sdcore bench) to=(--seconds 0.5 --device cuda --output @)
 memory=("$python" -m sdcore profile-memory --measure --contenders ours,naive --device $device --output @)
-if [[ $device == cpu ]]; then
-    do_once tests/kernels 300 "${tests[@]}" -p no:xdist -k "empty_tile or forms_no_gradient or without_mass"
-    do_once tune/kernels 300 "${tune[@]}" kernels @ --quick
-    do_once workspace/quick 300 "${tune[@]}" workspace @ --quick
-    do_once tune/table 60 "${tune[@]}" table "$folder" --quick
+[[ ! $quick ]] || tests+=(-p no:xdist -k "empty_tile or forms_no_gradient or without_mass")
+do_once tests/kernels 300 "${tests[@]}"
+do_once tune/kernels 300 "${tune[@]}" kernels @ $quick
+do_once workspace/goals 300 "${tune[@]}" workspace @ $quick
+do_once tune/table 60 "${tune[@]}" table "$folder" $quick
+if [[ $quick ]]; then
     for suite in divergence prefix step; do do_once $suite/quick 600 "${bench[@]}" $suite --quick --output @; done
     do_once memory/world 300 "${memory[@]}" --model world --prompt-tokens 256 --context-tokens 128 --completion-tokens 128
 else
-    do_once tests/kernels 240 "${tests[@]}"
-    do_once tune/kernels 280 "${tune[@]}" kernels @
-    do_once workspace/goals 240 "${tune[@]}" workspace @
-    do_once tune/table 60 "${tune[@]}" table "$folder"
     $only_list || cp -r "$folder/tables" kernels/sdkernels/ 2>/dev/null # what follows is tuned
     do_once divergence/all 570 "${bench[@]}" "${to[@]}"
     for case in qwen3-0.6b:P=1024 qwen3-0.6b:P=3072 qwen3-4b:L=12,P=1024 qwen3-4b:L=12,P=2048; do

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -29,19 +29,17 @@ from sdkernels.tuning import SHAPES, as_json, chosen_of, merged, tune
 MEGABYTES, MOST, ABOUT_AS_FAST = (128, 256, 512, 768, 1024, 1536, 2048), 1536, 1.02  # MOST is the bound of the goals
 
 
-def enough(paths: Iterable[Path]) -> list[tuned.WorkspaceRow]:
+def enough(paths: Iterable[Path]) -> Iterator[tuned.WorkspaceRow]:
     """Finds per trained head the smallest workspace that is about as fast as any, by the mean of the divergences."""
     multiples: dict[Shape, dict[int, list[float]]] = {}
     for group, rows in by_group(row for path in paths for row in SUITE.load(path).speed).items():
         for row in [row for row in rows if " MB" in row.contender and row.seconds and not group.frozen_head]:
             sizes = multiples.setdefault(group.shape, {})
             sizes.setdefault(int(row.contender.split()[1]), []).append(row.median / floor_seconds(rows))
-    recommended = []
     for shape, sizes in multiples.items():
         means = {size: mean(values) for size, values in sizes.items() if size <= MOST}
         least = min(size for size, value in means.items() if value <= ABOUT_AS_FAST * min(means.values()))
-        recommended.append(tuned.WorkspaceRow(shape.vocab, shape.hidden, least))
-    return recommended
+        yield tuned.WorkspaceRow(shape.vocab, shape.hidden, least)
 
 
 part, folder, quick = sys.argv[1], Path(sys.argv[2]), "--quick" in sys.argv
@@ -53,7 +51,7 @@ if part == "workspace":
     run(replace(SUITE, planned=planned, contenders=[at_workspace(size) for size in MEGABYTES]), options)
 elif part == "table":
     trials = [chosen_of(json.loads(path.read_text())) for path in sorted(folder.glob("tune/kernels/*.json"))]
-    tuned.write(merged(trials, enough(folder.glob("workspace/*/*.json")), device), folder / "tables")
+    tuned.write(merged(trials, [*enough(folder.glob("workspace/*/*.json"))], device), folder / "tables")
 elif part == "kernels":
     for kernel in tuned.KERNELS[1:2] if quick else tuned.KERNELS:
         tuning = tune(kernel, ((3, 600),) if quick else SHAPES, device, seconds=50.0)

@@ -36,6 +36,7 @@ COLOURS: Final = ("#2557a7", "#c98a2b", "#3d8a78", "#8a5fa8", "#b0506a", "#6b748
 INK: Final = "#59626d"  # text and axes
 GRID: Final = "#e4e7eb"
 GROUP_WIDTH: Final = 0.8  # of the bars of a group together; groups are 1 apart
+DASHED: Final[Any] = {"color": "black", "linewidth": 0.8, "linestyle": "--"}  # a level, for `axhline`
 RC: Final[Any] = {  # matplotlib names every setting in a type of its own
     "axes.edgecolor": INK,
     "axes.formatter.useoffset": False,
@@ -62,13 +63,14 @@ RC: Final[Any] = {  # matplotlib names every setting in a type of its own
 
 
 class Bar(NamedTuple):
-    """Describes a bar, of which a lower part may be pale."""
+    """Describes a bar, of which a lower part may be pale and across which a dash may go."""
 
     height: float
     colour: str
     label: str = ""  # in the legend; "": not there
     pale: float = 0.0  # height of the pale part
     text: str = ""  # above it, upright
+    mark: float | None = None  # height of the dash
 
 
 def require_matplotlib(what: str) -> None:
@@ -135,18 +137,23 @@ def line(
         axes.fill_between(x, *band, color=drawn.get_color(), alpha=0.15, linewidth=0)
 
 
-def bars(axes: Axes, groups: Mapping[str, Sequence[Bar]]) -> None:
-    """Draws groups of bars beside each other around 0, 1, 2, ..., with their names below."""
-    width = GROUP_WIDTH / max(map(len, groups.values()))
+def bars(axes: Axes, groups: Mapping[str, Sequence[Bar]], *, slanted: bool = False) -> None:
+    """Draws groups of bars beside each other around 0, 1, 2, ..., with their names below, slanted where long."""
+    width = GROUP_WIDTH / max([1, *map(len, groups.values())])
     for position, group in enumerate(groups.values()):
         for i, bar in enumerate(group):
             centre = position + (i - (len(group) - 1) / 2) * width
             style: dict[str, Any] = {"width": 0.92 * width, "color": bar.colour}
             axes.bar(centre, bar.pale, alpha=0.35, **style)
-            axes.bar(centre, bar.height - bar.pale, bottom=bar.pale, label=bar.label, **style)
+            axes.bar(centre, max(bar.height - bar.pale, 0), bottom=bar.pale, label=bar.label, **style)
+            if bar.mark is not None:
+                axes.hlines(bar.mark, centre - width / 2, centre + width / 2, color="black", zorder=3)
             if bar.text:
                 axes.text(centre, bar.height, f" {bar.text}", ha="center", va="bottom", fontsize=6.5, rotation=90)
-    axes.set_xticks(range(len(groups)), list(groups))
+    names: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
+    axes.set_xticks(range(len(groups)), list(groups), **names)
+    axes.set_xlim(-0.6, max(len(groups), 2) - 0.4)
+    axes.grid(axis="x", visible=False)
 
 
 def areas(axes: Axes, x: ArrayLike, heights: Mapping[str, ArrayLike], colours: Mapping[str, str]) -> None:
@@ -162,8 +169,20 @@ def log_scale(axes: Axes, *, x: float | None = None, y: float | None = None) -> 
     for base, set_scale, axis in ((x, axes.set_xscale, axes.xaxis), (y, axes.set_yscale, axes.yaxis)):
         if base is not None:
             set_scale("log", base=base)
-            axis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.set_major_formatter(lambda value, _: f"{value:,g}")
             axis.set_minor_formatter(NullFormatter())
+
+
+def sizes_on_x(axes: Axes, sizes: Sequence[float]) -> None:
+    """Makes the x axis logarithmic, with a number at each of the sizes and nowhere else."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, list(map(short, sizes)), fontsize=7)
+    axes.xaxis.minorticks_off()
+
+
+def short(size: float) -> str:
+    """Writes a size as axes have it: 512, 2k, 0.03."""
+    return f"{size / 1024:g}k" if size and size % 1024 == 0 else f"{size:,g}"
 
 
 def count_on_x(axes: Axes) -> None:

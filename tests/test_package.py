@@ -112,7 +112,7 @@ def test_the_installed_benchmark_suite_writes_beside_whoever_runs_it(
 ) -> None:
     code = """
 import sys
-from sdcore.bench.places import checkout
+from sdcore.bench.options import checkout
 from sdcore.cli.main import app
 assert checkout() is None
 app(["bench", "--quick", "--device", "cpu", "--threads", "1", "--peers", "naive"], prog_name="sdcore")

@@ -2,7 +2,7 @@
 
 `LiveBytes` sees every allocation of a torch operator, also inside custom operators and in backward, so that its
 numbers are the same on every run and need no GPU. It does not see what a library allocates below torch (a matmul's
-own scratch), nor the inside of a graph that torch.compile made.
+own scratch), nor the inside of a graph that torch.compile made. `free_bytes` says how many bytes a device has left.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -178,3 +179,16 @@ class LiveBytes(TorchDispatchMode):
 
     def _return_allowance(self, size: int) -> None:
         self._allowances[size] += 1
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Returns how many bytes can still be allocated on the device; None where the system does not say."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept  # the allocator's, which it gives again
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    # Not the memory that is free: most of what files take up is given back when it is asked for.
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)

@@ -2,5 +2,5 @@
 
 Five suites: `divergence` (the output layer and its loss), `prefix` (passes that share a prompt), `step` (a step's
 update phase), `trainer` (whole trainers) and `scaling` (how time and memory grow). `compare` sets two results side by
-side. What may be chosen is in `options`, where results go in `places`; the rest is imported when a suite runs.
+side. What may be chosen, and where results go, is in `options`; the rest is imported when a suite runs.
 """

@@ -13,7 +13,6 @@ shapes of the suite, which a test checks for those whose tensors can be counted.
 from __future__ import annotations
 
 import gc
-import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from typing import Any, Final
 
 import torch
 
-from sdkernels.testing import LiveBytes
+from sdkernels.live_bytes import LiveBytes
 
 from .rows import MemoryRow, Outcome, PassRow, SpeedRow, Step
 from .shapes import DTYPES, MIB, Divergence, Group
@@ -122,9 +121,6 @@ def check_and_time(
             step = build()
             with watch_memory(usage, device, row.contender in compiled):
                 outcome = step()
-        except Unavailable as unavailable:
-            row.reason = str(unavailable)
-            continue
         except Exception as error:
             row.reason = error_line(error)
             continue
@@ -146,7 +142,9 @@ def check_and_time(
 
 
 def error_line(error: Exception) -> str:
-    """Returns the kind of an error and the first line of its text: the reason of a row."""
+    """Returns the reason of a row: why it is `Unavailable`, or an error's kind and the first line of its text."""
+    if isinstance(error, Unavailable):
+        return str(error)
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:120] if lines else ''}"
 
@@ -189,21 +187,9 @@ def _status_bytes(name: str) -> int:
     raise OSError(f"/proc/self/status has no {name}")
 
 
-def free_bytes(device: torch.device) -> float:
-    """Counts a CPU's memory with what the kernel would give up for it; infinite where that is not known."""
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept  # the allocator's, which it gives again
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return math.inf
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), math.inf)
-
-
-def too_large(needed: float, free: float) -> str | None:
-    """Returns the reason of a row that would need so many bytes where so many are free; None if it fits."""
-    if needed <= MOST_OF_FREE * free:
+def too_large(needed: float, free: float | None) -> str | None:
+    """Returns the reason of a row that would need so many bytes where so many are free; None if it fits, or may."""
+    if free is None or needed <= MOST_OF_FREE * free:
         return None
     return f"not run: needs {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free"
 

@@ -1,14 +1,19 @@
-"""Says what may be chosen on the command line of a suite, and what a choice of sizes means.
+"""Says what may be chosen on the command line of a suite, what a choice of sizes means, and where results go.
 
     Options(suite="prefix", model="qwen3-0.6b", shapes=("L=2,G=4",), quick=False)
 
 Sizes are written as the rest of the package names them: `N` rows, `V` vocabulary, `H` hidden, `P`/`C`/`R` tokens of
 prompt, context and completion, `G` completions, `L` layers. What a shape does not say comes from the model, or from the
 suite's own sizes.
+
+In a checkout of sdcore, results go to `benchmarks/results/<device>/`, whose newest files benchmarks/README.md shows;
+elsewhere to `sdcore-bench/<device>/` of the working directory. A suite that is not `divergence` has a folder there, and
+so has a run that is not the suite's own: `quick`, `grid`, or what was chosen on the command line.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +22,13 @@ from typing import Any, Final
 from ..errors import ArgumentError
 from .models import REAL_MODELS
 
+SOURCE: Final = Path(__file__).resolve().parents[2]
+ELSEWHERE: Final = "sdcore-bench"
+DIVERGENCE: Final = "divergence"
 DTYPE_NAMES: Final = ("fp32", "bf16")
 DEVICES: Final = ("cpu", "cuda")
 LETTERS: Final = {
-    "divergence": "NVH",
+    DIVERGENCE: "NVH",
     **dict.fromkeys(("prefix", "step", "trainer"), "PCRGL"),
     "scaling": "NVHPRGL",
 }
@@ -48,7 +56,7 @@ class Options:
     everything: bool = False  # every combination of the suite's own sizes
     seconds: float | None = None  # to spend on repeating a row; None: the suite's default, 0: each row once
     threads: int | None = None  # of torch; None: its own choice
-    output: Path | None = None  # a folder; None: see `places`
+    output: Path | None = None  # a folder; None: see above
     model: str | None = None  # a key of REAL_MODELS
     shapes: tuple[str, ...] = ()  # "KEY=INT,..."
     dtype: str | None = None  # one of DTYPE_NAMES; None: the suite's own
@@ -125,3 +133,37 @@ def split_names(text: str | None, allowed: Sequence[str], name: str) -> tuple[st
     if wrong or not chosen:
         raise ArgumentError(f"{name} must be of {', '.join(allowed)}, got {', '.join(wrong) or 'nothing'}")
     return chosen
+
+
+def checkout() -> Path | None:
+    """Returns the root of the checkout that this code is part of; None for an installed wheel."""
+    return SOURCE if (SOURCE / "pyproject.toml").is_file() and (SOURCE / "benchmarks").is_dir() else None
+
+
+def results_folder() -> Path:
+    """Returns the folder of all devices, for a run in the working directory."""
+    root = checkout()
+    if root is not None and Path.cwd().resolve().is_relative_to(root):
+        return root / "benchmarks" / "results"
+    return Path(ELSEWHERE)
+
+
+def result_path(*, suite: str, device: str, date: str, variant: str = "", output: Path | None = None) -> Path:
+    """Returns the JSON of a run, beside which its tables and plots lie; `output`, a folder, takes them instead."""
+    if output is not None:
+        return output / f"{suite}-{date}.json"
+    folder = results_folder() / device
+    return folder / ("" if suite == DIVERGENCE else suite) / folder_name(variant) / f"{date}.json"
+
+
+def folder_name(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def newest_results(results: Path, suite: str = "") -> list[Path]:
+    """Finds the newest file of every device; file names are dates. Empty where nothing is committed yet.
+
+    `suite` is the folder of a suite that is not the divergences'.
+    """
+    newest = {path.parent: path for path in sorted(results.glob(f"*/{suite}/*.json" if suite else "*/*.json"))}
+    return list(newest.values())

@@ -20,8 +20,12 @@ from typing import Any
 
 import torch
 
+from sdkernels.live_bytes import free_bytes
+
+from .. import charts
+from ..charts import Bar, figure_of, save
 from .limit import LIMITS, SHARED, Products
-from .measure import check_and_time, free_bytes, too_large
+from .measure import check_and_time, too_large
 from .options import Options
 from .oracle import relative_error
 from .rows import Outcome, PassReport, PassRow, Step, write
@@ -29,8 +33,8 @@ from .suite import Run
 from .tables import Table, format_error, mebibytes, ratio, why
 
 # What every row has on disk.
-COMMON = ("contender", "setting", "seconds", "errors", "reason", "gradient_error", "live_bytes", "resident_bytes")
-COMMON_FIELDS = dict.fromkeys((*COMMON, "gradient_bytes"))
+FIGURES = ("gradient_error", "live_bytes", "resident_bytes", "gradient_bytes")
+COMMON = ("contender", "setting", "seconds", "errors", "reason", *FIGURES)
 MAY_BE_UNKNOWN = ("gradient_error", "values_error", "allowed", "needed_bytes")
 # A head, which may name the reference, and a cell made of a row and the reference.
 Column = tuple[str, Callable[[PassRow, PassRow | None], str]]
@@ -73,9 +77,8 @@ class PassSuite:
     def measure(self, run: Run) -> None:
         """Measures case after case."""
         planned = self.cases(run.options, run.device)
-        free = free_bytes(torch.device(run.device))
         if self.notes_free_memory:
-            run.machine["free_bytes"] = None if math.isinf(free) else int(free)
+            run.machine["free_bytes"] = free_bytes(torch.device(run.device))
         report = PassReport(machine=run.machine)
         for number, case in enumerate(planned, start=1):
             began = time.perf_counter()
@@ -126,7 +129,7 @@ class PassSuite:
         for row in report.rows:
             group = {name: getattr(row.group, attribute) for name, attribute in self.case_fields.items()}
             figures = {name: getattr(row, attribute) for name, attribute in self.row_fields.items()}
-            rows.append({"group": group} | {name: getattr(row, name) for name in COMMON_FIELDS} | figures)
+            rows.append({"group": group} | {name: getattr(row, name) for name in COMMON} | figures)
         write(path, report.machine, {"rows": rows})
 
     def load(self, path: Path) -> PassReport:
@@ -232,15 +235,19 @@ def draw_cases(
     line: float | None = None,
 ) -> None:
     """Draws two bars for each contender of a case; `above` (with a mark) and `below` (with a line) say of what."""
-    from .plot import LINE, Bar, Panel, bars
 
-    upper: list[Panel] = []
-    lower: list[Panel] = []
-    for case, rows in groups.items():
-        timed, ylabels = timed_rows(rows), ("", "") if upper else (above[0], below[0])
-        bars_above = [("", [Bar(above[1](row, rows), colour(row), mark=mark(row, rows))]) for row in timed]
-        bars_below = [(row.contender, [Bar(below[1](row, rows), colour(row))]) for row in timed]
-        upper.append(Panel(groups=bars_above, title=head(case), ylabel=ylabels[0]))
-        levels = [] if line is None else [(line, LINE)]
-        lower.append(Panel(groups=bars_below, ylabel=ylabels[1], levels=levels, slanted=True))
-    bars([upper, lower], path, title=title, size=(1 + 3 * len(groups), 6.4))
+    def upper(axes: Any, case: Any, rows: Sequence[PassRow]) -> None:
+        shown = {r.contender: [Bar(above[1](r, rows), colour(r), mark=mark(r, rows))] for r in timed_rows(rows)}
+        charts.bars(axes, shown)
+        axes.set_title(head(case), fontsize=8)
+
+    def lower(axes: Any, case: Any, rows: Sequence[PassRow]) -> None:
+        charts.bars(axes, {r.contender: [Bar(below[1](r, rows), colour(r))] for r in timed_rows(rows)}, slanted=True)
+        if line is not None:
+            axes.axhline(line, **charts.DASHED)
+
+    panels = [partial(part, case=case, rows=rows) for part in (upper, lower) for case, rows in groups.items()]
+    figure = figure_of(panels, columns=len(groups), size=(3.1, 3.2), title=title, sharex="col", sharey="row")
+    figure.axes[0].set_ylabel(above[0])
+    figure.axes[len(groups)].set_ylabel(below[0])
+    save(figure, path)

@@ -153,15 +153,8 @@ def _trl(inputs: CaseInputs, divergence: Divergence) -> Loss:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     hidden, weight, teacher_hidden = inputs
-    teacher_weight = weight.detach()
-
-    def loss() -> Tensor:
-        per_token, _ = ChunkedDivergenceFunction.apply(
-            hidden, weight, None, teacher_hidden, teacher_weight, None, divergence.alpha
-        )
-        return per_token.mean()
-
-    return loss
+    arguments = (hidden, weight, None, teacher_hidden, weight.detach(), None, divergence.alpha)
+    return lambda: ChunkedDivergenceFunction.apply(*arguments)[0].mean()
 
 
 def _liger(inputs: CaseInputs, divergence: Divergence, *, chunk_size: int | None = None) -> Loss:
@@ -188,9 +181,8 @@ _best_chunks: dict[tuple[Any, ...], int] = {}
 def best_liger_chunk(inputs: CaseInputs) -> int:
     """Finds the fastest of `LIGER_CHUNK_SIZES` on this shape and dtype; on a GPU it is the default.
 
-    Of each size it takes the better of two steps of reverse KL.
-
-    It goes from the largest down and stops two sizes past the best: smaller chunks add up more weight gradients.
+    Of each size it takes the better of two steps of reverse KL, from the largest down, and stops two sizes past the
+    best: smaller chunks add up more weight gradients.
     """
     key = (inputs.shape, inputs.student_hidden.dtype, inputs.device)
     if inputs.device.type == "cuda":
@@ -220,11 +212,8 @@ def _liger_fused(inputs: CaseInputs, divergence: Divergence, *, implementation: 
         require("cutlass", "nvidia-cutlass-dsl")
     from liger_kernel.functional import fused_linear_jsd
 
-    hidden, weight, teacher_hidden = inputs
-    teacher_weight = weight.detach()
-    return lambda: fused_linear_jsd(
-        hidden, weight, teacher_hidden, teacher_weight, jsd_beta=divergence.alpha, impl=implementation
-    )
+    tensors = (*inputs, inputs.student_weight.detach())
+    return lambda: fused_linear_jsd(*tensors, jsd_beta=divergence.alpha, impl=implementation)
 
 
 def _orda(inputs: CaseInputs, divergence: Divergence) -> Loss:
@@ -235,21 +224,15 @@ def _orda(inputs: CaseInputs, divergence: Divergence) -> Loss:
     variant = {0.0: "forward", 1.0: "reverse"}.get(divergence.alpha, "skew_js")
     hidden, weight, teacher_hidden = inputs
     labels = torch.zeros(len(hidden), dtype=torch.int64, device=inputs.device)
-    on_gpu = inputs.device.type == "cuda"
-    return lambda: (
-        distillation_loss(
-            hidden,
-            weight,
-            labels,
-            TiedTeacher(hidden=teacher_hidden),
-            student_ce_weight=0.0,
-            teacher_ce_weight=0.0,
-            kl_weight=1.0,
-            kl_divergence=variant,
-            kl_beta=1 - divergence.alpha if variant == "skew_js" else None,
-            backend="triton" if on_gpu else "torch",
-        ).loss
-    )
+    options: dict[str, Any] = {
+        "student_ce_weight": 0.0,
+        "teacher_ce_weight": 0.0,
+        "kl_weight": 1.0,
+        "kl_divergence": variant,
+        "kl_beta": 1 - divergence.alpha if variant == "skew_js" else None,
+        "backend": "triton" if inputs.device.type == "cuda" else "torch",
+    }
+    return lambda: distillation_loss(hidden, weight, labels, TiedTeacher(hidden=teacher_hidden), **options).loss
 
 
 def _flash_linear_attention(inputs: CaseInputs, divergence: Divergence) -> Loss:
@@ -261,8 +244,8 @@ def _flash_linear_attention(inputs: CaseInputs, divergence: Divergence) -> Loss:
     from fla.modules.fused_kl_div import fused_kl_div_loss
 
     hidden, weight, teacher_hidden = inputs
-    teacher_weight = weight.detach()
-    return lambda: fused_kl_div_loss(hidden, teacher_hidden, weight, teacher_weight)
+    tensors = (hidden, teacher_hidden, weight, weight.detach())
+    return lambda: fused_kl_div_loss(*tensors)
 
 
 # Ours stand out in a picture; the others are told apart by hue and marker.

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from ..errors import ArgumentError
-from .options import SUITES
-from .places import DIVERGENCE, checkout, newest_results
+from .options import DIVERGENCE, SUITES, checkout, newest_results
 from .suites import suite_named
 from .tables import describe
 

@@ -19,8 +19,7 @@ import torch
 from rich.console import Console
 
 from ..errors import ArgumentError
-from .options import Options
-from .places import result_path
+from .options import Options, result_path
 from .rows import describe_machine, machine_folder
 from .tables import describe
 
@@ -48,13 +47,8 @@ def start(options: Options, *, seconds: float, progress: Console | None = None) 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     machine = describe_machine(device)
-    path = result_path(
-        suite=options.suite,
-        device=machine_folder(machine),
-        date=machine["date"],
-        variant=options.variant,
-        output=options.output,
-    )
+    named = {"suite": options.suite, "device": machine_folder(machine), "date": machine["date"]}
+    path = result_path(**named, variant=options.variant, output=options.output)
     chosen = seconds if options.seconds is None else options.seconds
     return Run(
         options=options,

@@ -13,10 +13,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import torch
+
+from sdkernels.live_bytes import free_bytes
 
 from ..errors import ArgumentError, UnsupportedModelError
 from ..models import Body, find_body
@@ -111,18 +112,6 @@ def counted_cost(plan: Plan, body: Body, strategy: str, shares: bool) -> Cost | 
         return cost(plan, body.config, strategy=strategy, teacher_shares=shares, dtype_bytes=body.dtype.itemsize)
     except UnsupportedModelError:
         return None
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Returns how many bytes can still be allocated on the device; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    # Not the memory that is free: most of what files take up is given back when it is asked for.
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
 
 def _runs_the_student(teacher: Teacher) -> bool:

@@ -26,8 +26,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from sdkernels.live_bytes import free_bytes
+
+from ... import charts
+from ...charts import Bar, figure_of, save
 from .. import peers, shapes, tables
-from ..measure import Unavailable, check_and_time, error_line, free_bytes, group_bytes, peak_bytes, too_large
+from ..measure import check_and_time, error_line, group_bytes, peak_bytes, too_large
 from ..models import size_of
 from ..options import WORKLOADS, Options
 from ..oracle import compare, difference, solve
@@ -43,6 +47,7 @@ ACCURACY_DIVERGENCES = (*shapes.FULL_VOCABULARY, shapes.TOP_K_FORWARD, shapes.TO
 MEMORY_SHAPE = Shape(4096, 151936, 896)
 NOTHING_COMPILED = "nothing is compiled in a quick run"
 Kind = TypeVar("Kind", SpeedRow, MemoryRow)
+BELOW: Any = {"legend": "below", "legend_columns": 5}
 COLOURED = (*CONTENDERS, PLAIN_LOW_PRECISION)
 COLOURS = {contender.name: contender.colour for contender in COLOURED}
 
@@ -147,8 +152,6 @@ def measure_accuracy(
             rows.append(row)
             try:
                 result = built(contender, inputs, divergence)()
-            except Unavailable as unavailable:
-                row.reason = str(unavailable)
             except Exception as error:
                 row.reason = error_line(error)
             else:
@@ -300,13 +303,11 @@ def _with_errors(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _draw_speed(report: Report, path: Path) -> Path:
-    from ..plot import LINE, Bar, Panel, bars
-
     groups = by_group(report.speed)
-    shapes, dtypes = ({getattr(group, name): None for group in groups} for name in ("shape", "dtype"))
+    shapes, dtypes = (list(dict.fromkeys(getattr(group, name) for group in groups)) for name in ("shape", "dtype"))
 
-    def panel(shape: Shape, dtype: str) -> Panel:
-        labelled = []
+    def panel(axes: Any, shape: Shape, dtype: str) -> None:
+        shown = {}
         for group, rows in groups.items():
             if (group.shape, group.dtype) == (shape, dtype):
                 floor, label = floor_seconds(rows), group.work.replace(", ", ",\n")
@@ -314,60 +315,73 @@ def _draw_speed(report: Report, path: Path) -> Path:
                     (row for row in rows if row.contender in COLOURS and not row.reason), key=attrgetter("median")
                 )
                 ours = [f"\n{row.median / floor:.2f}×" for row in timed if row.contender == SDCORE.name]
-                shown = [Bar(row.median / floor, COLOURS[row.contender], row.contender) for row in timed]
-                labelled.append(("".join([label, *ours]), shown))
-        ylabel = "time / four bare matmuls" if shape == next(iter(shapes)) else ""
-        return Panel(groups=labelled, title=f"{shape}, {dtype}", ylabel=ylabel, levels=[(1.0, LINE)])
+                shown["".join([label, *ours])] = [
+                    Bar(row.median / floor, COLOURS[row.contender], row.contender) for row in timed
+                ]
+        if not shown:  # this shape was not measured in this dtype
+            axes.set_axis_off()
+            return
+        charts.bars(axes, shown)
+        axes.axhline(1.0, **charts.DASHED)
+        axes.set(title=f"{shape}, {dtype}", ylabel="time / four bare matmuls" if shape == shapes[0] else "")
 
     title = f"linear_divergence, forward + backward, {report.machine['name']} (under the names: sdcore)"
-    size = max(8.0, 1.5 + 3.5 * len(shapes)), 1.2 + 3.1 * len(dtypes)
-    return bars([[panel(shape, dtype) for shape in shapes] for dtype in dtypes], path, title=title, size=size)
+    panels = [partial(panel, shape=shape, dtype=dtype) for dtype in dtypes for shape in shapes]
+    size = max(8.0 / len(shapes), 4.0), 3.3
+    return save(figure_of(panels, columns=len(shapes), size=size, title=title, sharey="row", **BELOW), path)
 
 
 def _draw_memory(report: Report, path: Path) -> Path:
-    from ..plot import Bar, Panel, bars
-
     def peak(row: MemoryRow) -> float:
         return ((row.live_bytes if row.live_bytes is not None else row.resident_bytes) or 0) / MIB
 
     selected = memory_selection(report.memory)
     dtype = selected[-1].group.dtype
-    labelled = []
-    for group, rows in by_group(row for row in selected if row.group.dtype == dtype).items():
-        shown = [
-            # Ours with a workspace of its own has no colour of its own.
+    groups = {
+        # Ours with a workspace of its own has no colour of its own.
+        f"{group.shape}\n{group.work}": [
             Bar(peak(row), COLOURS.get(row.contender, SDCORE.colour), row.contender, row.gradient_bytes / MIB)
             for row in sorted(filter(peak, rows), key=peak)
         ]
-        labelled.append((f"{group.shape}\n{group.work}", shown))
+        for group, rows in by_group(row for row in selected if row.group.dtype == dtype).items()
+    }
+
+    def panel(axes: Any) -> None:
+        charts.bars(axes, groups)
+        axes.set_ylabel("peak MiB beyond the inputs")
+
     title = f"Peak memory of one step, {dtype} (pale: the gradients)"
-    panel = Panel(groups=labelled, ylabel="peak MiB beyond the inputs")
-    return bars([[panel]], path, title=title, size=(max(8.0, 2.0 + 2.1 * len(labelled)), 4.4))
+    return save(figure_of([panel], size=(max(8.0, 2.0 + 2.1 * len(groups)), 4.4), title=title, **BELOW), path)
 
 
 def _draw_accuracy(report: Report, path: Path) -> Path:
-    from ..plot import LINE, Line, Panel, lines
-
-    def panel(divergence: Divergence, of_loss: bool) -> Panel:
-        drawn = []
+    def panel(axes: Any, divergence: Divergence, of_loss: bool) -> None:
         for contender in COLOURED:
             # An exact zero has no place on a logarithmic axis.
-            points = [
-                (row.noise, max(row.errors.loss if of_loss else row.errors.gradient, 1e-9))
+            points = {
+                row.noise: max(row.errors.loss if of_loss else row.errors.gradient, 1e-9)
                 for row in report.accuracy
                 if (row.divergence, row.contender) == (divergence, contender.name) and row.errors
-            ]
-            front = {"linewidth": 2.2, "zorder": 4} if contender is SDCORE else {"linewidth": 1.2}
-            style = {"color": contender.colour, "marker": contender.marker, "markersize": 5}
-            drawn += [Line(points, style | front, contender.name)] if points else []
-        title, xlabel = (str(divergence).replace(", ", ",\n"), "") if of_loss else ("", "teacher − student (noise)")
-        ylabel = f"relative error of the {'loss' if of_loss else 'gradients'}" if divergence == divergences[0] else ""
-        return Panel(lines=drawn, title=title, xlabel=xlabel, ylabel=ylabel, levels=[(1.0, LINE)])
+            }
+            style: dict[str, Any] = {"linewidth": 2.2, "zorder": 4} if contender is SDCORE else {"linewidth": 1.2}
+            style |= {"color": contender.colour, "marker": contender.marker, "markersize": 5}
+            if points:
+                charts.line(axes, list(points), list(points.values()), label=contender.name, **style)
+        axes.axhline(1.0, **charts.DASHED)
+        charts.log_scale(axes, y=10)
+        charts.sizes_on_x(axes, sorted({row.noise for row in report.accuracy}))
+        if of_loss:
+            axes.set_title(str(divergence).replace(", ", ",\n"))
+        else:
+            axes.set_xlabel("teacher − student (noise)")
+        if divergence == divergences[0]:
+            axes.set_ylabel(f"relative error of the {'loss' if of_loss else 'gradients'}")
 
     divergences = list(dict.fromkeys(row.divergence for row in report.accuracy))
-    grid = [[panel(divergence, of_loss) for divergence in divergences] for of_loss in (True, False)]
+    panels = [partial(panel, divergence=d, of_loss=of_loss) for of_loss in (True, False) for d in divergences]
     title = f"Error against float64, {report.accuracy[0].shape}, bf16 inputs (dashed: 100 %)"
-    return lines(grid, path, title=title, size=(1.5 + 2.4 * len(divergences), 6.4), sharey=True)
+    shared: Any = {"sharex": True, "sharey": "row"}
+    return save(figure_of(panels, columns=len(divergences), size=(2.6, 3.2), title=title, **shared, **BELOW), path)
 
 
 SUITE = DivergenceSuite()

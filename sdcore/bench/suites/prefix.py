@@ -50,12 +50,8 @@ STUDENT, TEACHER, TEACHER_EACH, STEP = (
     "whole step",
 )
 WORKS = (STUDENT, TEACHER, TEACHER_EACH, STEP)
-
-
 CPU_MODELS, GRID_CPU_MODELS = ("h512",), ("h512, 2 layers",)
 CUDA_MODELS = ("h1024, heads of 64", "h2048, heads of 128")
-
-
 # What counts as equal to naive, relative to the norm of the states and of all gradients.
 EQUAL = {"fp32": 1e-4, "bf16": 0.05}
 MOST_PANELS = 10

@@ -12,9 +12,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ... import charts
+from ...charts import figure_of, save
 from ..passes import PassSuite
 from ..peers import PLAIN, SDCORE
 from ..rows import PassReport, PassRow
@@ -141,57 +144,73 @@ LABELS = {
 
 def draw(report: PassReport, path: Path) -> None:
     """Draws time above and peak memory below, a column per sweep, of the first dtype that it was measured in."""
-    from ..plot import lines
-
     columns: dict[str, Sweep] = {}
     for sweep in sweeps(report):
         columns.setdefault(next(iter(sweep)).sweep, sweep)
-    panels = [_panels(sweep, report.machine.get("free_bytes")) for sweep in columns.values()]
-    panels[0][0].ylabel, panels[0][1].ylabel = "time, forward and backward", "peak memory beyond inputs and weights"
+    panels = [partial(_draw_times, sweep=sweep) for sweep in columns.values()]
+    panels += [partial(_draw_peaks, sweep=sweep, free=report.machine.get("free_bytes")) for sweep in columns.values()]
     title = f"How time and memory grow, {report.machine['name']}"
-    lines(list(zip(*panels, strict=True)), path, title=title, size=(1.0 + 3.4 * len(columns), 7.2))
+    figure = figure_of(panels, columns=len(columns), size=(3.5, 3.4), title=title, legend="below", legend_columns=3)
+    figure.axes[0].set_ylabel("time, forward and backward")
+    figure.axes[len(columns)].set_ylabel("peak memory beyond inputs and weights")
+    save(figure, path)
 
 
-def _panels(sweep: Sweep, free: int | None) -> tuple[Any, Any]:
-    from ..plot import Line, Panel
+def _draw_times(axes: Any, sweep: Sweep) -> None:
+    first = next(iter(sweep))
+    names_of = dict(zip(("plain", "ours", "limit"), (*names(first), LIMIT), strict=True))
+    times = {style: curve(sweep, name, seconds) for style, name in names_of.items()}
+    _draw_curves(axes, sweep, times, lambda time: f"{time:g} s", "takes {:.2g}× as long")
+    axes.set_title(f"{first.sweep}: {MEANING[first.sweep]}\n{first.fixed}", fontsize=8)
 
+
+def _draw_peaks(axes: Any, sweep: Sweep, free: int | None) -> None:
     first = next(iter(sweep))
     plain, ours = names(first)
-    times = {style: curve(sweep, name, seconds) for style, name in (("plain", plain), ("ours", ours), ("limit", LIMIT))}
-    peaks = {style: curve(sweep, name, live_mib) for style, name in (("plain", plain), ("ours", ours))}
+    peaks = {"plain": curve(sweep, plain, live_mib), "ours": curve(sweep, ours, live_mib)}
     beyond = [
         (point.size, row.needed_bytes / MIB)
         for point, rows in sweep.items()
         for row in rows
         if row.contender == plain and not row.seconds and not math.isnan(row.needed_bytes)
     ]
-    memory = [Line(points, STYLES[style], LABELS[style]) for style, points in peaks.items()]
     if beyond:
         measured = peaks["plain"][-1:]
         style = STYLES["too large"] | {"markevery": slice(len(measured), None)}
-        memory.append(Line(measured + beyond, style, LABELS["too large"]))
-    times_drawn = [Line(points, STYLES[style], LABELS[style]) for style, points in times.items()]
-    title, text = f"{first.sweep}: {MEANING[first.sweep]}\n{first.fixed}", _apart(first, times, "takes {:.2g}× as long")
-    upper = Panel(lines=times_drawn, title=title, text=text, shown=lambda time: f"{time:g} s")
-    levels = [] if free is None else [(free / MIB, STYLES["memory"] | {"label": LABELS["memory"]})]
-    text = _apart(first, peaks, "holds {:.2g}× as much")
-    lower = Panel(lines=memory, xlabel=first.sweep, levels=levels, text=text, base=4, shown=_bytes)
-    return upper, lower
+        charts.line(axes, *zip(*measured, *beyond, strict=True), label=LABELS["too large"], **style)
+    if free is not None:
+        axes.axhline(free / MIB, label=LABELS["memory"], **STYLES["memory"])
+    _draw_curves(axes, sweep, peaks, _bytes, "holds {:.2g}× as much", base=4)
+    axes.set_xlabel(first.sweep)
+
+
+def _draw_curves(
+    axes: Any,
+    sweep: Sweep,
+    curves: dict[str, list[tuple[int, float]]],
+    written: Callable[[float], str],
+    words: str,
+    base: float = 10,
+) -> None:
+    """Draws lines over logarithmic axes, and says how far plain and ours are apart where both were run last."""
+    for style, measured in curves.items():
+        if measured:
+            charts.line(axes, *zip(*measured, strict=True), label=LABELS[style], **STYLES[style])
+    charts.log_scale(axes, y=base)
+    charts.sizes_on_x(axes, [point.size for point in sweep])
+    axes.yaxis.set_major_formatter(lambda value, _: written(value))
+    plain, ours = dict(curves["plain"]), dict(curves["ours"])
+    both = [size for size in plain if size in ours]
+    if both:
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high * (high / low) ** 0.18)  # room for the words
+        apart = words.format(plain[both[-1]] / ours[both[-1]])
+        text = f"at {next(iter(sweep)).sweep}={charts.short(both[-1])} plain\n{apart}"
+        axes.text(0.04, 0.96, text, transform=axes.transAxes, va="top", fontsize=8)
 
 
 def _bytes(mib: float) -> str:
     return f"{mib:g} MiB" if mib < 1024 else f"{mib / 1024:g} GiB"
-
-
-def _apart(first: Point, curves: dict[str, list[tuple[int, float]]], words: str) -> str:
-    """Says how far the two are apart at the largest size that both were run at."""
-    from ..plot import short
-
-    plain, ours = dict(curves["plain"]), dict(curves["ours"])
-    both = [size for size in plain if size in ours]
-    if not both:
-        return ""
-    return f"at {first.sweep}={short(both[-1])} plain\n{words.format(plain[both[-1]] / ours[both[-1]])}"
 
 
 SUITE = PassSuite(

@@ -8,9 +8,19 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from sdcore.bench import places
+from sdcore.bench import options as options_module
 from sdcore.bench.models import REAL_MODELS, size_of, with_layers
-from sdcore.bench.options import SUITES, Options, parse_shape, split_names, workload
+from sdcore.bench.options import (
+    SUITES,
+    Options,
+    checkout,
+    folder_name,
+    newest_results,
+    parse_shape,
+    result_path,
+    split_names,
+    workload,
+)
 from sdcore.bench.peers import CONTENDERS
 from sdcore.bench.trl_trainers import TRAINERS
 from sdcore.cli import bench
@@ -58,20 +68,18 @@ print(run(SUITE, Options(suite="divergence", quick=True, device="cpu", threads=1
 def test_results_go_into_the_checkout_when_run_there_and_into_a_folder_of_their_own_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = places.checkout()
+    root = checkout()
     assert root is not None
     named = {"device": "cpu-1", "date": "2026-01-02"}
     monkeypatch.chdir(root / "docs")
     results = root / "benchmarks" / "results"
-    assert places.result_path(suite="divergence", **named) == results / "cpu-1" / "2026-01-02.json"
-    assert places.result_path(suite="step", **named) == results / "cpu-1" / "step" / "2026-01-02.json"
+    assert result_path(suite="divergence", **named) == results / "cpu-1" / "2026-01-02.json"
+    assert result_path(suite="step", **named) == results / "cpu-1" / "step" / "2026-01-02.json"
     monkeypatch.chdir(tmp_path)
-    assert places.result_path(suite="step", variant="quick", **named) == Path(
-        "sdcore-bench/cpu-1/step/quick/2026-01-02.json"
-    )
-    assert places.result_path(suite="step", output=tmp_path, **named) == tmp_path / "step-2026-01-02.json"
-    monkeypatch.setattr(places, "SOURCE", tmp_path)
-    assert places.checkout() is None
+    assert result_path(suite="step", variant="quick", **named) == Path("sdcore-bench/cpu-1/step/quick/2026-01-02.json")
+    assert result_path(suite="step", output=tmp_path, **named) == tmp_path / "step-2026-01-02.json"
+    monkeypatch.setattr(options_module, "SOURCE", tmp_path)
+    assert checkout() is None
 
 
 def test_runs_that_are_not_the_suites_own_have_a_folder_that_the_readme_does_not_read(tmp_path: Path) -> None:
@@ -81,17 +89,17 @@ def test_runs_that_are_not_the_suites_own_have_a_folder_that_the_readme_does_not
         Options(suite="prefix", everything=True),
         Options(suite="prefix", dtype="bf16"),
     ):
-        folder = tmp_path / "device" / "prefix" / places.folder_name(options.variant)
+        folder = tmp_path / "device" / "prefix" / folder_name(options.variant)
         folder.mkdir(parents=True)
         (folder / "2026-01-02.json").touch()
         assert folder.name not in ("", "prefix")
     assert Options(suite="prefix").variant == ""
-    assert places.newest_results(tmp_path) == []
-    assert places.newest_results(tmp_path, "prefix") == []
+    assert newest_results(tmp_path) == []
+    assert newest_results(tmp_path, "prefix") == []
 
 
 def test_renewing_a_readme_outside_of_a_checkout_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "SOURCE", tmp_path)
+    monkeypatch.setattr(options_module, "SOURCE", tmp_path)
     shown = CliRunner().invoke(app, ["bench", "--readme"])
     assert shown.exit_code == 2
     assert "checkout" in shown.output

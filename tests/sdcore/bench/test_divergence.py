@@ -12,10 +12,9 @@ import torch
 
 from sdcore.bench import compare, peers, shapes
 from sdcore.bench.measure import MOST_OF_FREE, group_bytes, peak_bytes, repetitions
-from sdcore.bench.options import Options
+from sdcore.bench.options import Options, checkout, newest_results
 from sdcore.bench.oracle import solve
 from sdcore.bench.peers import CONTENDERS, PLAIN, SDCORE, Contender
-from sdcore.bench.places import checkout, newest_results
 from sdcore.bench.rows import MemoryRow, Report, SpeedRow
 from sdcore.bench.shapes import CaseInputs, Divergence, Group, Shape, make_case_inputs
 from sdcore.bench.suite import run

@@ -14,8 +14,7 @@ import torch
 
 from sdcore.bench import passes, peers, readme
 from sdcore.bench.limit import LIMITS
-from sdcore.bench.options import SUITES, Options
-from sdcore.bench.places import checkout, newest_results
+from sdcore.bench.options import SUITES, Options, checkout, newest_results
 from sdcore.bench.rows import Outcome, Step
 from sdcore.bench.suite import markdown, run
 from sdcore.bench.suites import prefix, step, suite_named, trainer

@@ -32,7 +32,6 @@ REQUIRED_BY_OTHERS = {"requests"}
 ITS_OWN = {
     "trl": ("sdcore.integrations.trl.",),
     "triton": ("sdkernels.tile.triton_backend", "sdkernels.tuning"),
-    "matplotlib": ("sdcore.bench.plot",),
 }
 
 # What uses a dependency, and what its error must say without.
