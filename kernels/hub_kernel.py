@@ -32,7 +32,7 @@ VERSION_FILE = SOURCES.parents[1] / "sdcore" / "__init__.py"
 NAME = "sdkernels"
 LICENSE = "Apache-2.0"
 BACKENDS = ("cpu", "cuda")
-# They read the package by its installed name, and are run by developers only.
+# Run by developers only.
 LEFT_OUT = frozenset({"compile_check.py", "tuning.py"})
 
 # Older loaders look for a folder of the kernel's name; this is what they find there.

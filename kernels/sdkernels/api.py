@@ -301,31 +301,19 @@ def _operands(
 def _ready(given: Operands, options: Options) -> Operands:
     """Returns checked tensors as an operator takes them: int64 ids, a graph on the student alone, autocast done."""
 
-    def constant(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.detach()
-
-    def factor(tensor: Tensor | None) -> Tensor | None:
-        return tensor if tensor is None or given.student_weight is None else _autocast(tensor)
-
-    def int64(ids: Tensor | None) -> Tensor | None:
-        return None if ids is None else ids.to(torch.int64)
+    def ready(name: str, tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        if name.endswith("_ids"):
+            return tensor.to(torch.int64)
+        if not name.startswith("student_"):
+            tensor = tensor.detach()
+        is_factor = name.endswith(("_hidden", "_weight")) and given.student_weight is not None
+        return _autocast(tensor) if is_factor else tensor
 
     _, teacher_head = heads_of(options, given.teacher_weight)
-    return Operands(
-        student_hidden=given.student_hidden if given.student_weight is None else _autocast(given.student_hidden),
-        student_weight=factor(given.student_weight),
-        student_bias=given.student_bias,
-        teacher_hidden=factor(constant(given.teacher_hidden)),
-        teacher_weight=factor(constant(given.teacher_weight)),
-        teacher_bias=constant(teacher_head.bias),
-        mix_hidden=factor(constant(given.mix_hidden)),
-        mix_weight=factor(constant(given.mix_weight)),
-        token_weights=constant(given.token_weights),
-        target_ids=int64(given.target_ids),
-        old_logprobs=constant(given.old_logprobs),
-        teacher_ids=int64(given.teacher_ids),
-        teacher_logprobs=constant(given.teacher_logprobs),
-    )
+    given = given._replace(teacher_bias=teacher_head.bias)
+    return Operands(*(ready(name, tensor) for name, tensor in zip(Operands._fields, given, strict=True)))  # type: ignore[arg-type]
 
 
 def _autocast(tensor: Tensor) -> Tensor:

@@ -27,30 +27,18 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .tile.triton_backend import buckets, divergence, softmax_gradient, statistics, topk
+from .tile.triton_backend.configs import FUSED_MULTIPLY_ADD, MOST_BUCKETS, TABLE, Config, bucket_config
+from .tile.triton_backend.topk import CANDIDATE_WARPS, CANDIDATES_PER_PROGRAM, LEAST_GROUP, MOST_GROUP
+from .tile.tuned import table_of
+
 # Compute capability, and the most shared memory that one block can have, in bytes.
 CHIPS = {"sm_80": (80, 163 << 10), "sm_90": (90, 227 << 10), "sm_100": (100, 227 << 10)}
-
-POINTERS = {
-    "p_statistics": "*fp32",
-    "p_tail_statistics": "*fp32",
-    "p_ids": "*i64",
-    "p_target_ids": "*i64",
-    "p_group_ids": "*i64",
-}
-# Values that the host passes as Python floats; every other scalar is an integer.
-FLOATS = {
-    "student_gain",
-    "student_cap",
-    "teacher_gain",
-    "teacher_cap",
-    "gain",
-    "cap",
-    "alpha",
-    "factor",
-    "entry_clip",
-}
-# The vocabulary and strides: multiples of 16 for the models that matter, which is what lets loads be 16 bytes wide.
-ALIGNED = {"V", "stride_student", "stride_teacher", "stride_gradient", "stride_logits"}
 
 
 @dataclass(frozen=True)
@@ -87,9 +75,6 @@ class Result:
 
 def cases(arch: str) -> list[Case]:
     """Returns every kernel in every variant that `arch` launches: untuned, and as its measured table has it."""
-    from sdkernels.tile.triton_backend.configs import TABLE, Config
-    from sdkernels.tile.tuned import table_of
-
     launched = launched_by(TABLE[arch])
     measured = table_of(arch)
     for entry, rows in {} if measured is None else measured.kernels.items():
@@ -101,9 +86,6 @@ def cases(arch: str) -> list[Case]:
 
 def launched_by(table: Mapping[str, Any]) -> list[Case]:
     """Returns every kernel in every variant, with the launches of `table`, a Config by kernel."""
-    from sdkernels.tile.triton_backend.configs import MOST_BUCKETS, bucket_config
-    from sdkernels.tile.triton_backend.topk import CANDIDATE_WARPS, CANDIDATES_PER_PROGRAM, LEAST_GROUP, MOST_GROUP
-
     launched = []
 
     def add(entry: str, variant: str, size: int, constants: dict[str, Any], gradient: str = "*bf16") -> None:
@@ -164,8 +146,6 @@ def launched_by(table: Mapping[str, Any]) -> list[Case]:
 
 def kernel_named(name: str) -> Any:
     """Returns the Triton function of that name."""
-    from sdkernels.tile.triton_backend import buckets, divergence, softmax_gradient, statistics, topk
-
     for module in (statistics, divergence, softmax_gradient, buckets, topk):
         if hasattr(module, name):
             return getattr(module, name)
@@ -199,13 +179,6 @@ def check(arch: str, case: Case) -> Result:
 
 def compile_case(arch: str, case: Case) -> tuple[Any, str]:
     """Returns Triton's compiled kernel and the assembler's report; never from a cache, which has no report."""
-    import triton
-    from triton import knobs
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from sdkernels.tile.triton_backend.configs import FUSED_MULTIPLY_ADD
-
     capability, _ = CHIPS[arch]
     kernel = kernel_named(case.kernel)
     signature, attributes = {}, {}
@@ -215,10 +188,13 @@ def compile_case(arch: str, case: Case) -> tuple[Any, str]:
         elif name == "p_gradient":
             signature[name] = case.gradient
         elif name.startswith("p_"):
-            signature[name] = POINTERS.get(name, "*fp32")
+            signature[name] = "*i64" if name.endswith("_ids") else "*fp32"
         else:
-            signature[name] = "fp32" if name in FLOATS else "i32"
-        if signature[name].startswith("*") or name in ALIGNED:
+            # Sizes in capitals, strides and counts; the others are what the host passes as Python floats.
+            is_integer = name.isupper() or name.startswith(("stride_", "n_"))
+            signature[name] = "i32" if is_integer else "fp32"
+        # The vocabulary and strides: multiples of 16 for the models that matter, which lets loads be 16 bytes wide.
+        if signature[name].startswith("*") or name == "V" or name.startswith("stride_"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     knobs.compilation.always_compile = True
     knobs.nvidia.dump_ptxas_log = True
@@ -294,8 +270,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set, under which nothing is compiled; unset it")
-    import triton
-
     started = time.perf_counter()
     print(f"triton {triton.__version__}; per thread: registers, bytes of stack and of spills; per block: shared bytes")
     print(row("arch", "kernel", "variant", "block", "warps", "regs", "stack", "spills", "shared", "bytes", ""))

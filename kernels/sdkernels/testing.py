@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .live_bytes import LiveBytes, Matmul
 from .reference_call import reference_output
-from .types import DivergenceOutput, ImportanceClip, LogitTransform, Operands, Options, TeacherMix, TopK, TopKLogprobs
+from .types import DivergenceOutput, ImportanceClip, Operands, Options, TeacherMix, TopK, TopKLogprobs
 
 
 class Inputs(NamedTuple):
@@ -180,26 +180,16 @@ def run_reference(
     teacher_hidden: Tensor | None = None,
     teacher_weight: Tensor | None = None,
     *,
-    alpha: float = 1.0,
-    normalize: bool = False,
-    temperature: float = 1.0,
-    student_head: LogitTransform | None = None,
-    teacher_head: LogitTransform | None = None,
-    support: TopK | Literal["sampled"] | None = None,
-    teacher: TeacherMix | TopKLogprobs | None = None,
     token_weights: Tensor | None = None,
     target_ids: Tensor | None = None,
-    importance: ImportanceClip | None = None,
-    entry_clip: float | None = None,
-    vocab_size: int | None = None,
-    reduction: Literal["mean", "sum", "none"] = "mean",
     upstream: Tensor | None = None,
     naive: bool = False,
+    **options: Any,
 ) -> Run:
     """Returns the float64 answer to a call of `linear_divergence` with the same arguments, gradients included.
 
-    With `naive` it is the path to hold errors against instead: logits and gradient matmuls in the dtype of the inputs,
-    `log_softmax` and textbook sums in float32.
+    `options` are those of `Options`. With `naive` it is the path to hold errors against instead: logits and gradient
+    matmuls in the dtype of the inputs, `log_softmax` and textbook sums in float32.
     """
 
     def leaf(tensor: Tensor) -> Tensor:
@@ -207,20 +197,8 @@ def run_reference(
         return copy.requires_grad_(tensor.requires_grad)
 
     hidden, weight = leaf(student_hidden), leaf(student_weight)
+    student_head = options.get("student_head")
     bias = None if student_head is None or student_head.bias is None else leaf(student_head.bias)
-    options = Options(
-        alpha=alpha,
-        normalize=normalize,
-        temperature=temperature,
-        student_head=student_head,
-        teacher_head=teacher_head,
-        support=support,
-        teacher=teacher,
-        importance=importance,
-        entry_clip=entry_clip,
-        vocab_size=vocab_size,
-        reduction=reduction,
-    )
     given = Operands(
         student_hidden=hidden,
         student_weight=weight,
@@ -230,7 +208,7 @@ def run_reference(
         token_weights=token_weights,
         target_ids=target_ids,
     )
-    output = reference_output(given, options, torch.float32 if naive else torch.float64)
+    output = reference_output(given, Options(**options), torch.float32 if naive else torch.float64)
     return _with_gradients(output, hidden, weight, bias, upstream)
 
 

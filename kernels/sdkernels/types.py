@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -194,9 +194,11 @@ class Operands(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Is the dtype of the logits and of every row value."""
-        sides = (self.student_hidden, self.teacher_hidden, self.mix_hidden)
-        return compute_dtype_of(*sides, self.student_weight, self.teacher_weight, self.mix_weight)
+        """Is the dtype of the logits and of every row value: float64 if any factor has it, else float32."""
+        hidden = (self.student_hidden, self.teacher_hidden, self.mix_hidden)
+        factors = (*hidden, self.student_weight, self.teacher_weight, self.mix_weight)
+        wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in factors)
+        return torch.float64 if wide else torch.float32
 
     @property
     def vocab(self) -> int:
@@ -263,13 +265,11 @@ class TileRows:
         def part(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor[block]
 
-        return TileRows(
-            student_bias=self.student_bias,
-            teacher_bias=self.teacher_bias,
+        return replace(
+            self,
             target_ids=part(self.target_ids),
             teacher_ids=part(self.teacher_ids),
             teacher_logprobs=part(self.teacher_logprobs),
-            teacher_is_gap=self.teacher_is_gap,
         )
 
 
@@ -281,12 +281,6 @@ class RowValues(NamedTuple):
     teacher_logprobs: torch.Tensor | None
     student_entropy: torch.Tensor
     teacher_entropy: torch.Tensor | None
-
-
-def compute_dtype_of(*tensors: torch.Tensor | None) -> torch.dtype:
-    """Returns float64 if any operand has it, else float32."""
-    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32
 
 
 def is_same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

@@ -85,45 +85,34 @@ def check_head(name: str, head: LogitTransform | None, rows: int, like: Tensor) 
         check_number(f"{name}.temperature", head.temperature, 0.0, open_low=True)
 
 
-def check_call(
-    alpha: float,
-    normalize: bool,
-    temperature: float,
-    reduction: str,
-    backend: str,
-    gradient: str,
-    workspace_mb: float | None,
-    on_nonfinite: str,
-    backends: tuple[str, ...] = DIVERGENCE_BACKENDS,
-) -> None:
-    """Refuses scalar options of a divergence."""
-    check_number("alpha", alpha, 0.0, 1.0)
-    if not isinstance(normalize, bool):
-        raise TypeError(f"normalize must be a bool, got {type(normalize).__name__}")
-    check_number("temperature", temperature, 0.0, open_low=True)
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
-    check_choice("gradient", gradient, ("auto", "in_forward", "recompute"))
-    check_choice("on_nonfinite", on_nonfinite, ("propagate", "raise"))
-    _check_machine(backend, workspace_mb, backends)
+def check_options(options: Options, backends: tuple[str, ...] = DIVERGENCE_BACKENDS) -> None:
+    """Refuses scalar options of a divergence that has these backends."""
+    check_number("alpha", options.alpha, 0.0, 1.0)
+    if not isinstance(options.normalize, bool):
+        raise TypeError(f"normalize must be a bool, got {type(options.normalize).__name__}")
+    check_number("temperature", options.temperature, 0.0, open_low=True)
+    check_choice("reduction", options.reduction, ("mean", "sum", "none"))
+    check_choice("gradient", options.gradient, ("auto", "in_forward", "recompute"))
+    check_choice("on_nonfinite", options.on_nonfinite, ("propagate", "raise"))
+    _check_machine(options, backends)
 
 
-def check_support(
-    alpha: float, normalize: bool, support: TopK | str | None, entry_clip: float | None, vocab: int | None
-) -> None:
+def check_support(options: Options, vocab: int | None) -> None:
     """Refuses what may not be compared of a row, as far as no tensor has a say; `vocab` is None where it is unknown."""
+    support = options.support
     if isinstance(support, TopK):
         check_choice("support.of", support.of, ("student", "teacher"))
         check_count("support.k (topk)", support.k, 1, vocab, "V")
     elif support == "sampled":
-        if alpha != 1.0 or normalize:
+        if options.alpha != 1.0 or options.normalize:
             raise ValueError(
                 "support='sampled' is the score-function form of the reverse KL: alpha must be 1 and normalize False, "
-                f"got alpha={alpha!r}, normalize={normalize!r}"
+                f"got alpha={options.alpha!r}, normalize={options.normalize!r}"
             )
     elif support is not None:
         raise ValueError(f"support must be None, TopK(...) or 'sampled', got {support!r}")
-    if entry_clip is not None:
-        check_number("entry_clip", entry_clip, 0.0, open_low=True)
+    if options.entry_clip is not None:
+        check_number("entry_clip", options.entry_clip, 0.0, open_low=True)
         if support is not None:
             raise ValueError(f"entry_clip is for the full vocabulary, got support={support!r}")
 
@@ -138,7 +127,7 @@ def check_linear_divergence(given: Operands, options: Options, whole_vocab: int)
     """Refuses arguments of `linear_divergence`; `whole_vocab` is 0 unless the heads are slices of a larger one."""
     _check_sides(given, options, whole_vocab)
     hidden, weight = given.student_hidden, given.weight
-    check_options(options, DIVERGENCE_BACKENDS)
+    check_options(options)
     _check_rows(given, options, options.vocab_size or whole_vocab or weight.shape[0])
     check_head("student_head", options.student_head, weight.shape[0], hidden)
     check_head("teacher_head", options.teacher_head, weight.shape[0], hidden)
@@ -184,22 +173,7 @@ def check_head_call(given: Operands, options: Options, whole_vocab: int, k: int 
     check_number("temperature", options.temperature, 0.0, open_low=True)
     if k is not None:
         check_count("k (topk)", k, 1, options.vocab_size or whole_vocab or rows, "V")
-    _check_machine(options.backend, options.workspace_mb, BACKENDS)
-
-
-def check_options(options: Options, backends: tuple[str, ...]) -> None:
-    """Refuses scalar options of a divergence that has these backends."""
-    check_call(
-        options.alpha,
-        options.normalize,
-        options.temperature,
-        options.reduction,
-        options.backend,
-        options.gradient,
-        options.workspace_mb,
-        options.on_nonfinite,
-        backends,
-    )
+    _check_machine(options, BACKENDS)
 
 
 def check_reference(given: Operands, options: Options, process_group: object, normalizer_group: object) -> None:
@@ -274,7 +248,7 @@ def _check_rows(given: Operands, options: Options, vocab: int) -> None:
         check_ids("teacher.ids", teacher.ids, (rows, None), like)
         check_tensor("teacher.logprobs", teacher.logprobs, tuple(teacher.ids.shape), like)
         check_count("the number of columns of teacher.ids", teacher.ids.shape[1], 1, vocab, "V")
-    check_support(options.alpha, options.normalize, support, options.entry_clip, vocab)
+    check_support(options, vocab)
     if support == "sampled" and given.target_ids is None:
         raise ValueError("support='sampled' needs target_ids, got None")
     if not isinstance(teacher, TopKLogprobs):
@@ -324,10 +298,10 @@ def check_values(operands: Operands, vocab_size: int, reduction: str) -> None:
             )
 
 
-def _check_machine(backend: str, workspace_mb: float | None, backends: tuple[str, ...]) -> None:
-    check_choice("backend", backend, backends)
-    if workspace_mb is not None:
-        check_number("workspace_mb", workspace_mb, 0.0, open_low=True)
+def _check_machine(options: Options, backends: tuple[str, ...]) -> None:
+    check_choice("backend", options.backend, backends)
+    if options.workspace_mb is not None:
+        check_number("workspace_mb", options.workspace_mb, 0.0, open_low=True)
 
 
 def _describe(value: object) -> str:

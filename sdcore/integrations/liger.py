@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from sdkernels import LogitTransform, linear_divergence, linear_logprobs
-from sdkernels.types import Backend, Gradient
-from sdkernels.validation import check_call, check_ids, check_number, check_tensor
+from sdkernels.types import Backend, Gradient, Options
+from sdkernels.validation import check_ids, check_number, check_options, check_tensor
 
 from ..errors import ArgumentError
 
@@ -153,9 +153,14 @@ class LigerFusedLinearJSDLoss(nn.Module):
         for name in ("weight_hard_loss", "weight_soft_loss"):
             check_number(name, getattr(self, name), -math.inf)
         check_number("beta", self.beta, 0.0, 1.0)
-        check_call(
-            self.beta, False, self.temperature, "sum", self.backend, self.gradient, self.workspace_mb, "propagate"
+        options = Options(
+            alpha=self.beta,
+            temperature=self.temperature,
+            backend=self.backend,
+            gradient=self.gradient,
+            workspace_mb=self.workspace_mb,
         )
+        check_options(options)
 
 
 def _rows(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

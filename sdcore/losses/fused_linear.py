@@ -20,8 +20,8 @@ from sdkernels import (
     TopKLogprobs,
     linear_divergence,
 )
-from sdkernels.types import Backend, Gradient, Nonfinite, Reduction
-from sdkernels.validation import check_call, check_number, check_support, check_vocab_size
+from sdkernels.types import Backend, Gradient, Nonfinite, Options, Reduction
+from sdkernels.validation import check_number, check_options, check_support, check_vocab_size
 
 from ..errors import ArgumentError
 
@@ -45,18 +45,10 @@ class DivergenceOptions:
     on_nonfinite: Nonfinite = "propagate"
 
     def __post_init__(self) -> None:
-        check_call(
-            self.alpha,
-            self.normalize,
-            self.temperature,
-            "mean",
-            self.backend,
-            self.gradient,
-            self.workspace_mb,
-            self.on_nonfinite,
-        )
+        options = Options(**vars(self))
+        check_options(options)
         check_vocab_size(self.vocab_size, None)
-        check_support(self.alpha, self.normalize, self.support, self.entry_clip, self.vocab_size)
+        check_support(options, self.vocab_size)
 
 
 class FusedLinearDivergence(nn.Module):

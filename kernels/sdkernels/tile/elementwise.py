@@ -215,18 +215,12 @@ def _near_loss(u: Tensor, neg_p: Tensor, alpha: float) -> Tensor:
     return summands.to(u.dtype).mul_(neg_p).sum(-1).neg_()
 
 
-def clipped_divergence(
-    student: Tensor, teacher: Tensor, alpha: float, normalize: bool, entry_clip: float
-) -> tuple[Tensor, Tensor]:
-    """Returns the loss (rows,) Σ min(entry, entry_clip) and its gradient with respect to the student's logits."""
-    loss, numerators = clipped_terms(student, teacher, alpha, normalize, entry_clip)
-    return loss, numerators - student.exp() * numerators.sum(-1, keepdim=True)
-
-
 def clipped_terms(
     student: Tensor, teacher: Tensor, alpha: float, normalize: bool, entry_clip: float
 ) -> tuple[Tensor, Tensor]:
-    """Returns loss (rows,) and numerators (rows, V), as in `bucket_terms`; the centre is the numerators' sum.
+    """Returns the loss (rows,) Σ min(entry, entry_clip), and numerators (rows, V) as `bucket_terms` has them.
+
+    The centre is the numerators' sum.
 
     The entries are the textbook summands, which may be negative (OPSD, arXiv:2601.18734); `student` and `teacher` are
     log-probabilities (rows, V) in float64.

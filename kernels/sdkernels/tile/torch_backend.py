@@ -19,7 +19,7 @@ from .elementwise import (
     blocks_of,
     centre_,
     chain_,
-    clipped_divergence,
+    clipped_terms,
     divergence_terms,
     exponential_sums,
     finalise_,
@@ -209,8 +209,8 @@ def _full_vocabulary(student: Side, teacher: Teacher, objective: Objective, scra
         # Clipped sums are of first order: here an error in the normalisers counts.
         log_p = z.double().log_softmax(-1)
         log_q = log_p + u if teacher.side is None else teacher.side.z.double().log_softmax(-1)
-        loss, gradient = clipped_divergence(log_p, log_q, alpha, normalize, objective.entry_clip)
-        z.copy_(gradient)
+        loss, numerators = clipped_terms(log_p, log_q, alpha, normalize, objective.entry_clip)
+        z.copy_(numerators - log_p.exp() * numerators.sum(-1, keepdim=True))
         return loss.to(z.dtype)
     if teacher.t is None and u.amax() > FAR:
         log_p = z.double() - student.log_sum

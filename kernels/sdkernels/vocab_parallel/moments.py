@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..tile.elementwise import Scratch, exponential_sums, growth_sums
+from ..tile.elementwise import Scratch, Sums, exponential_sums, growth_sums
 
 
 class Normaliser(NamedTuple):
@@ -31,30 +31,24 @@ def side_sums(
     z: Tensor, other: Tensor | None, teacher_is_gap: bool, close: bool, scratch: Scratch
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Returns the sums of both sides over a block of one part, in float64; lowers final logits where it must."""
-    sums = exponential_sums(z, scratch.neg_p, scratch.a)
-    total, zero = sums.total.double(), torch.zeros_like(sums.total, dtype=torch.float64)
-    shift = zero if sums.shift is None else sums.shift.double()
-    student = {"student_shift": shift, "student_total": total, "student_weighted": sums.weighted.double()}
+
+    def named(side: str, shift: Tensor | float, sums: Sums) -> dict[str, Tensor]:
+        total, weighted = sums.total.double(), sums.weighted.double()
+        lowered = torch.zeros_like(total) if sums.shift is None else sums.shift.double()
+        return {f"{side}_shift": shift + lowered, f"{side}_total": total, f"{side}_weighted": weighted}
+
+    student = named("student", 0.0, exponential_sums(z, scratch.neg_p, scratch.a))
     if other is None:
         return student, {}
     if not teacher_is_gap:
-        sums = exponential_sums(other, scratch.a, scratch.b)
-        return student, {
-            "teacher_shift": zero if sums.shift is None else sums.shift.double(),
-            "teacher_total": sums.total.double(),
-            "teacher_weighted": sums.weighted.double(),
-        }
+        return student, named("teacher", 0.0, exponential_sums(other, scratch.a, scratch.b))
+    shift, total = student["student_shift"], student["student_total"]
     if close:
         growth, weighted = growth_sums(z, other, scratch.neg_p, scratch.a, scratch.b)
         # In float64 the sum keeps every digit of the growth, however small.
-        total = total + growth.double()
-        return student, {"teacher_shift": shift, "teacher_total": total, "teacher_weighted": weighted.double()}
+        return student, named("teacher", shift, Sums(total + growth.double(), weighted, None))
     sums = exponential_sums(torch.add(z, other, out=scratch.u), scratch.a, scratch.b)
-    return student, {
-        "teacher_shift": shift if sums.shift is None else shift + sums.shift.double(),
-        "teacher_total": sums.total.double(),
-        "teacher_weighted": sums.weighted.double(),
-    }
+    return student, named("teacher", shift, sums)
 
 
 def lower_(z: Tensor, by: Tensor) -> None:

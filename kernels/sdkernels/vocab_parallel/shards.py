@@ -37,8 +37,9 @@ class Shards:
     leaves out what they contribute.
     """
 
-    def __init__(self, group_name: str, sizes: Sequence[int], vocab: int) -> None:
-        self.group = resolve(group_name)
+    def __init__(self, group_name: Any, sizes: Sequence[int], vocab: int) -> None:
+        # By its name an operator, whose arguments are plain, is told of a group.
+        self.group = dist.distributed_c10d._resolve_process_group(group_name)
         self.rank, self.sizes, self.vocab = self.group.rank(), sizes, vocab
         starts = [0, *accumulate(sizes)]
         self.widths = [min(max(vocab - start, 0), size) for start, size in zip(starts, sizes, strict=False)]
@@ -61,8 +62,3 @@ class Shards:
         columns = ids - self.first_id
         row, position = ((columns >= 0) & (columns < self.width)).nonzero(as_tuple=True)
         return Places(row, position, columns[row, position])
-
-
-def resolve(group_name: Any) -> dist.ProcessGroup:
-    """Returns the group of a name, which is how an operator, whose arguments are plain, is told of it."""
-    return dist.distributed_c10d._resolve_process_group(group_name)

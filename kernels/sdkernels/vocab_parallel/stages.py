@@ -16,6 +16,7 @@ A rank whose columns are all padding has a stand-in column, of which nothing is 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -86,15 +87,7 @@ class Tile:
         assert z is not None
         self.z, self.other, self.objective, self.shards = z, other, objective, shards
         # A stand-in column has no bias.
-        empty = shards.width == 0
-        self.rows = TileRows(
-            student_bias=None if empty else rows.student_bias,
-            teacher_bias=None if empty else rows.teacher_bias,
-            target_ids=rows.target_ids,
-            teacher_ids=rows.teacher_ids,
-            teacher_logprobs=rows.teacher_logprobs,
-            teacher_is_gap=rows.teacher_is_gap,
-        )
+        self.rows = rows if shards.width else replace(rows, student_bias=None, teacher_bias=None)
         lists_ids = objective.support == "topk" and rows.teacher_ids is None
         self.choose = objective.topk if lists_ids and other is not None else choose
         self.blocks = blocks_of(z)

@@ -48,39 +48,20 @@ class HeadFactors(NamedTuple):
 
 
 # "divergence_clipped" is the same kernel with an entry clip, whose four more sums per lane spill at 2048.
+HOPPER = {
+    "row_statistics": Config(2048, 8, 2),
+    "divergence": Config(2048, 8, 2),
+    "divergence_clipped": Config(1024, 8, 2),
+    "softmax_gradient": Config(4096, 8, 2),
+}
 TABLE: dict[str, dict[str, Config]] = {
-    "sm_80": {
-        "row_statistics": Config(1024, 8, 2),
-        "divergence": Config(2048, 8, 2),
-        "divergence_clipped": Config(1024, 8, 2),
-        "softmax_gradient": Config(4096, 8, 2),
-    },
-    "sm_90": {
-        "row_statistics": Config(2048, 8, 2),
-        "divergence": Config(2048, 8, 2),
-        "divergence_clipped": Config(1024, 8, 2),
-        "softmax_gradient": Config(4096, 8, 2),
-    },
-    "sm_100": {
-        "row_statistics": Config(2048, 8, 3),
-        "divergence": Config(2048, 8, 2),
-        "divergence_clipped": Config(1024, 8, 2),
-        "softmax_gradient": Config(4096, 8, 2),
-    },
+    "sm_80": HOPPER | {"row_statistics": Config(1024, 8, 2)},
+    "sm_90": HOPPER,
+    "sm_100": HOPPER | {"row_statistics": Config(2048, 8, 3)},
     # AMD: 64 lanes to a warp, so half the warps are as many lanes. Compiled by nobody yet.
-    "rocm": {
-        "row_statistics": Config(2048, 4, 1),
-        "divergence": Config(2048, 4, 1),
-        "divergence_clipped": Config(1024, 4, 1),
-        "softmax_gradient": Config(4096, 4, 1),
-    },
+    "rocm": {kernel: Config(launch.block, launch.warps // 2, 1) for kernel, launch in HOPPER.items()},
     # The interpreter: small, so that short rows too take several blocks.
-    "interpreter": {
-        "row_statistics": Config(256, 4, 1),
-        "divergence": Config(256, 4, 1),
-        "divergence_clipped": Config(256, 4, 1),
-        "softmax_gradient": Config(256, 4, 1),
-    },
+    "interpreter": dict.fromkeys(HOPPER, Config(256, 4, 1)),
 }
 
 # Fused multiply-add is on by default in Triton 3.6 and is about to be off: the counts above are with it.
