@@ -19,8 +19,7 @@ Letters: B prompts, G completions of each, P the longest prompt, V vocabulary, N
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +34,7 @@ from transformers.generation.logits_process import (
 )
 
 from ..errors import ArgumentError, UnsupportedModelError
-from ..models import Body, find_body
+from ..models import Body, find_body, without_dropout
 from .planner import TokenIds, collect_ids, entries
 
 
@@ -89,7 +88,7 @@ def generate(
     end_ids = torch.tensor(ends, dtype=torch.int64, device=body.device)
     unfinished = torch.ones(rows, dtype=torch.bool, device=body.device)
     tokens, logprobs, counted = [], [], []
-    with torch.no_grad(), _evaluating(body.causal_lm):
+    with torch.no_grad(), without_dropout(body.causal_lm, training=False):
         decoder = _Decoder(body, prompts_B, num_completions, pad)
         warpers = _warpers(temperature, top_k, top_p)
         logits = decoder.prefill()  # (B·G, V)
@@ -169,18 +168,6 @@ class _Decoder:
             **more,
         )
         return output.logits[:, -1]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Sets evaluation mode, and afterwards each module's own mode: some may have been set apart from the rest."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _warpers(temperature: float, top_k: int | None, top_p: float | None) -> LogitsProcessorList:
