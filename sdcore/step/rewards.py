@@ -195,10 +195,10 @@ def tilt_step(
     planned = passes(model, plan, strategy=strategy, micro_batch=micro_batch, verify=verify)
     in_parts = planned.report.student.strategy == "two_phase"
     reused = in_parts and student_logprobs is not None
-    if in_parts and student_logprobs is None:
-        student_logprobs = token_logprobs(model, plan, temperature=temperature, verify=verify)
     term = _TiltTerm(loss_of, lengths, reference_logprobs, mask, temperature)
-    if in_parts and student_logprobs is not None:
+    if in_parts:
+        if student_logprobs is None:
+            student_logprobs = token_logprobs(model, plan, temperature=temperature, verify=verify)
         term.look_ahead(student_logprobs)
     _, rows = run_parts(model, plan, planned, term=term, backward=backward)
     out = cast(TiltOutput, term.out)

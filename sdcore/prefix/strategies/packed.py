@@ -34,6 +34,7 @@ from ...models import Body
 from ..attention.function import NAME, RowContext, row_context
 from ..attention.segments import KeyValue, Row, pack
 from ..planner import Tree
+from .caches import far
 
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 # Attributes by which modules hold what runs a layer under checkpointing: transformers' and torch's wrapper.
@@ -176,15 +177,12 @@ def _check_prompts(trees: Sequence[Tree], prompts: PromptStates) -> None:
 
 def _is_long(body: Body, trees: Sequence[Tree], prompts: PromptStates | None) -> bool:
     """True where the sequences get LongRoPE's factors for long ones: the longest decides for the whole row."""
-    switch = body.rotary_switch
-    if switch is None:
-        return False
     lengths = {len(tree.trunk) + len(tree.branches[i]) for tree in trees for i in tree.active}
-    regimes = {length > switch for length in lengths} | ({prompts.long} if prompts else set())
+    regimes = {far(body, length) for length in lengths} | ({prompts.long} if prompts else set())
     if len(regimes) > 1:
         raise UnsupportedModelError(
-            f"{body.name} encodes positions otherwise in sequences of more than {switch} tokens (LongRoPE), and the "
-            "trees have both longer and shorter ones"
+            f"{body.name} encodes positions otherwise in sequences of more than {body.rotary_switch} tokens "
+            "(LongRoPE), and the trees have both longer and shorter ones"
         )
     return regimes == {True}
 
