@@ -17,7 +17,7 @@ from the student's own samples and from others' (off-policy):
 | `mean_reward`   | β · mean of r, the own one included       | tilted by β(1 - 1/G), not p*   | not p*           |
 
 The gradient of the first two is the policy gradient with the mean of the others as its baseline. Without samples of the
-reference, `reference_lme` weights the group's own with p_ref/π. Self-normalised weights (`self_normalized_weights`, an
+reference, `reference_lme` weights the group's own with p_ref/π. Self-normalised weights (in `reproduce/tilt.py`, an
 estimate of the forward KL) have p* as their fixed point on the student's own samples, corrected by p_ref/π, since there
 all weights are equal; on a group of 8 of p_ref's samples they do not.
 
@@ -204,18 +204,6 @@ class TokenTilt:
         moved = (log_q - log_z + exponents.clamp(min=0)).exp() * exponents.sign() * -torch.expm1(-exponents.abs())
         tilted = (log_q + exponents - log_z).exp()
         return divergence * (-log_z).exp() + moved * (log_q - student_logprobs) + exponents * tilted - log_z
-
-
-def self_normalized_weights(
-    rewards: Tensor, sizes: Sequence[int], *, inv_temperature: float, log_ratios: Tensor | None = None
-) -> Tensor:
-    """Returns (S,) weights of the forward KL to p*, softmax over each group of `β r` plus `log_ratios`.
-
-    Samples are those of p_ref, or `log_ratios` (S,) is log p_ref - log π of theirs. On samples of p_ref, minimising
-    Σ weight · -log π(y) is biased at any group size: with 8, in an enumerable example, the result is 0.1 nats off p*.
-    """
-    tilted = inv_temperature * rewards + (0.0 if log_ratios is None else log_ratios.detach())
-    return torch.cat([group.softmax(0) for group in tilted.split(list(sizes))])
 
 
 def _log_mean_exp(values: Tensor) -> Tensor:

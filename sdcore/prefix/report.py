@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .costs.count import Cost
+from .costs.count import Cost, PassCost
 from .planner import Plan, Tree
 
 # Below this share of a student's prompt, a teacher that could read its states hardly does: say so.
@@ -86,18 +86,11 @@ class Report:
         `teacher` None: run as the student's pass. `teacher_shares`: as in `cost`; a naive pass reads nothing anyway.
         """
         # Either pass may have fallen back to naive alone.
-        passes = [
-            _pass_report(choice, trees, pair, read_shared)
-            for choice, trees, pair, read_shared in (
-                (student, plan.student, _flops(cost, "student"), False),
-                (teacher or student, plan.teacher, _flops(cost, "teacher"), teacher_shares),
-            )
-        ]
-        counted = [p for p, trees in zip(passes, (plan.student, plan.teacher), strict=True) if trees]
-        flops, naive = (
-            None if None in values else sum(value or 0 for value in values)
-            for values in ([p.flops for p in counted], [p.naive_flops for p in counted])
-        )
+        passes = [_pass_report(student, plan.student, cost.student if cost else None, read_shared=False)]
+        if plan.teacher:
+            counted = cost.teacher if cost else None
+            passes.append(_pass_report(teacher or student, plan.teacher, counted, read_shared=teacher_shares))
+        flops, naive = sum(p.flops or 0 for p in passes), sum(p.naive_flops or 0 for p in passes)
         head = cost.head_flops if cost else 0
         return cls(
             student=passes[0],
@@ -158,15 +151,8 @@ class Report:
         return text + ", which it read from the student's pass."
 
 
-def _flops(cost: Cost | None, name: str) -> tuple[int | None, int | None]:
-    counted = getattr(cost, name, None)
-    return (None, None) if counted is None else (counted.flops, counted.naive_flops)
-
-
-def _pass_report(
-    choice: Choice, trees: Sequence[Tree], flops: tuple[int | None, int | None], read_shared: bool
-) -> PassReport:
-    naive_tokens = sum(tree.naive_tokens() for tree in trees)
+def _pass_report(choice: Choice, trees: Sequence[Tree], cost: PassCost | None, *, read_shared: bool) -> PassReport:
+    naive_tokens, naive_flops = sum(tree.naive_tokens() for tree in trees), cost.naive_flops if cost else None
     naive = choice.strategy == "naive"
     return PassReport(
         strategy=choice.strategy,
@@ -174,8 +160,8 @@ def _pass_report(
         padding=choice.padding,
         tokens=naive_tokens if naive else sum(tree.tokens(read_shared=read_shared) for tree in trees),
         naive_tokens=naive_tokens,
-        flops=flops[1] if naive else flops[0],
-        naive_flops=flops[1],
+        flops=cost.flops if cost and not naive else naive_flops,
+        naive_flops=naive_flops,
     )
 
 

@@ -176,38 +176,34 @@ def _parts(
 ) -> Generator[Part, None, None]:
     """Gives one part, or in two_phase one per micro-batch.
 
-    A teacher with weights of its own runs ahead of all parts, a live one after the student, whose prompt states it
-    reads.
+    A teacher with weights of its own runs ahead of all parts. A live one, of which there is at most one, the last, runs
+    after the student, whose prompt states it reads.
     """
-    ahead = {
-        index: teacher_rows(body, teacher, plan.teacher, teachers_strategies[index])
-        for index, teacher in enumerate(teachers)
+    ahead = [
+        teacher_rows(body, teacher, plan.teacher, of_teacher)
+        for teacher, of_teacher in zip(teachers, teachers_strategies, strict=True)
         if not teacher.shares_weights
-    }
-    live = {index: teacher for index, teacher in enumerate(teachers) if teacher.shares_weights}
+    ]
+    live = teachers[len(ahead) :]
     record: bool | list[int] = [tree.shared for tree in plan.teacher] if live else False
     if strategy != "two_phase":
         with without_dropout(body.model, training=torch.is_grad_enabled()):
             module = STRATEGIES[strategy]
             student_hidden, prompts = ranks.hidden_states(body, module, plan.student, record=record)
-            after = {i: teacher_rows(body, live[i], plan.teacher, strategy, prompts) for i in live}
+            after = [teacher_rows(body, teacher, plan.teacher, strategy, prompts) for teacher in live]
             # Inside: a checkpointed layer runs once more in backward.
-            yield Part(slice(None), student_hidden, _in_order(ahead | after))
+            yield Part(slice(None), student_hidden, (*ahead, *after))
         return
-    slices, group_rows, group = plan.rows, {}, -1
+    slices, group, after = plan.rows, -1, []
     with without_dropout(body.model, training=torch.is_grad_enabled()):
         for micro in two_phase.micro_batches(body, plan.student, micro_batch=micro_batch or 1, record=record):
             if live and micro.group != group:
                 group, trees = micro.group, plan.teacher[micro.group : micro.group + 1]
-                group_rows = {i: teacher_rows(body, live[i], trees, strategy, micro.prompts) for i in live}
+                after = [teacher_rows(body, teacher, trees, strategy, micro.prompts) for teacher in live]
             start = slices[micro.group][0].start if micro.group < len(slices) else 0
-            taken = {i: rows._replace(hidden=rows.hidden[micro.rows]) for i, rows in ahead.items()}
-            taken |= {i: rows._replace(hidden=rows.hidden[micro.rows - start]) for i, rows in group_rows.items()}
-            yield Part(micro.rows, micro.hidden, _in_order(taken), micro)
-
-
-def _in_order(rows: dict[int, TeacherRows]) -> tuple[TeacherRows, ...]:
-    return tuple(rows[index] for index in sorted(rows))
+            taken = [rows._replace(hidden=rows.hidden[micro.rows]) for rows in ahead]
+            taken += [rows._replace(hidden=rows.hidden[micro.rows - start]) for rows in after]
+            yield Part(micro.rows, micro.hidden, tuple(taken), micro)
 
 
 @torch.no_grad()

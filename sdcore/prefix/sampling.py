@@ -19,13 +19,14 @@ Letters: B prompts, G completions of each, P the longest prompt, V vocabulary, N
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.generation.logits_process import (
     LogitsProcessorList,
@@ -35,7 +36,7 @@ from transformers.generation.logits_process import (
 )
 
 from ..errors import ArgumentError, UnsupportedModelError
-from ..models import Body, find_body
+from ..models import Body, find_body, without_dropout
 from .planner import TokenIds, collect_ids, entries
 
 
@@ -89,7 +90,7 @@ def generate(
     end_ids = torch.tensor(ends, dtype=torch.int64, device=body.device)
     unfinished = torch.ones(rows, dtype=torch.bool, device=body.device)
     tokens, logprobs, counted = [], [], []
-    with torch.no_grad(), _evaluating(body.causal_lm):
+    with torch.no_grad(), without_dropout(body.causal_lm, training=False):
         decoder = _Decoder(body, prompts_B, num_completions, pad)
         warpers = _warpers(temperature, top_k, top_p)
         logits = decoder.prefill()  # (B·G, V)
@@ -118,7 +119,7 @@ def generate(
 class _Decoder:
     """Has read the prompts, and goes on reading one token per row."""
 
-    def __init__(self, body: Body, prompts_B: Sequence[Tensor], num_completions: int, pad: int) -> None:
+    def __init__(self, body: Body, prompts_B: list[Tensor], num_completions: int, pad: int) -> None:
         if body.one_backward and body.sharded is not None:
             raise UnsupportedModelError(
                 f"{body.name} has its weights partitioned by DeepSpeed, and ranks that sample until they have an end "
@@ -130,14 +131,11 @@ class _Decoder:
         self._body = body
         self._num_completions = num_completions
         self._cache = DynamicCache(config=body.config)
-        longest = max(len(prompt) for prompt in prompts_B)
-        self._prompts = torch.full((len(prompts_B), longest), pad, device=body.device)  # padded on the left
-        mask = torch.zeros_like(self._prompts)
-        for row, prompt in enumerate(prompts_B):
-            self._prompts[row, longest - len(prompt) :] = prompt
-            mask[row, longest - len(prompt) :] = 1
+        padded = partial(pad_sequence, batch_first=True, padding_side="left")
+        self._prompts = padded(prompts_B, padding_value=pad)
         # Without padding there is nothing to mask, and attention can take its fastest way.
-        self._mask = None if all(len(prompt) == longest for prompt in prompts_B) else mask
+        alike = len({len(prompt) for prompt in prompts_B}) == 1
+        self._mask = None if alike else padded([torch.ones_like(prompt) for prompt in prompts_B])
 
     def prefill(self) -> Tensor:
         """Returns (B·G, V) logits after the prompts, which are read once each."""
@@ -169,18 +167,6 @@ class _Decoder:
             **more,
         )
         return output.logits[:, -1]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Sets evaluation mode, and afterwards each module's own mode: some may have been set apart from the rest."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _warpers(temperature: float, top_k: int | None, top_p: float | None) -> LogitsProcessorList:

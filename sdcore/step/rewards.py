@@ -17,6 +17,7 @@ Not covered: rewards of single tokens; give `advantages` of your own.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -53,17 +54,15 @@ def token_logprobs(
     "two_phase", which only bounds the memory of a backward, is "auto" here. Raises what `run` raises.
     """
     plan = replace(plan, teacher=())
+    around = nullcontext(model)
     if teacher is not None and not teacher.shares_weights:
-        with teacher.weights(model) as module:
-            return _logprobs(module, plan, temperature, "auto", verify)
-    return _logprobs(model, plan, temperature, "auto" if strategy == "two_phase" else strategy, verify)
-
-
-def _logprobs(model: nn.Module, plan: Plan, temperature: float, strategy: Strategy, verify: Verify) -> Tensor:
-    hidden = run(model, plan, strategy=strategy, verify=verify).student_hidden
-    head = head_of(model)
-    hidden = head.states(hidden)
-    out = linear_logprobs(hidden, head.weight, plan.target_ids, head=head.transform, temperature=temperature)
+        around, strategy = teacher.weights(model), "auto"
+    with around as module:
+        strategy = "auto" if strategy == "two_phase" else strategy
+        hidden = run(module, plan, strategy=strategy, verify=verify).student_hidden
+        head = head_of(module)
+        hidden = head.states(hidden)
+        out = linear_logprobs(hidden, head.weight, plan.target_ids, head=head.transform, temperature=temperature)
     return cast(Tensor, out.logprobs)  # None only without targets
 
 
@@ -196,10 +195,10 @@ def tilt_step(
     planned = passes(model, plan, strategy=strategy, micro_batch=micro_batch, verify=verify)
     in_parts = planned.report.student.strategy == "two_phase"
     reused = in_parts and student_logprobs is not None
-    if in_parts and student_logprobs is None:
-        student_logprobs = token_logprobs(model, plan, temperature=temperature, verify=verify)
     term = _TiltTerm(loss_of, lengths, reference_logprobs, mask, temperature)
-    if in_parts and student_logprobs is not None:
+    if in_parts:
+        if student_logprobs is None:
+            student_logprobs = token_logprobs(model, plan, temperature=temperature, verify=verify)
         term.look_ahead(student_logprobs)
     _, rows = run_parts(model, plan, planned, term=term, backward=backward)
     out = cast(TiltOutput, term.out)

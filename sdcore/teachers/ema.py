@@ -39,6 +39,7 @@ from torch.distributed.tensor.placement_types import Placement
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ArgumentError, UnsupportedModelError
+from .weights import StatefulTeacher
 
 FILE_NAME = "teacher.safetensors"
 # Elements that are averaged at a time: bounds what is allocated beside the average.
@@ -48,7 +49,7 @@ WRAPPED = ("_orig_mod.", "_checkpoint_wrapped_module.")
 REST = "float32_rest:"
 
 
-class Snapshot:
+class Snapshot(StatefulTeacher):
     """Keeps the student's weights as they were when this was made: a frozen teacher without a second model.
 
     `device` is where they are kept; they are moved in for the teacher's pass. None: where the student's are. The same
@@ -92,9 +93,6 @@ class Snapshot:
                 yield student
         finally:
             self._entered = False
-
-    def update(self, student: nn.Module, step: int) -> None:
-        """Is to be called after each optimizer step, of which there have been `step`."""
 
     def save(self, directory: Path) -> None:
         """Writes `teacher.safetensors`, whole or not at all. To be called on every rank; rank 0 writes."""
@@ -202,7 +200,9 @@ class _Kept:
         self.sharding = _sharding(tensor)
         own = _own(tensor)
         self.value = torch.empty(own.shape, dtype=own.dtype, device=device or own.device).copy_(own)
-        self.rest: Tensor | None = torch.zeros_like(self.value, dtype=torch.int16) if _has_rest(own.dtype) else None
+        self.rest: Tensor | None = (
+            torch.zeros_like(self.value, dtype=torch.int16) if own.dtype == torch.bfloat16 else None
+        )
 
     def follow(self, tensor: Tensor) -> None:
         """Brings it to the student's device, dtype and sharding, if they have changed since."""
@@ -214,7 +214,7 @@ class _Kept:
         if own.dtype != self.value.dtype:
             precise = self.value if self.rest is None else _joined(self.value, self.rest)
             self.value, self.rest = precise.to(own.dtype), None
-            if _has_rest(own.dtype):
+            if own.dtype == torch.bfloat16:
                 self.value, self.rest = _split(precise.to(torch.float32))
         if self.device is None and own.device != self.value.device:
             self.value = self.value.to(own.device)
@@ -312,10 +312,6 @@ def _sharding(tensor: Tensor) -> _Sharding | None:
 def _own(tensor: Tensor) -> Tensor:
     """Returns this rank's part."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def _has_rest(dtype: torch.dtype) -> bool:
-    return dtype == torch.bfloat16
 
 
 def _split(precise: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,33 +37,26 @@ class Teacher(Protocol):
 
 
 class StatefulTeacher(Protocol):
-    """Has what a trainer calls on a teacher, also on one that does not change."""
+    """Has what a trainer calls on a teacher, also on one that does not change.
+
+    Here each does nothing, for the teachers that the student and its checkpoint determine.
+    """
 
     def update(self, student: nn.Module, step: int) -> None:
         """Is to be called after each optimizer step, of which there have been `step`."""
+        return
 
     def save(self, directory: Path) -> None:
         """Writes into a checkpoint's folder what `load` needs. To be called on every rank."""
+        return
 
     def load(self, directory: Path) -> None:
         """Becomes what it was at `save`. Raises `ArgumentError` where the folder's teacher is another one."""
-
-
-class _Stateless:
-    """Has nothing to keep: the student and its checkpoint determine this teacher."""
-
-    def update(self, student: nn.Module, step: int) -> None:
-        pass
-
-    def save(self, directory: Path) -> None:
-        pass
-
-    def load(self, directory: Path) -> None:
-        pass
+        return
 
 
 @dataclass(frozen=True)
-class Live(_Stateless):
+class Live(StatefulTeacher):
     """Is the student itself, as it is at this step (on-policy context distillation, SDFT without EMA)."""
 
     shares_weights = True
@@ -74,7 +67,7 @@ class Live(_Stateless):
 
 
 @dataclass(frozen=True)
-class Frozen(_Stateless):
+class Frozen(StatefulTeacher):
     """Is another module: a copy from before training, or another model.
 
     Of its weights only a fingerprint is saved, by which `load` refuses a run that goes on with another teacher. Of the
@@ -110,7 +103,7 @@ class Frozen(_Stateless):
 
 
 @dataclass(frozen=True)
-class AdapterOff(_Stateless):
+class AdapterOff(StatefulTeacher):
     """Is the student without its PEFT adapter: the base model that LoRA training started from, at no memory."""
 
     shares_weights = False
@@ -153,21 +146,18 @@ class TrustRegion:
             raise ArgumentError(f"share must be in [0, 1], got {self.share}")
 
     def update(self, student: nn.Module, step: int) -> None:
-        if (state := self._state) is not None:
-            state.update(student, step)
+        self._state.update(student, step)
 
     def save(self, directory: Path) -> None:
-        if (state := self._state) is not None:
-            state.save(directory)
+        self._state.save(directory)
 
     def load(self, directory: Path) -> None:
-        if (state := self._state) is not None:
-            state.load(directory)
+        self._state.load(directory)
 
     @property
-    def _state(self) -> StatefulTeacher | None:
-        """Returns the reference, unless it is a user's own without state."""
-        return self.reference if hasattr(self.reference, "update") else None  # type: ignore[return-value]
+    def _state(self) -> StatefulTeacher:
+        """Returns the reference; where that is a user's own without state, a teacher that keeps nothing."""
+        return self.reference if hasattr(self.reference, "update") else Live()  # type: ignore[return-value]
 
 
 FINGERPRINT_FILE = "teacher.json"

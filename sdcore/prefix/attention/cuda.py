@@ -92,13 +92,6 @@ def _bounds(spans: Sequence[Span], device: torch.device) -> Tensor:
     return lengths.cumsum(0, dtype=torch.int32).to(device)
 
 
-def _launches(call: Call, device: torch.device) -> list[Launch]:
-    name = ("launches", device)
-    if name not in call.shared:
-        call.shared[name] = launches(call.row, device)
-    return call.shared[name]
-
-
 def _rows(states: Tensor, index: Tensor | None) -> Tensor:
     return states if index is None else states.index_select(0, index)
 
@@ -111,8 +104,10 @@ def _prefix_states(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _sources(call: Call, key: Tensor, value: Tensor) -> Iterator[tuple[Launch, Tensor, Tensor]]:
-    prefix = None
-    for launch in _launches(call, key.device):
+    name, prefix = ("launches", key.device), None
+    if name not in call.shared:
+        call.shared[name] = launches(call.row, key.device)
+    for launch in call.shared[name]:
         if launch.from_prefix:
             prefix = prefix or _prefix_states(call)
         keys, values = prefix if launch.from_prefix and prefix else (key, value)

@@ -225,7 +225,7 @@ def blockwise_forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> 
     kernel = _kernel(query, value, call)
     _, heads, length, _ = query.shape
     out = query.new_empty(1, length, heads, value.shape[-1])
-    lse = query.new_empty(1, length, heads, dtype=_accumulator(query.dtype))
+    lse = query.new_empty(1, length, heads, dtype=torch.promote_types(query.dtype, torch.float32))
     for block in call.row.blocks(call.window, at_most=kernel.at_most):
         keys, values = call.keys_of(block, key, value)
         part, part_lse = kernel.forward(_queries(query, block), keys, values, block, call)
@@ -282,10 +282,6 @@ def _queries(states: Tensor, block: Block) -> Tensor:
     return cut(states, block.query, block.queries, block.copies)
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 class Kernel(NamedTuple):
     """Attends in one rectangle: queries (C, Hq, n, D), keys (C, Hkv, m, D), values (C, Hkv, m, Dv)."""
 
@@ -317,7 +313,7 @@ def _fused_backward(
 
 def _scores(query: Tensor, key: Tensor, block: Block, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns scores (C, Hkv, heads per key · n, m), the queries folded so, and tanh where scores are soft-capped."""
-    dtype = _accumulator(query.dtype)
+    dtype = torch.promote_types(query.dtype, torch.float32)
     folded = query.to(dtype).reshape(query.shape[0], key.shape[1], -1, query.shape[-1])
     scores, bent = folded @ key.to(dtype).mT * call.scaling, None
     if call.softcap is not None:

@@ -99,6 +99,7 @@ class ModelSizes:
         """
         head = head_dim or hidden // heads
         weights, kept = _feed_forward(hidden, intermediate, gated=gated)
+        of_norms = _norms_of("", hidden)
         layer = _attention_layer(
             hidden=hidden,
             heads=heads,
@@ -106,8 +107,7 @@ class ModelSizes:
             head=head,
             window=window,
             weights=weights,
-            kept=kept,
-            of_norms=_norms_of("", hidden),
+            kept=Norm(of_norms.own + kept, of_norms.float32),
         )
         return cls(layers=(layer,) * layers, hidden=hidden, vocab=vocab)
 
@@ -146,9 +146,9 @@ def model_sizes(config: Any) -> ModelSizes:
     layers = []
     for i, kind in enumerate(kinds):
         weights, kept, kept_float32 = _feed_forward_of(config, i, gated=family not in UNGATED)
-        kept_by_norms = Norm(of_norms.own + kept, of_norms.float32 + kept_float32)
+        kept_around = Norm(of_norms.own + kept, of_norms.float32 + kept_float32)
         if kind == "linear_attention":
-            layers.append(_linear_layer(config, weights=weights, kept=kept_by_norms))
+            layers.append(_linear_layer(config, weights=weights, kept=kept_around))
             continue
         limit = {"sliding_attention": window, "chunked_attention": getattr(config, "attention_chunk_size", None)}
         layers.append(
@@ -159,8 +159,7 @@ def model_sizes(config: Any) -> ModelSizes:
                 head=head,
                 window=limit.get(kind),
                 weights=weights,
-                kept=kept,
-                of_norms=Norm(of_norms.own, of_norms.float32 + kept_float32),
+                kept=kept_around,
                 head_norm=norm if family.startswith(NORMED_HEADS) else None,
                 gated=family.startswith(GATED_ATTENTION),
                 fused=family in FUSED_PROJECTION,
@@ -225,8 +224,7 @@ def _attention_layer(
     head: int,
     window: int | None,
     weights: int,
-    kept: int,
-    of_norms: Norm,
+    kept: Norm,
     head_norm: Norm | None = None,
     gated: bool = False,
     fused: bool = False,
@@ -237,16 +235,16 @@ def _attention_layer(
     projections = hidden * (queries * (3 if gated else 2) + keys_values)
     rotated = queries + keys_values // 2
     # Queries, keys, values and the output; a gate and what it multiplies.
-    kept += of_norms.own + queries * (4 if gated else 2) + keys_values + (rotated if fused else 0)
-    kept_float32 = of_norms.float32 + heads  # the log-sum-exp
+    own = kept.own + queries * (4 if gated else 2) + keys_values + (rotated if fused else 0)
+    kept_float32 = kept.float32 + heads  # the log-sum-exp
     if head_norm is not None:
-        kept, kept_float32 = kept + rotated * head_norm.own, kept_float32 + rotated * head_norm.float32
+        own, kept_float32 = own + rotated * head_norm.own, kept_float32 + rotated * head_norm.float32
     return LayerSizes(
         weights=weights + projections,
         score_width=2 * queries,
         kv_entries=keys_values,
         window=window,
-        kept=kept,
+        kept=own,
         kept_float32=kept_float32,
         groups=heads // kv_heads,
         score_heads=heads if eager else 0,

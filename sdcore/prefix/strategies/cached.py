@@ -150,11 +150,10 @@ def run_branches(
         states = dict(zip(running, hidden, strict=True))
     pieces = []
     for i in batch:
-        rows, length = tree.rows[i], len(tree.branches[i])
-        own = states[i][max(0, length - rows) : length] if i in states else None
-        if rows > length:
-            parts = [part for part in (None if last is None else last[None], own) if part is not None]
-            own = torch.cat(parts)
-        if own is not None:
-            pieces.append((slices[i], own))
+        rows, length, place = tree.rows[i], len(tree.branches[i]), slices[i]
+        if rows > length and last is not None:
+            pieces.append((slice(place.start, place.start + 1), last[None]))
+        if length:
+            own = min(rows, length)
+            pieces.append((slice(place.stop - own, place.stop), states[i][length - own : length]))
     return pieces

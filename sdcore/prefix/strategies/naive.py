@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ...models import Body
 from ..planner import Tree, buckets, row_slices
-from .caches import positions
+from .caches import far, positions
 
 # A batch more costs about as much as this much padding.
 FREE_PADDING = 16
@@ -46,10 +46,7 @@ def hidden_states(
 
 def length_buckets(body: Body, lengths: Sequence[int]) -> list[list[int]]:
     """Batches sequences, as indices, so that none changes how another one's positions are encoded."""
-    switch = body.rotary_switch
-    sides = [list(range(len(lengths)))]
-    if switch is not None:
-        sides = [[i for i in sides[0] if lengths[i] <= switch], [i for i in sides[0] if lengths[i] > switch]]
+    sides = [[i for i, length in enumerate(lengths) if far(body, length) == side] for side in (False, True)]
     return [
         [side[index] for index in bucket]
         for side in sides

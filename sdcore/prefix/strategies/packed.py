@@ -34,6 +34,7 @@ from ...models import Body
 from ..attention.function import NAME, RowContext, row_context
 from ..attention.segments import KeyValue, Row, pack
 from ..planner import Tree
+from .caches import far
 
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 # Attributes by which modules hold what runs a layer under checkpointing: transformers' and torch's wrapper.
@@ -134,20 +135,17 @@ def _row_of_nothing(trees: Sequence[Tree]) -> PackedRow:
 
 def _row_of(trees: Sequence[Tree], which: Sequence[int], read_shared: bool) -> PackedRow:
     shapes, ids, rows = [], [], []
-    start = 0
     for tree in (trees[i] for i in which):
         prefix = tree.shared if read_shared else 0
         branches = [tree.branches[i] for i in tree.active]
         shapes.append((prefix, len(tree.trunk) - prefix, [len(branch) for branch in branches]))
         ids += [tree.trunk[prefix:], *branches]
-        last = start + len(tree.trunk) - prefix - 1  # the trunk's last token
-        start = last + 1
-        for i in tree.active:
-            length = len(tree.branches[i])
-            own = min(tree.rows[i], length)
-            rows.append([last] * (tree.rows[i] - own) + list(range(start + length - own, start + length)))
-            start += length
     row = pack(shapes)
+    for g, group in zip(which, row.groups, strict=True):
+        for i, branch in zip(trees[g].active, group.branches, strict=True):
+            own = min(trees[g].rows[i], branch.length)
+            # A row that no token of the branch gives is the trunk's last state.
+            rows += [group.trunk.stop - 1] * (trees[g].rows[i] - own) + list(range(branch.stop - own, branch.stop))
     spans = [span for group in row.groups for span in (group.trunk, *group.branches)]
     positions = [torch.arange(span.position, span.position + span.length) for span in spans]
     input_ids = torch.cat(ids)
@@ -155,7 +153,7 @@ def _row_of(trees: Sequence[Tree], which: Sequence[int], read_shared: bool) -> P
         row,
         input_ids,
         torch.cat(positions).to(input_ids.device),
-        torch.tensor([i for own in rows for i in own], dtype=torch.int64).to(input_ids.device),
+        torch.tensor(rows, dtype=torch.int64).to(input_ids.device),
     )
 
 
@@ -179,15 +177,12 @@ def _check_prompts(trees: Sequence[Tree], prompts: PromptStates) -> None:
 
 def _is_long(body: Body, trees: Sequence[Tree], prompts: PromptStates | None) -> bool:
     """True where the sequences get LongRoPE's factors for long ones: the longest decides for the whole row."""
-    switch = body.rotary_switch
-    if switch is None:
-        return False
     lengths = {len(tree.trunk) + len(tree.branches[i]) for tree in trees for i in tree.active}
-    regimes = {length > switch for length in lengths} | ({prompts.long} if prompts else set())
+    regimes = {far(body, length) for length in lengths} | ({prompts.long} if prompts else set())
     if len(regimes) > 1:
         raise UnsupportedModelError(
-            f"{body.name} encodes positions otherwise in sequences of more than {switch} tokens (LongRoPE), and the "
-            "trees have both longer and shorter ones"
+            f"{body.name} encodes positions otherwise in sequences of more than {body.rotary_switch} tokens "
+            "(LongRoPE), and the trees have both longer and shorter ones"
         )
     return regimes == {True}
 

@@ -96,11 +96,6 @@ def trunk_runs(body: Body, tree: Tree, split_at: int) -> int:
     return 2 if body.recurrent and min(split_at, len(tree.trunk) - 2) > 0 else 1
 
 
-def branch_runs(tree: Tree, batches: Sequence[Sequence[int]]) -> int:
-    """Counts how many of these batches of branches have something to run."""
-    return sum(any(len(tree.branches[i]) for i in batch) for batch in batches)
-
-
 def _runs(body: Body, strategy: ModuleType, trees: Sequence[Tree], record: bool | Sequence[int]) -> int:
     """Counts how often a strategy runs the model."""
     if strategy is packed:
@@ -113,5 +108,8 @@ def _runs(body: Body, strategy: ModuleType, trees: Sequence[Tree], record: bool 
         if tree.active:
             split_at = 0 if isinstance(record, bool) else record[g]
             batches = cached.branch_batches(body, tree, micro_batch=getattr(strategy, "MICRO_BATCH", None))
-            runs += trunk_runs(body, tree, split_at) + branch_runs(tree, batches)
+            # A batch with no branch to run only takes the trunk's last state.
+            runs += trunk_runs(body, tree, split_at) + sum(
+                any(len(tree.branches[i]) for i in batch) for batch in batches
+            )
     return max(1, runs)

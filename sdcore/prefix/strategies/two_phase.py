@@ -126,12 +126,9 @@ def micro_batches(
     for k in range(len(active), len(parts)):
         trunk = ranks.idle(body, trunks[k])
         for _ in range(parts[k] - 1):
-            yield (part := _idle_part(body, len(trees) + k))
-            _require_done(part)
-            del part
-        yield (part := _idle_part(body, len(trees) + k, *trunk))
-        _require_done(part)
-        del part, trunk
+            yield from _to_be_done(_idle_part(body, len(trees) + k))
+        yield from _to_be_done(_idle_part(body, len(trees) + k, *trunk))
+        del trunk
 
 
 def hidden_states(
@@ -171,12 +168,11 @@ def _group(
         trunk = run_trunk(body, tree, split_at=split_at)
     idle = ranks.idle(body, trunk_runs - ranks.trunk_runs(body, tree, split_at))
     prompts = PromptStates((trunk.detached(),)) if record else None
-    trunk = _reachable(body, trunk)
+    if trunk.whole is not None:  # what no branch can see is dropped
+        trunk = Trunk((trunk.whole.reachable(body),), trunk.last)
     leaves = _leaves(trunk)
     for _ in range(parts - len(batches)):
-        yield (part := _idle_part(body, group, prompts=prompts))
-        _require_done(part)
-        del part
+        yield from _to_be_done(_idle_part(body, group, prompts=prompts))
     # Where ranks reduce their gradients, the last backward has to reach every parameter by itself.
     reduces = isinstance(body.through, DistributedDataParallel) or body.sharded is not None
     for batch in batches[:-1] if reduces else batches:
@@ -185,8 +181,7 @@ def _group(
         states = part.hidden
         if not reduces:
             part.hidden = states.detach().requires_grad_(states.requires_grad)
-        yield part
-        _require_done(part)
+        yield from _to_be_done(part)
         if not reduces and part.hidden.grad is not None:
             states.backward(part.hidden.grad)
         # Its graph is gone; what is left of it must not outlive the next forward.
@@ -208,8 +203,7 @@ def _group(
         part.hidden = torch.cat([part.hidden, *idle])
     part._roots, part._gradients = roots, gradients
     del trunk, leaves, idle, roots, gradients
-    yield part
-    _require_done(part)
+    yield from _to_be_done(part)
 
 
 def _part(
@@ -235,11 +229,6 @@ def _idle_part(body: Body, group: int, *others: Tensor, prompts: PromptStates | 
     return MicroBatch(hidden, torch.empty(0, dtype=torch.int64, device=hidden.device), group, prompts, False, body)
 
 
-def _reachable(body: Body, trunk: Trunk) -> Trunk:
-    """Drops from a trunk what no branch can see."""
-    return trunk if trunk.whole is None else Trunk((trunk.whole.reachable(body),), trunk.last)
-
-
 def _leaves(trunk: Trunk) -> Trunk:
     """Copies a trunk with a leaf for every tensor that gathers gradient, where the original has any."""
 
@@ -255,6 +244,8 @@ def _tensors(trunk: Trunk) -> list[Tensor]:
     return states if trunk.last is None else [*states, trunk.last]
 
 
-def _require_done(part: MicroBatch) -> None:
+def _to_be_done(part: MicroBatch) -> Iterator[MicroBatch]:
+    """Yields a part, and refuses to go on before its backward has run."""
+    yield part
     if not part._done:
         raise BackwardError("call backward on part.attach(loss) before taking the next micro-batch")

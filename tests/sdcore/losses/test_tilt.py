@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from reproduce.tilt import self_normalized_weights
 from sdcore.errors import ArgumentError
 from sdcore.losses import Tilted, TokenTilt
-from sdcore.losses.tilt import self_normalized_weights
 from sdkernels import logit_divergence
 
 INV_TEMPERATURE = 1.7
