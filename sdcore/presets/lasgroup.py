@@ -144,7 +144,8 @@ def from_lasgroup(
         if not equals:
             raise ArgumentError(f"overrides must be of the form name=value, got {override!r}")
         given[name.lstrip("+")] = parse_yaml(value, name)
-    given = {name: value for name, value in given.items() if not _is_left_out(name)}
+    left_out = tuple(f"{name}." for name in NOT_TRANSLATED)
+    given = {name: value for name, value in given.items() if not f"{name}.".startswith(left_out)}
     for name, value in given.items():
         if name not in LASGROUP:
             raise ArgumentError(f"{name}={value!r} is not known here{closest(name, LASGROUP)}")
@@ -264,9 +265,3 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
-
-
-def _is_left_out(name: str) -> bool:
-    if name in LASGROUP:
-        return False
-    return any(name == left or name.startswith(f"{left}.") for left in NOT_TRANSLATED)

@@ -107,9 +107,10 @@ def from_trl(config: Any, *, kind: Literal["sdpo", "sdft"] | None = None) -> tup
 
 def _sdft(values: dict[str, Any], temperature: float) -> Method:
     """Translates SDFT: any context in its template, the divergence averaged per completion."""
+    fields = {"prompt": "{{ prompt }}", "privileged_context": "{{ privileged_context }}"}
     return Method(
         context="template",
-        template=jinja_of("teacher_prompt_template", values.pop("teacher_prompt_template"), _SDFT_FIELDS),
+        template=jinja_of("teacher_prompt_template", values.pop("teacher_prompt_template"), fields),
         temperature=temperature,
         aggregation="seq-mean-token-mean",
         skip_first_tokens=values.pop("num_loss_tokens_to_skip"),
@@ -285,7 +286,3 @@ def _defaults(configuration: Any) -> dict[str, Any]:
     arguments = [f for f in dataclasses.fields(configuration) if f.init]
     made = {f.name: f.default_factory() for f in arguments if f.default_factory is not dataclasses.MISSING}
     return {f.name: None if f.default is dataclasses.MISSING else f.default for f in arguments} | made
-
-
-# Fields of their templates → variables of ours.
-_SDFT_FIELDS = {"prompt": "{{ prompt }}", "privileged_context": "{{ privileged_context }}"}
