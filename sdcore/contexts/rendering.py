@@ -113,12 +113,12 @@ def with_context(prompt: Prompt, place: Callable[[str], str]) -> Prompt:
         return text
     last = prompt[-1]
     content = last["content"]
-    if not isinstance(content, str):
-        content = (
-            _added(content, text.removeprefix(question)) if text.startswith(question) else _replaced(content, text)
-        )
-    else:
+    if isinstance(content, str):
         content = text
+    elif text.startswith(question):
+        content = _added(content, text.removeprefix(question))
+    else:
+        content = _replaced(content, text)
     return (*prompt[:-1], {**last, "content": content})
 
 

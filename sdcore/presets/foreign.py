@@ -1,45 +1,32 @@
-"""Gives both translations of other projects' configurations what they need: keys taken once, and templates.
+"""Translates what both of the other projects' configurations have: the fields of SDPO's context, and its texts.
 
-A key that nobody takes is refused by name. Templates for `str.format` become Jinja that gives the same text.
+Templates for `str.format` become Jinja that gives the same text.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from string import Formatter
-from typing import Any
+from typing import Any, Final
 
 from ..errors import ArgumentError
 
-
-class Keys:
-    """Holds a configuration from which every key is taken once."""
-
-    def __init__(self, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-        self._given, self._defaults, self._taken = dict(given), defaults, set[str]()
-
-    def take(self, name: str) -> Any:
-        self._taken.add(name)
-        return self._given.get(name, self._defaults[name]) if name in self._defaults else self._given[name]
-
-    def rest(self) -> dict[str, Any]:
-        """Returns what is given and nobody took: arguments of transformers' own, other than their defaults."""
-        left = {}
-        arguments = {f.name for f in dataclasses.fields(training_arguments())}
-        for name, value in self._given.items():
-            if name in self._taken or value == self._defaults[name]:
-                continue
-            if name not in arguments:
-                raise ArgumentError(f"{name}={value!r} is not known here")
-            left[name] = value
-        return left
+# Fields of SDPO's context: their names → ours.
+SHOWN: Final = {
+    "max_reprompt_len": "max_teacher_prompt_length",
+    "success_reward_threshold": "success_threshold",
+    "include_environment_feedback": "use_feedback",
+    "dont_reprompt_on_self_success": "dont_reprompt_on_self_success",
+    "environment_feedback_only_without_solution": "environment_feedback_only_without_solution",
+    "remove_thinking_from_demonstration": "remove_thinking",
+}
 
 
-def training_arguments() -> Any:
-    from transformers import TrainingArguments
-
-    return TrainingArguments
+def refuse(values: Mapping[str, Any], refused: Mapping[str, tuple[tuple[Any, ...], str]]) -> None:
+    """Raises `ArgumentError` for a value that has no counterpart; `refused` has the harmless ones and what to do."""
+    for name, (harmless, reason) in refused.items():
+        if name in values and values[name] not in harmless:
+            raise ArgumentError(f"{name}={values[name]!r} has no counterpart here: {reason}")
 
 
 def attempt_template(reprompt: str, solution: str, feedback: str) -> str:

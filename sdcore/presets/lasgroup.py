@@ -21,7 +21,7 @@ from typing import Any
 
 from ..errors import ArgumentError
 from .fields import closest, parse_yaml, read_yaml
-from .foreign import Keys, attempt_template
+from .foreign import SHOWN, attempt_template, refuse
 from .method import Method
 from .methods import GRPO, SDPO
 
@@ -144,31 +144,30 @@ def from_lasgroup(
         if not equals:
             raise ArgumentError(f"overrides must be of the form name=value, got {override!r}")
         given[name.lstrip("+")] = parse_yaml(value, name)
-    given = {name: value for name, value in given.items() if not _is_left_out(name)}
+    left_out = tuple(f"{name}." for name in NOT_TRANSLATED)
+    given = {name: value for name, value in given.items() if not f"{name}.".startswith(left_out)}
     for name, value in given.items():
         if name not in LASGROUP:
             raise ArgumentError(f"{name}={value!r} is not known here{closest(name, LASGROUP)}")
         if isinstance(value, str) and "${" in value:
             raise ArgumentError(f"{name} must be resolved, got the interpolation {value!r}")
-    keys = Keys(given, LASGROUP)
-    method = _method(keys)
-    arguments = _arguments(keys, num_processes)
-    for name, (harmless, reason) in REFUSED.items():
-        if (value := keys.take(name)) not in harmless:
-            raise ArgumentError(f"{name}={value!r} has no counterpart here: {reason}")
+    values = LASGROUP | given
+    method = _method(values)
+    arguments = _arguments(values, num_processes)
+    refuse(values, REFUSED)
     return method, {name: value for name, value in arguments.items() if value is not None}
 
 
-def _method(keys: Keys) -> Method:
-    mode = keys.take(f"{ACTOR}.policy_loss.loss_mode")
+def _method(values: Mapping[str, Any]) -> Method:
+    mode = values[f"{ACTOR}.policy_loss.loss_mode"]
     aggregations: dict[str, Any] = {name: name for name in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")}
     aggregations["seq-mean-token-sum-norm"] = "sum-norm"
-    if (name := keys.take(f"{ACTOR}.loss_agg_mode")) not in aggregations:
+    if (name := values[f"{ACTOR}.loss_agg_mode"]) not in aggregations:
         raise ArgumentError(f"{ACTOR}.loss_agg_mode={name!r} is not known")
-    common: dict[str, Any] = {"aggregation": aggregations[name], "num_generations": keys.take(f"{ROLLOUT}.n")}
-    normed = keys.take(f"{ALGORITHM}.norm_adv_by_std_in_grpo")
-    low, high = keys.take(f"{ACTOR}.clip_ratio_low"), keys.take(f"{ACTOR}.clip_ratio_high")
-    distillation = {name.rpartition(".")[2]: keys.take(name) for name in LASGROUP if name.startswith(DISTILLATION)}
+    common: dict[str, Any] = {"aggregation": aggregations[name], "num_generations": values[f"{ROLLOUT}.n"]}
+    normed = values[f"{ALGORITHM}.norm_adv_by_std_in_grpo"]
+    low, high = values[f"{ACTOR}.clip_ratio_low"], values[f"{ACTOR}.clip_ratio_high"]
+    distillation = {name.rpartition(".")[2]: values[name] for name in LASGROUP if name.startswith(DISTILLATION)}
     if mode == "vanilla":
         return GRPO(advantages="grpo" if normed else "dr_grpo", clip_low=low, clip_high=high, **common)
     if mode != "sdpo":
@@ -180,18 +179,13 @@ def _method(keys: Keys) -> Method:
         **_teacher(distillation["teacher_regularization"], distillation["teacher_update_rate"]),
         template=_template(distillation),
         overflow="error" if distillation["reprompt_truncation"] == "error" else "truncate_context",
-        max_teacher_prompt_length=distillation["max_reprompt_len"],
-        success_threshold=distillation["success_reward_threshold"],
-        use_feedback=distillation["include_environment_feedback"],
-        dont_reprompt_on_self_success=distillation["dont_reprompt_on_self_success"],
-        environment_feedback_only_without_solution=distillation["environment_feedback_only_without_solution"],
-        remove_thinking=distillation["remove_thinking_from_demonstration"],
+        **{ours: distillation[theirs] for theirs, ours in SHOWN.items()},
         alpha=distillation["alpha"],
-        temperature=keys.take(f"{ROLLOUT}.temperature"),
+        temperature=values[f"{ROLLOUT}.temperature"],
         topk=topk if full else None,
         tail=distillation["distillation_add_tail"] if full and topk is not None else True,
         sampled_token=not full,
-        importance_clip=_clip(keys, distillation["is_clip"]),
+        importance_clip=_clip(values, distillation["is_clip"]),
     )
 
 
@@ -205,11 +199,11 @@ def _teacher(regularization: str, rate: float) -> dict[str, Any]:
     return {"teacher": "ema" if rate else "frozen", "update_rate": rate}
 
 
-def _clip(keys: Keys, clip: float | None) -> float | None:
+def _clip(values: Mapping[str, Any], clip: float | None) -> float | None:
     """Merges its two ratios, of the student now to the one that sampled and of that to the sampler, into one."""
-    if keys.take(f"{ALGORITHM}.rollout_correction.rollout_is") is None:
+    if values[f"{ALGORITHM}.rollout_correction.rollout_is"] is None:
         return clip
-    threshold = keys.take(f"{ALGORITHM}.rollout_correction.rollout_is_threshold")
+    threshold = values[f"{ALGORITHM}.rollout_correction.rollout_is_threshold"]
     if clip is not None and clip != threshold:
         raise ArgumentError(
             f"{DISTILLATION}.is_clip={clip} and {ALGORITHM}.rollout_correction.rollout_is_threshold={threshold} must "
@@ -229,8 +223,8 @@ def _template(distillation: Mapping[str, Any]) -> str | None:
     return attempt_template(*texts)
 
 
-def _arguments(keys: Keys, num_processes: int) -> dict[str, Any]:
-    prompts, mini = keys.take("data.train_batch_size"), keys.take(f"{ACTOR}.ppo_mini_batch_size")
+def _arguments(values: Mapping[str, Any], num_processes: int) -> dict[str, Any]:
+    prompts, mini = values["data.train_batch_size"], values[f"{ACTOR}.ppo_mini_batch_size"]
     if prompts is None or prompts % num_processes:
         raise ArgumentError(
             f"data.train_batch_size must be given, and be a multiple of num_processes={num_processes}, got {prompts}"
@@ -240,24 +234,24 @@ def _arguments(keys: Keys, num_processes: int) -> dict[str, Any]:
             f"{ACTOR}.ppo_mini_batch_size={mini} has no counterpart here, where completions are sampled for each "
             f"optimizer step: it must be data.train_batch_size={prompts}"
         )
-    warmup, top_k = keys.take(f"{ACTOR}.optim.lr_warmup_steps"), keys.take(f"{ROLLOUT}.top_k")
+    warmup, top_k = values[f"{ACTOR}.optim.lr_warmup_steps"], values[f"{ROLLOUT}.top_k"]
     return {
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": prompts // num_processes,
-        "micro_batch": keys.take(f"{ACTOR}.ppo_micro_batch_size_per_gpu"),
-        "num_iterations": keys.take(f"{ACTOR}.ppo_epochs"),
-        "learning_rate": keys.take(f"{ACTOR}.optim.lr"),
+        "micro_batch": values[f"{ACTOR}.ppo_micro_batch_size_per_gpu"],
+        "num_iterations": values[f"{ACTOR}.ppo_epochs"],
+        "learning_rate": values[f"{ACTOR}.optim.lr"],
         "lr_scheduler_type": "constant_with_warmup" if warmup > 0 else "constant",
         "warmup_steps": warmup if warmup > 0 else None,
-        "weight_decay": keys.take(f"{ACTOR}.optim.weight_decay"),
-        "max_grad_norm": keys.take(f"{ACTOR}.grad_clip"),
-        "num_train_epochs": keys.take("trainer.total_epochs"),
-        "max_prompt_length": keys.take("data.max_prompt_length"),
-        "max_completion_length": keys.take("data.max_response_length"),
-        "sampling_temperature": keys.take(f"{ROLLOUT}.temperature"),
-        "top_p": keys.take(f"{ROLLOUT}.top_p"),
+        "weight_decay": values[f"{ACTOR}.optim.weight_decay"],
+        "max_grad_norm": values[f"{ACTOR}.grad_clip"],
+        "num_train_epochs": values["trainer.total_epochs"],
+        "max_prompt_length": values["data.max_prompt_length"],
+        "max_completion_length": values["data.max_response_length"],
+        "sampling_temperature": values[f"{ROLLOUT}.temperature"],
+        "top_p": values[f"{ROLLOUT}.top_p"],
         "top_k": top_k if top_k > 0 else None,
-        "chat_template_kwargs": keys.take("data.apply_chat_template_kwargs"),
+        "chat_template_kwargs": values["data.apply_chat_template_kwargs"],
     }
 
 
@@ -271,9 +265,3 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
-
-
-def _is_left_out(name: str) -> bool:
-    if name in LASGROUP:
-        return False
-    return any(name == left or name.startswith(f"{left}.") for left in NOT_TRANSLATED)

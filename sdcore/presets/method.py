@@ -15,9 +15,10 @@ Not covered: what belongs to a run and not to a method (learning rate, lengths, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, cast, get_type_hints
 
 from ..errors import ArgumentError
@@ -68,9 +69,7 @@ class Method:
     topk: int | None = None  # None: the full vocabulary
     topk_of: Literal["student", "teacher"] = "student"
     tail: bool = True  # one bucket for the mass outside the top-k
-    sampled_token: bool = (
-        False  # the sampled token's log-ratio alone: unbiased for the reverse KL's gradient, but noisy
-    )
+    sampled_token: bool = False  # the sampled token's log-ratio alone: unbiased for the reverse KL's gradient, noisy
     importance_clip: float | None = None  # None: no importance sampling
     entry_clip: float | None = None
     inv_temperature: float = 1.0  # "tilt", "token_tilt": p* ∝ p_ref·exp(inv_temperature·reward)
@@ -91,13 +90,9 @@ class Method:
     def __post_init__(self) -> None:
         for name, annotation in field_types().items():
             check_field(name, getattr(self, name), annotation)
-        try:
-            _check_context(self)
-            _check_weights(self)
-            _check_divergence(self)
-            _check_rewards(self)
-        except ArgumentError as error:
-            raise ArgumentError(f"{error}; the method has context={self.context!r}, target={self.target!r}") from None
+        checks = (_context_problems, _weights_problems, _divergence_problems, _rewards_problems)
+        for problem in chain.from_iterable(check(self) for check in checks):
+            raise ArgumentError(f"{problem}; the method has context={self.context!r}, target={self.target!r}")
 
     @property
     def has_teacher(self) -> bool:
@@ -131,20 +126,11 @@ class Method:
         }
         if self.context == "template":
             return Template(self.template, **common)
-        if self.context == "demonstration":
-            return Demonstration(template=self.template, **common)
-        if self.context == "solution":
-            return Solution(template=self.template, **common)
-        return SuccessOrFeedback(
-            template=self.template,
-            success_threshold=self.success_threshold,
-            use_solution=self.use_solution,
-            use_feedback=self.use_feedback,
-            dont_reprompt_on_self_success=self.dont_reprompt_on_self_success,
-            environment_feedback_only_without_solution=self.environment_feedback_only_without_solution,
-            remove_thinking=self.remove_thinking,
-            **common,
-        )
+        if self.context == "feedback":
+            # Its other fields are the method's own, of the same names.
+            own = {f.name: getattr(self, f.name) for f in fields(SuccessOrFeedback) if f.name not in common}
+            return SuccessOrFeedback(**own, **common)
+        return {"demonstration": Demonstration, "solution": Solution}[self.context](template=self.template, **common)
 
     def build_loss(self) -> FusedLinearDivergence:
         """Builds the divergence at each token; for other targets, the one that their diagnostics show."""
@@ -218,149 +204,129 @@ class Method:
         return vars(type(self)).get("preset_name")
 
 
-def _check_context(method: Method) -> None:
-    """Refuses what a teacher would never read, and a teacher that reads what the student does."""
+def _context_problems(method: Method) -> Iterator[str]:
+    """Says what is wrong where a teacher would never read something, or reads what the student does."""
     # A target without a teacher has no use for what only a teacher reads.
     if not method.has_teacher and method.context != "none":
-        raise ArgumentError(
+        yield (
             f"context must be 'none' with target={method.target!r}, which shows nothing to a teacher, got "
             f"{method.context!r}"
         )
     if method.template is not None and method.context == "none":
-        raise ArgumentError(f"template must be None with context='none', got {method.template!r}")
+        yield f"template must be None with context='none', got {method.template!r}"
     if method.target == "divergence" and method.context == "none" and method.teacher == "live":
-        raise ArgumentError(
-            "teacher must not be 'live' with context='none': it would be the student itself, and the loss 0"
-        )
+        yield "teacher must not be 'live' with context='none': it would be the student itself, and the loss 0"
     shown = method.context == "feedback"
     if shown and not method.use_solution and not method.use_feedback:
-        raise ArgumentError("use_solution or use_feedback must be True with context='feedback', got False for both")
+        yield "use_solution or use_feedback must be True with context='feedback', got False for both"
     others_alone = method.dont_reprompt_on_self_success and not method.use_feedback
     if shown and others_alone and method.num_generations == 1:
-        raise ArgumentError(
+        yield (
             f"num_generations must be at least 2 where only another attempt of the group is shown, got "
             f"{method.num_generations}"
         )
     if method.overflow == "drop_oldest_feedback" and not (shown and method.use_feedback):
-        raise ArgumentError("overflow='drop_oldest_feedback' needs context='feedback' with use_feedback=True")
+        yield "overflow='drop_oldest_feedback' needs context='feedback' with use_feedback=True"
 
 
-def _check_weights(method: Method) -> None:
-    """Refuses teachers and references whose weights make no difference."""
+def _weights_problems(method: Method) -> Iterator[str]:
+    """Says what is wrong with teachers and references whose weights make no difference."""
     if method.teacher == "ema" and method.update_rate == 0:
-        raise ArgumentError(
-            "update_rate must be in (0, 1] with teacher='ema', got 0: teacher='frozen' is the one that never moves"
-        )
+        yield "update_rate must be in (0, 1] with teacher='ema', got 0: teacher='frozen' is the one that never moves"
     if method.teacher == "trust_region" and method.target != "divergence":
-        raise ArgumentError(
-            f"teacher must not be 'trust_region' with target={method.target!r}: it is for the divergence"
-        )
+        yield f"teacher must not be 'trust_region' with target={method.target!r}: it is for the divergence"
     if not method.has_teacher and method.needs_reference and method.teacher == "live":
-        raise ArgumentError(
+        yield (
             "teacher must not be 'live' where it is the reference that the student is held to (a tilt, a kl_anchor): "
             "its distance to itself is 0"
         )
     if method.target == "imitation" and method.teacher != "live":
-        raise ArgumentError(
-            f"teacher must be left at 'live' with target='imitation', which has none, got {method.teacher!r}"
-        )
+        yield f"teacher must be left at 'live' with target='imitation', which has none, got {method.teacher!r}"
 
 
-def _check_divergence(method: Method) -> None:
-    """Refuses supports, clips and normalizations that the target or the rest of the divergence does not have."""
+def _divergence_problems(method: Method) -> Iterator[str]:
+    """Says which support, clip or normalization the target or the rest of the divergence does not have."""
     is_divergence = method.target == "divergence"
     full = method.topk is None and not method.sampled_token
     if method.normalize and method.alpha in (0.0, 1.0):
-        raise ArgumentError(
-            f"normalize must be False where alpha is 0 or 1, which it leaves as they are, got alpha={method.alpha}"
-        )
+        yield f"normalize must be False where alpha is 0 or 1, which it leaves as they are, got alpha={method.alpha}"
     if not full and not is_divergence:
-        raise ArgumentError(
+        yield (
             f"topk and sampled_token must be left out with target={method.target!r}, which is not a divergence on a "
             f"support, got topk={method.topk}, sampled_token={method.sampled_token}"
         )
     if method.topk is not None and method.sampled_token:
-        raise ArgumentError(f"topk must be None with sampled_token=True, got {method.topk}")
+        yield f"topk must be None with sampled_token=True, got {method.topk}"
     if not method.tail and method.topk is None:
-        raise ArgumentError("tail must be True with topk=None: the full vocabulary has none, got False")
+        yield "tail must be True with topk=None: the full vocabulary has none, got False"
     if method.topk_of != "student" and method.topk is None:
-        raise ArgumentError(
-            f"topk_of must be 'student' with topk=None, which takes no one's top-k, got {method.topk_of!r}"
-        )
+        yield f"topk_of must be 'student' with topk=None, which takes no one's top-k, got {method.topk_of!r}"
     if method.sampled_token and not (method.alpha == 1.0 and method.samples == "student"):
-        raise ArgumentError(
+        yield (
             "sampled_token=True is the score-function form of the reverse KL on the student's own samples: alpha must "
             f"be 1 and samples 'student', got {method.alpha} and {method.samples!r}"
         )
     if method.entry_clip is not None and not (is_divergence and full):
-        raise ArgumentError(
-            f"entry_clip must be None except for a divergence over the full vocabulary, got {method.entry_clip}"
-        )
+        yield f"entry_clip must be None except for a divergence over the full vocabulary, got {method.entry_clip}"
     if method.importance_clip is not None and not is_divergence:
-        raise ArgumentError(
+        yield (
             f"importance_clip must be None with target={method.target!r}, got {method.importance_clip} (the policy "
             "gradient has clip_low and clip_high)"
         )
     if method.importance_clip is not None and method.samples == "dataset":
-        raise ArgumentError(
+        yield (
             f"importance_clip must be None with samples='dataset', which no known policy drew, got "
             f"{method.importance_clip}"
         )
     if method.target == "token_tilt" and method.alpha not in (0.0, 1.0):
-        raise ArgumentError(
-            f"alpha must be 0 or 1 with target='token_tilt', which is exact for the two KLs, got {method.alpha}"
-        )
+        yield f"alpha must be 0 or 1 with target='token_tilt', which is exact for the two KLs, got {method.alpha}"
 
 
-def _check_rewards(method: Method) -> None:
-    """Refuses what only judged samples of the student have a use for, where there are none."""
+def _rewards_problems(method: Method) -> Iterator[str]:
+    """Says what only judged samples of the student have a use for, where there are none."""
     mixed = method.target == "divergence" and method.distillation_weight < 1.0
     has_policy = mixed or method.target == "policy_gradient"
     if method.distillation_weight < 1.0 and method.target != "divergence":
-        raise ArgumentError(
+        yield (
             f"distillation_weight must be 1 with target={method.target!r}: there is no divergence to mix, got "
             f"{method.distillation_weight}"
         )
     if method.distillation_weight == 0.0:
-        raise ArgumentError(
-            "distillation_weight must be in (0, 1], got 0: target='policy_gradient' is the one without distillation"
-        )
+        yield "distillation_weight must be in (0, 1], got 0: target='policy_gradient' is the one without distillation"
     if method.kl_anchor > 0 and not has_policy:
-        raise ArgumentError(
+        yield (
             "kl_anchor must be 0 except for target='policy_gradient' and mixtures (distillation_weight < 1), got "
             f"{method.kl_anchor}"
         )
     if method.ratio_of != "token" and not has_policy:
-        raise ArgumentError(
+        yield (
             "ratio_of must be 'token' except for target='policy_gradient' and mixtures (distillation_weight < 1), got "
             f"{method.ratio_of!r}"
         )
     if method.num_generations == 1 and (has_policy or method.target in ("tilt", "token_tilt")):
-        raise ArgumentError(
+        yield (
             "num_generations must be at least 2 where completions are compared with their group, got "
             f"{method.num_generations}"
         )
     if method.samples == "dataset" and method.target not in ("divergence", "imitation"):
-        raise ArgumentError(
-            f"samples must be 'student' with target={method.target!r}, which learns from rewards, got 'dataset'"
-        )
+        yield f"samples must be 'student' with target={method.target!r}, which learns from rewards, got 'dataset'"
     if method.samples == "dataset" and (mixed or method.context == "feedback"):
-        raise ArgumentError(
+        yield (
             "samples must be 'student' with context='feedback' and with distillation_weight < 1: both need completions "
             "that were judged, got 'dataset'"
         )
     if method.samples == "student" and method.target == "imitation":
-        raise ArgumentError(
+        yield (
             "samples must be 'dataset' with target='imitation': its own samples teach the student nothing, got "
             "'student'"
         )
     if method.samples == "dataset" and method.num_generations > 1:
-        raise ArgumentError(
+        yield (
             "num_generations must be 1 with samples='dataset', which has one completion a row, got "
             f"{method.num_generations}"
         )
     if method.target == "tilt" and method.skip_first_tokens > 0:
-        raise ArgumentError(
+        yield (
             "skip_first_tokens must be 0 with target='tilt', which is about whole completions, got "
             f"{method.skip_first_tokens}"
         )

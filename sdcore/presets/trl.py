@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from ..errors import ArgumentError
 from .fields import closest
-from .foreign import Keys, attempt_template, jinja_of, training_arguments
+from .foreign import SHOWN, attempt_template, jinja_of, refuse
 from .method import Aggregation, Method
 from .methods import GRPO, SDPO
 
@@ -43,19 +43,19 @@ RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
-# Where TRL's values have no counterpart: the value that is no loss, and what to do otherwise.
-REFUSED: dict[str, tuple[Any, str]] = {
-    "model_init_kwargs": (None, "load the model and give it to the trainer"),
-    "disable_dropout": (True, "dropout is always off in the passes"),
-    "remove_unused_columns": (False, "columns are for the reward functions"),
-    "min_p": (None, "give the trainer a sampler of your own"),
-    "generation_kwargs": (None, "give the trainer a sampler of your own"),
-    "repetition_penalty": (1.0, "give the trainer a sampler of your own"),
-    "cache_implementation": (None, "sampling has its own cache"),
-    "use_vllm": (False, "give the trainer a sampler, sdcore.rollouts.vllm"),
-    "use_teacher_server": (False, "the teacher is computed here, with the prefix that it shares"),
-    "beta": (0.0, "TRL 1.16 stores it and never uses it; an anchor here is kl_anchor"),
-    "generate_from_teacher": (False, "completions are the student's, or the data's with samples='dataset'"),
+# Where TRL's values have no counterpart: those that are no loss, and what to do otherwise.
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "model_init_kwargs": ((None,), "load the model and give it to the trainer"),
+    "disable_dropout": ((True,), "dropout is always off in the passes"),
+    "remove_unused_columns": ((False,), "columns are for the reward functions"),
+    "min_p": ((None,), "give the trainer a sampler of your own"),
+    "generation_kwargs": ((None,), "give the trainer a sampler of your own"),
+    "repetition_penalty": ((1.0,), "give the trainer a sampler of your own"),
+    "cache_implementation": ((None,), "sampling has its own cache"),
+    "use_vllm": ((False,), "give the trainer a sampler, sdcore.rollouts.vllm"),
+    "use_teacher_server": ((False,), "the teacher is computed here, with the prefix that it shares"),
+    "beta": ((0.0,), "TRL 1.16 stores it and never uses it; an anchor here is kl_anchor"),
+    "generate_from_teacher": ((False,), "completions are the student's, or the data's with samples='dataset'"),
 }
 # TRL's own, about its server, its diagnostics and DeepSpeed: no part of what is learned.
 WITHOUT_EFFECT = (
@@ -82,48 +82,46 @@ def from_trl(config: Any, *, kind: Literal["sdpo", "sdft"] | None = None) -> tup
     `config` is an `SDPOConfig` or `SDFTConfig` of `trl.experimental`, or a mapping of their arguments, which needs
     `kind`; TRL's own defaults fill in the rest. Raises `ArgumentError`.
     """
-    values, defaults, is_sdft = _read(config, kind)
-    keys = Keys(values, defaults)
-    arguments: dict[str, Any] = {ours: keys.take(theirs) for theirs, ours in RUN.items()}
+    given, defaults, is_sdft = _read(config, kind)
+    values = defaults | given  # each is taken out once
+    arguments: dict[str, Any] = {ours: values.pop(theirs) for theirs, ours in RUN.items()}
     temperature = arguments["sampling_temperature"]
-    arguments["top_k"] = keys.take("top_k") or None
-    method = _sdft(keys, temperature) if is_sdft else _sdpo(keys, arguments, temperature)
-    arguments |= _batches(keys, method.num_generations)
-    if not keys.take("shuffle_dataset"):
+    arguments["top_k"] = values.pop("top_k") or None
+    method = _sdft(values, temperature) if is_sdft else _sdpo(values, arguments, temperature)
+    arguments |= _batches(values, method.num_generations)
+    if not values.pop("shuffle_dataset"):
         arguments["train_sampling_strategy"] = "sequential"
-    for name, (harmless, reason) in REFUSED.items():
-        if name in defaults and (value := keys.take(name)) != harmless:
-            raise ArgumentError(f"{name}={value!r} has no counterpart here: {reason}")
-    for name in WITHOUT_EFFECT:
-        if name in defaults:
-            keys.take(name)
+    refuse(values, REFUSED)
+    for name in (*REFUSED, *WITHOUT_EFFECT):
+        values.pop(name, None)
     for old, new in RENAMED.items():
-        given = [keys.take(name) for name in (new, old) if name in defaults]
-        arguments[new if new in defaults else old] = next((value for value in given if value is not None), None)
+        either = [values.pop(name) for name in (new, old) if name in defaults]
+        arguments[new if new in defaults else old] = next((value for value in either if value is not None), None)
     # TRL's None is on, ours is on where the machine has it.
-    half, mixed = keys.take("fp16"), keys.take("bf16")
+    half, mixed = values.pop("fp16"), values.pop("bf16")
     arguments |= {"fp16": half, "bf16": not half if mixed is None else mixed}
-    arguments |= {name: keys.take(name) for name in ALWAYS}
-    arguments |= keys.rest()
+    arguments |= {name: values.pop(name) for name in ALWAYS}
+    arguments |= _rest(values, defaults)
     return method, {name: value for name, value in arguments.items() if value is not None}
 
 
-def _sdft(keys: Keys, temperature: float) -> Method:
+def _sdft(values: dict[str, Any], temperature: float) -> Method:
     """Translates SDFT: any context in its template, the divergence averaged per completion."""
+    fields = {"prompt": "{{ prompt }}", "privileged_context": "{{ privileged_context }}"}
     return Method(
         context="template",
-        template=jinja_of("teacher_prompt_template", keys.take("teacher_prompt_template"), _SDFT_FIELDS),
+        template=jinja_of("teacher_prompt_template", values.pop("teacher_prompt_template"), fields),
         temperature=temperature,
         aggregation="seq-mean-token-mean",
-        skip_first_tokens=keys.take("num_loss_tokens_to_skip"),
-        num_generations=keys.take("num_generations"),
-        **_divergence(keys),
+        skip_first_tokens=values.pop("num_loss_tokens_to_skip"),
+        num_generations=values.pop("num_generations"),
+        **_divergence(values),
     )
 
 
-def _sdpo(keys: Keys, arguments: dict[str, Any], temperature: float) -> Method:
-    weight, loss_type, scale = (keys.take(name) for name in ("distillation_weight", "loss_type", "scale_rewards"))
-    low, high, level = (keys.take(name) for name in ("epsilon", "epsilon_high", "importance_sampling_level"))
+def _sdpo(values: dict[str, Any], arguments: dict[str, Any], temperature: float) -> Method:
+    weight, loss_type, scale = (values.pop(name) for name in ("distillation_weight", "loss_type", "scale_rewards"))
+    low, high, level = (values.pop(name) for name in ("epsilon", "epsilon_high", "importance_sampling_level"))
     ratios = {"token": "token", "sequence": "completion"}
     if level not in ratios:
         raise ArgumentError(f"importance_sampling_level={level!r} is not known")
@@ -153,19 +151,16 @@ def _sdpo(keys: Keys, arguments: dict[str, Any], temperature: float) -> Method:
             "different ways: with 'grpo' both are means over completions"
         )
     shown = {
-        "max_teacher_prompt_length": keys.take("max_reprompt_len"),
-        "success_threshold": keys.take("success_reward_threshold"),
-        "use_solution": keys.take("use_successful_as_teacher"),
-        "use_feedback": keys.take("include_environment_feedback"),
-        "dont_reprompt_on_self_success": keys.take("dont_reprompt_on_self_success"),
-        "environment_feedback_only_without_solution": keys.take("environment_feedback_only_without_solution"),
-        "remove_thinking": keys.take("remove_thinking_from_demonstration"),
-        "template": attempt_template(*(keys.take(f"{part}_template") for part in ("reprompt", "solution", "feedback"))),
+        "use_solution": values.pop("use_successful_as_teacher"),
+        **{ours: values.pop(theirs) for theirs, ours in SHOWN.items()},
+        "template": attempt_template(
+            *(values.pop(f"{part}_template") for part in ("reprompt", "solution", "feedback"))
+        ),
     }
-    arguments["mask_truncated_completions"] = keys.take("mask_truncated_completions")
-    arguments["reward_weights"] = keys.take("reward_weights")
-    count = keys.take("num_generations")
-    divergence = _divergence(keys)
+    arguments["mask_truncated_completions"] = values.pop("mask_truncated_completions")
+    arguments["reward_weights"] = values.pop("reward_weights")
+    count = values.pop("num_generations")
+    divergence = _divergence(values)
     if weight == 0:
         return GRPO(num_generations=count, aggregation=aggregation, **policy)
     return SDPO(
@@ -179,21 +174,21 @@ def _sdpo(keys: Keys, arguments: dict[str, Any], temperature: float) -> Method:
     )
 
 
-def _divergence(keys: Keys) -> dict[str, Any]:
+def _divergence(values: dict[str, Any]) -> dict[str, Any]:
     """Translates teacher and divergence, which both trainers have."""
-    mode, topk, tail = (keys.take(f"distillation_{name}") for name in ("mode", "topk", "add_tail"))
+    mode, topk, tail = (values.pop(f"distillation_{name}") for name in ("mode", "topk", "add_tail"))
     if mode == "topk_logits" and topk is None:
         raise ArgumentError("distillation_topk must be given with distillation_mode='topk_logits', got None")
     if mode not in ("topk_logits", "full_logits", "sampled_token"):
         raise ArgumentError(f"distillation_mode={mode!r} is not known")
     fields: dict[str, Any] = {
-        "alpha": keys.take("distillation_alpha"),
-        "importance_clip": keys.take("distillation_is_clip"),
+        "alpha": values.pop("distillation_alpha"),
+        "importance_clip": values.pop("distillation_is_clip"),
         "topk": topk if mode == "topk_logits" else None,
         "tail": tail if mode == "topk_logits" else True,
         "sampled_token": mode == "sampled_token",
     }
-    kind, rate, every = (keys.take(f"teacher_{name}") for name in ("model_kind", "update_rate", "sync_steps"))
+    kind, rate, every = (values.pop(f"teacher_{name}") for name in ("model_kind", "update_rate", "sync_steps"))
     teachers = {"base": "frozen", "live": "live", "ema": "ema"}
     if kind not in teachers:
         raise ArgumentError(f"teacher_model_kind={kind!r} is not known")
@@ -210,10 +205,10 @@ def _divergence(keys: Keys) -> dict[str, Any]:
     return fields | {"teacher": "ema" if rate else "frozen", "update_rate": rate}
 
 
-def _batches(keys: Keys, count: int) -> dict[str, Any]:
+def _batches(values: dict[str, Any], count: int) -> dict[str, Any]:
     """Returns sizes that give the same completions per optimizer step and device, counted in prompts."""
-    size, steps = keys.take("per_device_train_batch_size"), keys.take("gradient_accumulation_steps")
-    generation_size, per_generation = keys.take("generation_batch_size"), keys.take("steps_per_generation")
+    size, steps = values.pop("per_device_train_batch_size"), values.pop("gradient_accumulation_steps")
+    generation_size, per_generation = values.pop("generation_batch_size"), values.pop("steps_per_generation")
     if generation_size is not None and per_generation is None:
         raise ArgumentError("generation_batch_size has no counterpart without its processes: give steps_per_generation")
     if per_generation not in (None, steps):
@@ -226,10 +221,10 @@ def _batches(keys: Keys, count: int) -> dict[str, Any]:
             f"per_device_train_batch_size·gradient_accumulation_steps = {size * steps} completions must be whole "
             f"groups of num_generations={count}: a group is not divided among devices here"
         )
-    evaluated = keys.take("num_generations_eval") or count
+    evaluated = values.pop("num_generations_eval") or count
     sizes = {
         "eval_generations": evaluated,
-        "per_device_eval_batch_size": max(1, keys.take("per_device_eval_batch_size") // evaluated),
+        "per_device_eval_batch_size": max(1, values.pop("per_device_eval_batch_size") // evaluated),
     }
     if size % count == 0:
         return sizes | {"per_device_train_batch_size": size // count, "gradient_accumulation_steps": steps}
@@ -238,8 +233,22 @@ def _batches(keys: Keys, count: int) -> dict[str, Any]:
     return sizes | alone | ({"micro_batch": size} if count % size == 0 else {})
 
 
+def _rest(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what nobody took and is no default: arguments of transformers' own. Refuses TRL's."""
+    from transformers import TrainingArguments
+
+    left = {name: value for name, value in values.items() if value != defaults[name]}
+    known = {f.name for f in dataclasses.fields(TrainingArguments)}
+    for name, value in left.items():
+        if name not in known:
+            raise ArgumentError(f"{name}={value!r} is not known here")
+    return left
+
+
 def _read(config: Any, kind: str | None) -> tuple[dict[str, Any], dict[str, Any], bool]:
     """Returns what is given, all defaults, and whether it is SDFT's."""
+    from transformers import TrainingArguments
+
     if kind not in (None, "sdpo", "sdft"):
         raise ArgumentError(f"kind must be 'sdpo' or 'sdft', got {kind!r}")
     if isinstance(config, Mapping):
@@ -258,7 +267,7 @@ def _read(config: Any, kind: str | None) -> tuple[dict[str, Any], dict[str, Any]
         raise ArgumentError(f"kind must be left out or be the config's own, got {kind!r} for a {type(config).__name__}")
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
     # What transformers makes of its own defaults (lists, enumerations, paths) is not what somebody asked for.
-    made = training_arguments()(output_dir=given["output_dir"], use_cpu=given["use_cpu"])
+    made = TrainingArguments(output_dir=given["output_dir"], use_cpu=given["use_cpu"])
     asked = ("output_dir", "use_cpu")
     plain = {f.name: getattr(made, f.name) for f in dataclasses.fields(made) if f.init and f.name not in asked}
     return given, _defaults(type(config)) | plain, is_sdft
@@ -277,7 +286,3 @@ def _defaults(configuration: Any) -> dict[str, Any]:
     arguments = [f for f in dataclasses.fields(configuration) if f.init]
     made = {f.name: f.default_factory() for f in arguments if f.default_factory is not dataclasses.MISSING}
     return {f.name: None if f.default is dataclasses.MISSING else f.default for f in arguments} | made
-
-
-# Fields of their templates → variables of ours.
-_SDFT_FIELDS = {"prompt": "{{ prompt }}", "privileged_context": "{{ privileged_context }}"}

@@ -11,8 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,21 +40,23 @@ def load(name: str) -> Callable[..., Any]:
 
 
 def _from_module(place: str, name: str) -> ModuleType:
-    with _working_directory_first():
-        try:
-            return importlib.import_module(place)
-        except ModuleNotFoundError as error:
-            if error.name is None or not (place == error.name or place.startswith(error.name + ".")):
-                raise ArgumentError(
-                    f"{name} could not be loaded: {place} imports {error.name}, which is missing"
-                ) from error
+    # The working directory first, which a console script, unlike `python -m`, does not search.
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (place == error.name or place.startswith(error.name + ".")):
             raise ArgumentError(
-                f"{name} could not be loaded: there is no module {error.name!r}, neither installed nor in {Path.cwd()}"
+                f"{name} could not be loaded: {place} imports {error.name}, which is missing"
             ) from error
-        except Exception as error:
-            raise ArgumentError(
-                f"{name} could not be loaded: {place} raised {type(error).__name__}: {error}"
-            ) from error
+        raise ArgumentError(
+            f"{name} could not be loaded: there is no module {error.name!r}, neither installed nor in {here}"
+        ) from error
+    except Exception as error:
+        raise ArgumentError(f"{name} could not be loaded: {place} raised {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(here)
 
 
 def _from_file(place: str, name: str) -> ModuleType:
@@ -69,14 +70,3 @@ def _from_file(place: str, name: str) -> ModuleType:
     except Exception as error:
         raise ArgumentError(f"{name} could not be loaded, {type(error).__name__}: {error}") from error
     return module
-
-
-@contextmanager
-def _working_directory_first() -> Iterator[None]:
-    """Searches the working directory inside, which a console script, unlike `python -m`, does not."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)

@@ -29,10 +29,10 @@ import asyncio
 import inspect
 import math
 import numbers
-import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
@@ -57,9 +57,7 @@ class Scored(NamedTuple):
     """Holds groups with their rewards, and what there is to say about the functions."""
 
     groups: list[Group]
-    counts: dict[
-        str, int
-    ]  # "rewards/dropped" completions, and why: "rewards/raised", "rewards/timeout", "rewards/invalid"
+    counts: dict[str, int]  # "rewards/dropped" completions, and why: "raised", "timeout", "invalid" in its place
     sums: dict[str, tuple[float, int]]  # name of a function → sum and number of the rewards that it gave
 
 
@@ -274,23 +272,9 @@ def _answers(calls: Sequence[_Call], timeout: float | None, workers: int, *, sto
             if stop_early and answers[i].problem is not None:  # type: ignore[union-attr]  # set the line before
                 break
     else:
-        left: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for i in todo:
-            left.put(i)
-
-        def lane() -> None:
-            while True:
-                try:
-                    i = left.get_nowait()
-                except queue.Empty:
-                    return
-                answers[i] = _call(calls[i], timeout)
-
-        lanes = [threading.Thread(target=lane, daemon=True) for _ in range(min(workers, len(todo)))]
-        for thread in lanes:
-            thread.start()
-        for thread in lanes:
-            thread.join()
+        with ThreadPoolExecutor(min(workers, len(todo))) as pool:
+            for i, answer in zip(todo, pool.map(lambda i: _call(calls[i], timeout), todo), strict=True):
+                answers[i] = answer
     return [answer or _Answer(problem="was not called") for answer in answers]
 
 

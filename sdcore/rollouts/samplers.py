@@ -84,30 +84,10 @@ class BaseSampler(ABC):
     """Takes the keywords of `Sampler.sample` as one `Sampling`."""
 
     def sample(
-        self,
-        model: nn.Module,
-        prompts: Sequence[Tensor],
-        *,
-        num_completions: int,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        eos_token_id: Sequence[int] = (),
-        pad_token_id: int | None = None,
-        seed: int,
+        self, model: nn.Module, prompts: Sequence[Tensor], *, seed: int, **sampling: Any
     ) -> list[list[SampledCompletion]]:
-        """Draws as the protocol says."""
-        sampling = Sampling(
-            num_completions=num_completions,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-        )
-        return self.draw(model, prompts, sampling, seed)
+        """Draws as the protocol says; what is left out is as in `Sampling`."""
+        return self.draw(model, prompts, Sampling(**sampling), seed)
 
     @abstractmethod
     def draw(
@@ -209,7 +189,7 @@ def whole_weights(model: nn.Module, sampler: Sampler | FollowsWeights | None = N
         return
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if sharded:
-        _state(sharded[0])._lazy_init()  # only then is it settled what the root does after a forward
+        sharded[0]._get_fsdp_state()._lazy_init()  # only then is it settled what the root does after a forward
     groups = [group for module in sharded for group in _parameter_groups(module)]
     before = [group.post_forward_mesh_info for group in groups]
     try:
@@ -225,13 +205,9 @@ def whole_weights(model: nn.Module, sampler: Sampler | FollowsWeights | None = N
             module.reshard()
 
 
-def _state(module: FSDPModule) -> Any:
-    return module._get_fsdp_state()
-
-
 def _parameter_groups(module: FSDPModule) -> list[Any]:
     """Returns FSDP2's own: `set_reshard_after_forward` sets the same attribute, but nothing tells what it was."""
-    state = _state(module)
+    state: Any = module._get_fsdp_state()
     # torch up to 2.12 has at most one.
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
     return [group for group in groups if group is not None]

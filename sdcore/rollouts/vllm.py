@@ -193,7 +193,13 @@ class VLLMColocated(_Engine):
     def __init__(self, model: str, **options: Any) -> None:
         # Only in this process can its weights be exchanged.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        self._vllm = _require_vllm()
+        try:
+            self._vllm: Any = importlib.import_module("vllm")
+        except ImportError as error:
+            raise ImportError(
+                "VLLMColocated needs vLLM: pip install 'sdcore[vllm]' (a server, VLLMServer, needs it on its side "
+                "alone)"
+            ) from error
         defaults = {"gpu_memory_utilization": 0.4, "logprobs_mode": "processed_logprobs"}
         self.engine = self._vllm.LLM(model=model, **(defaults | options))
         self._step: int | None = None
@@ -273,15 +279,6 @@ def _merged(model: nn.Module) -> Iterator[None]:
             inner.unmerge_adapter()
             for name, weight in inner.named_parameters():
                 weight.copy_(before[name])
-
-
-def _require_vllm() -> Any:
-    try:
-        return importlib.import_module("vllm")
-    except ImportError as error:
-        raise ImportError(
-            "VLLMColocated needs vLLM: pip install 'sdcore[vllm]' (a server, VLLMServer, needs it on its side alone)"
-        ) from error
 
 
 __all__ = ["EngineError", "Server", "VLLMColocated", "VLLMServer", "whole_state"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -55,10 +55,10 @@ class Collector:
         cls,
         args: SelfDistillationConfig,
         method: Method,
-        *,
         tokenizer: Any,
         sampler: Sampler,
         rewards: Sequence[Reward],
+        *,
         stop_ids: Sequence[int],
     ) -> Collector:
         """Makes the collector of a run's training steps."""
@@ -82,12 +82,6 @@ class Collector:
             on_error=cast(OnError, args.reward_on_error),
             workers=args.reward_workers,
         )
-
-    def for_evaluation(self, args: SelfDistillationConfig) -> Collector:
-        """Returns the same with the run's number and temperature of evaluated answers, which are always sampled."""
-        temperature = args.sampling_temperature if args.eval_temperature is None else args.eval_temperature
-        sampling = replace(self.sampling, num_completions=args.eval_generations, temperature=temperature)
-        return replace(self, sampling=sampling, from_data=False, max_prompt_length=None)
 
     def collect(self, model: nn.Module, batches: Sequence[Sequence[Example]], seeds: Sequence[int]) -> Collected:
         """Samples and judges batches, one seed for each. With FSDP2 to be called by all ranks."""

@@ -189,7 +189,20 @@ class SelfDistillationConfig(TrainingArguments):
         if self.ddp_find_unused_parameters:
             raise ArgumentError("ddp_find_unused_parameters must be False: all are used")
 
-    @property
-    def samples_plainly(self) -> bool:
-        """True where completions come from the model's own distribution, neither sharpened nor cut."""
-        return self.sampling_temperature == 1.0 and self.top_p == 1.0 and self.top_k is None
+    def evaluation_options(self) -> dict[str, Any]:
+        """Returns what `evaluate` is asked for in a run."""
+        return {
+            "num_generations": self.eval_generations,
+            "max_completion_length": self.max_completion_length,
+            "seed": self.seed if self.eval_seed is None else self.eval_seed,
+            "batch_size": self.per_device_eval_batch_size,
+            "temperature": self.sampling_temperature if self.eval_temperature is None else self.eval_temperature,
+            "top_p": None if self.top_p == 1 else self.top_p,
+            "top_k": self.top_k,
+            "chat_template_kwargs": self.chat_template_kwargs,
+            "timeout": self.reward_timeout,
+            "on_error": self.reward_on_error,
+            "workers": self.reward_workers,
+            "rank": self.process_index,
+            "world_size": self.world_size,
+        }

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -97,9 +97,8 @@ class DryRun:
     teacher_tokens: tuple[int, ...]  # () without a teacher
     shared_fraction: float | None  # mean over these rows; None without a teacher
     without_context: int  # rows that carry no loss for want of privileged context
-    too_long: int  # rows whose prompt is longer than `max_prompt_length`
     previews: tuple[Preview, ...]
-    load: Load | None
+    load: Load
     memory: Mapping[str, Prediction] | None  # None where the configuration does not say what a layer costs
     remarks: tuple[str, ...]
 
@@ -172,7 +171,7 @@ def dry_run(
     extra = [(preview.teacher_tokens or 0) - preview.prompt_tokens for preview in taught]
     load = Load(
         prompt_tokens=max(lengths),
-        context_tokens=max(0, *extra) if extra else 0,
+        context_tokens=max([0, *extra]),
         completion_tokens=max_completion_length,
         completions=method.num_generations,
         prompts=prompts,
@@ -194,7 +193,6 @@ def dry_run(
         teacher_tokens=teacher_lengths,
         shared_fraction=statistics.fmean(preview.shared_fraction for preview in taught) if taught else None,
         without_context=missing,
-        too_long=too_long,
         previews=tuple(previews[:shown]),
         load=load,
         memory=memory,
@@ -222,7 +220,7 @@ def show(run: DryRun, console: Console) -> None:
         console.print(f"shared prefix: on average {100 * run.shared_fraction:.0f} % of the student's prompt")
     for remark in run.remarks:
         console.print(Text(f"note: {remark}", style="yellow"))
-    if run.memory is not None and run.load is not None:
+    if run.memory is not None:
         load = run.load
         console.print()
         console.print(
@@ -246,70 +244,50 @@ def _preview(
     success: bool,
 ) -> Preview:
     """Previews the last completion of a group of stand-ins, of which one succeeded or none."""
-    text = _answer_of(example)
-    answer = _rollout(text, tokenizer, reward=method.success_threshold)
-    group = Group(example=example, prompt_ids=student, rollouts=(answer,))
+    answer = _rollout(_answer_of(example), tokenizer, reward=method.success_threshold)
+    empty = _rollout("", tokenizer, reward=-float("inf"), feedback=UNKNOWN_FEEDBACK)
     reward, feedback = None, None
     if reward_functions:
-        empty = _rollout("", tokenizer)
-        (judged,) = score(
-            [Group(example=example, prompt_ids=student, rollouts=(empty,))], reward_functions, on_error="raise"
-        )
+        (judged,) = score([Group(example=example, prompt_ids=student, rollouts=(empty,))], reward_functions)
         reward, feedback = judged.rollouts[0].reward, judged.rollouts[0].feedback
+        empty = replace(empty, feedback=feedback)
+    rollouts: tuple[Rollout, ...] = (answer,)
     supposed = ""
     if method.context == "feedback":
         success = method.use_solution and method.num_generations > 1 and (success or not method.use_feedback)
         supposed = "as if another attempt had succeeded" if success else "as if no attempt had succeeded"
-        empty = _rollout(
-            "", tokenizer, reward=-float("inf"), feedback=feedback if reward_functions else UNKNOWN_FEEDBACK
-        )
-        group = Group(example=example, prompt_ids=student, rollouts=(answer, empty) if success else (empty,))
-    completion = answer.completion_ids
-    if not method.has_teacher:
-        segments = [("prompt", "student", student), *_completion(completion, method, active=True)]
-        return Preview(
-            source=example.source,
-            segments=_segments(segments, tokenizer),
-            prompt_tokens=len(student),
-            reward=reward,
-            feedback=feedback,
-        )
-    conditioned = builder.condition(group, tokenizer)
-    teacher, active = conditioned.teacher_prompts[-1], conditioned.active[-1]
-    # As in a plan: the teacher's last token is computed under its own past.
-    shared = min(common_prefix(student, teacher), len(teacher) - 1)
-    after = common_prefix(student[shared:].flip(0), teacher[shared:].flip(0))
-    segments = [
-        ("shared prefix", "both", student[:shared]),
-        ("student only", "student", student[shared : len(student) - after]),
-        ("c_ext", "teacher", teacher[shared : len(teacher) - after]),
-        ("after c_ext", "both", student[len(student) - after :]),
-        *_completion(completion, method, active=active),
-    ]
+        rollouts = (answer, empty) if success else (empty,)
+    segments, active = [("prompt", "student", student)], True
+    taught: dict[str, int] = {}
+    if method.has_teacher:
+        conditioned = builder.condition(Group(example=example, prompt_ids=student, rollouts=rollouts), tokenizer)
+        teacher, active = conditioned.teacher_prompts[-1], conditioned.active[-1]
+        # As in a plan: the teacher's last token is computed under its own past.
+        shared = min(common_prefix(student, teacher), len(teacher) - 1)
+        after = common_prefix(student[shared:].flip(0), teacher[shared:].flip(0))
+        segments = [
+            ("shared prefix", "both", student[:shared]),
+            ("student only", "student", student[shared : len(student) - after]),
+            ("c_ext", "teacher", teacher[shared : len(teacher) - after]),
+            ("after c_ext", "both", student[len(student) - after :]),
+        ]
+        taught = {"teacher_tokens": len(teacher), "shared_tokens": shared}
+    ids, read_by = answer.completion_ids, "both" if method.has_teacher else "student"
+    skipped = min(method.skip_first_tokens, len(ids)) if active else len(ids)
+    segments += [("completion, no loss", read_by, ids[:skipped]), ("completion, loss", read_by, ids[skipped:])]
     return Preview(
         source=example.source,
-        segments=_segments(segments, tokenizer),
+        segments=tuple(
+            Segment(name=name, read_by=reader, tokens=len(part), text=str(tokenizer.decode(part.tolist())))
+            for name, reader, part in segments
+            if len(part)
+        ),
         prompt_tokens=len(student),
-        teacher_tokens=len(teacher),
-        shared_tokens=shared,
         active=active,
         supposed=supposed,
         reward=reward,
         feedback=feedback,
-    )
-
-
-def _completion(ids: Tensor, method: Method, *, active: bool) -> list[tuple[str, str, Tensor]]:
-    skipped = min(method.skip_first_tokens, len(ids)) if active else len(ids)
-    read_by = "both" if method.has_teacher else "student"
-    return [("completion, no loss", read_by, ids[:skipped]), ("completion, loss", read_by, ids[skipped:])]
-
-
-def _segments(segments: Sequence[tuple[str, str, Tensor]], tokenizer: Any) -> tuple[Segment, ...]:
-    return tuple(
-        Segment(name=name, read_by=read_by, tokens=len(ids), text=str(tokenizer.decode(ids.tolist())))
-        for name, read_by, ids in segments
-        if len(ids)
+        **taught,
     )
 
 

@@ -80,6 +80,14 @@ def evaluate(
 
     Dropout is off meanwhile and modes are put back. Raises `ArgumentError` and what sampling and rewards raise.
     """
+    if not examples:
+        raise ArgumentError("examples must have at least one, got none")
+    if batch_size < 1 or num_generations < 1:
+        raise ArgumentError(
+            f"batch_size and num_generations must be at least 1, got {batch_size} and {num_generations}"
+        )
+    if max_completion_length < 1:
+        raise ArgumentError(f"max_completion_length must be at least 1, got {max_completion_length}")
     stops = stop_ids(model, tokenizer) if stop_token_ids is None else stop_token_ids
     collector = Collector(
         tokenizer=tokenizer,
@@ -99,43 +107,6 @@ def evaluate(
         on_error=on_error,
         workers=workers,
     )
-    return evaluate_by(
-        collector,
-        model,
-        examples,
-        seed=seed,
-        batch_size=batch_size,
-        success_threshold=success_threshold,
-        rank=rank,
-        world_size=world_size,
-        gather=gather,
-        advance=advance,
-    )
-
-
-def evaluate_by(
-    collector: Collector,
-    model: nn.Module,
-    examples: Sequence[Example],
-    *,
-    seed: int,
-    batch_size: int,
-    success_threshold: float,
-    rank: int = 0,
-    world_size: int = 1,
-    gather: Callable[[Any], list[Any]] | None = None,
-    advance: Callable[[int], object] | None = None,
-) -> EvalResult:
-    """Does what `evaluate` does, with a collector in place of its choices of sampling and judging."""
-    if not examples:
-        raise ArgumentError("examples must have at least one, got none")
-    sampling = collector.sampling
-    if batch_size < 1 or sampling.num_completions < 1:
-        raise ArgumentError(
-            f"batch_size and num_generations must be at least 1, got {batch_size} and {sampling.num_completions}"
-        )
-    if sampling.max_new_tokens < 1:
-        raise ArgumentError(f"max_completion_length must be at least 1, got {sampling.max_new_tokens}")
     require_text(examples)
     parts: list[tuple[int, list[Group], dict[str, int]]] = []
     with whole_weights(model, collector.sampler):

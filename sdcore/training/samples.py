@@ -43,15 +43,10 @@ def sample_rows(batch: Batch, out: StepOutput, tokenizer: Any, *, limit: int) ->
         weights = torch.where(weights != 0, weights, batch.policy_weights)
         per_token = torch.where(weights != 0, per_token / torch.where(weights != 0, weights, 1), 0).cpu()
     slices = row_slices(batch.plan.student)
-    taught = batch.taught.tolist()
-    first = [0]
-    for group in batch.groups:
-        first.append(first[-1] + len(group.rollouts))
-    order = sorted(
-        ((not taught[first[g] + i], i, g) for g, group in enumerate(batch.groups) for i in range(len(group.rollouts)))
-    )
+    places = [(i, g) for g, group in enumerate(batch.groups) for i in range(len(group.rollouts))]
+    taught = dict(zip(places, batch.taught.tolist(), strict=True))
     rows = []
-    for _, i, g in order[:limit]:
+    for i, g in sorted(places, key=lambda place: (not taught[place], place))[:limit]:
         group, rollout = batch.groups[g], batch.groups[g].rollouts[i]
         rows.append(
             {
@@ -63,7 +58,7 @@ def sample_rows(batch: Batch, out: StepOutput, tokenizer: Any, *, limit: int) ->
                 "per_token": _divergences(per_token, slices[g][i], len(rollout.completion_ids)),
                 "reward": rollout.reward,
                 "feedback": rollout.feedback,
-                "active": taught[first[g] + i],
+                "active": taught[i, g],
             }
         )
     return rows

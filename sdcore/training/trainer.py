@@ -50,10 +50,10 @@ from ..types import Example, Group
 from .checkpoints import OwnState, saving_whole, to_resume, writing
 from .collect import Collector
 from .config import SelfDistillationConfig
-from .evaluation import evaluate_by
+from .evaluation import evaluate
 from .prepare import args_of, built, check, check_engine, eval_examples_of, examples_of, loaded
 from .samples import RichProgress, sample_rows, show
-from .update import Batch, Normalizers, Options, update
+from .update import Batch, Normalizers, update
 from .watch import Tally, Watch, due, origin_of
 
 Data = Any  # what `read_examples` takes, or a list of Example
@@ -177,7 +177,9 @@ class SelfDistillationTrainer(Trainer):
                 # The log-probabilities of who sampled are needed: another engine, or an older student.
                 off_policy=self.args.num_iterations > 1 or not isinstance(self.sampler, ModelSampler),
                 sampling_temperature=self.args.sampling_temperature,
-                options=Options(self.args.micro_batch, self.args.strategy, self.args.verify),
+                micro_batch=self.args.micro_batch,
+                strategy=self.args.strategy,
+                verify=self.args.verify,
                 backward=self.accelerator.backward,
             )
         self._observe(inputs, out)
@@ -186,8 +188,9 @@ class SelfDistillationTrainer(Trainer):
     @property
     def collector(self) -> Collector:
         """Samples and judges by the arguments as they are now: a callback may have changed the temperature."""
-        parts: dict[str, Any] = {"tokenizer": self.processing_class, "sampler": self.sampler, "rewards": self.rewards}
-        return Collector.of_run(self.args, self.method, stop_ids=self._stop_ids, **parts)
+        return Collector.of_run(
+            self.args, self.method, self.processing_class, self.sampler, self.rewards, stop_ids=self._stop_ids
+        )
 
     def _collected(self, batches: Sequence[Sequence[Example]]) -> list[list[Group]]:
         """Returns judged groups of completions, drawn from the weights as they are."""
@@ -217,11 +220,10 @@ class SelfDistillationTrainer(Trainer):
 
     def _over_ranks(self, batches: Sequence[Batch]) -> Normalizers:
         """Averages what the losses are divided by over ranks, since gradients are averaged; counts what is new."""
-        fresh = self.state.global_step % self.args.num_iterations == 0
-        completions = sum(len(batch.lengths) for batch in batches) if fresh else 0
-        tokens = sum(batch.tokens for batch in batches) if fresh else 0
+        fresh = batches if self.state.global_step % self.args.num_iterations == 0 else []
         own = [sum(batch.normalizers[i] for batch in batches) for i in range(2)]
-        totals = torch.tensor([*own, completions, tokens], dtype=torch.float64, device=self.args.device)
+        counts = [sum(len(batch.lengths) for batch in fresh), sum(batch.tokens for batch in fresh)]
+        totals = torch.tensor([*own, *counts], dtype=torch.float64, device=self.args.device)
         divergence, policy, completions, tokens = self.accelerator.reduce(totals, "sum").tolist()
         self._seen = {"samples": self._seen["samples"] + int(completions), "tokens": self._seen["tokens"] + int(tokens)}
         ranks = self.args.world_size
@@ -274,16 +276,16 @@ class SelfDistillationTrainer(Trainer):
             return {name: value for part in parts for name, value in part.items()}
         args, started = self.args, time.time()
         self._hand_over_weights()
-        result = evaluate_by(
-            self.collector.for_evaluation(args),
+        result = evaluate(
             self.model_wrapped,
+            self.processing_class,
             data,
-            seed=args.seed if args.eval_seed is None else args.eval_seed,
-            batch_size=args.per_device_eval_batch_size,
+            self.rewards,
+            stop_token_ids=self._stop_ids,
             success_threshold=self.method.success_threshold,
-            rank=args.process_index,
-            world_size=args.world_size,
+            sampler=self.sampler,
             gather=gather_object,
+            **args.evaluation_options(),
         )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items()}
         metrics |= speed_metrics(metric_key_prefix, started, num_samples=len(data) * args.eval_generations)
@@ -322,7 +324,6 @@ class SelfDistillationTrainer(Trainer):
 
         Raises `CheckpointError` where there is none.
         """
-        self._resumed = None
         if resume_from_checkpoint not in (None, False):
             self._resumed = to_resume(self.args.output_dir, resume_from_checkpoint)
         try:
@@ -339,15 +340,17 @@ class SelfDistillationTrainer(Trainer):
             self._early = []  # the log that is gone on with has them, of the model as it was then
         if self.is_world_process_zero():
             self._log_file = RunLog(self.args.output_dir, resume_step=None if self._resumed is None else step)
-            self._log_file.describe(self._description())
+            self._log_file.describe(
+                {
+                    "method": {"name": type(self.method).__name__, **vars(self.method)},
+                    "config": self.args.to_dict(),
+                    "model": getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__,
+                    "examples": len(self.train_dataset),
+                }
+            )
             for numbers in self._early:
                 self._log_file.metrics(step, numbers, **self._seen)
             self._early = []
-
-    def begin_epoch(self) -> None:
-        """Tells the order of the data its epoch, as accelerate does not on resuming with several processes."""
-        if self._order is not None:
-            self._order.set_epoch(int(self.state.epoch or 0))
 
     def after_step(self) -> None:
         """Lets the teacher follow before a checkpoint is written; not where the optimizer skipped the step."""
@@ -371,14 +374,6 @@ class SelfDistillationTrainer(Trainer):
         with saving_whole(plugin):
             super().save_model(output_dir, _internal_call)
 
-    def _description(self) -> dict[str, Any]:
-        return {
-            "method": {"name": type(self.method).__name__, **vars(self.method)},
-            "config": self.args.to_dict(),
-            "model": getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__,
-            "examples": len(self.train_dataset),
-        }
-
 
 class _Hooks(TrainerCallback):
     """Passes on what Trainer's loop tells its callbacks and the trainer has to know."""
@@ -390,7 +385,10 @@ class _Hooks(TrainerCallback):
         self._trainer.begin()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.begin_epoch()
+        if (
+            order := self._trainer._order
+        ) is not None:  # its epoch is not told by accelerate on resuming with several processes
+            order.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.after_step()

@@ -23,7 +23,7 @@ Letters: B groups, S completions in all, N tokens of the completions that carry 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -47,14 +47,6 @@ class Normalizers(NamedTuple):
 
     divergence: float = 0.0
     policy: float = 0.0  # of the policy gradient, or of the tilt
-
-
-class Options(NamedTuple):
-    """Says how the passes of an update are run; see `distill_step`."""
-
-    micro_batch: int | None = None
-    strategy: Strategy = "auto"
-    verify: Verify = "once"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,7 +87,7 @@ class Batch:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         lengths = [len(rollout.completion_ids) for rollout in rollouts]
         sizes = [len(group.rollouts) for group in groups]
-        rewards = torch.tensor([_number(rollout.reward) for rollout in rollouts])
+        rewards = torch.tensor([float("nan") if r.reward is None else r.reward for r in rollouts])
         whole = torch.tensor([rollout.finished or not mask_truncated for rollout in rollouts], dtype=torch.bool)
         judged = ~rewards.isnan() & whole
         active = torch.tensor([one for seen in conditioned for one in seen.active], dtype=torch.bool)
@@ -160,7 +152,9 @@ def update(
     reference: Teacher | None = None,
     off_policy: bool = False,
     sampling_temperature: float = 1.0,
-    options: Options | None = None,
+    micro_batch: int | None = None,
+    strategy: Strategy = "auto",
+    verify: Verify = "once",
     backward: Backward = Tensor.backward,
 ) -> StepOutput:
     """Computes the gradients of one batch.
@@ -171,12 +165,12 @@ def update(
         off_policy: the student has learned since it sampled, or something else sampled: the policy gradient then needs
             the sampler's log-probabilities.
         sampling_temperature: of the completions, for targets that are about the policy that sampled.
+        micro_batch, strategy, verify: how the passes are run; see `distill_step`.
 
     Raises what the step raises.
     """
     totals = batch.normalizers if normalizers is None else normalizers
-    how = (options or Options())._asdict()
-    run: dict[str, Any] = {"backward": backward, **how}
+    run: dict[str, Any] = {"backward": backward, "micro_batch": micro_batch, "strategy": strategy, "verify": verify}
     divergence: dict[str, Any] = {"token_weights": batch.divergence_weights, "normalizer": totals.divergence}
     if method.target == "imitation":
         return imitate_step(model, batch.plan, **divergence, **run)
@@ -193,7 +187,7 @@ def update(
             **run,
         )
     if method.target == "policy_gradient":
-        term = _policy(model, batch, method, totals, None, off_policy, sampling_temperature, how)
+        term = _policy(batch, method, totals.policy, off_policy, sampling_temperature)
         return policy_gradient_step(model, batch.plan, term, reference=reference, **run)
     loss = method.build_loss()
     if method.target == "token_tilt":
@@ -201,7 +195,15 @@ def update(
         return distill_step(model, batch.plan, loss=loss, teacher=teacher, tilt=tilt, **divergence, **run)
     policy = None
     if method.distillation_weight < 1:
-        policy = _policy(model, batch, method, totals, reference, off_policy, sampling_temperature, how)
+        policy = replace(
+            _policy(batch, method, totals.policy, off_policy, sampling_temperature),
+            distillation_weight=method.distillation_weight,
+            reference_logprobs=token_logprobs(
+                model, batch.plan, teacher=reference, temperature=sampling_temperature, verify=verify
+            )
+            if method.kl_anchor and reference is not None
+            else None,
+        )
     return distill_step(
         model,
         batch.plan,
@@ -214,38 +216,19 @@ def update(
     )
 
 
-def _policy(
-    model: nn.Module,
-    batch: Batch,
-    method: Method,
-    totals: Normalizers,
-    reference: Teacher | None,
-    off_policy: bool,
-    temperature: float,
-    how: dict[str, Any],
-) -> PolicyTerm:
-    mixed = method.target == "divergence"
-    logprobs = None
-    if method.kl_anchor and reference is not None:
-        logprobs = token_logprobs(model, batch.plan, teacher=reference, temperature=temperature, verify=how["verify"])
+def _policy(batch: Batch, method: Method, normalizer: float, off_policy: bool, temperature: float) -> PolicyTerm:
+    completions = torch.arange(len(batch.lengths), device=batch.rewards.device)
     return PolicyTerm(
         advantages=_advantages(batch, method),
         old_logprobs=batch.old_logprobs if off_policy else None,
         clip_low=method.clip_low,
         clip_high=method.clip_high,
         token_weights=batch.policy_weights,
-        normalizer=totals.policy,
+        normalizer=normalizer,
         kl_anchor=method.kl_anchor,
-        reference_logprobs=logprobs,
-        distillation_weight=method.distillation_weight if mixed else 0.0,
         temperature=temperature,
-        completion_of=_completion_of(batch) if method.ratio_of == "completion" else None,
+        completion_of=spread(completions, batch.lengths) if method.ratio_of == "completion" else None,
     )
-
-
-def _completion_of(batch: Batch) -> Tensor:
-    """Returns which of the S completions each token is of, (N,)."""
-    return spread(torch.arange(len(batch.lengths), device=batch.rewards.device), batch.lengths)
 
 
 def _advantages(batch: Batch, method: Method) -> Tensor:
@@ -256,10 +239,6 @@ def _advantages(batch: Batch, method: Method) -> Tensor:
 
 def _tilted(method: Method) -> Tilted:
     return Tilted(inv_temperature=method.inv_temperature, logz=method.logz)
-
-
-def _number(reward: float | None) -> float:
-    return float("nan") if reward is None else reward
 
 
 def _plan(
@@ -273,8 +252,6 @@ def _plan(
     teachers: list[Tensor | list[Tensor]] = []
     for seen in conditioned:
         first = seen.teacher_prompts[0]
-        if all(prompt is first or torch.equal(prompt, first) for prompt in seen.teacher_prompts):
-            teachers.append(first.to(device))
-        else:
-            teachers.append([prompt.to(device) for prompt in seen.teacher_prompts])
+        same = all(prompt is first or torch.equal(prompt, first) for prompt in seen.teacher_prompts)
+        teachers.append(first.to(device) if same else [prompt.to(device) for prompt in seen.teacher_prompts])
     return plan_of(prompts, completions, teachers)

@@ -17,7 +17,7 @@ are not weighed by their size, and batches of a step are of equal size but for t
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -96,8 +96,8 @@ def origin_of(model: nn.Module, args: SelfDistillationConfig, teacher: Any, refe
 class Tally:
     """Adds up what is said between two lines of the log."""
 
-    def __init__(self, counts: Collection[str] = ()) -> None:
-        self._counts = SUMS | set(counts)
+    def __init__(self) -> None:
+        self._counts = set(SUMS)
         self._totals: dict[str, tuple[float, int]] = {}  # sum, number
         self._steps = 0
 

@@ -633,7 +633,7 @@ def test_the_order_of_the_data_is_told_its_epoch_whatever_wraps_the_loader(tmp_p
     made.get_train_dataloader()
     assert made._order is not None
     made.state.epoch = 1.5  # as in a checkpoint
-    made.begin_epoch()
+    made.callback_handler.on_epoch_begin(made.args, made.state, made.control)
     assert made._order.epoch == 1
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sdcore.presets import from_trl
-from sdcore.training.update import Batch, Options, update
+from sdcore.training.update import Batch, update
 from sdcore.types import Conditioned, Example, Group, Rollout
 from tests.sdcore.prefix.models import VOCAB, double_precision, tiny
 
@@ -111,7 +111,7 @@ def test_policy_losses_and_gradients_are_trls(given: dict[str, Any], level: str,
             teacher=method.build_teacher(model) if method.has_teacher else None,
             off_policy=True,
             sampling_temperature=arguments["sampling_temperature"],
-            options=Options(micro_batch=arguments.get("micro_batch")),
+            micro_batch=arguments.get("micro_batch"),
         )
         gradients = [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
         model.zero_grad()
