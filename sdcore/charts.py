@@ -1,11 +1,11 @@
-"""Draws every picture of the project with matplotlib: panels of lines, bars, stacked areas, as SVG or PNG.
+"""Draws every picture of the project with matplotlib: panels of lines and stacked areas, as SVG or PNG.
 
     figure = figure_of([lambda axes: line(axes, [1, 2], [3.0, 4.0], label="ours")], title="Loss")
     save(figure, "loss.png")                     # or .svg
     inline_svg(figure, "loss")                   # for a page
 
-A panel is a function that draws on matplotlib's `Axes`: with `line`, `bars` and `areas`, which take plain data, and
-with what `Axes` has itself for scales, ticks and marks.
+A panel is a function that draws on matplotlib's `Axes`: with `line` and `areas`, which take plain data, and with
+what `Axes` has itself for scales, ticks and marks.
 
 What differs from the obvious: no pyplot, so that there is no state which two callers share, and no display. The same
 data give the same bytes: files carry no date, and the ids inside an SVG follow from its name. A dollar sign is a dollar
@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 COLOURS: Final = ("#2557a7", "#c98a2b", "#3d8a78", "#8a5fa8", "#b0506a", "#6b7480", "#4f9ec4", "#7a7a3a")
 INK: Final = "#59626d"  # text and axes
 GRID: Final = "#e4e7eb"
-GROUP_WIDTH: Final = 0.8  # of the bars of a group together; groups are 1 apart
 RC: Final[Any] = {  # matplotlib names every setting in a type of its own
     "axes.edgecolor": INK,
     "axes.formatter.useoffset": False,
@@ -61,16 +60,6 @@ RC: Final[Any] = {  # matplotlib names every setting in a type of its own
 }
 
 
-class Bar(NamedTuple):
-    """Describes a bar, of which a lower part may be pale."""
-
-    height: float
-    colour: str
-    label: str = ""  # in the legend; "": not there
-    pale: float = 0.0  # height of the pale part
-    text: str = ""  # above it, upright
-
-
 def require_matplotlib(what: str) -> None:
     """Raises `ImportError` with what to install where matplotlib is missing; `what` needs it, as "a report"."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -84,7 +73,6 @@ def figure_of(
     size: tuple[float, float] = (4.6, 2.9),
     title: str = "",
     legend: Literal["panels", "below", "none"] = "panels",
-    legend_columns: int = 4,
     margins: tuple[float, float, float, float] | None = None,
     **grid: Any,
 ) -> Figure:
@@ -114,7 +102,7 @@ def figure_of(
         for axes in places[len(panels) :]:
             axes.set_axis_off()
         if legend == "below" and labelled:
-            figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=legend_columns)
+            figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=4)
         if title:
             figure.suptitle(title, x=0.01, ha="left")
     return figure
@@ -135,35 +123,10 @@ def line(
         axes.fill_between(x, *band, color=drawn.get_color(), alpha=0.15, linewidth=0)
 
 
-def bars(axes: Axes, groups: Mapping[str, Sequence[Bar]]) -> None:
-    """Draws groups of bars beside each other around 0, 1, 2, ..., with their names below."""
-    width = GROUP_WIDTH / max(map(len, groups.values()))
-    for position, group in enumerate(groups.values()):
-        for i, bar in enumerate(group):
-            centre = position + (i - (len(group) - 1) / 2) * width
-            style: dict[str, Any] = {"width": 0.92 * width, "color": bar.colour}
-            axes.bar(centre, bar.pale, alpha=0.35, **style)
-            axes.bar(centre, bar.height - bar.pale, bottom=bar.pale, label=bar.label, **style)
-            if bar.text:
-                axes.text(centre, bar.height, f" {bar.text}", ha="center", va="bottom", fontsize=6.5, rotation=90)
-    axes.set_xticks(range(len(groups)), list(groups))
-
-
 def areas(axes: Axes, x: ArrayLike, heights: Mapping[str, ArrayLike], colours: Mapping[str, str]) -> None:
     """Stacks the heights from the bottom to the top; each holds until the next x."""
     shades = [colours[label] for label in heights]
     axes.stackplot(x, *heights.values(), labels=list(heights), colors=shades, step="post", linewidth=0)
-
-
-def log_scale(axes: Axes, *, x: float | None = None, y: float | None = None) -> None:
-    """Makes axes logarithmic to these bases, with plain numbers at them."""
-    from matplotlib.ticker import NullFormatter
-
-    for base, set_scale, axis in ((x, axes.set_xscale, axes.xaxis), (y, axes.set_yscale, axes.yaxis)):
-        if base is not None:
-            set_scale("log", base=base)
-            axis.set_major_formatter(lambda value, _: f"{value:g}")
-            axis.set_minor_formatter(NullFormatter())
 
 
 def count_on_x(axes: Axes) -> None:

@@ -128,5 +128,5 @@ def _tables(runs: Runs, single: RunData | None) -> list[str]:
         for name, facts in sections_of(run):
             of = "" if single else f" of {inline(label)}"
             lines += ["", f"## Settings{of}: {inline(name)}", "", "| | |", "| --- | --- |"]
-            lines += [f"| {inline(fact.name)} | {inline(fact.value)} |" for fact in facts]
+            lines += [f"| {inline(setting)} | {inline(value)} |" for setting, value in facts.items()]
     return lines

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
@@ -51,13 +51,6 @@ VARIABLES: Final = {colour: f"var(--c{i})" for i, colour in enumerate(COLOURS)} 
     GRID: "var(--rule)",
 }
 ARROWS: Final = {"up": "↑ is better", "down": "↓ is better", "watch": "watch for jumps", "none": ""}
-
-
-class Fact(NamedTuple):
-    """Names a setting of a run."""
-
-    name: str
-    value: str
 
 
 def page(runs: Runs) -> str:
@@ -158,14 +151,14 @@ def compared(runs: Runs) -> list[tuple[Any, list[Change | None]]]:
     ]
 
 
-def sections_of(run: RunData) -> list[tuple[str, list[Fact]]]:
-    """Splits what run.json says into a table for each of its objects."""
-    facts, sections = [], []
+def sections_of(run: RunData) -> list[tuple[str, dict[str, str]]]:
+    """Splits what run.json says into a table of settings for each of its objects."""
+    facts, sections = {}, []
     for name, value in run.description.items():
         if isinstance(value, dict) and value:
-            sections.append((name, [Fact(str(key), _text(entry)) for key, entry in value.items()]))
+            sections.append((name, {str(key): _text(entry) for key, entry in value.items()}))
         else:
-            facts.append(Fact(name, _text(value)))
+            facts[name] = _text(value)
     order = {"method": 0, "versions": 1}
     sections.sort(key=lambda section: order.get(section[0], 2))
     return ([("run", facts)] if facts else []) + sections

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from ..charts import count_on_x, line
@@ -183,7 +184,7 @@ def changes_of(run: RunData) -> list[Change]:
 def first_and_last(values: Sequence[float]) -> tuple[float, float]:
     """Averages over both ends of a series, which do not overlap where it has two values or more."""
     count = min(MOST_AT_ENDS, max(1, int(len(values) * ENDS)))
-    return _mean(values[:count]), _mean(values[-count:])
+    return fmean(values[:count]), fmean(values[-count:])
 
 
 def reduced(series: Series, axis: Axis) -> list[Point]:
@@ -191,7 +192,7 @@ def reduced(series: Series, axis: Axis) -> list[Point]:
     size = math.ceil(len(series.y) / MOST_POINTS)
     buckets = [slice(start, start + size) for start in range(0, len(series.y), size)]
     ys = [series.y[bucket] for bucket in buckets]
-    return [Point(_mean(series.x[axis][at]), _mean(y), min(y), max(y)) for at, y in zip(buckets, ys, strict=True)]
+    return [Point(fmean(series.x[axis][at]), fmean(y), min(y), max(y)) for at, y in zip(buckets, ys, strict=True)]
 
 
 def draw(chart: Chart, axis: Axis, axes: Axes) -> None:
@@ -259,7 +260,3 @@ def _chart(title: str, series: tuple[Series, ...]) -> Chart:
 
 def _sentence(title: str) -> str:
     return title[:1].upper() + title[1:]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

@@ -110,7 +110,8 @@ def plan_padded(
     host = torch.cat([tensor.to(torch.int64) for tensor in (*masks, *given)], dim=1).cpu().split(widths, dim=1)
     prompt_on, completion_on, loss_on = (mask.bool() for mask in host[:3])
     starts = _left_padded("prompt_mask", prompt_on)
-    _right_padded("completion_mask", completion_on)
+    holes = completion_on[:, 1:] & ~completion_on[:, :-1]
+    require_none("completion_mask", holes, "be padded on the right only, without holes")
     require_none("loss_mask", loss_on & ~completion_on, "be 0 wherever completion_mask is")
     lengths = _last(loss_on)
 
@@ -172,10 +173,6 @@ def _left_padded(name: str, on: Tensor) -> list[int]:
     if empty is not None:
         raise PlanError(f"{name} must have at least one token in each prompt; row {empty} has none")
     return starts
-
-
-def _right_padded(name: str, on: Tensor) -> None:
-    require_none(name, on[:, 1:] & ~on[:, :-1], "be padded on the right only, without holes")
 
 
 def _last(on: Tensor) -> list[int]:
