@@ -375,7 +375,12 @@ def test_every_metric_that_is_emitted_is_in_the_table(two_groups: Sampled) -> No
 def test_every_name_in_the_sources_of_metrics_is_in_the_table() -> None:
     """Also of steps that were not run above."""
     root = Path(__file__).resolve().parents[2] / "sdcore"
-    files = [*(root / "step").glob("*.py"), *(root / "contexts").glob("*.py"), root / "prefix" / "report.py"]
+    files = [
+        *(root / "step").glob("*.py"),
+        root / "training" / "update.py",
+        *(root / "contexts").glob("*.py"),
+        root / "prefix" / "report.py",
+    ]
     namespaces = "self_distillation|completions|distillation|context|student|teacher|loss|policy|tilt|prefix|rewards"
     names = {name for file in files for name in re.findall(rf'"((?:{namespaces})/\w+)"', file.read_text())}
     assert len(names) > 20
