@@ -39,7 +39,8 @@ do_once() {
 }
 
 if ! $only_list; then
-    here="$("$python" -c 'import sys, torch; print(torch.cuda.get_device_name() if sys.argv[1] == "cuda" else "CPU")' $device)" || { echo "torch of $python sees no $device" >&2; exit 2; }
+    name='import sys, torch; print(torch.cuda.get_device_name() if sys.argv[1] == "cuda" else "CPU")'
+    here="$("$python" -c "$name" $device)" || { echo "torch of $python sees no $device" >&2; exit 2; }
     mkdir -p "$folder" ${OUT:+"$OUT"} && [[ -e $folder/device ]] || echo "$here" >"$folder/device"
     [[ $(<"$folder/device") == "$here" ]] || { echo "$folder is another device's: $(<"$folder/device")" >&2; exit 2; }
 fi

@@ -30,7 +30,7 @@ MEGABYTES, MOST, ABOUT_AS_FAST = (128, 256, 512, 768, 1024, 1536, 2048), 1536, 1
 
 
 def enough(paths: Iterable[Path]) -> list[tuned.WorkspaceRow]:
-    """Per trained head the smallest workspace that is about as fast as any, by the mean of the divergences."""
+    """Finds per trained head the smallest workspace that is about as fast as any, by the mean of the divergences."""
     multiples: dict[Shape, dict[int, list[float]]] = {}
     for group, rows in by_group(row for path in paths for row in SUITE.load(path).speed).items():
         for row in [row for row in rows if " MB" in row.contender and row.seconds and not group.frozen_head]:

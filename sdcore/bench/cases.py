@@ -87,7 +87,7 @@ class Setup:
 
     @cached_property
     def plan(self) -> Plan:
-        """The tokens that student and teacher read; a context that all share is one trunk."""
+        """Plans the tokens that student and teacher read; a context that all share is one trunk."""
         several = self.teacher_prompts if len(self.teacher_prompts) > 1 else None
         teachers: list[Any] | None = [several] if several else self.teacher_prompts or None
         return plan([self.prompt], [self.completions], teachers)

@@ -79,9 +79,10 @@ def bars(grid: Grid, path: Path, *, title: str, size: tuple[float, float]) -> Pa
     return _finish(figure, axes, path, title)
 
 
-def lines(grid: Grid, path: Path, *, title: str, size: tuple[float, float]) -> Path:
-    """Draws a grid of panels of lines, of `size` inches, as a picture."""
-    figure, axes = plt.subplots(len(grid), len(grid[0]), figsize=size, squeeze=False, sharex="col")
+def lines(grid: Grid, path: Path, *, title: str, size: tuple[float, float], sharey: bool = False) -> Path:
+    """Draws a grid of panels of lines, of `size` inches, as a picture; with `sharey` rows have one vertical axis."""
+    shared: dict[str, Any] = {"sharex": "col", "sharey": "row" if sharey else False}
+    figure, axes = plt.subplots(len(grid), len(grid[0]), figsize=size, squeeze=False, **shared)
     for panel, axis in _panels(grid, axes):
         for line in filter(lambda line: line.points, panel.lines):
             axis.plot(*zip(*line.points, strict=True), label=line.name or None, **line.style)

@@ -61,7 +61,7 @@ class Errors(NamedTuple):
 
 @dataclass(kw_only=True)
 class SpeedRow:
-    """A contender in a case: its times, or why there are none."""
+    """Is a contender in a case: its times, or why there are none."""
 
     group: Any  # the suite's case
     contender: str
@@ -76,7 +76,7 @@ class SpeedRow:
 
     @property
     def spread(self) -> float:
-        """Distance of the quartiles as a share of the median."""
+        """Returns the distance of the quartiles as a share of the median."""
         if len(self.seconds) < 2:
             return math.nan
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
@@ -85,7 +85,7 @@ class SpeedRow:
 
 @dataclass(kw_only=True)
 class PassRow(SpeedRow):
-    """A contender in a case of whole passes; which of the last figures there are depends on the suite."""
+    """Is a contender in a case of whole passes; which of the last figures there are depends on the suite."""
 
     gradient_error: float = math.nan
     live_bytes: int | None = None  # the peak of one pass beyond weights and inputs, gradients included
@@ -99,7 +99,7 @@ class PassRow(SpeedRow):
 
 @dataclass(kw_only=True)
 class MemoryRow:
-    """Peaks of one step beyond its inputs, in bytes; a gradient is counted in the dtype in which it is returned."""
+    """Holds the bytes of a step at its peak beyond its inputs; a gradient counts in the dtype it is returned in."""
 
     group: Any
     contender: str
@@ -111,7 +111,7 @@ class MemoryRow:
 
 @dataclass(kw_only=True)
 class AccuracyRow:
-    """Errors against float64 on the same inputs; `loss` itself to show its sign."""
+    """Holds errors against float64 on the same inputs; `loss` itself to show its sign."""
 
     shape: Shape
     dtype: str
@@ -128,7 +128,7 @@ AnyRow = TypeVar("AnyRow", SpeedRow, PassRow, MemoryRow)
 
 @dataclass(kw_only=True)
 class Report:
-    """All rows of a run of the suite `divergence`, and where and when it ran."""
+    """Holds all rows of a run of the suite `divergence`, and where and when it ran."""
 
     machine: dict[str, Any]
     speed: list[SpeedRow] = field(default_factory=list)
@@ -138,7 +138,7 @@ class Report:
 
 @dataclass(kw_only=True)
 class PassReport:
-    """All rows of a run of another suite."""
+    """Holds all rows of a run of another suite."""
 
     machine: dict[str, Any]
     rows: list[PassRow] = field(default_factory=list)

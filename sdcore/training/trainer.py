@@ -133,14 +133,7 @@ class SelfDistillationTrainer(Trainer):
             teacher=self.teacher,
             origin=origin_of(self.model, args, self.teacher, self.reference),
         )
-        self.collector = Collector.of_run(
-            args,
-            method,
-            tokenizer=processing_class,
-            sampler=self.sampler,
-            rewards=self.rewards,
-            stop_ids=args.stop_token_ids or stop_ids(self.model, processing_class),
-        )
+        self._stop_ids = args.stop_token_ids or stop_ids(self.model, processing_class)
         self._own = OwnState.of(args, teacher=self.teacher, reference=self.reference, origin=self.watch.origin)
         self._tally = Tally()
         self._window: list[list[Group]] = []  # the completions in use
@@ -189,6 +182,12 @@ class SelfDistillationTrainer(Trainer):
             )
         self._observe(inputs, out)
         return out.loss.to(self.args.device)
+
+    @property
+    def collector(self) -> Collector:
+        """Samples and judges by the arguments as they are now: a callback may have changed the temperature."""
+        parts: dict[str, Any] = {"tokenizer": self.processing_class, "sampler": self.sampler, "rewards": self.rewards}
+        return Collector.of_run(self.args, self.method, stop_ids=self._stop_ids, **parts)
 
     def _collected(self, batches: Sequence[Sequence[Example]]) -> list[list[Group]]:
         """Returns judged groups of completions, drawn from the weights as they are."""

@@ -645,8 +645,13 @@ def test_the_sampler_is_asked_with_the_configs_options(tmp_path: Path) -> None:
             asked.append(options)
             return ModelSampler().sample(model, prompts, **options)
 
-    options: dict[str, Any] = {"top_k": 5, "top_p": 0.9, "sampling_temperature": 0.7}
+    class Cool(TrainerCallback):
+        def on_step_end(self, args: Any, *others: Any, **kwargs: Any) -> None:
+            args.sampling_temperature = 0.5
+
+    options: dict[str, Any] = {"top_k": 5, "top_p": 0.9, "sampling_temperature": 0.7, "callbacks": [Cool()]}
     trainer(tmp_path, sampler=Recording(), gradient_accumulation_steps=2, **options).train()
-    assert {(a["top_k"], a["top_p"], a["temperature"], a["max_new_tokens"]) for a in asked} == {(5, 0.9, 0.7, 8)}
+    assert {(a["top_k"], a["top_p"], a["max_new_tokens"]) for a in asked} == {(5, 0.9, 8)}
+    assert [a["temperature"] for a in asked] == [0.7, 0.7, 0.5, 0.5]  # as the arguments are at each step
     assert len({a["seed"] for a in asked}) == len(asked) == 4
     assert asked[0]["eos_token_id"] == (tokenizer().eos_token_id,)

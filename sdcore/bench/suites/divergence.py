@@ -367,7 +367,7 @@ def _draw_accuracy(report: Report, path: Path) -> Path:
     divergences = list(dict.fromkeys(row.divergence for row in report.accuracy))
     grid = [[panel(divergence, of_loss) for divergence in divergences] for of_loss in (True, False)]
     title = f"Error against float64, {report.accuracy[0].shape}, bf16 inputs (dashed: 100 %)"
-    return lines(grid, path, title=title, size=(1.5 + 2.4 * len(divergences), 6.4))
+    return lines(grid, path, title=title, size=(1.5 + 2.4 * len(divergences), 6.4), sharey=True)
 
 
 SUITE = DivergenceSuite()

@@ -102,7 +102,7 @@ class TrainerSetup(Setup):
 
     @cached_property
     def plan(self) -> Plan:
-        """The tokens that the two models read; another model reads what the student does."""
+        """Plans the tokens that the two models read; another model reads what the student does."""
         if has_context(self.case.work):
             return super().plan
         return plan([self.prompt], [self.completions], [self.prompt])

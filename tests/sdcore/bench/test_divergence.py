@@ -10,37 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from sdcore.bench import compare, peers
+from sdcore.bench import compare, peers, shapes
 from sdcore.bench.measure import MOST_OF_FREE, group_bytes, peak_bytes, repetitions
 from sdcore.bench.options import Options
 from sdcore.bench.oracle import solve
-from sdcore.bench.peers import (
-    CONTENDERS,
-    LIGER_CUTE,
-    LIGER_CUTE_KERNEL,
-    LIGER_TRITON,
-    LIGER_TRITON_KERNEL,
-    PLAIN,
-    SDCORE,
-    Contender,
-    Unavailable,
-    plain_loss,
-    skipped,
-)
+from sdcore.bench.peers import CONTENDERS, PLAIN, SDCORE, Contender
 from sdcore.bench.places import checkout, newest_results
-from sdcore.bench.rows import Report, SpeedRow
-from sdcore.bench.shapes import (
-    ALL,
-    JSD,
-    QUICK_SHAPE,
-    REVERSE_KL,
-    TOP_K,
-    CaseInputs,
-    Divergence,
-    Group,
-    Shape,
-    make_case_inputs,
-)
+from sdcore.bench.rows import MemoryRow, Report, SpeedRow
+from sdcore.bench.shapes import CaseInputs, Divergence, Group, Shape, make_case_inputs
 from sdcore.bench.suite import run
 from sdcore.bench.suites import divergence
 from sdcore.bench.suites.divergence import SUITE, measure_group
@@ -83,18 +60,25 @@ def test_a_quick_run_counts_memory_and_errors_of_both_of_our_paths(quick_json: Q
         assert all(error is not None and math.isfinite(error.gradient) for error in errors)
 
 
+def _measured(
+    divergence: Divergence, *contenders: Contender, frozen: bool = False
+) -> tuple[list[SpeedRow], list[MemoryRow]]:
+    """The rows of a small group, each timed once."""
+    inputs = make_case_inputs(shapes.QUICK_SHAPE, "fp32", noise=1.0, frozen_head=frozen)
+    group = Group(shapes.QUICK_SHAPE, "fp32", divergence, frozen)
+    return measure_group(group, contenders, inputs, solve(inputs, (divergence,))[divergence], seconds_per_row=0.0)
+
+
 def _wrong(name: str, factor: float) -> Contender:
     def build(inputs: CaseInputs, divergence: Divergence) -> Callable[[], torch.Tensor]:
-        return lambda: factor * plain_loss(*inputs, divergence, upcast=True)
+        return lambda: factor * peers.plain_loss(*inputs, divergence, upcast=True)
 
     return Contender(name, build)
 
 
 def test_a_contender_that_computes_something_else_is_not_timed() -> None:
-    inputs = make_case_inputs(QUICK_SHAPE, "fp32", noise=1.0)
-    exact = solve(inputs, (REVERSE_KL,))[REVERSE_KL]
-    contenders = (_wrong("half", 0.5), _wrong("right", 1.0), skipped(PLAIN, "no reason"))
-    speed, _ = measure_group(Group(QUICK_SHAPE, "fp32", REVERSE_KL), contenders, inputs, exact, seconds_per_row=0.0)
+    contenders = (_wrong("half", 0.5), _wrong("right", 1.0), peers.skipped(PLAIN, "no reason"))
+    speed, _ = _measured(shapes.REVERSE_KL, *contenders)
     half, right, left_out = speed[1:]
     assert half.reason is not None
     assert half.reason.startswith("loss off by 5.0e-01")
@@ -112,10 +96,7 @@ def test_a_contender_that_fails_gets_its_error_as_the_reason() -> None:
 
         return loss
 
-    inputs = make_case_inputs(QUICK_SHAPE, "fp32", noise=1.0)
-    exact = solve(inputs, (TOP_K,))[TOP_K]
-    group = Group(QUICK_SHAPE, "fp32", TOP_K)
-    speed, memory = measure_group(group, (Contender("broken", build), SDCORE), inputs, exact, seconds_per_row=0.0)
+    speed, memory = _measured(shapes.TOP_K, Contender("broken", build), SDCORE)
     assert speed[1].reason == memory[0].reason == "RuntimeError: out of luck"
     assert speed[2].reason is None
 
@@ -128,15 +109,14 @@ def test_fast_rows_are_repeated_more_often_and_slow_ones_at_least_twice() -> Non
 
 
 def test_a_frozen_head_has_three_products_no_gradient_and_is_compared_without_it() -> None:
-    inputs = make_case_inputs(QUICK_SHAPE, "fp32", noise=1.0, frozen_head=True)
-    exact = solve(inputs, (REVERSE_KL,))[REVERSE_KL]
-    trained = make_case_inputs(QUICK_SHAPE, "fp32", noise=1.0)
-    whole = solve(trained, (REVERSE_KL,))[REVERSE_KL]
+    inputs = make_case_inputs(shapes.QUICK_SHAPE, "fp32", noise=1.0, frozen_head=True)
+    exact = solve(inputs, (shapes.REVERSE_KL,))[shapes.REVERSE_KL]
+    trained = make_case_inputs(shapes.QUICK_SHAPE, "fp32", noise=1.0)
+    whole = solve(trained, (shapes.REVERSE_KL,))[shapes.REVERSE_KL]
     assert torch.equal(exact.gradients["hidden"], whole.gradients["hidden"])
     assert "weight" not in exact.gradients
     assert whole.gradients["weight"].shape == (1500, 32)
-    group = Group(QUICK_SHAPE, "fp32", REVERSE_KL, frozen_head=True)
-    speed, memory = measure_group(group, (SDCORE, _wrong("half", 0.5)), inputs, exact, seconds_per_row=0.0)
+    speed, memory = _measured(shapes.REVERSE_KL, SDCORE, _wrong("half", 0.5), frozen=True)
     assert [row.contender for row in speed] == ["three matmuls fp32", "sdcore", "half"]
     assert speed[1].errors is not None
     assert 0 < speed[1].errors.gradient < 1e-5
@@ -150,7 +130,7 @@ def test_the_floor_makes_the_products_that_a_head_needs(
     frozen: bool, products: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    floor = peers.bare_matmuls(make_case_inputs(QUICK_SHAPE, "fp32", noise=1.0, frozen_head=frozen), "fp32")
+    floor = peers.bare_matmuls(make_case_inputs(shapes.QUICK_SHAPE, "fp32", noise=1.0, frozen_head=frozen), "fp32")
     monkeypatch.setattr(torch, "mm", lambda *arguments, out: calls.append(out.shape))
     floor()
     assert len(calls) == products
@@ -160,13 +140,17 @@ def test_a_gpu_measures_the_goals_shapes_with_both_kinds_of_head() -> None:
     found = divergence.planned_groups(Options(suite="divergence"), "cuda")
     for hidden in (1024, 2560, 4096):
         for frozen in (False, True):
-            wanted = [Group(Shape(8192, 151936, hidden), "bf16", one, frozen) for one in ALL]
+            wanted = [Group(Shape(8192, 151936, hidden), "bf16", one, frozen) for one in shapes.ALL]
             assert [group for group in found if group in wanted] == wanted
 
 
 def test_a_row_of_a_frozen_head_keeps_it_on_disk_and_in_a_comparison(tmp_path: Path) -> None:
     rows = [
-        SpeedRow(group=Group(QUICK_SHAPE, "bf16", REVERSE_KL, frozen), contender="sdcore", seconds=[1.0 + frozen])
+        SpeedRow(
+            group=Group(shapes.QUICK_SHAPE, "bf16", shapes.REVERSE_KL, frozen),
+            contender="sdcore",
+            seconds=[1.0 + frozen],
+        )
         for frozen in (False, True)
     ]
     SUITE.save(Report(machine={"name": "a", "date": "b"}, speed=rows), tmp_path / "a.json")
@@ -176,22 +160,18 @@ def test_a_row_of_a_frozen_head_keeps_it_on_disk_and_in_a_comparison(tmp_path: P
 
 
 def test_ratios_are_taken_to_the_faster_of_the_bare_products() -> None:
-    group = Group(QUICK_SHAPE, "bf16", REVERSE_KL)
+    group = Group(shapes.QUICK_SHAPE, "bf16", shapes.REVERSE_KL)
     rows = [
         SpeedRow(group=group, contender="four matmuls fp32", seconds=[2.0, 2.0, 9.0]),
         SpeedRow(group=group, contender="four matmuls bf16", seconds=[4.0]),
         SpeedRow(group=group, contender="sdcore", seconds=[3.0, 3.0]),
     ]
-    assert ratio_table(QUICK_SHAPE, rows).rows[0] == ["sdcore", "1.50"]
+    assert ratio_table(shapes.QUICK_SHAPE, rows).rows[0] == ["sdcore", "1.50"]
 
 
 def test_a_peer_that_is_not_installed_keeps_a_row_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
-    inputs = make_case_inputs(QUICK_SHAPE, "fp32", noise=1.0)
-    exact = solve(inputs, (REVERSE_KL,))[REVERSE_KL]
-    group = Group(QUICK_SHAPE, "fp32", REVERSE_KL)
-    chosen = [one for one in CONTENDERS if one.peer in ("trl", "liger", "orda", "fla")]
-    speed, _ = measure_group(group, chosen, inputs, exact, seconds_per_row=0.0)
+    speed, _ = _measured(shapes.REVERSE_KL, *(one for one in CONTENDERS if one.peer in ("trl", "liger", "orda", "fla")))
     reasons = {row.contender: row.reason for row in speed}
     assert reasons["TRL chunked"] == "not installed: pip install trl"
     assert reasons["flash-linear-attention"] == "not installed: pip install flash-linear-attention"
@@ -199,12 +179,10 @@ def test_a_peer_that_is_not_installed_keeps_a_row_that_says_what_to_install(monk
 
 
 def test_a_contender_that_would_not_fit_the_memory_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    group = Group(QUICK_SHAPE, "fp32", REVERSE_KL)
+    group = Group(shapes.QUICK_SHAPE, "fp32", shapes.REVERSE_KL)
     least = peak_bytes("plain torch", group, "cpu")
     monkeypatch.setattr(divergence, "free_bytes", lambda device: (least - 1) / MOST_OF_FREE)
-    inputs = make_case_inputs(QUICK_SHAPE, "fp32", noise=1.0)
-    exact = solve(inputs, (REVERSE_KL,))[REVERSE_KL]
-    speed, _ = measure_group(group, (SDCORE, PLAIN), inputs, exact, seconds_per_row=0.0)
+    speed, _ = _measured(shapes.REVERSE_KL, SDCORE, PLAIN)
     reasons = {row.contender: row.reason for row in speed}
     assert reasons["sdcore"] is None
     assert str(reasons["plain torch"]).startswith("not run: needs 0.0 GiB")
@@ -231,9 +209,9 @@ def test_the_estimates_of_memory_are_near_the_committed_measurements(contender: 
 
 
 def test_the_memory_of_a_group_grows_with_every_size() -> None:
-    least = group_bytes(Group(Shape(64, 1000, 64), "fp32", REVERSE_KL), ALL)
+    least = group_bytes(Group(Shape(64, 1000, 64), "fp32", shapes.REVERSE_KL), shapes.ALL)
     for shape in (Shape(640000, 1000, 64), Shape(64, 1000000, 64), Shape(64, 1000, 64000)):
-        assert group_bytes(Group(shape, "fp32", REVERSE_KL), ALL) > least
+        assert group_bytes(Group(shape, "fp32", shapes.REVERSE_KL), shapes.ALL) > least
 
 
 @pytest.mark.parametrize(
@@ -263,17 +241,17 @@ def test_the_kernels_that_are_asked_for_are_there_in_the_installed_liger() -> No
 
     for operation in ("fused_linear_jsd", "jsd_loss_and_grad"):
         found = set(dispatch.all_impls(operation))
-        assert LIGER_TRITON_KERNEL in found
+        assert peers.LIGER_TRITON_KERNEL in found
     # Its inner kernel is registered where CUTLASS can be imported only.
-    assert LIGER_CUTE_KERNEL in dispatch.all_impls("fused_linear_jsd")
+    assert peers.LIGER_CUTE_KERNEL in dispatch.all_impls("fused_linear_jsd")
 
 
-@pytest.mark.parametrize("contender", [LIGER_TRITON, LIGER_CUTE], ids=lambda one: one.name)
-@pytest.mark.parametrize(("divergence", "reason"), [(JSD, "needs a GPU"), (TOP_K, "no top-k")], ids=str)
+@pytest.mark.parametrize("contender", [peers.LIGER_TRITON, peers.LIGER_CUTE], ids=lambda one: one.name)
+@pytest.mark.parametrize(("divergence", "reason"), [(shapes.JSD, "needs a GPU"), (shapes.TOP_K, "no top-k")], ids=str)
 def test_without_a_gpu_the_rows_say_so(contender: Contender, divergence: Divergence, reason: str) -> None:
     pytest.importorskip("liger_kernel")
-    with pytest.raises(Unavailable, match=reason):
-        peers.prepare(contender, make_case_inputs(QUICK_SHAPE, "fp32", noise=1.0), divergence)
+    with pytest.raises(peers.Unavailable, match=reason):
+        peers.prepare(contender, make_case_inputs(shapes.QUICK_SHAPE, "fp32", noise=1.0), divergence)
 
 
 def test_every_contender_has_a_colour_and_a_marker_of_its_own() -> None:

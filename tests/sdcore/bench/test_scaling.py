@@ -20,18 +20,7 @@ from sdcore.bench.rows import Outcome, PassReport, PassRow, Step
 from sdcore.bench.shapes import JSD, CaseInputs, Shape, make_case_inputs
 from sdcore.bench.suite import Run, start
 from sdcore.bench.suites import points as of_points
-from sdcore.bench.suites.points import (
-    LIMIT,
-    MOST_ROWS,
-    OF_HEAD,
-    Job,
-    Point,
-    distinct_completions,
-    distinct_rows,
-    job,
-    names,
-    points,
-)
+from sdcore.bench.suites.points import LIMIT, Point, job, names, points
 from sdcore.bench.suites.scaling import SUITE, exponent, overview, sweep_table, sweeps
 from sdcore.cli import bench
 from sdcore.errors import ArgumentError
@@ -72,13 +61,13 @@ def test_what_a_quick_run_timed_was_right_and_its_bytes_were_counted(quick_json:
 
 def test_a_quick_run_has_sizes_that_repeat_rows_and_completions(quick_json: QuickJson) -> None:
     sizes = {(point.sweep, point.size) for point in SUITE.load(quick_json("scaling")).by_case()}
-    assert any(sweep == "N" and distinct_rows(size) < size for sweep, size in sizes)
-    assert any(sweep == "G" and distinct_completions(size) < size for sweep, size in sizes)
+    assert any(sweep == "N" and of_points.distinct_rows(size) < size for sweep, size in sizes)
+    assert any(sweep == "G" and of_points.distinct_completions(size) < size for sweep, size in sizes)
 
 
 def test_the_right_answer_of_repeated_rows_is_that_of_all_of_them() -> None:
     found = job(ROWS, "cpu")
-    few = make_case_inputs(Shape(MOST_ROWS, 300, 16), "fp32", noise=1.0)
+    few = make_case_inputs(Shape(of_points.MOST_ROWS, 300, 16), "fp32", noise=1.0)
     hidden = few.student_hidden.detach().repeat(2, 1).requires_grad_()
     exact = solve(CaseInputs(hidden, few.student_weight, few.teacher_hidden.repeat(2, 1)), (JSD,))[JSD]
     torch.testing.assert_close(found.exact.values, exact.values)
@@ -116,7 +105,7 @@ def test_a_contender_that_computes_something_else_is_not_timed(
 
         return build
 
-    def setup(point: Point, device: str) -> Job:
+    def setup(point: Point, device: str) -> of_points.Job:
         right = job(point, device)
         return replace(right, builds={name: changed(build) for name, build in right.builds.items()})
 
@@ -228,12 +217,12 @@ def test_a_shape_and_a_model_say_what_does_not_vary() -> None:
 
 def test_the_distinct_ones_repeat_a_whole_number_of_times() -> None:
     for count in (1, 3, 8, 96, 256, 257, 384, 1000):
-        assert count % distinct_rows(count) == 0
-        assert distinct_rows(count) <= MOST_ROWS
-        assert count % distinct_completions(count) == 0
-    assert distinct_rows(256) == 256
-    assert distinct_rows(1000) == 250
-    assert [distinct_completions(count) for count in (1, 2, 3, 4, 5, 8)] == [1, 2, 3, 2, 1, 2]
+        assert count % of_points.distinct_rows(count) == 0
+        assert of_points.distinct_rows(count) <= of_points.MOST_ROWS
+        assert count % of_points.distinct_completions(count) == 0
+    assert of_points.distinct_rows(256) == 256
+    assert of_points.distinct_rows(1000) == 250
+    assert [of_points.distinct_completions(count) for count in (1, 2, 3, 4, 5, 8)] == [1, 2, 3, 2, 1, 2]
 
 
 def test_the_sweeps_of_the_output_layer_need_no_transformers(run_python: Callable[..., str]) -> None:
@@ -242,6 +231,7 @@ import sys
 from pathlib import Path
 sys.modules |= dict.fromkeys(["typer", "transformers", "trl", "liger_kernel", "matplotlib"])
 from sdcore.bench.suite import run
+from sdcore.bench.suites.points import LIMIT, Point, job, names, points
 from sdcore.bench.suites.scaling import SUITE
 from sdcore.bench.options import Options
 print(run(SUITE, Options(suite="scaling", quick=True, device="cpu", threads=1, output=Path("."), peers=("N", "V"))))
@@ -258,4 +248,4 @@ def test_two_results_can_be_compared(quick_json: QuickJson) -> None:
 
 def test_the_sweeps_in_the_help_are_those_of_the_suite() -> None:
     assert bench.SWEEPS == SWEEPS
-    assert set(OF_HEAD) < set(SWEEPS)
+    assert set(of_points.OF_HEAD) < set(SWEEPS)
