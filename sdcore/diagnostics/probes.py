@@ -195,7 +195,7 @@ def leak(
     wrong = [_of_another(groups, g, builder, tokenizer) for g in range(len(groups))]
     comparable = [
         [
-            is_active and others is not None and _differ(prompt, others[i % len(others)])
+            is_active and others is not None and not torch.equal(prompt, others[i % len(others)])
             for i, (is_active, prompt) in enumerate(zip(seen.active, seen.teacher_prompts, strict=True))
         ]
         for seen, others in zip(right, wrong, strict=True)
@@ -304,7 +304,3 @@ def _run(
     head = Head(own.weight.detach(), own.transform)
     taught = head if rows.weight is None else Head(rows.weight, cast(LogitTransform, rows.transform))
     return _Rows(plan, own.states(student), head, rows._replace(hidden=teacher_states).states(own), taught)
-
-
-def _differ(first: Tensor, second: Tensor) -> bool:
-    return len(first) != len(second) or bool((first != second).any())

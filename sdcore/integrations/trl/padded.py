@@ -37,8 +37,6 @@ class PaddedPlan:
     plan: Plan
     shape: tuple[int, int]  # (B, C)
     index: Tensor  # (N,) int64 into the flattened (B, C), ascending: row by row, position by position
-    lengths: tuple[int, ...]  # B: how many tokens of each completion are computed, which may be 0
-    sizes: tuple[int, ...]  # how many neighbouring rows each group of the plan has
 
     def gather(self, values: Tensor) -> Tensor:
         """Takes (B, C) to (N,), in the order of `plan.target_ids`; in the graph."""
@@ -48,10 +46,6 @@ class PaddedPlan:
     def completion_of(self) -> Tensor:
         """Says, (N,) int64, which of the B completions each token is of."""
         return self.index // self.shape[1]
-
-    def gather_completions(self, values: Tensor) -> Tensor:
-        """Takes (B,) to (N,): to each token its completion's value."""
-        return values[self.completion_of]
 
     def scatter(self, rows: Tensor) -> Tensor:
         """Takes (N,) to (B, C), 0 where nothing was computed; in the graph."""
@@ -136,9 +130,7 @@ def plan_padded(
     )
     computed = torch.arange(shape[1]) < torch.tensor(lengths)[:, None]  # (B, C)
     index = computed.reshape(-1).nonzero()[:, 0].to(planned.device)
-    return PaddedPlan(
-        plan=planned, shape=shape, index=index, lengths=tuple(lengths), sizes=tuple(len(group) for group in groups)
-    )
+    return PaddedPlan(plan=planned, shape=shape, index=index)
 
 
 def _groups(prompts: Tensor, starts: list[int]) -> Iterator[range]:
