@@ -96,11 +96,11 @@ def print_report(report: DemoReport, console: Console) -> None:
     table.add_column("")
     for column in ("steps", *COLUMNS):
         table.add_column(column, justify="right")
-    table.add_row("teacher", "", _share(report.teacher.lenient), _share(report.teacher.strict), end_section=True)
+    table.add_row("teacher", "", f"{report.teacher.lenient:.2f}", f"{report.teacher.strict:.2f}", end_section=True)
     for name, point in table_points(report):
         new, prior, in_context = (point.skills[skill] for skill in ("new", "prior", "in_context"))
         numbers = (new.lenient, new.strict, prior.lenient, in_context.lenient)
-        table.add_row(name, str(point.step), *map(_share, numbers))
+        table.add_row(name, str(point.step), *(f"{number:.2f}" for number in numbers))
     console.print(table)
     legend = Table.grid(padding=(0, 2))
     for name, meaning in LEGEND:
@@ -140,7 +140,3 @@ def plot_curves(report: DemoReport, path: Path) -> None:
     )
     figure.axes[0].set_ylabel("accuracy of sampled answers")
     save(figure, path)
-
-
-def _share(value: float) -> str:
-    return f"{value:.2f}"

@@ -121,7 +121,7 @@ def _tables(runs: Runs, single: RunData | None) -> list[str]:
             "| metric | first | last | unit | meaning |",
             "| --- | ---: | ---: | --- | --- |",
         ]
-        for c in changes:
+        for c in changes.values():
             numbers = f"{shown(c.first, c.key.unit)} | {shown(c.last, c.key.unit)}"
             lines.append(f"| {inline(c.key.name)} | {numbers} | {inline(c.key.unit)} | {inline(c.key.meaning)} |")
     for label, run in runs:

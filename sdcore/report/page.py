@@ -81,7 +81,7 @@ def page(runs: Runs) -> str:
         shades=[
             (shade, shown(shown_samples.darkest * (shade / SHADES) ** 2)) for shade in range(0, SHADES + 1, SHADES // 5)
         ],
-        metrics=list({change.key.name: change for _, run in runs for change in changes_of(run)}.values()),
+        metrics=list({name: change for _, run in runs for name, change in changes_of(run).items()}.values()),
         descriptions=[(label, sections_of(run)) for label, run in runs],
         arrows=ARROWS,
         lines=len(COLOURS),
@@ -137,13 +137,13 @@ def duration(seconds: float) -> str:
 
 def headline(run: RunData) -> list[Change]:
     """Picks the numbers at the top, as many as the run has."""
-    by_name = {change.key.name: change for change in changes_of(run)}
-    return [by_name[name] for name in HEADLINE if name in by_name]
+    changes = changes_of(run)
+    return [changes[name] for name in HEADLINE if name in changes]
 
 
 def compared(runs: Runs) -> list[tuple[Any, list[Change | None]]]:
     """Puts the runs' changes beside each other, for the headline's metrics that any run has."""
-    by_run = [{change.key.name: change for change in changes_of(run)} for _, run in runs]
+    by_run = [changes_of(run) for _, run in runs]
     return [
         (key_for(name), [changes.get(name) for changes in by_run])
         for name in HEADLINE

@@ -169,16 +169,14 @@ def constants_of(runs: Sequence[tuple[str, RunData]]) -> list[Change]:
     if len(runs) != 1:
         return []
     drawn = {series.name for charts in charts_by_topic(runs).values() for chart in charts for series in chart.series}
-    return [change for change in changes_of(runs[0][1]) if change.key.name not in drawn]
+    return [change for name, change in changes_of(runs[0][1]).items() if name not in drawn]
 
 
-def changes_of(run: RunData) -> list[Change]:
-    """Compares the first of every metric with its last, in the order of the table."""
+def changes_of(run: RunData) -> dict[str, Change]:
+    """Compares the first of every metric with its last: by name, in the order of the table."""
     order = {topic: i for i, topic in enumerate((*TOPICS, OTHER))}
-    changes = [
-        Change(key_for(name), *first_and_last(series.y), len(series.y)) for name, series in series_of(run).items()
-    ]
-    return sorted(changes, key=lambda change: order[change.key.topic])
+    ordered = sorted(series_of(run).values(), key=lambda series: order[key_for(series.name).topic])
+    return {series.name: Change(key_for(series.name), *first_and_last(series.y), len(series.y)) for series in ordered}
 
 
 def first_and_last(values: Sequence[float]) -> tuple[float, float]:

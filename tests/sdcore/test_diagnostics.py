@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,16 +29,13 @@ from sdcore.step import distill_step
 from sdcore.teachers import Frozen, Live, TrustRegion
 from sdcore.types import Conditioned, Example, Group, Rollout
 from sdkernels import LogitTransform
-from tests.sdcore.prefix.models import CONFIGS, VOCAB, build, double_precision
+from tests.sdcore.prefix.models import CONFIGS, VOCAB, build
 
 Sampled = tuple[list[Group], list[Conditioned]]
 random = partial(torch.randn, dtype=torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def doubles() -> Iterator[None]:
-    with double_precision():
-        yield
+pytestmark = pytest.mark.usefixtures("in_double_precision")
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
