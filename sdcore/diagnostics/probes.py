@@ -32,7 +32,8 @@ from sdkernels import DivergenceOutput, LogitTransform, linear_divergence, linea
 
 from ..contexts import ContextBuilder
 from ..errors import ArgumentError, SdcoreError, require_positive
-from ..models import Body, Head, find_body, head_of, logits_at
+from ..models import Body, Head, find_body, head_of
+from ..models.heads import logits_at
 from ..prefix import Plan, TeacherRows, passes, row_slices
 from ..prefix import plan as plan_of
 from ..prefix.choice import Strategy

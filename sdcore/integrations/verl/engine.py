@@ -24,7 +24,8 @@ from sdkernels import TopKLogprobs, linear_logprobs, logit_divergence
 
 from ...errors import ArgumentError
 from ...losses import FusedLinearDivergence
-from ...models import find_body, head_of, logits_at
+from ...models import find_body, head_of
+from ...models.heads import logits_at
 from .layout import Scored, flat, responses_of
 
 
