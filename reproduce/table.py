@@ -8,13 +8,14 @@ that starts with what did not reproduce.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 
+from sdcore.charts import figure_of, line, require_matplotlib, save
 from sdcore.errors import ArgumentError
 
 from .records import (
@@ -30,6 +31,9 @@ from .records import (
     estimate,
 )
 from .schedule import Scope, studies_of, work
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ORDER = ("opposite", "not reproduced", "undecided", "reproduced")
 HEADINGS = {
@@ -73,8 +77,7 @@ def run(
     if not 0 <= nice <= 19:
         raise ArgumentError(f"nice must be in [0, 19], got {nice}")
     scope = Scope(studies=studies_of(claims), seeds=checked_seeds(seeds), quick=quick)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("the plots need matplotlib: pip install 'sdcore[plot]'")
+    require_matplotlib("a plot")
     archive = Archive(output)
     if not resume:
         archive.forget(study.name for study in scope.studies)
@@ -214,23 +217,16 @@ def cell(value: Estimate | None, digits: int) -> str:
 
 def plot(finding: Finding, path: Path) -> None:
     """Draws a panel per quantity: the mean over seeds with a band of one standard error."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
     study, scope = finding.study, finding.scope
-    columns = min(4, len(study.panels))
-    rows = -(-len(study.panels) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.4 * rows + 0.3 * len(study.arms) / columns + 0.4), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes in grid[len(study.panels) :]:
-        axes.set_visible(False)
-    for panel, axes in zip(study.panels, grid, strict=False):
+
+    def draw(panel: Panel, axes: Axes) -> None:
+        from matplotlib import colormaps
+
+        colours = colormaps["tab20" if len(study.arms) > 10 else "tab10"]
         for i, arm in enumerate(scope.arms(study)):
             xs, means, errors = curve(list(finding.results.records[arm.name].values()), panel)
-            color = colormaps["tab20" if len(study.arms) > 10 else "tab10"](i)
-            axes.plot(xs, means, color=color, label=arm.title, marker=".", markersize=4, linewidth=1.3)
             low, high = ([m + sign * e for m, e in zip(means, errors, strict=True)] for sign in (-1, 1))
-            axes.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
+            line(axes, xs, means, band=(low, high), label=arm.title, color=colours(i), marker=".")
         axes.set(title=panel.title, xlabel=panel.x)
         if panel.log_y:
             axes.set_yscale("log")
@@ -239,12 +235,10 @@ def plot(finding: Finding, path: Path) -> None:
             axes.set_xscale("symlog", linthresh=next((place for place in xs if place > 0), 1.0))
         if panel.x == "tasks":
             axes.set_xticks(xs)
-        axes.grid(alpha=0.3)
-    handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(4, columns + 1), fontsize="small", frameon=False
-    )
-    figure.savefig(path, dpi=90)
+
+    panels = [partial(draw, panel) for panel in study.panels]
+    figure = figure_of(panels, columns=min(4, len(panels)), size=(4.2, 3.8), legend="below")
+    save(figure, path)
 
 
 def curve(records: Sequence[Record], panel: Panel) -> tuple[list[float], list[float], list[float]]:

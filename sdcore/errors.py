@@ -32,3 +32,10 @@ class DataError(SdcoreError, ValueError):
 
 class ContextError(SdcoreError, ValueError):
     """Refuses a prompt that cannot be rendered with its privileged context, or that is too long with it."""
+
+
+def require_positive(**counts: int | None) -> None:
+    """Raises `ArgumentError` for the first of these options that is given and below 1."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ArgumentError(f"{name} must be at least 1, got {count}")

@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedModel
 
+from sdcore.charts import require_matplotlib
 from sdcore.demo.experiment import Exam, Task, learn, load_base
-from sdcore.demo.report import TITLES, DemoReport, Learner, Point, Sample, plot_curves, print_report, require_matplotlib
+from sdcore.demo.report import TITLES, DemoReport, Learner, Point, Sample, plot_curves, print_report
 from sdcore.losses import FusedLinearDivergence
 from sdcore.models import head_of
 from sdcore.prefix import plan
@@ -121,7 +122,7 @@ def run_demo(config: DemoConfig, console: Console) -> DemoReport:
     model whose logits are not what its configuration says, and what transformers raises for a model it cannot load.
     """
     if config.plot:
-        require_matplotlib()
+        require_matplotlib("a plot, which --no-plot leaves out,")
     torch.set_num_threads(config.threads)
     exam = exam_of(config)
     base, questions = exam.base, exam.new[0]

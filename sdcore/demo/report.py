@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from sdcore.charts import figure_of, line, save
 from sdcore.demo.experiment import Skill, Task
 from sdcore.world.verifier import Accuracy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Learner = Literal["sdft", "sft", "oracle"]
 
@@ -92,11 +96,11 @@ def print_report(report: DemoReport, console: Console) -> None:
     table.add_column("")
     for column in ("steps", *COLUMNS):
         table.add_column(column, justify="right")
-    table.add_row("teacher", "", _share(report.teacher.lenient), _share(report.teacher.strict), end_section=True)
+    table.add_row("teacher", "", f"{report.teacher.lenient:.2f}", f"{report.teacher.strict:.2f}", end_section=True)
     for name, point in table_points(report):
         new, prior, in_context = (point.skills[skill] for skill in ("new", "prior", "in_context"))
         numbers = (new.lenient, new.strict, prior.lenient, in_context.lenient)
-        table.add_row(name, str(point.step), *map(_share, numbers))
+        table.add_row(name, str(point.step), *(f"{number:.2f}" for number in numbers))
     console.print(table)
     legend = Table.grid(padding=(0, 2))
     for name, meaning in LEGEND:
@@ -114,35 +118,25 @@ def print_report(report: DemoReport, console: Console) -> None:
     console.print(answers)
 
 
-def require_matplotlib() -> None:
-    """Raises `ImportError` with what to install when matplotlib is missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("the curves need matplotlib: pip install 'sdcore[plot]', or run with --no-plot")
-
-
 def plot_curves(report: DemoReport, path: Path) -> None:
     """Writes one panel per ability as a PNG; a dotted line marks the teacher on the new task."""
-    from matplotlib.figure import Figure
-
     panels: tuple[tuple[str, Skill, Literal["lenient", "strict"]], ...] = (
         ("new task, lenient", "new", "lenient"),
         ("new task, strict", "new", "strict"),
         ("prior tasks", "prior", "lenient"),
         ("in-context, other names", "in_context", "lenient"),
     )
-    figure = Figure(figsize=(14, 3.6), layout="constrained")
-    for axes, (title, skill, judged) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
+
+    def draw(title: str, skill: Skill, judged: Literal["lenient", "strict"], axes: Axes) -> None:
         for learner, points in report.curves.items():
             heights = [getattr(point.skills[skill], judged) for point in points]
-            axes.plot([point.step for point in points], heights, marker="o", markersize=3, label=TITLES[learner])
+            line(axes, [point.step for point in points], heights, marker="o", label=TITLES[learner])
         if skill == "new":
             axes.axhline(getattr(report.teacher, judged), color="gray", linestyle=":", label="teacher, in context")
         axes.set(title=title, xlabel="training steps", ylim=(-0.03, 1.03))
-        axes.grid(alpha=0.3)
+
+    figure = figure_of(
+        [partial(draw, *panel) for panel in panels], columns=len(panels), size=(3.5, 3.6), legend="below", sharey=True
+    )
     figure.axes[0].set_ylabel("accuracy of sampled answers")
-    figure.axes[1].legend(loc="center right")  # where a strict SFT leaves room
-    figure.savefig(path, dpi=120)
-
-
-def _share(value: float) -> str:
-    return f"{value:.2f}"
+    save(figure, path)

@@ -3,7 +3,8 @@
 `RunLog` writes the files, `KEYS` says what each metric means, `metrics` counts what a step already knows, and
 `overlap`, `drift` and `leak` run the model once more on a few completions.
 
-Names are looked up when they are used: `RunLog` and `KEYS` need no torch, which a report should not wait for.
+The metrics and the probes are looked up when they are used: `RunLog` and `KEYS` need no torch, which a report should
+not wait for.
 """
 
 from __future__ import annotations
@@ -11,26 +12,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .keys import KEYS, Key, key_of
+from .runlog import RunData, RunLog, RunLogError, read_run
+
 if TYPE_CHECKING:
-    from .keys import KEYS, Key, key_of
     from .measures import metrics
     from .probes import drift, leak, overlap, topk_overlap
-    from .runlog import RunData, RunLog, RunLogError, read_run
 
-_HOMES = {
-    "KEYS": "keys",
-    "Key": "keys",
-    "RunData": "runlog",
-    "RunLog": "runlog",
-    "RunLogError": "runlog",
-    "drift": "probes",
-    "key_of": "keys",
-    "leak": "probes",
-    "metrics": "measures",
-    "overlap": "probes",
-    "read_run": "runlog",
-    "topk_overlap": "probes",
-}
+_HOMES = {"drift": "probes", "leak": "probes", "metrics": "measures", "overlap": "probes", "topk_overlap": "probes"}
 
 __all__ = [
     "KEYS",

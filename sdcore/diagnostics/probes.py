@@ -31,17 +31,15 @@ from torch import Tensor, nn
 from sdkernels import DivergenceOutput, LogitTransform, linear_divergence, linear_topk
 
 from ..contexts import ContextBuilder
-from ..errors import ArgumentError, SdcoreError
+from ..errors import ArgumentError, SdcoreError, require_positive
 from ..models import Body, Head, find_body, head_of
+from ..models.heads import logits_at
 from ..prefix import Plan, TeacherRows, passes, row_slices
 from ..prefix import plan as plan_of
 from ..prefix.choice import Strategy
 from ..teachers import Teacher, TrustRegion
 from ..types import Conditioned, Group
 from .measures import check_one_per_group
-
-# Elements of the head's rows that are gathered at once.
-GATHERED = 2**24
 
 
 class _Chosen(NamedTuple):
@@ -92,7 +90,7 @@ def topk_overlap(
     support, other = tops[own], tops[1 - own]
     hidden, head = sides[1 - own]
     # The normaliser of the other side is known from its likeliest token: its logit minus its log-probability.
-    logits = _logits_at(hidden, head, torch.cat([other.ids[:, :1], support.ids], 1), temperature)
+    logits = logits_at(hidden, head, torch.cat([other.ids[:, :1], support.ids], 1), temperature)
     log_z = logits[:, :1] - other.logprobs[:, :1]
     masses = [support.logprobs.exp().sum(-1), (logits[:, 1:] - log_z).exp().sum(-1).clamp(max=1.0)]
     shared = (support.ids[:, :, None] == other.ids[:, None, :]).any(-1).float().mean(-1)
@@ -121,7 +119,7 @@ def overlap(
 
     {} where no completion is active. Raises `ArgumentError` and what `sdcore.prefix.passes` raises.
     """
-    _positive(k=k, max_completions=max_completions, max_rows=max_rows)
+    require_positive(k=k, max_completions=max_completions, max_rows=max_rows)
     check_one_per_group(groups, conditioned)
     chosen = []
     for g, i in _few(groups, [seen.active for seen in conditioned], max_completions):
@@ -155,7 +153,7 @@ def drift(
     mean over the tokens of a few completions. {} where all are empty. Raises `ArgumentError` for a reference that is
     the student itself, and what `sdcore.prefix.passes` raises.
     """
-    _positive(max_completions=max_completions)
+    require_positive(max_completions=max_completions)
     if isinstance(reference, TrustRegion) or reference.shares_weights:
         raise ArgumentError(
             f"reference must have other weights than the student, such as Frozen(base), got {type(reference).__name__}"
@@ -193,12 +191,12 @@ def leak(
     {} where there is nothing to compare: one group, one context for all, no active completion. Raises what the builder
     raises for the right context, and what `sdcore.prefix.passes` raises.
     """
-    _positive(max_completions=max_completions)
+    require_positive(max_completions=max_completions)
     right = [builder.condition(group, tokenizer) for group in groups]
     wrong = [_of_another(groups, g, builder, tokenizer) for g in range(len(groups))]
     comparable = [
         [
-            is_active and others is not None and _differ(prompt, others[i % len(others)])
+            is_active and others is not None and not torch.equal(prompt, others[i % len(others)])
             for i, (is_active, prompt) in enumerate(zip(seen.active, seen.teacher_prompts, strict=True))
         ]
         for seen, others in zip(right, wrong, strict=True)
@@ -307,31 +305,3 @@ def _run(
     head = Head(own.weight.detach(), own.transform)
     taught = head if rows.weight is None else Head(rows.weight, cast(LogitTransform, rows.transform))
     return _Rows(plan, own.states(student), head, rows._replace(hidden=teacher_states).states(own), taught)
-
-
-def _logits_at(hidden: Tensor, head: Head, ids: Tensor, temperature: float) -> Tensor:
-    """Computes (n, k) logits of these ids, as `LogitTransform` defines them, in float32 or better."""
-    rows = max(1, GATHERED // max(1, ids.shape[1] * hidden.shape[1]))
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    parts = [
-        torch.einsum("nh,nkh->nk", hidden[at : at + rows].to(wide), head.weight[ids[at : at + rows]].to(wide))
-        for at in range(0, len(ids), rows)
-    ]
-    logits = torch.cat(parts) if parts else hidden.new_zeros(ids.shape, dtype=wide)
-    transform = head.transform
-    if transform.bias is not None:
-        logits = logits + transform.bias[ids]
-    logits = logits * transform.scale
-    if transform.softcap is not None:
-        logits = transform.softcap * torch.tanh(logits / transform.softcap)
-    return logits / (temperature if transform.temperature is None else transform.temperature)
-
-
-def _differ(first: Tensor, second: Tensor) -> bool:
-    return len(first) != len(second) or bool((first != second).any())
-
-
-def _positive(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ArgumentError(f"{name} must be at least 1, got {count}")

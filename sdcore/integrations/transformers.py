@@ -19,10 +19,10 @@ logits nowhere (no `logits_to_keep`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from types import MethodType, TracebackType
+from types import MethodType
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -52,29 +52,19 @@ def patch(model: nn.Module) -> Patched:
     """
     body = find_body(model)
     known = _PATCHES.get(body.causal_lm)
-    return Patched((known and known()) or _Patch(body))
+    applied = (known and known()) or _Patch(body)
+    applied.acquire()
+    handle = Patched()
+    handle.callback(applied.release)
+    return handle
 
 
-class Patched:
+class Patched(ExitStack):
     """Holds a patch that can be undone; undoing twice is undoing once."""
-
-    def __init__(self, applied: _Patch) -> None:
-        self._applied: _Patch | None = applied
-        applied.acquire()
 
     def undo(self) -> None:
         """Takes this patch back. The model returns logits again when no other patch of it is left."""
-        applied, self._applied = self._applied, None
-        if applied is not None:
-            applied.release()
-
-    def __enter__(self) -> Patched:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.undo()
+        self.close()
 
 
 @dataclass(init=False, eq=False, repr=False)
@@ -146,8 +136,11 @@ class _Patch:
             return self.forward(itself, args, kwargs)
 
         def generate(itself: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            with self.paused():
+            self.pauses += 1
+            try:
                 return self.own(itself, "generate")(*args, **kwargs)
+            finally:
+                self.pauses -= 1
 
         # Trainers read off it which columns of a data set the model takes.
         forward.__signature__ = signature  # type: ignore[attr-defined]
@@ -178,14 +171,6 @@ class _Patch:
         inner = self.inner[name]
         function = getattr(inner, "__func__", None)
         return inner if model is self.body.causal_lm or function is None else MethodType(function, model)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        self.pauses += 1
-        try:
-            yield
-        finally:
-            self.pauses -= 1
 
     def forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inner = self.own(model, "forward")

@@ -103,8 +103,11 @@ def largest(
         if positions - others < most:
             most, limit = positions - others, "the model's positions"
 
+    def with_quantity(value: int) -> Load:
+        return replace(load, **{quantity: value})  # type: ignore[arg-type]  # of QUANTITIES, which are numbers
+
     def fits(value: int) -> bool:
-        return predict(config, _with(load, quantity, value), setting, parameters=counted).total <= available
+        return predict(config, with_quantity(value), setting, parameters=counted).total <= available
 
     if most < least or not fits(least):
         return Fit(value=None, rows=0)
@@ -114,11 +117,7 @@ def largest(
     while above - below > 1:
         middle = (below + above) // 2
         below, above = (middle, above) if fits(middle) else (below, middle)
-    return Fit(value=below, rows=_with(load, quantity, below).rows, limit=limit if below == most else "")
-
-
-def _with(load: Load, quantity: str, value: int) -> Load:
-    return replace(load, **{quantity: value})  # type: ignore[arg-type]  # of QUANTITIES, which are numbers
+    return Fit(value=below, rows=with_quantity(below).rows, limit=limit if below == most else "")
 
 
 def what_fits(

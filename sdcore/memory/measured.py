@@ -83,7 +83,6 @@ Run = Callable[[nn.Module, Batch, Callable[[str], None]], Tensor]
 class Contender(NamedTuple):
     """Names one way to do the step."""
 
-    name: str
     run: Run  # forward and backward: model, batch and the time line's `enter` to the detached loss
     describes: str = ""
 
@@ -117,7 +116,7 @@ def measure(
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
     measured: dict[str, Measurement] = {}
     for name in contenders:
-        measured[name] = _measured(CONTENDERS[name], model, batch, optimizer, snapshots)
+        measured[name] = _measured(name, model, batch, optimizer, snapshots)
         _require_equal(measured, dtype)
     return measured
 
@@ -139,18 +138,19 @@ def predictions(config: Any, load: Load, setting: Setting, tiles: Tiles) -> dict
 
 
 def _measured(
-    contender: Contender, model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, snapshots: str | None
+    contender: str, model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, snapshots: str | None
 ) -> Measurement:
+    run = CONTENDERS[contender].run
     try:
-        contender.run(model, batch, lambda _: None)
+        run(model, batch, lambda _: None)
         optimizer.step()
     except (UnsupportedModelError, ImportError) as error:
         optimizer.zero_grad(set_to_none=True)
-        return Measurement(contender=contender.name, reason=" ".join(str(error).split()))
+        return Measurement(contender=contender, reason=" ".join(str(error).split()))
     optimizer.zero_grad(set_to_none=True)
     line, device = TimeLine(model, optimizer=optimizer), batch.student_ids.device
-    with _snapshot(device, snapshots, contender.name), line:
-        loss = contender.run(model, batch, line.enter)
+    with _snapshot(device, snapshots, contender), line:
+        loss = run(model, batch, line.enter)
         line.enter("optimizer")
         optimizer.step()
     lives = line.finished()
@@ -158,10 +158,10 @@ def _measured(
     setting = batch.setting
     in_flight = "" if setting.micro_batch is None else f", {setting.micro_batch} at a time"
     return Measurement(
-        contender=contender.name,
+        contender=contender,
         lives=lives,
         loss=float(loss),
-        strategy=f"{setting.strategy}{in_flight}" if contender.name == "ours" else "",
+        strategy=f"{setting.strategy}{in_flight}" if contender == "ours" else "",
         allocator_peak=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     )
 
@@ -294,13 +294,10 @@ def _liger_divergence(student: Tensor, weight: Tensor, teacher: Tensor, batch: B
 
 
 CONTENDERS: Final = {
-    contender.name: contender
-    for contender in (
-        Contender("ours", _ours, "fused loss, shared prefixes"),
-        Contender("naive", _naive, "whole logits, nothing shared"),
-        Contender("trl", _trl, "TRL's chunked loss, nothing shared"),
-        Contender("liger", partial(_chunked, _liger_divergence), "Liger's chunked loss, not compiled, nothing shared"),
-    )
+    "ours": Contender(_ours, "fused loss, shared prefixes"),
+    "naive": Contender(_naive, "whole logits, nothing shared"),
+    "trl": Contender(_trl, "TRL's chunked loss, nothing shared"),
+    "liger": Contender(partial(_chunked, _liger_divergence), "Liger's chunked loss, not compiled, nothing shared"),
 }
 
 

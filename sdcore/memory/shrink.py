@@ -17,7 +17,7 @@ import copy
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from ..errors import ArgumentError
+from ..errors import require_positive
 from .estimate import Load
 from .measured import Tiles
 
@@ -45,9 +45,7 @@ def shrunk(config: Any, load: Load, *, layers: int | None = 2, width: int = 8, t
 
     More layers stay where there are more kinds of them. Raises `ArgumentError` for numbers below 1.
     """
-    for name, value in (("layers", layers), ("width", width), ("tokens", tokens)):
-        if value is not None and value < 1:
-            raise ArgumentError(f"{name} must be at least 1, got {value}")
+    require_positive(layers=layers, width=width, tokens=tokens)
     small, changes = copy.deepcopy(config), []
 
     def change(name: str, value: Any) -> None:

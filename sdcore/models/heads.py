@@ -30,9 +30,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Partial
 
 from sdkernels import LogitTransform
+from sdkernels.driver.call import transform_scalars
+from sdkernels.tile.elementwise import transform_
 
 from ..errors import UnsupportedModelError
 
+# Elements of the weight that `logits_at` gathers at a time: 64 MiB in float32.
+GATHERED = 2**24
 LORA_LAYERS = frozenset(
     {"peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit", "peft.tuners.lora.bnb.Linear8bitLt"}
 )
@@ -56,6 +60,18 @@ def lifted(hidden: Tensor, lift: Tensor | None) -> Tensor:
     if lift is None:
         return hidden
     return torch.cat([hidden, (hidden.to(lift.dtype) @ lift.T).to(hidden.dtype)], dim=-1)
+
+
+@torch.no_grad()
+def logits_at(hidden: Tensor, head: Head, ids: Tensor, temperature: float) -> Tensor:
+    """Computes, (N, K) in float32 or better, the logits of K ids a row and no others, of `head.states(...)`."""
+    logits = hidden.new_empty(ids.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    scalars, bias = transform_scalars(head.transform, temperature), head.transform.bias
+    step = max(1, GATHERED // (ids.shape[1] * hidden.shape[1]))
+    for states, here, into in zip(hidden.split(step), ids.split(step), logits.split(step), strict=True):
+        into.copy_((head.weight[here].to(into.dtype) @ states.to(into.dtype)[:, :, None])[:, :, 0])
+        transform_(into, scalars, None if bias is None else bias[here].to(into.dtype))
+    return logits
 
 
 class Matrix(NamedTuple):

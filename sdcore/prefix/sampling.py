@@ -35,7 +35,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from ..errors import ArgumentError, UnsupportedModelError
+from ..errors import ArgumentError, UnsupportedModelError, require_positive
 from ..models import Body, find_body, without_dropout
 from .planner import TokenIds, collect_ids, entries
 
@@ -205,9 +205,7 @@ def _check_options(
     pad_token_id: int | None,
     vocab_size: int,
 ) -> None:
-    for name, count in (("num_completions", num_completions), ("max_new_tokens", max_new_tokens), ("top_k", top_k)):
-        if count is not None and count < 1:
-            raise ArgumentError(f"{name} must be at least 1, got {count}")
+    require_positive(num_completions=num_completions, max_new_tokens=max_new_tokens, top_k=top_k)
     if not 0 <= temperature < float("inf"):
         raise ArgumentError(f"temperature must be at least 0 and finite, got {temperature}")
     if top_p is not None and not 0 < top_p <= 1:

@@ -42,7 +42,9 @@ def write_report(
     require_matplotlib("a report")
     runs = [read_run(directory) for directory in given]
     labels = _labels([run.directory for run in runs])
-    path = _path(output, runs[0].directory, SUFFIXES[format])
+    path = runs[0].directory if output is None else Path(output)
+    if path.is_dir():
+        path /= f"report{SUFFIXES[format]}"
     named = list(zip(labels, runs, strict=True))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,13 +61,6 @@ def write_report(
     except OSError as error:
         raise RunLogError(error.errno, f"could not write the report ({error.strerror or error})", str(path)) from error
     return path
-
-
-def _path(output: str | Path | None, directory: Path, suffix: str) -> Path:
-    if output is None:
-        return directory / f"report{suffix}"
-    path = Path(output)
-    return path / f"report{suffix}" if path.is_dir() else path
 
 
 def _labels(directories: Sequence[Path]) -> list[str]:

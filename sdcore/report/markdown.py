@@ -121,12 +121,12 @@ def _tables(runs: Runs, single: RunData | None) -> list[str]:
             "| metric | first | last | unit | meaning |",
             "| --- | ---: | ---: | --- | --- |",
         ]
-        for c in changes:
+        for c in changes.values():
             numbers = f"{shown(c.first, c.key.unit)} | {shown(c.last, c.key.unit)}"
             lines.append(f"| {inline(c.key.name)} | {numbers} | {inline(c.key.unit)} | {inline(c.key.meaning)} |")
     for label, run in runs:
         for name, facts in sections_of(run):
             of = "" if single else f" of {inline(label)}"
             lines += ["", f"## Settings{of}: {inline(name)}", "", "| | |", "| --- | --- |"]
-            lines += [f"| {inline(fact.name)} | {inline(fact.value)} |" for fact in facts]
+            lines += [f"| {inline(setting)} | {inline(value)} |" for setting, value in facts.items()]
     return lines

@@ -19,7 +19,7 @@ FIRST_TOKEN: Final = 5.0  # times the mean divergence
 
 def notes_of(run: RunData) -> list[str]:
     """Returns sentences, the gravest first; [] where nothing stands out."""
-    changes = {change.key.name: change for change in changes_of(run)}
+    changes = changes_of(run)
     return [*_numbers(run), *_shares(changes), *_distributions(changes), *_leak(changes), *_lost(run)]
 
 

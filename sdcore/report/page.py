@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
@@ -53,13 +53,6 @@ VARIABLES: Final = {colour: f"var(--c{i})" for i, colour in enumerate(COLOURS)} 
 ARROWS: Final = {"up": "↑ is better", "down": "↓ is better", "watch": "watch for jumps", "none": ""}
 
 
-class Fact(NamedTuple):
-    """Names a setting of a run."""
-
-    name: str
-    value: str
-
-
 def page(runs: Runs) -> str:
     """Writes the whole page as text."""
     environment = ImmutableSandboxedEnvironment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -88,7 +81,7 @@ def page(runs: Runs) -> str:
         shades=[
             (shade, shown(shown_samples.darkest * (shade / SHADES) ** 2)) for shade in range(0, SHADES + 1, SHADES // 5)
         ],
-        metrics=list({change.key.name: change for _, run in runs for change in changes_of(run)}.values()),
+        metrics=list({name: change for _, run in runs for name, change in changes_of(run).items()}.values()),
         descriptions=[(label, sections_of(run)) for label, run in runs],
         arrows=ARROWS,
         lines=len(COLOURS),
@@ -144,13 +137,13 @@ def duration(seconds: float) -> str:
 
 def headline(run: RunData) -> list[Change]:
     """Picks the numbers at the top, as many as the run has."""
-    by_name = {change.key.name: change for change in changes_of(run)}
-    return [by_name[name] for name in HEADLINE if name in by_name]
+    changes = changes_of(run)
+    return [changes[name] for name in HEADLINE if name in changes]
 
 
 def compared(runs: Runs) -> list[tuple[Any, list[Change | None]]]:
     """Puts the runs' changes beside each other, for the headline's metrics that any run has."""
-    by_run = [{change.key.name: change for change in changes_of(run)} for _, run in runs]
+    by_run = [changes_of(run) for _, run in runs]
     return [
         (key_for(name), [changes.get(name) for changes in by_run])
         for name in HEADLINE
@@ -158,14 +151,14 @@ def compared(runs: Runs) -> list[tuple[Any, list[Change | None]]]:
     ]
 
 
-def sections_of(run: RunData) -> list[tuple[str, list[Fact]]]:
-    """Splits what run.json says into a table for each of its objects."""
-    facts, sections = [], []
+def sections_of(run: RunData) -> list[tuple[str, dict[str, str]]]:
+    """Splits what run.json says into a table of settings for each of its objects."""
+    facts, sections = {}, []
     for name, value in run.description.items():
         if isinstance(value, dict) and value:
-            sections.append((name, [Fact(str(key), _text(entry)) for key, entry in value.items()]))
+            sections.append((name, {str(key): _text(entry) for key, entry in value.items()}))
         else:
-            facts.append(Fact(name, _text(value)))
+            facts[name] = _text(value)
     order = {"method": 0, "versions": 1}
     sections.sort(key=lambda section: order.get(section[0], 2))
     return ([("run", facts)] if facts else []) + sections

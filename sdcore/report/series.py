@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from ..charts import count_on_x, line
@@ -168,22 +169,20 @@ def constants_of(runs: Sequence[tuple[str, RunData]]) -> list[Change]:
     if len(runs) != 1:
         return []
     drawn = {series.name for charts in charts_by_topic(runs).values() for chart in charts for series in chart.series}
-    return [change for change in changes_of(runs[0][1]) if change.key.name not in drawn]
+    return [change for name, change in changes_of(runs[0][1]).items() if name not in drawn]
 
 
-def changes_of(run: RunData) -> list[Change]:
-    """Compares the first of every metric with its last, in the order of the table."""
+def changes_of(run: RunData) -> dict[str, Change]:
+    """Compares the first of every metric with its last: by name, in the order of the table."""
     order = {topic: i for i, topic in enumerate((*TOPICS, OTHER))}
-    changes = [
-        Change(key_for(name), *first_and_last(series.y), len(series.y)) for name, series in series_of(run).items()
-    ]
-    return sorted(changes, key=lambda change: order[change.key.topic])
+    ordered = sorted(series_of(run).values(), key=lambda series: order[key_for(series.name).topic])
+    return {series.name: Change(key_for(series.name), *first_and_last(series.y), len(series.y)) for series in ordered}
 
 
 def first_and_last(values: Sequence[float]) -> tuple[float, float]:
     """Averages over both ends of a series, which do not overlap where it has two values or more."""
     count = min(MOST_AT_ENDS, max(1, int(len(values) * ENDS)))
-    return _mean(values[:count]), _mean(values[-count:])
+    return fmean(values[:count]), fmean(values[-count:])
 
 
 def reduced(series: Series, axis: Axis) -> list[Point]:
@@ -191,7 +190,7 @@ def reduced(series: Series, axis: Axis) -> list[Point]:
     size = math.ceil(len(series.y) / MOST_POINTS)
     buckets = [slice(start, start + size) for start in range(0, len(series.y), size)]
     ys = [series.y[bucket] for bucket in buckets]
-    return [Point(_mean(series.x[axis][at]), _mean(y), min(y), max(y)) for at, y in zip(buckets, ys, strict=True)]
+    return [Point(fmean(series.x[axis][at]), fmean(y), min(y), max(y)) for at, y in zip(buckets, ys, strict=True)]
 
 
 def draw(chart: Chart, axis: Axis, axes: Axes) -> None:
@@ -259,7 +258,3 @@ def _chart(title: str, series: tuple[Series, ...]) -> Chart:
 
 def _sentence(title: str) -> str:
     return title[:1].upper() + title[1:]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

@@ -29,10 +29,10 @@ import asyncio
 import inspect
 import math
 import numbers
+import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
@@ -272,9 +272,24 @@ def _answers(calls: Sequence[_Call], timeout: float | None, workers: int, *, sto
             if stop_early and answers[i].problem is not None:  # type: ignore[union-attr]  # set the line before
                 break
     else:
-        with ThreadPoolExecutor(min(workers, len(todo))) as pool:
-            for i, answer in zip(todo, pool.map(lambda i: _call(calls[i], timeout), todo), strict=True):
-                answers[i] = answer
+        # Daemons, unlike an executor's threads: a function that hangs must not keep the process from ending.
+        left: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for i in todo:
+            left.put(i)
+
+        def lane() -> None:
+            while True:
+                try:
+                    i = left.get_nowait()
+                except queue.Empty:
+                    return
+                answers[i] = _call(calls[i], timeout)
+
+        lanes = [threading.Thread(target=lane, daemon=True) for _ in range(min(workers, len(todo)))]
+        for thread in lanes:
+            thread.start()
+        for thread in lanes:
+            thread.join()
     return [answer or _Answer(problem="was not called") for answer in answers]
 
 

@@ -84,10 +84,30 @@ class BaseSampler(ABC):
     """Takes the keywords of `Sampler.sample` as one `Sampling`."""
 
     def sample(
-        self, model: nn.Module, prompts: Sequence[Tensor], *, seed: int, **sampling: Any
+        self,
+        model: nn.Module,
+        prompts: Sequence[Tensor],
+        *,
+        num_completions: int,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        eos_token_id: Sequence[int] = (),
+        pad_token_id: int | None = None,
+        seed: int,
     ) -> list[list[SampledCompletion]]:
-        """Draws as the protocol says; what is left out is as in `Sampling`."""
-        return self.draw(model, prompts, Sampling(**sampling), seed)
+        """Draws as the protocol says."""
+        sampling = Sampling(
+            num_completions=num_completions,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+        )
+        return self.draw(model, prompts, sampling, seed)
 
     @abstractmethod
     def draw(

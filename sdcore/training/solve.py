@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from ..contexts import student_prompt_ids
-from ..errors import ArgumentError
+from ..errors import ArgumentError, require_positive
 from ..models import find_body
 from ..presets.method import Method
 from ..rollouts.samplers import ModelSampler, Sampler, Sampling, sample_groups, seed_of, stop_ids
@@ -62,9 +62,7 @@ class SolveConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_samples", "max_completion_length"):
-            if getattr(self, name) < 1:
-                raise ArgumentError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_positive(max_samples=self.max_samples, max_completion_length=self.max_completion_length)
         for name in ("learning_rate", "temperature", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ArgumentError(f"{name} must be positive and finite, got {getattr(self, name)}")

@@ -103,9 +103,9 @@ def hinted(rng: random.Random, *, names: Sequence[str] = OPEN_NAMES, hints: int 
     return replace(episode, hints=tuple(x + digits[LETTERS.index(x)] for x in shown))
 
 
-def demonstrated(rng: random.Random, *, names: Sequence[str] = OPEN_NAMES) -> Episode:
+def demonstrated(rng: random.Random) -> Episode:
     """Draws an open task with a map of its own and the demonstrated answer to the question itself as context."""
-    return mapped(rng.choice(names), random_digits(rng), rng).with_demonstration()
+    return unknown(rng).with_demonstration()
 
 
 def unknown(rng: random.Random) -> Episode:

@@ -20,7 +20,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import track
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
@@ -106,23 +106,19 @@ def train(
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.02, total_iters=config.warmup_steps)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, phase.steps - config.warmup_steps))
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], milestones=[config.warmup_steps])
-    columns = (TextColumn("pretraining"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     model.train()
-    with Progress(*columns) as progress:
-        bar = progress.add_task("pretraining", total=phase.steps)
-        for step in range(1, phase.steps + 1):
-            episodes = pretraining_batch(rng, config.batch_size, guesses=phase.guesses)
-            input_ids, labels = collate(tokenizer, episodes)
-            logits = model(input_ids=input_ids, use_cache=False).logits  # (B, T, V)
-            loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            progress.advance(bar)
-            if step == 1 or step % config.log_every == 0:
-                logger.info("step %d loss %.4f", step, loss.item())
+    for step in track(range(1, phase.steps + 1), description="pretraining"):
+        episodes = pretraining_batch(rng, config.batch_size, guesses=phase.guesses)
+        input_ids, labels = collate(tokenizer, episodes)
+        logits = model(input_ids=input_ids, use_cache=False).logits  # (B, T, V)
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        if step == 1 or step % config.log_every == 0:
+            logger.info("step %d loss %.4f", step, loss.item())
     model.eval()
 
 

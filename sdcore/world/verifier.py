@@ -53,39 +53,28 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
 
 
 @torch.no_grad()
-def sample_completions(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts_B: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
+def sample_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, episodes: Sequence[Episode]
 ) -> list[list[int]]:
-    """Draws one completion per prompt, at temperature 1 from the full vocabulary with torch's global generator.
+    """Draws one answer per episode, at temperature 1 from the full vocabulary with torch's global generator.
 
-    Returns ragged token ids; each ends with `<eos>` unless it was cut at `max_new_tokens`.
+    There is room for a whole answer in the longer, decorated style. Returns ragged token ids; each ends with `<eos>`
+    unless it was cut.
     """
-    padded = tokenizer.pad({"input_ids": [list(p) for p in prompts_B]}, padding_side="left", return_tensors="pt")
+    prompts = [prompt_ids(tokenizer, episode) for episode in episodes]
+    padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     sampled = model.generate(
         **padded.to(model.device),
         do_sample=True,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max(len(answer_ids(tokenizer, episode.demonstration)) for episode in episodes),
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
     rows = sampled[:, padded["input_ids"].shape[1] :].tolist()
     return [row[: row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row for row in rows]
-
-
-def sample_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, episodes: Sequence[Episode]
-) -> list[list[int]]:
-    """Draws one answer per episode, with room for a whole answer in the longer, decorated style."""
-    prompts = [prompt_ids(tokenizer, episode) for episode in episodes]
-    room = max(len(answer_ids(tokenizer, episode.demonstration)) for episode in episodes)
-    return sample_completions(model, tokenizer, prompts, max_new_tokens=room)
 
 
 def sample_texts(

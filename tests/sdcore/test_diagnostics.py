@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,16 +29,13 @@ from sdcore.step import distill_step
 from sdcore.teachers import Frozen, Live, TrustRegion
 from sdcore.types import Conditioned, Example, Group, Rollout
 from sdkernels import LogitTransform
-from tests.sdcore.prefix.models import CONFIGS, VOCAB, build, double_precision
+from tests.sdcore.prefix.models import CONFIGS, VOCAB, build
 
 Sampled = tuple[list[Group], list[Conditioned]]
 random = partial(torch.randn, dtype=torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def doubles() -> Iterator[None]:
-    with double_precision():
-        yield
+pytestmark = pytest.mark.usefixtures("in_double_precision")
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -417,7 +414,7 @@ def test_a_placeholder_is_filled_in_by_the_longest_pattern_that_fits() -> None:
 def test_top_k_overlap_is_that_of_full_distributions(
     transform: LogitTransform, of: Literal["student", "teacher"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdcore.diagnostics.probes.GATHERED", 300)  # several gathers
+    monkeypatch.setattr("sdcore.models.heads.GATHERED", 300)  # several gathers
     k, temperature = 7, 0.8
     hidden = [random(11, 6), random(11, 5)]
     heads = [Head(random(VOCAB, 6), transform), Head(random(VOCAB, 5), replace(transform, scale=1.3))]

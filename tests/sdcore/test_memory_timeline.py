@@ -194,7 +194,7 @@ def test_what_cannot_be_measured_is_refused(call: Callable[[], object], message:
 def test_contenders_that_compute_different_losses_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from sdcore.memory import measured as module
 
-    wrong = module.Contender("naive", lambda *arguments: 2 * module._naive(*arguments))
+    wrong = module.Contender(lambda *arguments: 2 * module._naive(*arguments))
     monkeypatch.setitem(module.CONTENDERS, "naive", wrong)
     with pytest.raises(ArgumentError, match=r"contenders must compute the same loss, got .* of naive"):
         measure(CONFIG, LOAD, contenders=("ours", "naive"))

@@ -13,7 +13,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .patching import patch, require_trl
+from .patching import PATCHABLE, patch, require_trl
 
 if TYPE_CHECKING:
     from .distillation import FusedDistillationTrainer
@@ -31,13 +31,7 @@ __all__ = [
     "patch",
 ]
 
-_MODULES = {
-    "FusedDistillationTrainer": "distillation",
-    "FusedGKDTrainer": "gkd",
-    "FusedOptions": "fused",
-    "FusedSDFTTrainer": "sdft",
-    "FusedSDPOTrainer": "sdpo",
-}
+_MODULES = {"FusedOptions": "fused"} | {name: module for module, name in PATCHABLE.values()}
 
 
 def __getattr__(name: str) -> Any:

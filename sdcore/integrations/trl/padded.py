@@ -20,8 +20,8 @@ Letters: B rows of the batch, P prompt, C completion, T the teacher's prompt, N 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -37,8 +37,6 @@ class PaddedPlan:
     plan: Plan
     shape: tuple[int, int]  # (B, C)
     index: Tensor  # (N,) int64 into the flattened (B, C), ascending: row by row, position by position
-    lengths: tuple[int, ...]  # B: how many tokens of each completion are computed, which may be 0
-    sizes: tuple[int, ...]  # how many neighbouring rows each group of the plan has
 
     def gather(self, values: Tensor) -> Tensor:
         """Takes (B, C) to (N,), in the order of `plan.target_ids`; in the graph."""
@@ -48,10 +46,6 @@ class PaddedPlan:
     def completion_of(self) -> Tensor:
         """Says, (N,) int64, which of the B completions each token is of."""
         return self.index // self.shape[1]
-
-    def gather_completions(self, values: Tensor) -> Tensor:
-        """Takes (B,) to (N,): to each token its completion's value."""
-        return values[self.completion_of]
 
     def scatter(self, rows: Tensor) -> Tensor:
         """Takes (N,) to (B, C), 0 where nothing was computed; in the graph."""
@@ -110,9 +104,10 @@ def plan_padded(
     host = torch.cat([tensor.to(torch.int64) for tensor in (*masks, *given)], dim=1).cpu().split(widths, dim=1)
     prompt_on, completion_on, loss_on = (mask.bool() for mask in host[:3])
     starts = _left_padded("prompt_mask", prompt_on)
-    _right_padded("completion_mask", completion_on)
+    holes = completion_on[:, 1:] & ~completion_on[:, :-1]
+    require_none("completion_mask", holes, "be padded on the right only, without holes")
     require_none("loss_mask", loss_on & ~completion_on, "be 0 wherever completion_mask is")
-    lengths = _last(loss_on)
+    lengths = loss_on.flip(1).cumsum(1).bool().sum(1).tolist()  # up to the last token with a loss
 
     teachers: list[Tensor] = []
     if teacher_input_ids is not None:
@@ -127,27 +122,16 @@ def plan_padded(
         teachers = [teacher_input_ids[row, begin:width] for row, begin in enumerate(begins)]
 
     host_prompts = host[3] if len(given) == 1 else host[4]
-    groups = list(_groups(host_prompts, starts))
+    prompts = [host_prompts[row, start:].tolist() for row, start in enumerate(starts)]
+    groups = [list(rows) for _, rows in groupby(range(len(prompts)), prompts.__getitem__)]
     planned = plan(
-        [prompt_ids[group.start, starts[group.start] :] for group in groups],
+        [prompt_ids[group[0], starts[group[0]] :] for group in groups],
         [[completion_ids[row, : lengths[row]] for row in group] for group in groups],
         [[teachers[row] for row in group] for group in groups] if teachers else None,
     )
     computed = torch.arange(shape[1]) < torch.tensor(lengths)[:, None]  # (B, C)
     index = computed.reshape(-1).nonzero()[:, 0].to(planned.device)
-    return PaddedPlan(
-        plan=planned, shape=shape, index=index, lengths=tuple(lengths), sizes=tuple(len(group) for group in groups)
-    )
-
-
-def _groups(prompts: Tensor, starts: list[int]) -> Iterator[range]:
-    """Yields runs of rows whose prompts are the same tokens; on the CPU."""
-    first = 0
-    for row in range(1, len(starts) + 1):
-        if row < len(starts) and torch.equal(prompts[row, starts[row] :], prompts[first, starts[first] :]):
-            continue
-        yield range(first, row)
-        first = row
+    return PaddedPlan(plan=planned, shape=shape, index=index)
 
 
 def _require_like(name: str, mask: Tensor, ids: Tensor) -> None:
@@ -172,13 +156,3 @@ def _left_padded(name: str, on: Tensor) -> list[int]:
     if empty is not None:
         raise PlanError(f"{name} must have at least one token in each prompt; row {empty} has none")
     return starts
-
-
-def _right_padded(name: str, on: Tensor) -> None:
-    require_none(name, on[:, 1:] & ~on[:, :-1], "be padded on the right only, without holes")
-
-
-def _last(on: Tensor) -> list[int]:
-    """Counts the positions of each row up to the last that is on."""
-    positions = torch.arange(1, on.shape[1] + 1)
-    return (on * positions).amax(dim=1).tolist() if on.shape[1] else [0] * on.shape[0]

@@ -63,7 +63,8 @@ def patch(trainer: Any, **options: Any) -> Any:
     from .fused import FusedOptions
 
     own = type(trainer)
-    theirs = next((kind for kind in own.__mro__ if kind.__name__ in PATCHABLE and _is_trls(kind)), None)
+    from_trl = (kind for kind in own.__mro__ if kind.__module__.startswith("trl."))
+    theirs = next((kind for kind in from_trl if kind.__name__ in PATCHABLE), None)
     if theirs is None:
         raise TypeError(f"trainer must be one of TRL's {', '.join(PATCHABLE)}, got {own.__module__}.{own.__name__}")
     module, name = PATCHABLE[theirs.__name__]
@@ -85,10 +86,6 @@ def patch(trainer: Any, **options: Any) -> Any:
         vars(trainer).update(before)
         raise
     return trainer
-
-
-def _is_trls(kind: type) -> bool:
-    return kind.__module__.startswith("trl.")
 
 
 def _refuse_overridden(own: type, theirs: type, names: tuple[str, ...]) -> None:

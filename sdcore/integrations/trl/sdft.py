@@ -31,8 +31,11 @@ class _ContextBuilder(DemonstrationTeacherContextBuilder):
         return context
 
 
-class _FusedSDFT(SelfDistillationMixin):
-    """Adds what is SDFT's own: tokens without a loss, and a limit for all prompts."""
+class FusedSDFTTrainer(SelfDistillationMixin, SDFTTrainer):
+    """Trains as `SDFTTrainer` does, without logits. Takes its arguments, and `fused`, a `FusedOptions`.
+
+    Adds what is SDFT's own: tokens without a loss, and a limit for all prompts.
+    """
 
     OVERRIDES: ClassVar[tuple[str, ...]] = (*SelfDistillationMixin.OVERRIDES, "_tokenize_prompts")
 
@@ -53,12 +56,8 @@ class _FusedSDFT(SelfDistillationMixin):
     def _tokenize_prompts(self, prompts: Any) -> Any:
         limit, self.max_prompt_length = self.max_prompt_length, None
         try:
-            ids_B = super()._tokenize_prompts(prompts)  # type: ignore[misc]
+            ids_B = super()._tokenize_prompts(prompts)
         finally:
             self.max_prompt_length = limit
         self.prompt_lengths.seen(ids_B)
         return ids_B if limit is None else [ids[-limit:] for ids in ids_B]
-
-
-class FusedSDFTTrainer(_FusedSDFT, SDFTTrainer):
-    """Trains as `SDFTTrainer` does, without logits. Takes its arguments, and `fused`, a `FusedOptions`."""

@@ -90,8 +90,11 @@ class _ContextBuilder(SuccessfulRolloutTeacherContextBuilder):
         return context
 
 
-class _FusedSDPO(SelfDistillationMixin):
-    """Adds what is SDPO's own: rewards with texts, and the policy loss."""
+class FusedSDPOTrainer(SelfDistillationMixin, SDPOTrainer):
+    """Trains as `SDPOTrainer` does, without logits. Takes its arguments, and `fused`, a `FusedOptions`.
+
+    Adds what is SDPO's own: rewards with texts, and the policy loss.
+    """
 
     OVERRIDES: ClassVar[tuple[str, ...]] = (
         *SelfDistillationMixin.OVERRIDES,
@@ -123,7 +126,7 @@ class _FusedSDPO(SelfDistillationMixin):
         advantages = inputs["advantages"]
         old = inputs.get("old_per_token_logps")
         rows = padded.gather(weights)
-        shown = padded.gather_completions(advantages) if advantages.dim() == 1 else padded.gather(advantages)
+        shown = padded.gather(advantages if advantages.dim() == 2 else advantages[:, None].expand(padded.shape))
         return PolicyTerm(
             advantages=shown.to(rows.dtype),
             old_logprobs=None if old is None else padded.gather(old),
@@ -137,7 +140,7 @@ class _FusedSDPO(SelfDistillationMixin):
         )
 
     def _tokenize_prompts_untruncated(self, prompts: Any) -> Any:
-        ids_B = super()._tokenize_prompts_untruncated(prompts)  # type: ignore[misc]
+        ids_B = super()._tokenize_prompts_untruncated(prompts)
         self.prompt_lengths.seen(ids_B)
         return ids_B
 
@@ -147,12 +150,8 @@ class _FusedSDPO(SelfDistillationMixin):
         names = self.reward_func_names
         self.reward_funcs = [collector.wrap(function, name) for function, name in zip(functions, names, strict=True)]
         try:
-            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # type: ignore[misc]
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         finally:
             self.reward_funcs = functions
         self.texts_B = collector.feedback()
         return rewards
-
-
-class FusedSDPOTrainer(_FusedSDPO, SDPOTrainer):
-    """Trains as `SDPOTrainer` does, without logits. Takes its arguments, and `fused`, a `FusedOptions`."""

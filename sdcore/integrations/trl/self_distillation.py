@@ -19,7 +19,7 @@ Letters: B rows of TRL's batch, C completion tokens, N rows of the plan.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -34,7 +34,7 @@ from ...losses import FusedLinearDivergence, PolicyTerm, token_weights
 from ...step import StepOutput, distill_step, policy_gradient_step, token_logprobs
 from .fused import FusedOptions, FusedTrainer
 from .padded import PaddedPlan, plan_padded
-from .teachers import TeacherSync, build_teacher, load_teacher, save_teacher
+from .teachers import FOLDER, TeacherSync, build_teacher, load_teacher
 
 TRUNCATED = "self_distillation/teacher_prompt_truncated_fraction"
 # TRL's name → the weights of `losses.token_weights`. TRL divides both of the first two by the tokens of a micro-batch.
@@ -151,8 +151,8 @@ class SelfDistillationMixin(FusedTrainer):
             self.add_callback(TeacherSync(self, self.args.teacher_sync_steps))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Saves the teacher first, since TRL's last file says that a checkpoint is whole."""
-        save_teacher(self.teacher, Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+        """Saves the teacher first, on every rank, since TRL's last file says that a checkpoint is whole."""
+        self.teacher.save(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}" / FOLDER)
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -174,18 +174,14 @@ class SelfDistillationMixin(FusedTrainer):
         served = self.use_teacher_server
         if served and self.args.distillation_mode == "sampled_token":
             return self._compute_server_distillation_loss(model, inputs) / scale
-        backward = self._backward(scale)
+        backward = None  # but by whoever calls this
+        if self.fused.bounded and torch.is_grad_enabled():
+            backward = lambda loss: self.accelerator.backward(loss / scale)  # noqa: E731
         out = self._one_step(model, inputs, backward, served=served)
         loss = out.loss / scale
         if backward is None:
             return loss
         return loss.detach() + torch.zeros_like(loss, requires_grad=True)
-
-    def _backward(self, scale: float) -> Callable[[Tensor], object] | None:
-        """Returns what goes backward within the step; None where whoever calls `compute_loss` does."""
-        if not (self.fused.bounded and torch.is_grad_enabled()):
-            return None
-        return lambda loss: self.accelerator.backward(loss / scale)
 
     def _one_step(self, model: nn.Module, inputs: dict[str, Any], backward: Any, *, served: bool) -> StepOutput:
         """Computes the loss, and puts TRL's metrics into the log."""

@@ -70,13 +70,8 @@ class TeacherSync(TrainerCallback):
             self._trainer.teacher.update(self._trainer.model_wrapped, state.global_step)
 
 
-def save_teacher(teacher: Any, checkpoint: Path) -> None:
-    """Writes the teacher into a checkpoint; to be called on every rank."""
-    teacher.save(checkpoint / FOLDER)
-
-
 def load_teacher(teacher: Any, checkpoint: Path) -> None:
-    """Reads the teacher back as it was at `save_teacher`, unless the student alone determines it."""
+    """Reads the teacher back as it was when the checkpoint was written, unless the student alone determines it."""
     if not isinstance(teacher.reference if isinstance(teacher, TrustRegion) else teacher, Snapshot):
         return
     if not (checkpoint / FOLDER / FILE_NAME).is_file():

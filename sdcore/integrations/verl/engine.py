@@ -21,16 +21,12 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from sdkernels import TopKLogprobs, linear_logprobs, logit_divergence
-from sdkernels.driver.call import transform_scalars
-from sdkernels.tile.elementwise import transform_
 
 from ...errors import ArgumentError
 from ...losses import FusedLinearDivergence
 from ...models import find_body, head_of
+from ...models.heads import logits_at
 from .layout import Scored, flat, responses_of
-
-# How many elements of the head are gathered at a time, for a metric: 64 MiB.
-GATHERED = 2**24
 
 
 def compute_forward_kl_topk(
@@ -135,9 +131,8 @@ def patch_forward(
                 target_ids=targets,
                 reduction="none",
             )
-            scalars = transform_scalars(head.transform, temperature)
-            listed = _logits_at(hidden, head.weight, head.transform.bias, scalars, scored.rows.ids)
-            sampled = _logits_at(hidden, head.weight, head.transform.bias, scalars, targets[:, None])
+            listed = logits_at(hidden, head, scored.rows.ids, temperature)
+            sampled = logits_at(hidden, head, targets[:, None], temperature)
             mass = _mass(listed, sampled[:, 0], out.student_logprobs, scored)
             aux = FusedAux(out.loss.view(shape), mass.view(shape), scored.mass().view(shape))
             by_products = out.student_logprobs, out.student_entropy
@@ -229,16 +224,3 @@ def _mass(listed: Tensor, known: Tensor, its_logprob: Tensor, scored: _Rows) -> 
     A known logit and its log-probability, both (total,), tell the normaliser.
     """
     return (listed.float() - (known.float() - its_logprob)[:, None]).exp().sum(-1) * scored.weights
-
-
-@torch.no_grad()
-def _logits_at(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scalars: tuple[float, float | None, float], ids: Tensor
-) -> Tensor:
-    """Computes, (total, K) in float32, the logits of K tokens a row and no others."""
-    logits = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
-    step = max(1, GATHERED // (ids.shape[1] * hidden.shape[1]))
-    for rows, some, into in zip(hidden.split(step), ids.split(step), logits.split(step), strict=True):
-        into.copy_((weight[some].float() @ rows.float()[:, :, None])[:, :, 0])
-        transform_(into, scalars, None if bias is None else bias[some].float())
-    return logits

@@ -40,7 +40,7 @@ USES: dict[str, list[tuple[str, str]]] = {
         ("from sdcore.memory.measured import _liger_divergence as f; f(*[None] * 4)", 'pip install "sdcore[liger]"')
     ],
     "matplotlib": [
-        ("from sdcore.demo.report import require_matplotlib as f; f()", 'pip install "sdcore[plot]"'),
+        ("from sdcore.demo import DemoConfig, run_demo as f; f(DemoConfig(), None)", 'pip install "sdcore[plot]"'),
         ("from sdcore.memory.plot import save_plot as f; f({}, 'x.png')", 'pip install "sdcore[plot]"'),
         ("from sdcore.report import write_report as f; f('run', format='markdown')", 'pip install "sdcore[plot]"'),
         ("from sdcore.report import write_report as f; f('run')", 'pip install "sdcore[plot]"'),

@@ -6,10 +6,8 @@ And vLLM itself, where `SDCORE_VLLM` names a Python that has it (see tests/sdcor
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -19,15 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sdcore.errors import ArgumentError
-from sdcore.integrations.servers import (
-    Scored,
-    SGLangServer,
-    from_sglang,
-    from_trl,
-    from_vllm,
-    score,
-    sequences,
-)
+from sdcore.integrations.servers import Scored, SGLangServer, from_sglang, from_trl, from_vllm, score, sequences
 from sdcore.losses import FusedLinearDivergence, PolicyTerm
 from sdcore.losses.tilt import TokenTilt
 from sdcore.models import head_of
@@ -37,6 +27,7 @@ from sdcore.rollouts.vllm import EngineError, Server, VLLMServer
 from sdcore.step import distill_step
 from sdcore.teachers import Frozen
 from sdkernels import TopK, TopKLogprobs, linear_divergence, linear_topk
+from tests.processes import serving
 from tests.sdcore.rollouts.test_engine import needs_server, served, with_wider_heads
 
 __all__ = ["served"]  # a fixture: vLLM itself, where there is one
@@ -229,16 +220,11 @@ def test_the_own_token_does_not_stand_in_for_one_that_the_server_left_out(teache
         from_vllm(answers, small, K + 1)
 
 
-def test_a_server_may_say_more_than_is_wanted(plan: Any, teacher: LlamaForCausalLM) -> None:
-    assert torch.equal(
-        FORMATS["vllm_engine"].scores(teacher, plan, K, said=12).ids, linear_scores(teacher, plan, K).ids
-    )
-
-
-def test_flat_logprobs_and_old_answers_without_the_prompts_ids_are_read_too(
+def test_more_than_is_wanted_flat_logprobs_and_old_answers_without_the_prompts_ids_are_read_too(
     plan: Any, teacher: LlamaForCausalLM
 ) -> None:
-    answers = vllm_outputs(teacher, sequences(plan), K)
+    answers = vllm_outputs(teacher, sequences(plan), 12)
+    assert torch.equal(from_vllm(answers, plan, K).ids, linear_scores(teacher, plan, K).ids)
     for answer in answers:
         answer.prompt_token_ids = None
         answer.prompt_logprobs[0] = {}  # FlatLogprobs has an empty position for None
@@ -371,27 +357,14 @@ class FakeServer:
 def server(teacher: LlamaForCausalLM) -> Iterator[Any]:
     fake = FakeServer(teacher)
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            fake.requests.append((self.path, body))
-            answer = fake.answer(self.path, body)
-            text = json.dumps(answer).encode() if answer else b"Requested prompt logprobs of 6, greater than max of 5"
-            self.send_response(200 if answer else 400)
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
+    def answer(path: str, body: Any, headers: object) -> tuple[int, bytes]:
+        fake.requests.append((path, body))
+        if said := fake.answer(path, body):
+            return 200, json.dumps(said).encode()
+        return 400, b"Requested prompt logprobs of 6, greater than max of 5"
 
-        def log_message(self, *args: object) -> None:
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever, daemon=True)
-    thread.start()
-    yield SimpleNamespace(fake=fake, url=f"http://127.0.0.1:{http.server_address[1]}")
-    http.shutdown()
-    http.server_close()
-    thread.join()
+    with serving(answer) as url:
+        yield SimpleNamespace(fake=fake, url=url)
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])

@@ -5,16 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 import io
-import json
 import pickle
-import traceback
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -29,7 +26,7 @@ from sdcore.models import find_body, head_of
 from sdcore.prefix import plan
 from sdkernels import linear_logprobs
 from sdkernels.live_bytes import LiveBytes
-from tests.processes import verdicts_of
+from tests.processes import assert_right, run_cases, verdicts_of
 from tests.sdcore.prefix.models import CONFIGS, HEADS, VOCAB, tiny
 
 B, L = 2, 7
@@ -447,18 +444,7 @@ def work(rank: int, folder: str) -> None:
     with patch(model):
         torch.stack([rank_loss(model, other) for other in range(RANKS)]).mean().backward()
     wanted = {name: weight.grad for name, weight in model.named_parameters()}
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=RANKS, timeout=timedelta(seconds=20)
-    )
-    verdicts = {}
-    for case in CASES:
-        try:
-            check_case(case, rank, wanted)
-            verdicts[case] = ""
-        except Exception:
-            verdicts[case] = traceback.format_exc()
-        Path(folder, f"{rank}.json").write_text(json.dumps(verdicts))
-    dist.destroy_process_group()
+    run_cases(rank, folder, {case: partial(check_case, case, rank, wanted) for case in CASES}, ranks=RANKS)
 
 
 @pytest.fixture(scope="module")
@@ -469,6 +455,4 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_get_the_gradients_of_one_process(case: str, ranks: list[dict[str, str]]) -> None:
-    for verdicts in ranks:
-        assert case in verdicts, "it was not reached: the ranks hung, or died, in a case before"
-        assert verdicts[case] == ""
+    assert_right(case, ranks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sdcore.errors import PlanError
-from sdcore.integrations.trl.padded import plan_padded
+from sdcore.integrations.trl.padded import PaddedPlan, plan_padded
 
 ID = st.integers(1, 6)
 
@@ -52,27 +53,33 @@ def padded(rows: dict[str, list[list[int]]]) -> dict[str, Tensor]:
     }
 
 
+def lengths_of(planned: PaddedPlan) -> list[int]:
+    """How many tokens of each completion are computed."""
+    return [count for tree in planned.plan.student for count in tree.rows]
+
+
 @given(batches())
 def test_each_row_of_the_plan_reads_and_predicts_what_its_padded_row_does(rows: dict[str, list[list[int]]]) -> None:
     planned = plan_padded(**padded(rows))
-    assert sum(planned.sizes) == len(rows["prompts"])
+    lengths = lengths_of(planned)
+    assert len(lengths) == len(rows["prompts"])
     row = 0
     for tree, taught in zip(planned.plan.student, planned.plan.teacher, strict=True):
         for i, count in enumerate(tree.rows):
             completion, losses = rows["completions"][row], rows["losses"][row]
-            assert count == planned.lengths[row] == (max((j + 1 for j, on in enumerate(losses) if on), default=0))
+            assert count == lengths[row] == (max((j + 1 for j, on in enumerate(losses) if on), default=0))
             if count:
                 assert tree.sequence(i).tolist() == rows["prompts"][row] + completion[: count - 1]
                 assert taught.sequence(i).tolist() == rows["teachers"][row] + completion[: count - 1]
             row += 1
-    wanted = [c[j] for c, n in zip(rows["completions"], planned.lengths, strict=True) for j in range(n)]
+    wanted = [c[j] for c, n in zip(rows["completions"], lengths, strict=True) for j in range(n)]
     assert planned.plan.target_ids.tolist() == wanted
 
 
 @given(batches())
 def test_neighbours_with_equal_prompts_are_one_group(rows: dict[str, list[list[int]]]) -> None:
     planned = plan_padded(**padded(rows))
-    starts = [sum(planned.sizes[:g]) for g in range(len(planned.sizes))]
+    starts = [0, *accumulate(len(tree.rows) for tree in planned.plan.student)][:-1]
     changes = [r for r in range(len(rows["prompts"])) if r == 0 or rows["prompts"][r] != rows["prompts"][r - 1]]
     assert starts == changes
 
@@ -83,14 +90,13 @@ def test_values_come_back_to_where_they_were_taken_from(rows: dict[str, list[lis
     planned = plan_padded(**batch)
     values = torch.randn(planned.shape, requires_grad=True)
     back = planned.scatter(planned.gather(values))
-    computed = torch.arange(planned.shape[1]) < torch.tensor(planned.lengths)[:, None]
+    computed = torch.arange(planned.shape[1]) < torch.tensor(lengths_of(planned))[:, None]
     assert torch.equal(back, torch.where(computed, values, 0.0))
     back.sum().backward()
     assert torch.equal(values.grad, computed.float())
     assert torch.equal(planned.gather(batch["completion_ids"]), planned.plan.target_ids)
     owners = torch.arange(planned.shape[0])[:, None].expand(planned.shape)
     assert torch.equal(planned.completion_of, planned.gather(owners))
-    assert torch.equal(planned.gather_completions(torch.arange(planned.shape[0])), planned.completion_of)
 
 
 ROWS = {
@@ -105,7 +111,7 @@ def test_a_row_without_a_loss_is_not_computed() -> None:
     batch = padded(ROWS)
     batch["loss_mask"][0] = 0
     planned = plan_padded(**batch)
-    assert planned.lengths == (0, 1)
+    assert lengths_of(planned) == [0, 1]
     assert [tree.active for tree in planned.plan.student] == [(), (0,)]
 
 

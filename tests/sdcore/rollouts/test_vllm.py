@@ -6,7 +6,6 @@ import json
 import sys
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +22,7 @@ from sdcore.rollouts.samplers import FollowsWeights, ModelSampler, Sampler
 from sdcore.rollouts.vllm import EngineError, VLLMColocated, VLLMServer, whole_state
 from sdcore.world import CHECKPOINT
 from sdcore.world.data import with_feedback
+from tests.processes import serving
 from tests.sdcore.trainer_runs import SHOW_ATTEMPT, lines, tokenizer, trainer, world_model
 
 EOS = 2
@@ -73,26 +73,12 @@ class FakeServer:
 def server(tmp_path: Path) -> Iterator[Any]:
     fake = FakeServer(tmp_path / "policy")
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            fake.requests.append((self.path, body, dict(self.headers)))
-            text = b"no such model" if fake.status != 200 else json.dumps(fake.answer(self.path, body)).encode()
-            self.send_response(fake.status)
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
+    def answer(path: str, body: Any, headers: dict[str, str]) -> tuple[int, bytes]:
+        fake.requests.append((path, body, headers))
+        return fake.status, b"no such model" if fake.status != 200 else json.dumps(fake.answer(path, body)).encode()
 
-        def log_message(self, *args: object) -> None:
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever, daemon=True)
-    thread.start()
-    yield SimpleNamespace(fake=fake, url=f"http://127.0.0.1:{http.server_address[1]}")
-    http.shutdown()
-    http.server_close()
-    thread.join()
+    with serving(answer) as url:
+        yield SimpleNamespace(fake=fake, url=url)
 
 
 def ask(sampler: Any, **changes: Any) -> Any:
