@@ -1,11 +1,11 @@
-"""Draws every picture of the project with matplotlib: panels of lines and stacked areas, as SVG or PNG.
+"""Draws every picture of the project with matplotlib: panels of lines, bars, stacked areas, as SVG or PNG.
 
     figure = figure_of([lambda axes: line(axes, [1, 2], [3.0, 4.0], label="ours")], title="Loss")
     save(figure, "loss.png")                     # or .svg
     inline_svg(figure, "loss")                   # for a page
 
-A panel is a function that draws on matplotlib's `Axes`: with `line` and `areas`, which take plain data, and with
-what `Axes` has itself for scales, ticks and marks.
+A panel is a function that draws on matplotlib's `Axes`: with `line`, `bars` and `areas`, which take plain data, and
+with what `Axes` has itself for scales, ticks and marks.
 
 What differs from the obvious: no pyplot, so that there is no state which two callers share, and no display. The same
 data give the same bytes: files carry no date, and the ids inside an SVG follow from its name. A dollar sign is a dollar
@@ -86,6 +86,7 @@ def figure_of(
     size: tuple[float, float] = (4.6, 2.9),
     title: str = "",
     legend: Literal["panels", "below", "none"] = "panels",
+    legend_columns: int = 4,
     margins: tuple[float, float, float, float] | None = None,
     **grid: Any,
 ) -> Figure:
@@ -115,7 +116,7 @@ def figure_of(
         for axes in places[len(panels) :]:
             axes.set_axis_off()
         if legend == "below" and labelled:
-            figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=4)
+            figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=legend_columns)
         if title:
             figure.suptitle(title, x=0.01, ha="left")
     return figure
