@@ -27,6 +27,8 @@ UNGROUPED = frozenset(
 UNGATED = UNGROUPED | {"phi", "starcoder2", "nemotron"}
 # Families whose attention has an output gate, projected along with the queries.
 GATED_ATTENTION = ("qwen3_next", "qwen3_5")
+# What configurations call the width of a feed-forward layer: most, GPT-2, OPT. Where none is set it is 4 · hidden.
+WIDTHS = ("intermediate_size", "n_inner", "ffn_dim")
 # Layers that are attention over keys and values, and of how many tokens.
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 # Tokens that the kernels of linear attention work on at a time, quadratic inside.
@@ -219,7 +221,7 @@ def _feed_forward_of(config: Any, layer: int, *, gated: bool) -> tuple[int, int,
     """Counts the same for a layer that may be a mixture of experts, and its kept float32 entries."""
     hidden = config.hidden_size
     activation = str(getattr(config, "hidden_act", None) or getattr(config, "activation_function", ""))
-    dense = getattr(config, "intermediate_size", None) or 4 * hidden
+    dense = next((width for name in WIDTHS if (width := getattr(config, name, None))), 4 * hidden)
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 0
     step = getattr(config, "decoder_sparse_step", None) or 1
     if not experts or layer in (getattr(config, "mlp_only_layers", None) or []) or (layer + 1) % step:

@@ -1,4 +1,4 @@
-"""Families whose configuration, output, cache or positions are not Llama's: right as plain PyTorch, or refused by name."""
+"""Families whose output, cache, positions or sizes are not Llama's: right as plain PyTorch, or refused by name."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers import AutoModelForCausalLM as Auto
+from transformers.pytorch_utils import Conv1D
 
 from sdcore.errors import UnsupportedModelError
 from sdcore.memory import Load, predict
 from sdcore.models import find_body
 from sdcore.prefix import generate, plan
+from sdcore.prefix.costs import model_sizes
 from sdcore.step import distill_step
 
 VOCAB = 97
@@ -25,12 +27,17 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim", "lru_width"), 32),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "decoder_layers", "n_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "intermediate_size_mlp", "d_inner"), 48),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "intermediate_size_mlp", "n_inner"), 48),
     **dict.fromkeys(("max_position_embeddings", "n_positions"), 128),
     **dict.fromkeys(("num_local_experts", "num_experts"), 4),
     **dict.fromkeys(("state_size", "mamba_d_state", "head_dim", "vocab_size_per_layer_input"), 8),
-    **{"num_key_value_heads": 2, "num_experts_per_tok": 2, "attention_window_size": 8, "rotary_dim": 4},
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "attention_window_size": 8,
+    "rotary_dim": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_chunk_size": 4},
@@ -44,8 +51,13 @@ OWN: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 0,
     },
     "jamba": {
-        **{"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
-        **{"expert_layer_period": 2, "expert_layer_offset": 1, "mamba_dt_rank": 4},
+        "num_hidden_layers": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
     },
     "llama4_text": {"attention_chunk_size": 8, "moe_layers": [1], "no_rope_layers": [1, 0]},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 4},
@@ -175,7 +187,7 @@ def test_what_is_sampled_is_as_likely_as_the_whole_sequence_says(name: str, firs
 def test_positions_counted_from_the_padding_are_refused(name: str, first_use: None) -> None:
     model = small(name)
     check_sampled(model, [PROMPTS[0], PROMPTS[0][::-1]])
-    with pytest.raises(UnsupportedModelError, match="padded on the left.*one length at a time"):
+    with pytest.raises(UnsupportedModelError, match=r"padded on the left.*one length at a time"):
         check_sampled(model, PROMPTS)
 
 
@@ -193,10 +205,20 @@ def test_what_cannot_be_counted_is_refused_by_the_estimate_and_warned_about_once
     planned = plan(PROMPTS, COMPLETIONS, TEACHERS)
     with pytest.warns(UserWarning, match=f"is not counted.*{UNCOUNTED[name]}"):
         out = distill_step(model, planned, strategy="naive")
-    assert out.report.speedup is None and math.isfinite(float(out.loss))
+    assert out.report.speedup is None
+    assert math.isfinite(float(out.loss))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         distill_step(model, planned, strategy="naive")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "xglm", "gptj", "bloom", "biogpt"])
+def test_the_width_of_a_feed_forward_layer_is_counted_by_the_name_that_a_family_has_for_it(name: str) -> None:
+    model = small(name)
+    matrices = sum(
+        module.weight.numel() for module in find_body(model).base.modules() if isinstance(module, nn.Linear | Conv1D)
+    )
+    assert sum(layer.weights for layer in model_sizes(model.config).layers) == matrices
 
 
 def test_models_that_see_tokens_ahead_are_refused() -> None:
