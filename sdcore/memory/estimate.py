@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 import torch
 from torch import nn
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, UnsupportedModelError
 from ..prefix.costs.count import STRATEGIES, cost_of_sizes
 from ..prefix.costs.sizes import ModelSizes, model_sizes
 from ..presets.method import TeacherKind
@@ -148,6 +148,8 @@ def count_parameters(config: Any) -> Parameters:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings()
+    if head is None:
+        raise UnsupportedModelError(f"config must be a causal language model's, got {type(config).__name__}: no head")
     sides = [m.in_features + m.out_features for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     return Parameters(sum(p.numel() for p in model.parameters()), head.weight.numel(), sum(sides))
 

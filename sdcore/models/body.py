@@ -20,7 +20,6 @@ parallelism, FSDP1, soft prompts, and output layers that `heads` does not know.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -35,15 +34,16 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from sdkernels import LogitTransform
 
 from ..errors import ArgumentError, UnsupportedModelError
-from .heads import Head, count_rows, read_layer, shape_of
+from .heads import Head, count_rows, read_layer, scale_and_softcap, shape_of, verify_logits
 
 # Layer types whose state has a fixed size; every other type keeps keys and values per token, or nothing.
 RECURRENT_TYPES = frozenset({"linear_attention", "conv", "mamba", "mamba2", "hybrid", "hybrid_sliding"})
+# What says in a configuration that a token sees those after it (XLM has `causal`, XLNet `attn_type`).
+SEES_AHEAD = (("is_causal", False), ("causal", False), ("attn_type", "bi"), ("model_type", "cpmant"))
 WINDOWED_TYPES = frozenset({"sliding_attention", "hybrid_sliding"})
 
 
@@ -219,13 +219,17 @@ def find_body(model: nn.Module) -> Body:
     name = type(causal_lm).__name__
     if not isinstance(causal_lm, PreTrainedModel):
         raise UnsupportedModelError(f"{name} is not a transformers model, nor a wrapper that is known")
-    base, config = causal_lm.base_model, causal_lm.config
+    base, config = _base_of(causal_lm), causal_lm.config
     for refused, reason in (
         (config.is_encoder_decoder, "is an encoder-decoder"),
         (base is causal_lm, "has no base model under a language-model head: pass the ForCausalLM class"),
         (causal_lm.get_output_embeddings() is None, "has no output embeddings"),
+        (not _embeds(base), "has no input embeddings in its body"),
         (config.get_text_config(decoder=True) is not config, "reads more than text: pass its text model"),
-        (not getattr(config, "is_causal", True), "is configured to see tokens ahead (is_causal=False)"),
+        *(
+            (getattr(config, key, None) == value, f"is configured to see tokens ahead ({key}={value!r})")
+            for key, value in SEES_AHEAD
+        ),
         ((getattr(causal_lm, "_tp_size", None) or 1) > 1, "is tensor-parallel"),
         (
             any(hasattr(weight, "ds_id") for weight in base.parameters()) and not any(map(is_deepspeed, chain)),
@@ -267,9 +271,9 @@ def head_of(model: nn.Module | Body) -> Head:
     body = model if isinstance(model, Body) else find_body(model)
     layer = body.causal_lm.get_output_embeddings()
     matrix = read_layer(layer, model=body.model, name=body.name, dtype=body.dtype)
-    scale, softcap = _scale_and_softcap(body)
+    scale, softcap = scale_and_softcap(body.causal_lm.config)
     if _VERIFIED.get(body.causal_lm) != (scale, softcap):
-        _verify_logits(body, scale, softcap)
+        verify_logits(body.causal_lm, body.base, scale=scale, softcap=softcap)
         _VERIFIED[body.causal_lm] = scale, softcap
     return Head(matrix.weight, LogitTransform(bias=matrix.bias, scale=scale, softcap=softcap), matrix.lift)
 
@@ -281,6 +285,26 @@ _VERIFIED: WeakKeyDictionary[nn.Module, tuple[float, float | None]] = WeakKeyDic
 def is_deepspeed(module: object) -> bool:
     """True for what `deepspeed.initialize` gives."""
     return hasattr(module, "zero_optimization_stage")
+
+
+def _base_of(causal_lm: PreTrainedModel) -> PreTrainedModel:
+    """Returns the module that the model calls for its last states; the model itself where it has none."""
+    base: Any = causal_lm.base_model
+    if base is causal_lm:  # the class names it otherwise than its `base_model_prefix` says (Llama 4)
+        bodies = [child for child in causal_lm.children() if isinstance(child, PreTrainedModel)]
+        base = bodies[0] if len(bodies) == 1 else base
+    # What only passes a call on to its decoder is passed by (OPT, Bart).
+    while len(inner := list(base.children())) == 1 and isinstance(inner[0], PreTrainedModel):
+        base = inner[0]
+    return cast(PreTrainedModel, base)
+
+
+def _embeds(base: PreTrainedModel) -> bool:
+    """True where the body itself turns ids into embeddings."""
+    try:
+        return base.get_input_embeddings() is not None
+    except NotImplementedError:
+        return False
 
 
 def _unwrap(module: nn.Module) -> nn.Module | None:
@@ -302,67 +326,6 @@ def _unwrap(module: nn.Module) -> nn.Module | None:
                 raise UnsupportedModelError("activated LoRA changes its weights within a sequence")
         return cast(nn.Module, module.get_base_model())  # type: ignore[operator]
     return None
-
-
-def _scale_and_softcap(body: Body) -> tuple[float, float | None]:
-    """Reads what the configuration says about the logits; `_verify_logits` checks it."""
-    config = body.causal_lm.config
-    scale = 1.0
-    for attribute, divides in (("logit_scale", False), ("lm_head_multiplier", False), ("logits_scaling", True)):
-        value = getattr(config, attribute, None)
-        if value is not None:
-            scale *= 1 / float(value) if divides else float(value)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return scale, None if softcap is None else float(softcap)
-
-
-@torch.no_grad()
-def _verify_logits(body: Body, scale: float, softcap: float | None) -> None:
-    """Refuses a model that does anything else between its last states and its logits.
-
-    Its own forward runs, between a stand-in for the body, which returns given states, and one for the output layer,
-    which checks that it gets them and returns given logits. So no weight is touched and no rank waits for another.
-    """
-    causal_lm = body.causal_lm
-    head = causal_lm.get_output_embeddings()
-    names = {child: name for name, child in causal_lm.named_children()}
-    if body.base not in names or head not in names:
-        raise UnsupportedModelError(f"{body.name} does not hold its base model and its output layer itself")
-    vocabulary = body.num_logits
-    states = torch.linspace(-2.0, 2.0, 2 * body.hidden_size).view(1, 2, -1)
-    projected = torch.linspace(-40.0, 40.0, 2 * vocabulary).view(1, 2, -1)
-    received: list[Tensor] = []
-
-    class Base(nn.Module):
-        def forward(self, *args: Any, **kwargs: Any) -> MoeModelOutputWithPast:
-            return MoeModelOutputWithPast(last_hidden_state=states)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(body.base, name)
-
-    class Projection(nn.Module):
-        def forward(self, hidden: Tensor) -> Tensor:
-            received.append(hidden)
-            return projected.clone()
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(head, name)
-
-    modules = causal_lm._modules
-    modules[names[body.base]], modules[names[head]] = Base(), Projection()
-    try:
-        output = type(causal_lm).forward(causal_lm, input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
-    finally:
-        modules[names[body.base]], modules[names[head]] = body.base, head
-    expected = projected * scale if softcap is None else softcap * torch.tanh(projected * scale / softcap)
-    logits = output.logits.float()
-    error = float((logits - expected).abs().max()) if logits.shape == expected.shape else math.inf
-    moved = len(received) != 1 or not torch.equal(received[0], states)
-    if moved or error > 1e-5 * float(expected.abs().max()):
-        raise UnsupportedModelError(
-            f"{body.name} changes its hidden states before the output layer, or its logits after it, in a way that is "
-            f"not known: with scale {scale:g} and soft-cap {softcap} the logits differ by {error:.3g}"
-        )
 
 
 def _refuse_reentrant(name: str, function: Any) -> None:

@@ -21,13 +21,17 @@ every layer or weight whose type is not known here (torchao, HQQ, GPTQ, AWQ).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Partial
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from sdkernels import LogitTransform
 from sdkernels.driver.call import transform_scalars
@@ -41,6 +45,9 @@ LORA_LAYERS = frozenset(
     {"peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit", "peft.tuners.lora.bnb.Linear8bitLt"}
 )
 QUANTISED_LAYERS = frozenset({"bitsandbytes.nn.modules.Linear4bit", "bitsandbytes.nn.modules.Linear8bitLt"})
+
+# What configurations call the soft-cap of the logits: Gemma, RecurrentGemma, xLSTM.
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 class Head(NamedTuple):
@@ -239,3 +246,79 @@ class _Copied(torch.autograd.Function):
             # A gradient is accumulated only into what has its shape. DeepSpeed frees it again after the backward.
             ctx.weight.all_gather()
         return gradient
+
+
+def scale_and_softcap(config: Any) -> tuple[float, float | None]:
+    """Reads what the configuration says about the logits; `verify_logits` checks it."""
+    scale = 1.0
+    for attribute, divides in (("logit_scale", False), ("lm_head_multiplier", False), ("logits_scaling", True)):
+        value = getattr(config, attribute, None)
+        if value is not None:
+            scale *= 1 / float(value) if divides else float(value)
+    softcaps = (getattr(config, name, None) for name in SOFTCAPS)
+    return scale, next((float(softcap) for softcap in softcaps if softcap is not None), None)
+
+
+@dataclass
+class _BodyOutput(ModelOutput):
+    """Is what any family's body returns, with nothing but states in it: each has its own names for the rest."""
+
+    last_hidden_state: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+@torch.no_grad()
+def verify_logits(causal_lm: PreTrainedModel, base: PreTrainedModel, *, scale: float, softcap: float | None) -> None:
+    """Refuses a model that does anything else between its last states and its logits.
+
+    Its own forward runs, between a stand-in for the body, which returns given states, and one for the output layer,
+    which checks that it gets them and returns given logits. So no weight is touched and no rank waits for another.
+    """
+    name, head = type(causal_lm).__name__, causal_lm.get_output_embeddings()
+    owners = {child: (owner, key) for owner in causal_lm.modules() for key, child in owner.named_children()}
+    states = torch.linspace(-2.0, 2.0, 2 * int(base.config.hidden_size), dtype=base.dtype).view(1, 2, -1)
+    projected = torch.linspace(-40.0, 40.0, 2 * count_rows(head)).view(1, 2, -1)
+    received: list[Tensor] = []
+
+    class Base(nn.Module):
+        def forward(self, *args: Any, **kwargs: Any) -> _BodyOutput:
+            return _BodyOutput(last_hidden_state=states)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(base, name)
+
+    class Projection(nn.Module):
+        def forward(self, hidden: Tensor) -> Tensor:
+            received.append(hidden)
+            return projected.clone()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(head, name)
+
+    for module, stand_in in ((base, Base()), (head, Projection())):
+        owner, key = owners[module]
+        owner._modules[key] = stand_in
+    try:
+        output = type(causal_lm).forward(causal_lm, input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
+    except Exception as raised:
+        raise UnsupportedModelError(
+            f"{name} cannot be run around a stand-in for its body, to see what it does to states and logits: "
+            f"{type(raised).__name__}: {raised}"
+        ) from raised
+    finally:
+        for module in (base, head):
+            owner, key = owners[module]
+            owner._modules[key] = module
+    expected = projected * scale if softcap is None else softcap * torch.tanh(projected * scale / softcap)
+    logits = output.logits.float()
+    error = float((logits - expected).abs().max()) if logits.shape == expected.shape else math.inf
+    moved = len(received) != 1 or not torch.equal(received[0], states)
+    if moved or error > 1e-5 * float(expected.abs().max()):
+        raise UnsupportedModelError(
+            f"{name} changes its hidden states before the output layer, or its logits after it, in a way that is "
+            f"not known: with scale {scale:g} and soft-cap {softcap} the logits differ by {error:.3g}"
+        )

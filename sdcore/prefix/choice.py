@@ -35,6 +35,7 @@ STRATEGIES = {"packed": packed, "cached": cached, "two_phase": two_phase, "naive
 LEAST_SAVING = 0.05
 # What all completions at once may keep for backward, of the memory that is free.
 MOST_OF_FREE = 0.7
+WITHOUT_SHARING = "is run without sharing prefixes (strategy naive)"
 
 
 def choose(
@@ -71,7 +72,7 @@ def choose(
         if refusal is None:
             return _chosen(body, plan, name, reason), fallbacks
         fallbacks.append(Fallback(name, refusal))
-    _warn_once(body, fallbacks[-1].reason)
+    _warn_once(body, WITHOUT_SHARING, fallbacks[-1].reason)
     return _chosen(body, plan, "naive", "nothing else works for this model"), fallbacks
 
 
@@ -84,7 +85,7 @@ def choose_for_teacher(body: Body, teacher: Teacher, plan: Plan, students: Choic
         refusal = _refusal(own, plan.teacher, students.strategy, plan, verify)
         if refusal is None:
             return students
-        _warn_once(own, refusal)
+        _warn_once(own, WITHOUT_SHARING, refusal)
         return _chosen(own, replace(plan, student=()), "naive", refusal)
 
 
@@ -107,10 +108,11 @@ def require_fits(body: Body, teacher: Teacher, plan: Plan) -> None:
 
 
 def counted_cost(plan: Plan, body: Body, strategy: str, shares: bool) -> Cost | None:
-    """Counts what the plan costs in this model; None where its configuration does not say what a layer costs."""
+    """Counts what the plan costs in this model; None, with a warning, where its configuration does not say it."""
     try:
         return cost(plan, body.config, strategy=strategy, teacher_shares=shares, dtype_bytes=body.dtype.itemsize)
-    except UnsupportedModelError:
+    except UnsupportedModelError as error:
+        _warn_once(body, "is not counted, so that reports have no FLOPs and its memory is not looked at", str(error))
         return None
 
 
@@ -153,10 +155,10 @@ def _obstacle(body: Body, trees: Sequence[Tree], strategy: str) -> str | None:
 _WARNED: set[tuple[str, str]] = set()
 
 
-def _warn_once(body: Body, reason: str) -> None:
+def _warn_once(body: Body, what: str, reason: str) -> None:
     if (body.name, reason) not in _WARNED:
         _WARNED.add((body.name, reason))
-        warnings.warn(f"{body.name} is run without sharing prefixes (strategy naive): {reason}", stacklevel=2)
+        warnings.warn(f"{body.name} {what}: {reason}", stacklevel=2)
 
 
 def _chosen(body: Body, plan: Plan, strategy: str, reason: str) -> Choice:

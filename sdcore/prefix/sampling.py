@@ -11,7 +11,11 @@ that takes options from the model's generation config (a top_k of 50, penalties)
 behind the caller's back, cannot use a generator, and gives log-probabilities only by keeping every step's (rows, V)
 scores. Its temperature, top-k and top-p are used, so the distribution is the same by construction.
 
-Not covered: beam search and penalties, models sharded over processes whose ranks would stop at different steps, and
+The first call on a kind of model compares a few steps with whole sequences, because many a model takes a cache without
+using it (`**kwargs`), or counts positions from the padding: such a model is refused.
+
+Not covered: beam search and penalties, models that keep something else than a transformers `Cache` (RWKV, xLSTM), or
+nothing (GPT-1), models sharded over processes whose ranks would stop at different steps, and
 rotary embeddings that change with the length (LongRoPE) where the longest sequence reaches the change.
 
 Letters: B prompts, G completions of each, P the longest prompt, V vocabulary, N completion tokens.
@@ -19,6 +23,7 @@ Letters: B prompts, G completions of each, P the longest prompt, V vocabulary, N
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -38,6 +43,10 @@ from transformers.generation.logits_process import (
 from ..errors import ArgumentError, UnsupportedModelError, require_positive
 from ..models import Body, find_body, without_dropout
 from .planner import TokenIds, collect_ids, entries
+from .verification import departure, once, refusing
+
+# How the models of transformers call the cache that they are given.
+CACHE_ARGUMENTS = ("past_key_values", "cache_params")
 
 
 class Sampled(NamedTuple):
@@ -92,6 +101,7 @@ def generate(
     tokens, logprobs, counted = [], [], []
     with torch.no_grad(), without_dropout(body.causal_lm, training=False):
         decoder = _Decoder(body, prompts_B, num_completions, pad)
+        _require_right(body, padded=decoder.padded)
         warpers = _warpers(temperature, top_k, top_p)
         logits = decoder.prefill()  # (B·G, V)
         for step in range(max_new_tokens):
@@ -130,43 +140,93 @@ class _Decoder:
         self._model: Any = body.causal_lm if plain else body.through
         self._body = body
         self._num_completions = num_completions
+        parameters = inspect.signature(type(body.causal_lm).forward).parameters
+        self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in parameters), "")
+        if not self._cache_argument:
+            raise UnsupportedModelError(
+                f"{body.name} takes no transformers cache ({' or '.join(CACHE_ARGUMENTS)}), so that nothing can go on "
+                "from a prompt that was read once: sample with its own `generate`, or with a server (vLLM)"
+            )
         self._cache = DynamicCache(config=body.config)
         padded = partial(pad_sequence, batch_first=True, padding_side="left")
         self._prompts = padded(prompts_B, padding_value=pad)
         # Without padding there is nothing to mask, and attention can take its fastest way.
-        alike = len({len(prompt) for prompt in prompts_B}) == 1
-        self._mask = None if alike else padded([torch.ones_like(prompt) for prompt in prompts_B])
+        self.padded = len({len(prompt) for prompt in prompts_B}) > 1
+        self._mask = padded([torch.ones_like(prompt) for prompt in prompts_B]) if self.padded else None
 
     def prefill(self) -> Tensor:
         """Returns (B·G, V) logits after the prompts, which are read once each."""
-        positions = None if self._mask is None else (self._mask.cumsum(1) - 1).clamp_min(0)
-        logits = self._call(self._prompts, positions)
+        seen = torch.ones_like(self._prompts) if self._mask is None else self._mask
+        logits = self._call(self._prompts, (seen.cumsum(1) - 1).clamp_min(0), self._mask)
         rows = torch.arange(len(logits), device=logits.device).repeat_interleave(self._num_completions)
         # Unlike batch_repeat_interleave, every kind of cache layer has this, recurrent ones too.
         self._cache.reorder_cache(rows)
         self._mask = None if self._mask is None else self._mask[rows]
+        self._lengths = seen.sum(1, keepdim=True)[rows]
         return logits[rows]
 
     def step(self, ids: Tensor) -> Tensor:
         """Returns (B·G, V) logits after one more token per row, (B·G,)."""
-        positions = None
         if self._mask is not None:
             self._mask = torch.cat([self._mask, torch.ones_like(ids[:, None])], 1)
-            positions = self._mask.sum(1, keepdim=True) - 1
-        return self._call(ids[:, None], positions)
+        # Given always: a model whose first layer is recurrent counts its cache as empty (Bamba).
+        positions, self._lengths = self._lengths, self._lengths + 1
+        # A cache of states alone has no padding left in it, and such models take a mask of what they are given now.
+        return self._call(ids[:, None], positions, self._mask if self._cache_argument == CACHE_ARGUMENTS[0] else None)
 
-    def _call(self, ids: Tensor, positions: Tensor | None) -> Tensor:
-        more = {"position_ids": positions} if positions is not None and self._body.accepts_position_ids else {}
+    def _call(self, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        more: dict[str, Any] = {self._cache_argument: self._cache}
+        if self._body.accepts_position_ids:
+            more["position_ids"] = positions
         output = self._model(
             input_ids=ids,
-            attention_mask=self._mask,
-            past_key_values=self._cache,
+            attention_mask=mask,
             use_cache=True,
             logits_to_keep=1,
             return_dict=True,
             **more,
         )
         return output.logits[:, -1]
+
+    def whole(self, sequences: Sequence[Tensor]) -> Tensor:
+        """Returns (B, L, V) logits of whole sequences, padded on the right, read without a cache."""
+        return self._model(input_ids=pad_sequence(list(sequences), batch_first=True), use_cache=False).logits
+
+
+def _require_right(body: Body, *, padded: bool) -> None:
+    """Refuses a model that goes on from its cache otherwise than it reads a whole sequence.
+
+    The ranks of a sharded model all sample, so they all get here together.
+    """
+    problem = once(body, f"generate, {padded=}, {body.sharded is not None=}", lambda: _departure(body, padded=padded))
+    if problem is not None:
+        advice = "give it prompts of one length at a time, or sample" if padded else "sample"
+        where = " after prompts of several lengths, padded on the left," if padded else ""
+        raise UnsupportedModelError(
+            f"{body.name} does not go on from its cache{where} as it reads a whole sequence: {problem}. For this "
+            f"model, {advice} with a server (vLLM)"
+        )
+
+
+def _departure(body: Body, *, padded: bool) -> str | None:
+    """Says how much the logits of a few steps differ from those of whole sequences; None where they are the same."""
+    generator = torch.Generator().manual_seed(0)
+    lengths, steps = (7, 4, 2) if padded else (7, 7, 7), 3
+    sequences = [
+        torch.randint(body.vocab_size, (length + steps,), generator=generator).to(body.device) for length in lengths
+    ]
+    with refusing(f"{body.name} cannot go on from a cache of transformers"):
+        decoder = _Decoder(body, [ids[:-steps] for ids in sequences], 2, pad=0)
+        given = [torch.stack([ids[step - steps] for ids in sequences]).repeat_interleave(2) for step in range(steps)]
+        logits = torch.stack([decoder.prefill(), *(decoder.step(ids) for ids in given)], 1)[1::2]  # (3, 1 + steps, V)
+        whole = decoder.whole(sequences)
+        alone = [decoder.whole([ids])[0, length - 1 :] for ids, length in zip(sequences, lengths, strict=True)]
+    batched = [row[length - 1 : length + steps] for row, length in zip(whole, lengths, strict=True)]
+    compared = [(logits.flatten(0, 1), torch.cat(batched), torch.cat(alone))]
+    # What a wrapper casts to is not to be seen: autocast gives its logits back in float32.
+    dtype = body.dtype if body.through is None else torch.bfloat16
+    exceeds, reason = departure(body, compared, dtype, undecided=0.5)
+    return f"logits {reason}" if exceeds else None
 
 
 def _warpers(temperature: float, top_k: int | None, top_p: float | None) -> LogitsProcessorList:

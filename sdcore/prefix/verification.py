@@ -17,20 +17,22 @@ compares on the plan itself, at the price of a naive pass. In 16 bits, a freshly
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedModelError
 from ..models import Body, without_dropout
 from .planner import Plan, Tree, plan
 from .strategies import naive, ranks
 
 Verify = Literal["once", "always", "off"]
 
-# The problem of each (model class, attention implementation, dtype, device, strategy) that was verified, or None.
+# The problem of each (model class, attention implementation, dtype, device, what was verified), or None.
 _VERDICTS: dict[tuple[object, ...], str | None] = {}
 
 
@@ -38,12 +40,25 @@ def disagreement(body: Body, strategy: ModuleType, own_plan: Plan, verify: Verif
     """Says how much the strategy's module differs from naive; None where it computes the same."""
     if verify == "always":
         return _compare(body, strategy, own_plan)
-    attention = getattr(body.config, "_attn_implementation", None)
-    key = (type(body.causal_lm), attention, body.dtype, body.device.type, strategy.__name__)
     # One rank may have met this kind of model before, and another not.
-    if ranks.most(body, key not in _VERDICTS)[0]:
-        _VERDICTS[key] = _compare(body, strategy, short_plan(body))
-    return _VERDICTS[key]
+    anew = bool(ranks.most(body, not _met(body, strategy.__name__))[0])
+    return once(body, strategy.__name__, lambda: _compare(body, strategy, short_plan(body)), anew=anew)
+
+
+def once(body: Body, what: str, check: Callable[[], str | None], *, anew: bool = False) -> str | None:
+    """Returns what the check says of a kind of model, which is asked when first met, or `anew`."""
+    if anew or not _met(body, what):
+        _VERDICTS[_kind(body, what)] = check()
+    return _VERDICTS[_kind(body, what)]
+
+
+def _met(body: Body, what: str) -> bool:
+    return _kind(body, what) in _VERDICTS
+
+
+def _kind(body: Body, what: str) -> tuple[object, ...]:
+    attention = getattr(body.config, "_attn_implementation", None)
+    return type(body.causal_lm), attention, body.dtype, body.device.type, what
 
 
 def forget() -> None:
@@ -71,26 +86,49 @@ def short_plan(body: Body) -> Plan:
 @torch.no_grad()
 def _compare(body: Body, strategy: ModuleType, checked: Plan) -> str | None:
     """Runs a plan both ways, its teacher with and without the student's states; the same result on every rank."""
-    with without_dropout(body.model, training=False):
+    name = strategy.__name__.rpartition(".")[2]
+    with without_dropout(body.model, training=False), refusing(f"{body.name} cannot be run by strategy {name}"):
         record = [tree.shared for tree in checked.teacher]
         student, prompts = ranks.hidden_states(body, strategy, checked.student, record=record)
         passes = [(student, checked.student)]
         if checked.teacher:
             passes.append((ranks.hidden_states(body, strategy, checked.teacher, prompts=prompts)[0], checked.teacher))
             passes.append((ranks.hidden_states(body, strategy, checked.teacher)[0], checked.teacher))
-        error = noise = 0.0
-        undecided = _routes(body) and torch.finfo(student.dtype).bits == 16
-        for states, trees in passes:
-            alone = _one_by_one(body, trees)
-            error = max(error, _difference(states, alone, undecided))
-            noise = max(noise, _difference(ranks.hidden_states(body, naive, trees)[0], alone, undecided))
-    eps = max(torch.finfo(student.dtype).eps, torch.finfo(torch.float32).eps)
-    allowed = max(4 * noise, eps ** (2 / 3))
+        compared = [
+            (states, ranks.hidden_states(body, naive, trees)[0], _one_by_one(body, trees)) for states, trees in passes
+        ]
+    exceeds, reason = departure(body, compared, student.dtype)
     # Ranks that chose differently would wait for each other for ever.
-    if not ranks.most(body, error > allowed)[0]:
-        return None
-    return (
-        f"hidden states differ by {error:.1e} of their size, where naive differs by {noise:.1e} from itself "
+    return f"hidden states {reason}" if ranks.most(body, exceeds)[0] else None
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Makes an `UnsupportedModelError` of what a model raises that takes other things than it is given."""
+    try:
+        yield
+    except (UnsupportedModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def departure(
+    body: Body, compared: Sequence[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype, *, undecided: float = 0.1
+) -> tuple[bool, str]:
+    """Says whether rows differ by more than rounding in this dtype, and by how much.
+
+    They are compared as (rows, the same of a padded batch, the same of one sequence at a time); the last are exact. Of
+    a mixture of experts in 16 bits the share `undecided` of the rows may differ more.
+    """
+    error = noise = 0.0
+    share = undecided if _routes(body) and torch.finfo(dtype).bits == 16 else 0.0
+    for rows, padded, alone in compared:
+        error = max(error, _difference(rows, alone, share))
+        noise = max(noise, _difference(padded, alone, share))
+    allowed = max(4 * noise, max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) ** (2 / 3))
+    return error > allowed, (
+        f"differ by {error:.1e} of their size, where naive differs by {noise:.1e} from itself "
         f"and {allowed:.1e} is allowed"
     )
 
@@ -107,17 +145,17 @@ def _one_by_one(body: Body, trees: Sequence[Tree]) -> Tensor:
     return torch.cat(rows) if rows else torch.empty(0, body.hidden_size, device=body.device, dtype=body.dtype)
 
 
-def _difference(states: Tensor, exact: Tensor, undecided: bool) -> float:
+def _difference(states: Tensor, exact: Tensor, undecided: float) -> float:
     """Returns the largest difference of a row, relative to the row's norm; infinite where a state is not finite.
 
-    Where some rows may be `undecided` it is the largest of all but a tenth of them.
+    The share `undecided` of the rows is left out, those that differ most.
     """
     if len(exact) == 0:
         return 0.0
     difference = (states.double() - exact.double()).norm(dim=-1) / exact.double().norm(dim=-1)
     if not bool(difference.isfinite().all()):
         return math.inf
-    return float(difference.sort(descending=True).values[len(exact) // 10 if undecided else 0])
+    return float(difference.sort(descending=True).values[int(len(exact) * undecided)])
 
 
 def _routes(body: Body) -> bool:

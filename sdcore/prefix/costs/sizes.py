@@ -7,11 +7,14 @@ product and activation, and of the norms what the family's norms keep, which is 
 What differs from a measurement: within a tenth of it for the families that are tested (`tests/sdcore/prefix`), in what
 transformers does without further kernels. Fused norms or the kernels of flash-linear-attention keep much less.
 
-Not covered: multi-head latent attention, encoder-decoders; norms of families that are not named below are Llama's.
+Not covered, and refused by name: multi-head latent attention, encoder-decoders, layers that are neither attention nor a
+gated delta rule (Mamba, convolutions), sizes that differ from layer to layer. Norms of families that are not named
+below are Llama's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +27,10 @@ UNGROUPED = frozenset(
 UNGATED = UNGROUPED | {"phi", "starcoder2", "nemotron"}
 # Families whose attention has an output gate, projected along with the queries.
 GATED_ATTENTION = ("qwen3_next", "qwen3_5")
+# What configurations call the width of a feed-forward layer: most, GPT-2, OPT. Where none is set it is 4 · hidden.
+WIDTHS = ("intermediate_size", "n_inner", "ffn_dim")
+# Layers that are attention over keys and values, and of how many tokens.
+ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 # Tokens that the kernels of linear attention work on at a time, quadratic inside.
 LINEAR_CHUNK = 64
 # Families that norm the queries and keys of every head (or all of them at once, which keeps as much).
@@ -116,16 +123,34 @@ def model_sizes(config: Any) -> ModelSizes:
     """Reads from a Hugging Face configuration what a token costs; a `ModelSizes` is returned as it is."""
     if isinstance(config, ModelSizes):
         return config
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config(decoder=True)
+    try:
+        return _read(config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # whatever a family's configuration has in place of what is read here
+        raise UnsupportedModelError(
+            f"config must say what a layer costs, got {type(config).__name__}, read as other families are: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _read(config: Any) -> ModelSizes:
     family = str(getattr(config, "model_type", ""))
     missing = [
         name
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         if getattr(config, name, None) is None
     ]
-    if missing or getattr(config, "kv_lora_rank", None) is not None:
-        reason = f"{', '.join(missing)} of it" if missing else "the sizes of multi-head latent attention"
+    kinds: Sequence[str] = getattr(config, "layer_types", None) or ()
+    others = sorted({*kinds} - {*ATTENTION, "linear_attention" if hasattr(config, "linear_num_value_heads") else ""})
+    reason = ""
+    if missing:
+        reason = f"{', '.join(missing)} of it"
+    elif getattr(config, "kv_lora_rank", None) is not None:
+        reason = "the sizes of multi-head latent attention"
+    elif others:
+        reason = f"layers of type {', '.join(others)}"
+    if reason:
         raise UnsupportedModelError(
             f"config must say what a layer costs, got {type(config).__name__}: {reason} unknown"
         )
@@ -134,10 +159,7 @@ def model_sizes(config: Any) -> ModelSizes:
     kv_heads = heads if family in UNGROUPED else getattr(config, "num_key_value_heads", None) or heads
     head = getattr(config, "head_dim", None) or hidden // heads
     window = getattr(config, "sliding_window", None)
-    kinds = (
-        getattr(config, "layer_types", None)
-        or ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
-    )
+    kinds = kinds or ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
     of_norms, norm = _norms_of(family, hidden), _norm_of(family)
     softcapped = getattr(config, "attn_logit_softcapping", None) is not None
     implementation = getattr(config, "_attn_implementation", None)
@@ -198,7 +220,7 @@ def _feed_forward_of(config: Any, layer: int, *, gated: bool) -> tuple[int, int,
     """Counts the same for a layer that may be a mixture of experts, and its kept float32 entries."""
     hidden = config.hidden_size
     activation = str(getattr(config, "hidden_act", None) or getattr(config, "activation_function", ""))
-    dense = getattr(config, "intermediate_size", None) or 4 * hidden
+    dense = next((width for name in WIDTHS if (width := getattr(config, name, None))), 4 * hidden)
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 0
     step = getattr(config, "decoder_sparse_step", None) or 1
     if not experts or layer in (getattr(config, "mlp_only_layers", None) or []) or (layer + 1) % step:
