@@ -4,7 +4,8 @@
 
 A row has a question, `prompt` (text, or a conversation) or `messages` (a conversation), whose last turn is the user's;
 and, where the method needs it, `privileged_context`, what only the teacher sees. `teacher_prompt` and `solution` are
-other names of that column. Every other column reaches reward functions and templates as it is.
+other names of that column. Every other column reaches reward functions and templates as it is; `tools`, `documents` and
+`chat_template_kwargs` go to the tokenizer's chat template too.
 
 What differs from the obvious: a `solution` that serves as privileged context stays a column as well, because a reward
 function wants to compare with it. Rows are validated all at once, before any work, and the first that is wrong is

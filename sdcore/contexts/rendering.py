@@ -11,11 +11,16 @@ sandbox too.
 Not covered: control tokens that a question or a context spells out (`<|im_end|>` in a verifier's output ends the turn,
 as it does everywhere in transformers). Images, sound and other inputs beside the tokens, in parts of a message or in
 columns such as `pixel_values`: what runs the model takes token ids alone, so they are refused, by row.
+
+Columns that chat templates read, `tools`, `documents` and a row's own `chat_template_kwargs`, go to the template, as
+lists and objects or as their JSON; where they change nothing, the row is refused.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import jinja2
@@ -34,6 +39,9 @@ MODEL_INPUTS: Final = frozenset(
     }
 )
 
+# What else a chat template reads of a row, and what it is.
+TEMPLATE_INPUTS: Final[Mapping[str, type]] = {"chat_template_kwargs": dict, "tools": list, "documents": list}
+
 
 def require_text(examples: Sequence[Example]) -> None:
     """Raises `UnsupportedModelError`, with row and columns, for the first example that is more than text."""
@@ -51,7 +59,7 @@ def require_text(examples: Sequence[Example]) -> None:
 
 def _is_there(value: object) -> bool:
     """True where a column holds something: a data set's rows have every column, null or an empty list for nothing."""
-    return value is not None and not (isinstance(value, list) and not value)
+    return value is not None and not (isinstance(value, list | dict) and not value)
 
 
 def student_prompt_ids(
@@ -60,11 +68,59 @@ def student_prompt_ids(
     """Returns what the student reads, with the generation prompt: (P,) int64, on the CPU.
 
     `chat_template_kwargs` go to the chat template, such as `{"enable_thinking": False}`; give a builder the same ones.
-    Raises `ContextError`, which names the row, where the chat template refuses the conversation, and
-    `UnsupportedModelError` for examples with images.
+    The example's own come before them. Raises `ContextError`, which names the row, where the chat template refuses the
+    conversation or does not use the row's `tools` or `documents`, and `UnsupportedModelError` for examples with images.
     """
     require_text([example])
-    return prompt_ids(example.prompt, tokenizer, chat_template_kwargs=chat_template_kwargs, source=example.source)
+    arguments = template_arguments(example, chat_template_kwargs)
+    ids = prompt_ids(example.prompt, tokenizer, chat_template_kwargs=arguments, source=example.source)
+    for name in TEMPLATE_INPUTS:
+        if not _is_there(example.columns.get(name)):
+            continue
+        if isinstance(example.prompt, str):
+            why = "the prompt is plain text, which no chat template renders"
+        elif name in arguments and torch.equal(ids, _without(name, example, tokenizer, arguments)):
+            why = "the tokenizer's chat template renders the same prompt without it"
+        else:
+            continue
+        raise ContextError(
+            f"{example.source}: column `{name}` would have to change the prompt, and {why} (give a column that is for "
+            "templates or reward functions another name)"
+        )
+    return ids
+
+
+def template_arguments(example: Example, chat_template_kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Returns what the chat template gets beside the conversation: the run's arguments, then what the row has.
+
+    Raises `ContextError`, which names row and column.
+    """
+    given: dict[str, Any] = {}
+    for name, expected in TEMPLATE_INPUTS.items():
+        value = example.columns.get(name)
+        if isinstance(value, str):  # as data sets have it whose tables know no nested columns
+            with suppress(json.JSONDecodeError):
+                value = json.loads(value)
+        if not _is_there(value):
+            continue
+        if not isinstance(value, expected):
+            kind = "an object" if expected is dict else "a list"
+            raise ContextError(f"{example.source}: column `{name}` must be {kind}, or its JSON, got {value!r:.80}")
+        value = _without_null(value)
+        given |= value if expected is dict else {name: value}
+    return dict(chat_template_kwargs or {}) | given
+
+
+def _without(name: str, example: Example, tokenizer: Any, arguments: Mapping[str, Any]) -> Tensor:
+    others = {key: value for key, value in arguments.items() if key != name}
+    return prompt_ids(example.prompt, tokenizer, chat_template_kwargs=others, source=example.source)
+
+
+def _without_null(value: Any) -> Any:
+    """Takes away the keys that Arrow adds: it gives every object those that any of a column's objects has."""
+    if isinstance(value, dict):
+        return {key: _without_null(entry) for key, entry in value.items() if entry is not None}
+    return [_without_null(entry) for entry in value] if isinstance(value, list) else value
 
 
 def prompt_ids(

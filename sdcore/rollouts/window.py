@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler as TorchSampler
 
+from ..contexts.rendering import template_arguments
 from ..errors import ArgumentError, DataError
 from ..types import Example, Group, Message, Rollout
 from .samplers import seed_of
@@ -83,7 +84,8 @@ def given_completion(
     text = example.columns.get(COMPLETION)
     if not isinstance(text, str):
         raise DataError(f"{example.source}: expected a text in column `{COMPLETION}`, got {type(text).__name__}")
-    ids = None if isinstance(example.prompt, str) else _rendered(example.prompt, text, tokenizer, chat_template_kwargs)
+    arguments = template_arguments(example, chat_template_kwargs)
+    ids = None if isinstance(example.prompt, str) else _rendered(example.prompt, text, tokenizer, arguments)
     start = prompt_ids.tolist()
     if ids is not None and ids[: len(start)] == start:
         ids = ids[len(start) :]
@@ -100,10 +102,10 @@ def given_completion(
 
 
 def _rendered(
-    conversation: Sequence[Message], text: str, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None
+    conversation: Sequence[Message], text: str, tokenizer: Any, arguments: Mapping[str, Any]
 ) -> list[int] | None:
     messages = [*(dict(message) for message in conversation), {"role": "assistant", "content": text}]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **(chat_template_kwargs or {}))
+    rendered = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **arguments)
     return list(rendered["input_ids"])
 
 
