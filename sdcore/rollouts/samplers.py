@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from ..errors import ArgumentError
 from ..models import find_body
 from ..prefix.sampling import check_room, generate
 from ..types import Example, Group, Rollout
+
+NO_TAGS: Final = frozenset({"</s>", "[/INST]"})  # they end texts and turns
 
 
 class SampledCompletion(NamedTuple):
@@ -162,19 +164,31 @@ def sample_groups(
         longest = max(len(prompt) for prompt in prompts)
         check_room(find_body(model), longest, sampling.max_new_tokens, name="max_completion_length")
     completions_B = sampler.sample(model, prompts, **vars(sampling), seed=seed)
+    hidden = _hidden_ids(tokenizer)
     groups = []
     for example, prompt, completions in zip(examples, prompts, completions_B, strict=True):
         rollouts = tuple(
             Rollout(
                 completion_ids=completion.ids,
                 logprobs=completion.logprobs,
-                text=tokenizer.decode(completion.ids.tolist(), skip_special_tokens=True),
+                text=tokenizer.decode([token for token in completion.ids.tolist() if token not in hidden]),
                 finished=completion.finished,
+                raw_text=tokenizer.decode(completion.ids.tolist()),
             )
             for completion in completions
         )
         groups.append(Group(example=example, prompt_ids=prompt, rollouts=rollouts))
     return groups
+
+
+def _hidden_ids(tokenizer: Any) -> set[int]:
+    """Returns the special tokens that a text is shown without: all but tags, which are part of what is said."""
+    added = getattr(tokenizer, "tokenizer", tokenizer).added_tokens_decoder  # a processor has one
+    special = {token.content: token_id for token_id, token in added.items() if token.special}
+    closing = [text for text in special if "/" in text and text not in NO_TAGS]
+    pairs = [(text.replace("/", "", 1), text) for text in closing]
+    tags = {text for pair in pairs if pair[0] in special for text in pair}
+    return {token_id for text, token_id in special.items() if text not in tags}
 
 
 def stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:

@@ -29,7 +29,7 @@ from ..types import Example, Group, Message, Rollout
 from .samplers import seed_of
 
 COMPLETION = "completion"
-PLAIN = ("text", "finished", "reward", "feedback")  # fields of a rollout that JSON has as they are
+PLAIN = ("text", "finished", "reward", "feedback", "raw_text")  # fields of a rollout that JSON has as they are
 
 
 class WindowOrder(TorchSampler[int]):
@@ -97,7 +97,11 @@ def given_completion(
             ids = [*ids, tokenizer.eos_token_id]
     finished = len(ids) <= max_length
     return Rollout(
-        completion_ids=torch.tensor(ids[:max_length], dtype=torch.int64), logprobs=None, text=text, finished=finished
+        completion_ids=torch.tensor(ids[:max_length], dtype=torch.int64),
+        logprobs=None,
+        text=text,
+        finished=finished,
+        raw_text=tokenizer.decode(ids[:max_length]),
     )
 
 
@@ -136,4 +140,4 @@ def _as_json(rollout: Rollout) -> dict[str, Any]:
 def _from_json(saved: dict[str, Any]) -> Rollout:
     logprobs = None if saved["logprobs"] is None else torch.tensor(saved["logprobs"], dtype=torch.float32)
     ids = torch.tensor(saved["ids"], dtype=torch.int64)
-    return Rollout(completion_ids=ids, logprobs=logprobs, **{name: saved[name] for name in PLAIN})
+    return Rollout(completion_ids=ids, logprobs=logprobs, **{name: saved[name] for name in PLAIN if name in saved})
