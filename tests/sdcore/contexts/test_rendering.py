@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, processors
+from transformers import AutoConfig, ByT5Tokenizer, LlamaTokenizer
 
 from sdcore.contexts import Template, require_text, student_prompt_ids
 from sdcore.errors import ContextError
@@ -80,8 +82,6 @@ def test_columns_of_the_prompt_reach_the_chat_template_of_all_who_read_it(
 def test_a_dry_run_counts_them() -> None:
     tokenizer = of_template(READS_COLUMNS)
     rows = [example(user("q"), "c"), example(user("q"), "c", tools=TOOLS)]
-    from transformers import AutoConfig
-
     seen = dry_run(rows, tokenizer, Method(context="solution"), AutoConfig.from_pretrained(CHECKPOINT))
     assert seen.prompt_tokens[1] > seen.prompt_tokens[0]
     assert seen.teacher_tokens[1] - seen.prompt_tokens[1] == seen.teacher_tokens[0] - seen.prompt_tokens[0]
@@ -111,3 +111,48 @@ def test_nothing_in_a_column_is_no_column() -> None:
     row: Example = example("q", tools=None, documents=[], chat_template_kwargs={}, images=None)
     require_text([row])
     assert len(student_prompt_ids(row, of_template(None)))
+
+
+def that_adds(single: str) -> Any:
+    model = Tokenizer.from_str(chat_tokenizer("qwen")._tokenizer.to_str())
+    special = [(token, model.token_to_id(token)) for token in ("<bos>", "<pad>", "<|im_end|>")]
+    model.post_processor = processors.TemplateProcessing(
+        single=single, pair=f"{single} $B:1 <|im_end|>:1", special_tokens=special
+    )
+    return type(chat_tokenizer("qwen"))(tokenizer_object=model, bos_token="<bos>", eos_token="<|im_end|>")
+
+
+def llama(**options: Any) -> Any:
+    return LlamaTokenizer(vocab={"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581a": 3, "a": 4}, merges=[], **options)
+
+
+TOKENIZERS = {
+    "an end": (lambda: that_adds("$A <|im_end|>"), []),
+    "a beginning and an end": (lambda: that_adds("<bos> $A <|im_end|>"), ["<bos>"]),
+    "two ends": (lambda: that_adds("<bos> $A <|im_end|> <pad>"), ["<bos>"]),
+    "a beginning": (lambda: that_adds("<bos> $A"), ["<bos>"]),
+    "Llama's add_eos_token": (lambda: llama(add_eos_token=True), []),
+    "one in Python": (ByT5Tokenizer, []),
+}
+
+
+@pytest.mark.parametrize(("make", "before"), TOKENIZERS.values(), ids=TOKENIZERS)
+@pytest.mark.parametrize("spelled", [False, True])
+def test_a_plain_prompt_does_not_end_before_the_answer(make: Any, before: list[str], spelled: bool) -> None:
+    tokenizer = make()
+    text = "a a" + tokenizer.eos_token * spelled
+    inner = tokenizer(text, add_special_tokens=False)["input_ids"]
+    first = tokenizer.convert_tokens_to_ids(before)
+    row = example(text, "a", completion="a")
+    group = group_of(row, tokenizer)
+    assert group.prompt_ids.tolist() == [*first, *inner]
+    (teacher,) = Template("{{ prompt }} {{ privileged_context }}").condition(group, tokenizer).teacher_prompts
+    assert teacher.tolist() == [*first, *tokenizer(text + " a", add_special_tokens=False)["input_ids"]]
+    stops = [tokenizer.eos_token_id]
+    given = given_completion(row, tokenizer, group.prompt_ids, stop_ids=stops, max_length=9).completion_ids.tolist()
+    assert given == [*tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def test_of_no_text_what_stands_before_it_is_left() -> None:
+    tokenizer = that_adds("<bos> $A <|im_end|>")
+    assert student_prompt_ids(example(""), tokenizer).tolist() == [tokenizer.bos_token_id]
