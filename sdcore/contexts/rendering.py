@@ -19,6 +19,7 @@ lists and objects or as their JSON; where they change nothing, the row is refuse
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
@@ -150,6 +151,32 @@ def prompt_ids(
     if not len(ids):
         raise ContextError(f"{source}: expected a prompt of at least one token, got none from {prompt!r}")
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """Returns the token with which the chat template ends an answer; None where there is no template, or no end.
+
+    Warns where it ends one with a text that is no token of its own, which sampling cannot stop at.
+    """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    answer = "forty-two"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        _, shown, behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)
+    except (jinja2.TemplateError, ValueError, TypeError):  # it wants another conversation; rows will tell
+        return None
+    behind = behind.strip() if shown else ""
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if behind else []
+    end = next((int(token) for token in ids if token in tokenizer.added_tokens_decoder), None)
+    if behind and end is None:
+        warnings.warn(
+            f"the chat template ends an answer with {behind!r:.80}, which is no token of its own: completions do not "
+            "end there (stop_token_ids says where they do)",
+            stacklevel=3,
+        )
+    return end
 
 
 def question_of(prompt: Prompt) -> str:

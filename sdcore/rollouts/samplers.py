@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from ..contexts.rendering import turn_end
 from ..errors import ArgumentError
 from ..models import find_body
 from ..prefix.sampling import check_room, generate
@@ -192,12 +193,12 @@ def _hidden_ids(tokenizer: Any) -> set[int]:
 
 
 def stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Returns the ids that end a completion: the tokenizer's end of sequence, and the model's generation config's.
+    """Returns the ids that end a completion: the tokenizer's, the model's generation config's and the chat template's.
 
-    A chat model often ends its turn with another token than a text.
+    A chat model often ends its turn with another token than a text. Warns as `contexts.rendering.turn_end`.
     """
     config = getattr(getattr(model, "module", model), "generation_config", None)
-    entries = [getattr(tokenizer, "eos_token_id", None), getattr(config, "eos_token_id", None)]
+    entries = [getattr(tokenizer, "eos_token_id", None), getattr(config, "eos_token_id", None), turn_end(tokenizer)]
     flat = [token for entry in entries for token in (entry if isinstance(entry, list | tuple) else [entry])]
     return sorted({int(token) for token in flat if token is not None})
 

@@ -1,22 +1,26 @@
-"""What the student and the teacher read: columns that belong to the prompt."""
+"""What the student and the teacher read, and what ends an answer: columns, chat templates, tokenizers' own tokens."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, processors
 from transformers import AutoConfig, ByT5Tokenizer, LlamaTokenizer
 
 from sdcore.contexts import Template, require_text, student_prompt_ids
 from sdcore.errors import ContextError
 from sdcore.presets import Method
+from sdcore.rollouts.samplers import completion_of, stop_ids
 from sdcore.rollouts.window import given_completion
 from sdcore.training.dry_run import dry_run
+from sdcore.training.evaluation import evaluate
 from sdcore.types import Example
 from sdcore.world import CHECKPOINT
-from tests.sdcore.contexts.chats import QWEN, chat_tokenizer, example, group_of, user
+from tests.sdcore.contexts.chats import FAMILIES, QWEN, chat_tokenizer, example, group_of, user
 
 TOOLS = [
     {"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {"type": "number"}}}}},
@@ -156,3 +160,80 @@ def test_a_plain_prompt_does_not_end_before_the_answer(make: Any, before: list[s
 def test_of_no_text_what_stands_before_it_is_left() -> None:
     tokenizer = that_adds("<bos> $A <|im_end|>")
     assert student_prompt_ids(example(""), tokenizer).tolist() == [tokenizer.bos_token_id]
+
+
+def whose_text_ends_otherwise(template: str | None) -> Any:
+    tokenizer = of_template(template)
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    return tokenizer
+
+
+SPOKEN = "{% for m in messages %}{{ m.role + ': ' + m.content + END }}{% endfor %}{% if add_generation_prompt %}"
+SPOKEN += "{{ 'assistant: ' }}{% endif %}"
+ENDS = {
+    "qwen": (FAMILIES["qwen"], "<|im_end|>"),
+    "llama": (FAMILIES["llama"].replace("bos_token", "'<bos>'"), "<|eot_id|>"),
+    "gemma": (FAMILIES["gemma"].replace("bos_token", "'<bos>'"), "<end_of_turn>"),
+    "without a newline": (SPOKEN.replace("END", "'<|im_end|>'"), "<|im_end|>"),
+    "behind a newline": (SPOKEN.replace("END", "'\\n<|im_end|>\\n'"), "<|im_end|>"),
+    "the end of a text": (SPOKEN.replace("END", "eos_token"), "<|endoftext|>"),
+    "no end": (SPOKEN.replace("END", "'\\n\\n'"), None),
+    "no template": (None, None),
+    "no answers": ("{% for m in messages if m.role == 'user' %}{{ '<|im_start|>' + m.content }}{% endfor %}", None),
+    "other roles": ("{{ raise_exception('expected roles of ours') }}", None),
+}
+
+
+@pytest.mark.parametrize(("template", "end"), ENDS.values(), ids=ENDS)
+def test_what_ends_an_answer_is_what_the_template_ends_it_with(template: str | None, end: str | None) -> None:
+    tokenizer = whose_text_ends_otherwise(template)
+    ends = {"<|endoftext|>", end} - {None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stops = stop_ids(torch.nn.Identity(), tokenizer)
+    assert stops == sorted(tokenizer.convert_tokens_to_ids(list(ends)))
+
+
+class Records:
+    def __init__(self) -> None:
+        self.stops: list[int] = []
+
+    def sample(self, model: Any, prompts: Any, *, eos_token_id: Any, **options: Any) -> Any:
+        self.stops += eos_token_id
+        return [[completion_of([eos_token_id[0]], [0.0], frozenset(eos_token_id))] for _ in prompts]
+
+
+def test_evaluation_stops_there() -> None:
+    tokenizer, sampler = whose_text_ends_otherwise(QWEN), Records()
+    evaluate(torch.nn.Identity(), tokenizer, [example(user("q"))], sampler=sampler)
+    assert sampler.stops == sorted(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
+
+
+CHATS = [name for name, (template, _) in ENDS.items() if template and name not in ("no answers", "other roles")]
+
+
+@pytest.mark.parametrize("name", CHATS)
+@pytest.mark.parametrize("own_stops", [False, True])
+@pytest.mark.parametrize("thinking", [None, False])
+def test_an_answer_of_the_data_ends_there_and_nothing_behind_it_is_learned(
+    name: str, own_stops: bool, thinking: bool | None
+) -> None:
+    template, end = ENDS[name]
+    tokenizer = whose_text_ends_otherwise(template)
+    stops = [7] if own_stops else stop_ids(torch.nn.Identity(), tokenizer)
+    arguments = {} if thinking is None else {"enable_thinking": thinking}  # the prompt has more than the conversation
+    row = example(user("q"), completion="42")
+    prompt = student_prompt_ids(row, tokenizer, chat_template_kwargs=arguments)
+    given = given_completion(
+        row, tokenizer, prompt, stop_ids=stops, max_length=20, chat_template_kwargs=arguments
+    ).completion_ids.tolist()
+    newline = "\n" * (name == "behind a newline" and not own_stops)
+    expected = tokenizer(f"42{newline}{end or '<|endoftext|>'}", add_special_tokens=False)["input_ids"]
+    assert given == expected
+
+
+@pytest.mark.parametrize("end", ["<|stop|>", "### End", "</turn>\\n"])
+def test_an_end_that_is_no_token_is_said_not_to_be_used(end: str) -> None:
+    tokenizer = whose_text_ends_otherwise(SPOKEN.replace("END", f"'{end}'"))
+    with pytest.warns(UserWarning, match=r"ends an answer with .*no token of its own.*stop_token_ids"):
+        assert stop_ids(torch.nn.Identity(), tokenizer) == [tokenizer.eos_token_id]
