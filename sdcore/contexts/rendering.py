@@ -28,6 +28,7 @@ import jinja2
 import torch
 from torch import Tensor
 
+from ..data import without_null
 from ..errors import ContextError, UnsupportedModelError
 from ..types import Example, Message, Prompt
 
@@ -107,7 +108,7 @@ def template_arguments(example: Example, chat_template_kwargs: Mapping[str, Any]
         if not isinstance(value, expected):
             kind = "an object" if expected is dict else "a list"
             raise ContextError(f"{example.source}: column `{name}` must be {kind}, or its JSON, got {value!r:.80}")
-        value = _without_null(value)
+        value = without_null(value)
         given |= value if expected is dict else {name: value}
     return dict(chat_template_kwargs or {}) | given
 
@@ -115,13 +116,6 @@ def template_arguments(example: Example, chat_template_kwargs: Mapping[str, Any]
 def _without(name: str, example: Example, tokenizer: Any, arguments: Mapping[str, Any]) -> Tensor:
     others = {key: value for key, value in arguments.items() if key != name}
     return prompt_ids(example.prompt, tokenizer, chat_template_kwargs=others, source=example.source)
-
-
-def _without_null(value: Any) -> Any:
-    """Takes away the keys that Arrow adds: it gives every object those that any of a column's objects has."""
-    if isinstance(value, dict):
-        return {key: _without_null(entry) for key, entry in value.items() if entry is not None}
-    return [_without_null(entry) for entry in value] if isinstance(value, list) else value
 
 
 def prompt_ids(

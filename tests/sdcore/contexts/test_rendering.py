@@ -6,12 +6,14 @@ import json
 import warnings
 from typing import Any
 
+import datasets  # type: ignore[import-untyped, unused-ignore]
 import pytest
 import torch
 from tokenizers import Tokenizer, processors
 from transformers import AutoConfig, ByT5Tokenizer, LlamaTokenizer
 
 from sdcore.contexts import Template, require_text, student_prompt_ids
+from sdcore.data import read_examples
 from sdcore.errors import ContextError
 from sdcore.presets import Method
 from sdcore.rollouts.samplers import completion_of, stop_ids
@@ -237,3 +239,18 @@ def test_an_end_that_is_no_token_is_said_not_to_be_used(end: str) -> None:
     tokenizer = whose_text_ends_otherwise(SPOKEN.replace("END", f"'{end}'"))
     with pytest.warns(UserWarning, match=r"ends an answer with .*no token of its own.*stop_token_ids"):
         assert stop_ids(torch.nn.Identity(), tokenizer) == [tokenizer.eos_token_id]
+
+
+def test_a_table_of_tool_calls_is_rendered_as_its_rows_were() -> None:
+    calls = [{"function": {"name": "add", "arguments": {"a": 1}}}, {"function": {"name": "now", "arguments": {"b": 1}}}]
+    turns = [*user("q"), {"role": "assistant", "tool_calls": calls}, *user("r")]
+    rows = datasets.Dataset.from_list([{"messages": turns, "tools": TOOLS}, {"messages": [*user("q")], "tools": []}])
+    first, second = read_examples(rows)
+    assert first.prompt == tuple(turns)
+    tokenizer = of_template(
+        "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
+        "{% for m in messages %}{{ m.role }}{{ m.content or (m.tool_calls | tojson) }}{% endfor %}"
+    )
+    expected = tokenizer.apply_chat_template(turns, tools=TOOLS)["input_ids"]
+    assert student_prompt_ids(first, tokenizer).tolist() == expected
+    assert len(student_prompt_ids(second, tokenizer)) < 20
