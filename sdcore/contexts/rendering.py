@@ -163,7 +163,8 @@ def turn_end(tokenizer: Any) -> int | None:
         return None
     behind = behind.strip() if shown else ""
     ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if behind else []
-    end = next((int(token) for token in ids if token in tokenizer.added_tokens_decoder), None)
+    own = tokenizer.added_tokens_decoder
+    end = next((int(token) for token in ids if token in own), None)
     if behind and end is None:
         warnings.warn(
             f"the chat template ends an answer with {behind!r:.80}, which is no token of its own: completions do not "
