@@ -4,7 +4,8 @@
 
 A row has a question, `prompt` (text, or a conversation) or `messages` (a conversation), whose last turn is the user's;
 and, where the method needs it, `privileged_context`, what only the teacher sees. `teacher_prompt` and `solution` are
-other names of that column. Every other column reaches reward functions and templates as it is.
+other names of that column. Every other column reaches reward functions and templates as it is; `tools`, `documents` and
+`chat_template_kwargs` go to the tokenizer's chat template too.
 
 What differs from the obvious: a `solution` that serves as privileged context stays a column as well, because a reward
 function wants to compare with it. Rows are validated all at once, before any work, and the first that is wrong is
@@ -232,8 +233,9 @@ def _prompt(value: object, where: str, *, may_be_text: bool) -> Prompt:
 def _message(message: object, where: str) -> Message:
     if not isinstance(message, Mapping):
         raise DataError(f'{where}: expected {{"role": ..., "content": ...}}, got {_described(message)}')
-    # Arrow gives every message every key that any of them has, null where there is nothing.
-    given: dict[str, Any] = {key: value for key, value in message.items() if value is not None}
+    given = {
+        key: value if key == "content" else without_null(value) for key, value in message.items() if value is not None
+    }
     role = given.get("role")
     if not isinstance(role, str) or not role:
         raise DataError(f"{where}: expected a `role` that is text, got {_key(given, 'role')}")
@@ -245,6 +247,13 @@ def _message(message: object, where: str) -> Message:
     if isinstance(content, Mapping) or not isinstance(content, Sequence):
         raise DataError(f"{where}: expected a `content` that is text or a list of parts, got {_key(given, 'content')}")
     return given | {"content": [_part(part, f"{where}, part {i}") for i, part in enumerate(content)]}
+
+
+def without_null(value: Any) -> Any:
+    """Takes away the keys that Arrow adds: it gives every object, at any depth, those that any of a column has."""
+    if isinstance(value, dict):
+        return {key: without_null(entry) for key, entry in value.items() if entry is not None}
+    return [without_null(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _part(part: object, where: str) -> dict[str, Any]:

@@ -33,10 +33,11 @@ class Rollout:
 
     completion_ids: Tensor  # (R,) int64, R may be 0; ends with an end-of-sequence id if it is finished
     logprobs: Tensor | None  # (R,) float32, of the distribution drawn from; None for completions from data
-    text: str  # decoded, without special tokens
+    text: str  # decoded, without special tokens, but for tags that open and close, such as <think> and </think>
     finished: bool  # False: cut at the length limit
     reward: float | None = None  # None: not judged; NaN is refused where rewards come in
     feedback: str | None = None  # the environment's words about this very completion
+    raw_text: str | None = None  # decoded, with all special tokens; None: nobody did
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

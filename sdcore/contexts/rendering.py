@@ -1,8 +1,8 @@
 """Turns a prompt's text into its token ids, and puts the privileged context into a conversation.
 
 A conversation is rendered by the tokenizer's chat template, with the generation prompt; plain text is tokenized as it
-is, with the special tokens that the tokenizer puts around a text. Both for the student and for the teacher, so their
-sequences begin with the same tokens up to where the texts part.
+is, with the special tokens that the tokenizer puts before a text, and without those behind it. Both for the student and
+for the teacher, so their sequences begin with the same tokens up to where the texts part.
 
 Only the last user turn is changed, and only by adding to it where the template begins with the question. System turns,
 earlier turns and parts of other types (images) are left as they are. transformers runs chat templates in Jinja's
@@ -11,17 +11,24 @@ sandbox too.
 Not covered: control tokens that a question or a context spells out (`<|im_end|>` in a verifier's output ends the turn,
 as it does everywhere in transformers). Images, sound and other inputs beside the tokens, in parts of a message or in
 columns such as `pixel_values`: what runs the model takes token ids alone, so they are refused, by row.
+
+Columns that chat templates read, `tools`, `documents` and a row's own `chat_template_kwargs`, go to the template, as
+lists and objects or as their JSON; where they change nothing, the row is refused.
 """
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import jinja2
 import torch
 from torch import Tensor
 
+from ..data import without_null
 from ..errors import ContextError, UnsupportedModelError
 from ..types import Example, Message, Prompt
 
@@ -33,6 +40,9 @@ MODEL_INPUTS: Final = frozenset(
         *("audio", "audios", "input_features", "feature_attention_mask"),
     }
 )
+
+# What else a chat template reads of a row, and what it is.
+TEMPLATE_INPUTS: Final[Mapping[str, type]] = {"chat_template_kwargs": dict, "tools": list, "documents": list}
 
 
 def require_text(examples: Sequence[Example]) -> None:
@@ -51,7 +61,7 @@ def require_text(examples: Sequence[Example]) -> None:
 
 def _is_there(value: object) -> bool:
     """True where a column holds something: a data set's rows have every column, null or an empty list for nothing."""
-    return value is not None and not (isinstance(value, list) and not value)
+    return value is not None and not (isinstance(value, list | dict) and not value)
 
 
 def student_prompt_ids(
@@ -60,11 +70,52 @@ def student_prompt_ids(
     """Returns what the student reads, with the generation prompt: (P,) int64, on the CPU.
 
     `chat_template_kwargs` go to the chat template, such as `{"enable_thinking": False}`; give a builder the same ones.
-    Raises `ContextError`, which names the row, where the chat template refuses the conversation, and
-    `UnsupportedModelError` for examples with images.
+    The example's own come before them. Raises `ContextError`, which names the row, where the chat template refuses the
+    conversation or does not use the row's `tools` or `documents`, and `UnsupportedModelError` for examples with images.
     """
     require_text([example])
-    return prompt_ids(example.prompt, tokenizer, chat_template_kwargs=chat_template_kwargs, source=example.source)
+    arguments = template_arguments(example, chat_template_kwargs)
+    ids = prompt_ids(example.prompt, tokenizer, chat_template_kwargs=arguments, source=example.source)
+    for name in TEMPLATE_INPUTS:
+        if not _is_there(example.columns.get(name)):
+            continue
+        if isinstance(example.prompt, str):
+            why = "the prompt is plain text, which no chat template renders"
+        elif name in arguments and torch.equal(ids, _without(name, example, tokenizer, arguments)):
+            why = "the tokenizer's chat template renders the same prompt without it"
+        else:
+            continue
+        raise ContextError(
+            f"{example.source}: column `{name}` would have to change the prompt, and {why} (give a column that is for "
+            "templates or reward functions another name)"
+        )
+    return ids
+
+
+def template_arguments(example: Example, chat_template_kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Returns what the chat template gets beside the conversation: the run's arguments, then what the row has.
+
+    Raises `ContextError`, which names row and column.
+    """
+    given: dict[str, Any] = {}
+    for name, expected in TEMPLATE_INPUTS.items():
+        value = example.columns.get(name)
+        if isinstance(value, str):  # as data sets have it whose tables know no nested columns
+            with suppress(json.JSONDecodeError):
+                value = json.loads(value)
+        if not _is_there(value):
+            continue
+        if not isinstance(value, expected):
+            kind = "an object" if expected is dict else "a list"
+            raise ContextError(f"{example.source}: column `{name}` must be {kind}, or its JSON, got {value!r:.80}")
+        value = without_null(value)
+        given |= value if expected is dict else {name: value}
+    return dict(chat_template_kwargs or {}) | given
+
+
+def _without(name: str, example: Example, tokenizer: Any, arguments: Mapping[str, Any]) -> Tensor:
+    others = {key: value for key, value in arguments.items() if key != name}
+    return prompt_ids(example.prompt, tokenizer, chat_template_kwargs=others, source=example.source)
 
 
 def prompt_ids(
@@ -76,7 +127,10 @@ def prompt_ids(
         _check_parts(prompt, source)
     try:
         if isinstance(prompt, str):
-            ids = tokenizer(prompt)["input_ids"]
+            encoded = tokenizer(prompt, return_special_tokens_mask=True)
+            ids, added = list(encoded["input_ids"]), encoded["special_tokens_mask"]
+            while len(ids) > 1 and added[len(ids) - 1]:  # an end of the text would end it before the answer
+                ids.pop()
         else:
             ids = tokenizer.apply_chat_template(
                 [dict(message) for message in prompt],
@@ -91,6 +145,33 @@ def prompt_ids(
     if not len(ids):
         raise ContextError(f"{source}: expected a prompt of at least one token, got none from {prompt!r}")
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """Returns the token with which the chat template ends an answer; None where there is no template, or no end.
+
+    Warns where it ends one with a text that is no token of its own, which sampling cannot stop at.
+    """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    answer = "forty-two"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        _, shown, behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)
+    except (jinja2.TemplateError, ValueError, TypeError):  # it wants another conversation; rows will tell
+        return None
+    behind = behind.strip() if shown else ""
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if behind else []
+    own = tokenizer.added_tokens_decoder
+    end = next((int(token) for token in ids if token in own), None)
+    if behind and end is None:
+        warnings.warn(
+            f"the chat template ends an answer with {behind!r:.80}, which is no token of its own: completions do not "
+            "end there (stop_token_ids says where they do)",
+            stacklevel=3,
+        )
+    return end
 
 
 def question_of(prompt: Prompt) -> str:

@@ -35,7 +35,7 @@ from ..prefix.planner import common_prefix
 from ..types import Conditioned, Example, Group
 from . import templates
 from .overflow import Fitted, Overflow, Shown, check_overflow, fit, split_feedback
-from .rendering import prompt_ids, with_context
+from .rendering import prompt_ids, template_arguments, with_context
 
 # What a group's counts always have, so that a chart has its zeros.
 COUNTS = (
@@ -117,7 +117,7 @@ class _InTemplate:
                     return templates.render(self._text, given, example.columns, source=example.source)
 
                 prompt = with_context(example.prompt, place)
-                kwargs = self.chat_template_kwargs
+                kwargs = template_arguments(example, self.chat_template_kwargs)
                 rendered[shown] = prompt_ids(prompt, tokenizer, chat_template_kwargs=kwargs, source=example.source)
             return rendered[shown]
 

@@ -78,16 +78,20 @@ Now solve the question at the top."""
 
 # A whole block; what comes before an end whose beginning is in the prompt, as some chat templates have it; and a block
 # that the length limit cut.
+_BEGIN, _END = r"(?:<think>|\[THINK\]|◁think▷)", r"(?:</think>|\[/THINK\]|◁/think▷)"
 _THINKING: Final = (
-    re.compile(r"<think>.*?</think>", re.DOTALL),
-    re.compile(r"\A.*</think>", re.DOTALL),
-    re.compile(r"<think>.*\Z", re.DOTALL),
+    re.compile(rf"{_BEGIN}.*?{_END}", re.DOTALL),
+    re.compile(rf"\A.*{_END}", re.DOTALL),
+    re.compile(rf"{_BEGIN}.*\Z", re.DOTALL),
 )
 _ATOMS: Final = (str, int, float, bool, type(None), date, datetime, time)
 
 
 def without_thinking(text: str) -> str:
-    """Returns a text without its thinking blocks: what it says after `</think>`, or around `<think>…</think>`."""
+    """Returns a text without its thinking blocks: what it says after `</think>`, or around `<think>…</think>`.
+
+    `[THINK]` and `◁think▷` are such tags too.
+    """
     for pattern in _THINKING:
         text = pattern.sub("", text)
     return text.strip()

@@ -6,10 +6,11 @@
 
     groups = score(groups, ["rewards.py:exact"], timeout=10)
 
-A function is called once per completion with keywords: `prompt`, `completion`, `privileged_context` and every other
-column of the example; one without `**columns` gets those that it names. It may be `async`. The second thing that it
-may return is feedback about this very completion, which SDPO shows to the teacher. With several functions the reward
-is the weighted sum, and the feedback is that of all of them.
+A function is called once per completion with keywords: `prompt`, `completion`, `raw_completion`, `completion_ids`,
+`privileged_context` and every other column of the example; one without `**columns` gets those that it names. Of special
+tokens `completion` has tags that open and close alone, such as `<think>` and `</think>`; `raw_completion` has them all,
+the end too. It may be `async`. The second thing that it may return is feedback about this very completion, which SDPO
+shows to the teacher. With several functions the reward is the weighted sum, and the feedback is that of all of them.
 
 What a function gets wrong has one of two outcomes, whatever it was: an exception, NaN, infinity, None, something that
 is no number, more than `timeout` seconds. With `on_error="raise"` it stops the run as a `RewardError` that names
@@ -38,7 +39,7 @@ from functools import cached_property
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from ..errors import ArgumentError, SdcoreError
-from ..types import Group
+from ..types import Group, Rollout
 from .named import load
 
 RewardFunction: TypeAlias = Callable[..., Any]
@@ -100,7 +101,7 @@ def judge(
     if not rewards:
         return Scored(list(groups), {}, {})
     calls = [
-        _Call(reward, group, i, reward.arguments(group, group.rollouts[i].text))
+        _Call(reward, group, i, reward.arguments(group, group.rollouts[i]))
         for group in groups
         for i in range(len(group.rollouts))
         for reward in rewards
@@ -156,13 +157,15 @@ class Reward:
             getattr(self.function, "__call__", None)  # noqa: B004  # the method of an object, not whether there is one
         )
 
-    def arguments(self, group: Group, completion: str) -> dict[str, Any]:
+    def arguments(self, group: Group, rollout: Rollout) -> dict[str, Any]:
         """Returns what it is called with; what the trainer says comes before a column of the same name."""
         example = group.example
         offered = {
             **example.columns,
             "prompt": example.prompt,
-            "completion": completion,
+            "completion": rollout.text,
+            "raw_completion": rollout.text if rollout.raw_text is None else rollout.raw_text,
+            "completion_ids": rollout.completion_ids.tolist(),
             "privileged_context": example.privileged_context,
         }
         parameters = self._parameters.values()

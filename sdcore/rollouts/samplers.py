@@ -18,16 +18,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from ..contexts.rendering import turn_end
 from ..errors import ArgumentError
 from ..models import find_body
 from ..prefix.sampling import check_room, generate
 from ..types import Example, Group, Rollout
+
+NO_TAGS: Final = frozenset({"</s>", "[/INST]"})  # they end texts and turns
 
 
 class SampledCompletion(NamedTuple):
@@ -162,14 +165,16 @@ def sample_groups(
         longest = max(len(prompt) for prompt in prompts)
         check_room(find_body(model), longest, sampling.max_new_tokens, name="max_completion_length")
     completions_B = sampler.sample(model, prompts, **vars(sampling), seed=seed)
+    hidden = _hidden_ids(tokenizer)
     groups = []
     for example, prompt, completions in zip(examples, prompts, completions_B, strict=True):
         rollouts = tuple(
             Rollout(
                 completion_ids=completion.ids,
                 logprobs=completion.logprobs,
-                text=tokenizer.decode(completion.ids.tolist(), skip_special_tokens=True),
+                text=tokenizer.decode([token for token in completion.ids.tolist() if token not in hidden]),
                 finished=completion.finished,
+                raw_text=tokenizer.decode(completion.ids.tolist()),
             )
             for completion in completions
         )
@@ -177,13 +182,23 @@ def sample_groups(
     return groups
 
 
-def stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Returns the ids that end a completion: the tokenizer's end of sequence, and the model's generation config's.
+def _hidden_ids(tokenizer: Any) -> set[int]:
+    """Returns the special tokens that a text is shown without: all but tags, which are part of what is said."""
+    added = getattr(tokenizer, "tokenizer", tokenizer).added_tokens_decoder  # a processor has one
+    special = {token.content: token_id for token_id, token in added.items() if token.special}
+    closing = [text for text in special if "/" in text and text not in NO_TAGS]
+    pairs = [(text.replace("/", "", 1), text) for text in closing]
+    tags = {text for pair in pairs if pair[0] in special for text in pair}
+    return {token_id for text, token_id in special.items() if text not in tags}
 
-    A chat model often ends its turn with another token than a text.
+
+def stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Returns the ids that end a completion: the tokenizer's, the model's generation config's and the chat template's.
+
+    A chat model often ends its turn with another token than a text. Warns as `contexts.rendering.turn_end`.
     """
     config = getattr(getattr(model, "module", model), "generation_config", None)
-    entries = [getattr(tokenizer, "eos_token_id", None), getattr(config, "eos_token_id", None)]
+    entries = [getattr(tokenizer, "eos_token_id", None), getattr(config, "eos_token_id", None), turn_end(tokenizer)]
     flat = [token for entry in entries for token in (entry if isinstance(entry, list | tuple) else [entry])]
     return sorted({int(token) for token in flat if token is not None})
 

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler as TorchSampler
 
+from ..contexts.rendering import template_arguments, turn_end
 from ..errors import ArgumentError, DataError
 from ..types import Example, Group, Message, Rollout
 from .samplers import seed_of
 
 COMPLETION = "completion"
-PLAIN = ("text", "finished", "reward", "feedback")  # fields of a rollout that JSON has as they are
+PLAIN = ("text", "finished", "reward", "feedback", "raw_text")  # fields of a rollout that JSON has as they are
 
 
 class WindowOrder(TorchSampler[int]):
@@ -77,33 +78,39 @@ def given_completion(
 ) -> Rollout:
     """Returns the example's column `completion` as if it had been sampled, up to what ends it.
 
-    In a conversation it is rendered as the assistant's turn, where that begins with the prompt; else its own tokens and
-    the end of the sequence follow the prompt. Raises `DataError` where there is no such text.
+    In a conversation it is rendered as the assistant's turn, where that begins with the prompt and has an end; else its
+    own tokens follow the prompt, and the end of a turn or, in plain text, of the sequence. Raises `DataError` where
+    there is no such text.
     """
     text = example.columns.get(COMPLETION)
     if not isinstance(text, str):
         raise DataError(f"{example.source}: expected a text in column `{COMPLETION}`, got {type(text).__name__}")
-    ids = None if isinstance(example.prompt, str) else _rendered(example.prompt, text, tokenizer, chat_template_kwargs)
+    arguments = template_arguments(example, chat_template_kwargs)
+    ids = None if isinstance(example.prompt, str) else _rendered(example.prompt, text, tokenizer, arguments)
     start = prompt_ids.tolist()
-    if ids is not None and ids[: len(start)] == start:
-        ids = ids[len(start) :]
-        end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
-        ids = ids if end is None else ids[: end + 1]
+    answer = ids[len(start) :] if ids is not None and ids[: len(start)] == start else []
+    stop = next((i for i, token in enumerate(answer) if token in stop_ids), None)
+    if stop is not None:
+        ids = answer[: stop + 1]  # templates go on behind it, with a newline
     else:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if tokenizer.eos_token_id is not None:
-            ids = [*ids, tokenizer.eos_token_id]
+        end = None if isinstance(example.prompt, str) else turn_end(tokenizer)
+        end = tokenizer.eos_token_id if end is None else end
+        ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], *([] if end is None else [end])]
     finished = len(ids) <= max_length
     return Rollout(
-        completion_ids=torch.tensor(ids[:max_length], dtype=torch.int64), logprobs=None, text=text, finished=finished
+        completion_ids=torch.tensor(ids[:max_length], dtype=torch.int64),
+        logprobs=None,
+        text=text,
+        finished=finished,
+        raw_text=tokenizer.decode(ids[:max_length]),
     )
 
 
 def _rendered(
-    conversation: Sequence[Message], text: str, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None
+    conversation: Sequence[Message], text: str, tokenizer: Any, arguments: Mapping[str, Any]
 ) -> list[int] | None:
     messages = [*(dict(message) for message in conversation), {"role": "assistant", "content": text}]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **(chat_template_kwargs or {}))
+    rendered = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **arguments)
     return list(rendered["input_ids"])
 
 
@@ -134,4 +141,4 @@ def _as_json(rollout: Rollout) -> dict[str, Any]:
 def _from_json(saved: dict[str, Any]) -> Rollout:
     logprobs = None if saved["logprobs"] is None else torch.tensor(saved["logprobs"], dtype=torch.float32)
     ids = torch.tensor(saved["ids"], dtype=torch.int64)
-    return Rollout(completion_ids=ids, logprobs=logprobs, **{name: saved[name] for name in PLAIN})
+    return Rollout(completion_ids=ids, logprobs=logprobs, **{name: saved[name] for name in PLAIN if name in saved})

@@ -44,7 +44,7 @@ def test_a_function_gets_prompt_completion_and_the_rows_columns() -> None:
 
     score([group("a", "b", answer=4, level="easy")], [watch])
     common = {"prompt": "2 + 2?", "privileged_context": "four", "answer": 4, "level": "easy"}
-    assert seen == [common | {"completion": "a"}, common | {"completion": "b"}]
+    assert seen == [common | {"completion": t, "raw_completion": t, "completion_ids": [1]} for t in ("a", "b")]
 
 
 def test_a_function_without_columns_gets_those_that_it_names() -> None:

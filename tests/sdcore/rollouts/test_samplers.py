@@ -13,10 +13,20 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from sdcore.contexts import student_prompt_ids
+from sdcore.contexts import SuccessOrFeedback, student_prompt_ids
 from sdcore.errors import ArgumentError, DataError
 from sdcore.prefix import generate
-from sdcore.rollouts.samplers import FollowsWeights, ModelSampler, Sampler, completion_of, seed_of, whole_weights
+from sdcore.rollouts.rewards import score
+from sdcore.rollouts.samplers import (
+    FollowsWeights,
+    ModelSampler,
+    Sampler,
+    Sampling,
+    completion_of,
+    sample_groups,
+    seed_of,
+    whole_weights,
+)
 from sdcore.rollouts.window import WindowOrder, given_completion, load_rollouts, save_rollouts
 from sdcore.types import Example, Group, Rollout
 from sdcore.world import CHECKPOINT
@@ -236,3 +246,55 @@ def test_rollouts_are_saved_and_loaded_to_the_last_digit(tmp_path: Path) -> None
     assert second.completion_ids.dtype == torch.int64
     assert (second.logprobs, second.reward, second.feedback) == (None, None, None)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["rollouts-0.json"]
+
+
+SPECIAL_TAGS = {
+    "angles": ("<think>", "</think>"),
+    "brackets": ("[THINK]", "[/THINK]"),
+    "triangles": ("◁think▷", "◁/think▷"),
+    "another pair": ("<answer>", "</answer>"),
+}
+
+
+@pytest.mark.parametrize(("begin", "end"), SPECIAL_TAGS.values(), ids=SPECIAL_TAGS)
+def test_tags_that_are_special_tokens_are_seen_by_rewards_and_taken_out_of_attempts(begin: str, end: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    tokenizer.add_special_tokens({"additional_special_tokens": [begin, end, "<s>", "</s>", "<|channel|>"]})
+    said = f"{begin} euler root {end} <|channel|> </s> golden"
+    ids = torch.tensor([*tokenizer(said, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
+    assert tokenizer.convert_tokens_to_ids(begin) in ids
+
+    class Says:
+        def sample(self, model: Any, prompts: Any, **options: Any) -> Any:
+            return [[completion_of(ids.tolist(), [0.0] * len(ids), frozenset({tokenizer.eos_token_id}))]] * len(prompts)
+
+    row = Example(prompt="e0 = ?", source="rows:1")
+    prompts, sampling = [student_prompt_ids(row, tokenizer)], Sampling(max_new_tokens=9)
+    groups = sample_groups(Says(), torch.nn.Identity(), [row], prompts, sampling, tokenizer=tokenizer, seed=0)
+    seen: dict[str, Any] = {}
+
+    def look(completion: str, raw_completion: str, completion_ids: list[int]) -> float:
+        seen.update(completion=completion, raw=raw_completion, ids=completion_ids)
+        return float(end in completion)
+
+    (group,) = score(groups, [look])
+    assert group.rollouts[0].reward == 1
+    assert seen == {"completion": f"{begin} euler root {end} golden", "raw": f"{said} <eos>", "ids": ids.tolist()}
+    builder = SuccessOrFeedback(
+        template="{{ prompt }} {{ attempt }} {{ feedback }}", dont_reprompt_on_self_success=False
+    )
+    (teacher,) = builder.condition(group, tokenizer).teacher_prompts
+    shown = tokenizer.decode(teacher.tolist())
+    assert "golden" in shown
+    assert ("euler" in shown) is ("answer" in begin)
+
+
+def test_a_window_that_was_saved_keeps_what_was_said(tmp_path: Path) -> None:
+    ids = torch.tensor([5, 2])
+    rollout = Rollout(completion_ids=ids, logprobs=None, text="a", finished=True, raw_text="a <eos>")
+    group = Group(example=Example(prompt="q"), prompt_ids=ids, rollouts=(rollout,))
+    save_rollouts(tmp_path / "window.json", [[group]])
+    assert load_rollouts(tmp_path / "window.json")[0][0][0].raw_text == "a <eos>"
+    text = (tmp_path / "window.json").read_text().replace(', "raw_text": "a <eos>"', "")
+    (tmp_path / "window.json").write_text(text)  # as before there was one
+    assert load_rollouts(tmp_path / "window.json")[0][0][0].raw_text is None
