@@ -90,7 +90,7 @@ def one_thread() -> Iterator[None]:
 def torch_backend() -> Iterator[None]:
     """As on a machine without a C compiler, where `backend="auto"` on a CPU is "torch"."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sdkernels.driver.call._can_compile", lambda: False)
+        patch.setattr("sdkernels.driver.backends._can_compile", lambda: False)
         yield
 
 

@@ -289,6 +289,14 @@ def compute_dtype_of(*tensors: torch.Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def held_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns that of a gradient that waits for its upstream gradient, in which a loss scale may be.
+
+    float16 would have lost before what the scale is there to save.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def is_same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     """True where both are absent or lie in one memory: a detached bias is its original."""
     if a is None or b is None:
