@@ -246,7 +246,10 @@ class Gradients(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TileRows:
-    """What a backend needs beside the logits of a tile of C rows; None where the objective does not use it."""
+    """What a backend needs beside the logits of a tile of C rows; None where the objective does not use it.
+
+    Kernels take addresses and no strides, so what is not contiguous is copied here.
+    """
 
     student_bias: torch.Tensor | None = None  # (V,)
     teacher_bias: torch.Tensor | None = None  # (V,)
@@ -256,6 +259,11 @@ class TileRows:
     # Both sides go through one head without soft-cap, and teacher_logits hold the projection of the difference of their
     # hidden states, teacher minus student: rounded like itself, not like the logits.
     teacher_is_gap: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                object.__setattr__(self, name, value.contiguous())
 
     def part(self, block: slice) -> TileRows:
         """Returns what belongs to a block of the tile's rows."""

@@ -198,3 +198,14 @@ def test_float16_holds_a_float32_gradient_until_backward_and_no_other_dtype_does
             assert probe._live_bytes - 20011 * 16 * held < 1 << 12, dtype
         loss.backward()
         assert inputs.student_weight.grad.dtype == inputs.student_hidden.grad.dtype == dtype
+
+
+@passes
+def test_a_compiled_call_scales_alike(gradient: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_divergence, fullgraph=True, backend="aot_eager")
+    arguments = arguments_of("JSD", torch.float16, 2.0**16)
+    actual = run_operation(compiled, **arguments, gradient=gradient)
+    exact = run_operation(linear_divergence, **arguments, gradient=gradient)
+    for name in GRADIENTS:
+        torch.testing.assert_close(getattr(actual, name), getattr(exact, name), rtol=2e-3, atol=0)
