@@ -1,7 +1,7 @@
 """Operands of any strides: a transposed matrix, every other entry of a vector, one entry that stands for all.
 
-Kernels in Triton and C take addresses. Triton runs in its interpreter, which has to be chosen before triton is imported:
-without a GPU this file runs itself once more in a process with TRITON_INTERPRET=1.
+Kernels in Triton and C take addresses. Triton runs in its interpreter, which has to be chosen before triton is
+imported: without a GPU this file runs itself once more in a process with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
