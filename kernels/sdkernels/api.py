@@ -111,7 +111,8 @@ def linear_divergence(
             run (`gradient`, `workspace_mb`, `on_nonfinite`, `process_group`, `normalizer_group`).
         gradient: "in_forward" forms the gradients with the loss (4 matrix products in all), "recompute" in backward
             (6); "auto" recomputes only where the upstream gradient of each token must be known: `reduction="none"`
-            with a head that is trained.
+            with a head that is trained. Gradients of float16 that were formed in forward wait for backward in float32,
+            where a loss scale multiplies them before they are rounded: four bytes an entry of the head instead of two.
         workspace_mb: bound on everything beside inputs, outputs and gradients. None: 256, and with a trainable head
             on a GPU up to half the size of its float32 gradient.
         on_nonfinite: "propagate" lets NaN and inf through as plain PyTorch would; "raise" raises FloatingPointError.

@@ -248,7 +248,10 @@ class Gradients(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TileRows:
-    """What a backend needs beside the logits of a tile of C rows; None where the objective does not use it."""
+    """What a backend needs beside the logits of a tile of C rows; None where the objective does not use it.
+
+    Kernels take addresses and no strides, so what is not contiguous is copied here.
+    """
 
     student_bias: torch.Tensor | None = None  # (V,)
     teacher_bias: torch.Tensor | None = None  # (V,)
@@ -258,6 +261,11 @@ class TileRows:
     # Both sides go through one head without soft-cap, and teacher_logits hold the projection of the difference of their
     # hidden states, teacher minus student: rounded like itself, not like the logits.
     teacher_is_gap: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                object.__setattr__(self, name, value.contiguous())
 
     def part(self, block: slice) -> TileRows:
         """Returns what belongs to a block of the tile's rows."""
@@ -281,6 +289,14 @@ class RowValues(NamedTuple):
     teacher_logprobs: torch.Tensor | None
     student_entropy: torch.Tensor
     teacher_entropy: torch.Tensor | None
+
+
+def held_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns that of a gradient that waits for its upstream gradient, in which a loss scale may be.
+
+    float16 would have lost before what the scale is there to save.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def is_same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

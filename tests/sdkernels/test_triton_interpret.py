@@ -21,8 +21,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdkernels import reference
-from sdkernels.testing import allowed_error, relative_error
+from sdkernels import linear_divergence, reference
+from sdkernels.testing import (
+    allowed_error,
+    assert_within_reference_error,
+    make_arguments,
+    make_inputs,
+    relative_error,
+    run_operation,
+    run_reference,
+)
 from sdkernels.types import Objective, RowValues, TileRows
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -442,6 +450,19 @@ def test_topk_tile_selects_valid_ids_among_ties() -> None:
     assert all(len(row.unique()) == 20 for row in ids)
     assert (ids[1] % 3 == 0).all()
     torch.testing.assert_close(logprobs[0], torch.full((20,), -math.log(300), device=DEVICE))
+
+
+@in_this_process
+@pytest.mark.parametrize("gradient", ["in_forward", "recompute"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_a_loss_scale_costs_float16_no_digits(alpha: float, gradient: str) -> None:
+    inputs = make_inputs(12, 16, 301, noise=1e-2, masked=0.2, dtype=torch.float16, device=DEVICE)
+    scale = torch.tensor(2.0**16, device=DEVICE)
+    arguments = make_arguments(inputs, "JSD", alpha=alpha, upstream=scale)
+    actual = run_operation(linear_divergence, **arguments, backend="triton", gradient=gradient)
+    exact, plain = run_reference(**arguments), run_reference(**arguments, naive=True)
+    for name in ("hidden_gradient", "weight_gradient"):
+        assert_within_reference_error(*(getattr(run, name) for run in (actual, exact, plain)), name=name)
 
 
 @in_this_process

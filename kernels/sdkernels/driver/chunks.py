@@ -7,6 +7,7 @@ than one chunk of logits; `tiling` sizes the chunk so that all of it fits the wo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
@@ -19,7 +20,7 @@ from ..tile.elementwise import transform_
 from ..tile.head import fast_products
 from ..tile.threads import populated
 from ..tile.tiling import MOST_ROWS, block_rows, gradient_view, plan_tiling
-from ..types import Gradients, Objective, Operands, TileRows, is_same
+from ..types import Gradients, Objective, Operands, TileRows, held_dtype, is_same
 from ..vocab_parallel.backend import VocabularyParallel
 from ..vocab_parallel.shards import Shards
 from .backends import load_backend
@@ -123,7 +124,7 @@ class HeadWalk(RowWalk):
         make_head = self.backend.make_head
         self.groups = [(make_head(run[0][1][: self.vocab], self.dtype), [side[0] for side in run]) for run in runs]
         self.student_head = self.groups[0][0]
-        self.gradient_dtype = self.student_head.operand_dtype
+        self.gradient_dtype = self.dtype if self.student_head.narrow else self.student_head.operand_dtype
         hidden = operands.student_hidden
         once, per_row = self.backend.scratch_bytes(self.count, widest, hidden.device.type, objective.topk)
         head_once, head_per_row = map(max, zip(*(head.scratch_bytes() for head, _ in self.groups), strict=True))
@@ -203,12 +204,16 @@ class LogitGradient:
 
 
 class HeadGradients:
-    """Sums the gradients of hidden states and head chunk by chunk, the head's in the compute dtype."""
+    """Sums the gradients of hidden states and head chunk by chunk, the head's in the compute dtype.
 
-    def __init__(self, walk: HeadWalk, wanted: str) -> None:
+    `held`: they wait for an upstream gradient, in `held_dtype`.
+    """
+
+    def __init__(self, walk: HeadWalk, wanted: str, held: bool = False) -> None:
         self.walk = walk
+        self.result_dtype = held_dtype if held else lambda dtype: dtype
         hidden, weight = walk.operands.student_hidden, walk.operands.weight
-        self.hidden = torch.zeros_like(hidden) if "h" in wanted else None
+        self.hidden = torch.zeros_like(hidden, dtype=self.result_dtype(hidden.dtype)) if "h" in wanted else None
         self.chunk = hidden.new_empty((walk.chunk_rows if "h" in wanted else 0, hidden.shape[1]), dtype=walk.dtype)
         self.weight = populated(weight.new_empty(weight.shape, dtype=walk.dtype)) if "w" in wanted else None
         self.bias = weight.new_zeros(weight.shape[0], dtype=walk.dtype) if "b" in wanted else None
@@ -218,16 +223,25 @@ class HeadGradients:
         """Adds the products of one gradient tile (C, V); row i counts `scale · factors[i]` times."""
         head, vocab = self.walk.student_head, self.walk.vocab
         if self.bias is not None:
-            ones = gradient.new_ones(gradient.shape[0]) if factors is None else factors.to(gradient.dtype)
-            self.bias[:vocab] += (gradient.t() @ ones).to(self.bias.dtype) * scale
-        if head.narrow:
+            count, dtype = gradient.shape[0], self.bias.dtype
+            by_row = gradient.new_ones(count, dtype=dtype) if factors is None else factors
+            # A tile of 16 bits is widened, or the factors and the sum would be rounded like it.
+            step = count if gradient.dtype == dtype else block_rows(vocab, gradient.device.type)
+            for start in range(0, count, step):
+                block = slice(start, start + step)
+                self.bias[:vocab] += (gradient[block].to(dtype).t() @ by_row[block]) * scale
+        divisor = 1.0
+        if head.narrow and vocab:
             # The factors go in before the tile is rounded: in hidden rows they would be rounded once more.
-            gradient, factors = _narrowed(gradient, factors, head.weight.dtype), None
+            gradient, divisor = _narrowed(gradient, factors, head.weight.dtype)
+            factors = None
         if self.hidden is not None:
             chunk = self.chunk[: gradient.shape[0]]
             if vocab:
                 with fast_products(chunk.device, "gradient"):
                     head.hidden_gradient(gradient, chunk)
+                if divisor != 1.0:
+                    chunk.mul_(divisor)
             else:
                 chunk.zero_()
             if self.walk.shards is not None:
@@ -237,18 +251,18 @@ class HeadGradients:
         if self.weight is not None and vocab:
             hidden = self.walk.student_rows(rows)
             if factors is not None:
-                hidden = hidden * factors[:, None].to(hidden.dtype)
+                hidden = (hidden * factors[:, None]).to(hidden.dtype)
             with fast_products(hidden.device, "gradient"):
-                head.weight_gradient(gradient, hidden, self.weight[:vocab], scale, self.first)
+                head.weight_gradient(gradient, hidden, self.weight[:vocab], scale * divisor, self.first)
         self.first = False
 
     def result(self) -> Gradients:
         operands, weight, bias = self.walk.operands, self.weight, self.bias
         if weight is not None:
             weight[0 if self.first else self.walk.vocab :].zero_()
-            weight = weight.to(operands.weight.dtype)
+            weight = weight.to(self.result_dtype(operands.weight.dtype))
         if bias is not None and operands.student_bias is not None:
-            bias = bias.to(operands.student_bias.dtype)
+            bias = bias.to(self.result_dtype(operands.student_bias.dtype))
         return Gradients(self.hidden, weight, bias)
 
 
@@ -259,14 +273,26 @@ def _active_rows(token_weights: Tensor | None) -> Tensor | None:
     return None if active.numel() == token_weights.numel() else active
 
 
-def _narrowed(gradient: Tensor, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Rounds a tile (C, V) times its rows' factors into the first half of its rows' memory; the tile is gone."""
+def _narrowed(gradient: Tensor, factors: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """Rounds a tile (C, V) times its rows' factors to 16 bits; returns it, and what it has been divided by.
+
+    bfloat16 goes into the first half of the rows' memory: the tile is gone. float16 is divided by the power of two that
+    takes the largest entry to its upper end. Then all down to 2^-29 of that keep their digits.
+    """
+    if dtype == torch.float16:
+        by_row = gradient.new_ones(gradient.shape[0]) if factors is None else factors
+        low, high = gradient.aminmax(dim=1)
+        largest = float((torch.maximum(-low, high) * by_row.abs()).amax())
+        # Not so small that a factor over it could be infinite.
+        divisor = 2.0 ** max(math.frexp(largest)[1] - 15, -100) if math.isfinite(largest) else 1.0
+        rows = gradient.new_empty((gradient.shape[0], gradient.stride(0)), dtype=dtype)[:, : gradient.shape[1]]
+        return torch.mul(gradient, (by_row / divisor)[:, None], out=rows), divisor
     view = gradient_view(gradient, dtype)
     step = block_rows(gradient.shape[1], gradient.device.type)
     for start in range(0, gradient.shape[0], step):
         block = slice(start, start + step)
         view[block] = (gradient[block] if factors is None else gradient[block] * factors[block, None]).to(dtype)
-    return view
+    return view, 1.0
 
 
 def _part(tensor: Tensor | None, rows: Rows) -> Tensor | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op, register_autograd
 
-from ..types import Gradients, Objective, Operands, Setting
+from ..types import Gradients, Objective, Operands, Setting, held_dtype
 from ..validation import check_values
 from .passes import Values, divergence_pass, logprob_pass, topk_pass
 
@@ -98,12 +98,14 @@ def _no_second_order(ctx: Any, *upstream: Tensor | None) -> NoReturn:
 
 @custom_op(f"{NAMESPACE}::scale_gradient", mutates_args=())
 def scale_gradient(gradient: Tensor, upstream: Tensor, source: Tensor) -> Tensor:
-    """Returns `gradient` times `upstream`, () or a factor a row; `source` ties it to the graph: `_no_second_order`."""
-    factor = upstream if upstream.dim() == 0 else upstream[:, None]
-    return gradient * factor.to(gradient.dtype)
+    """Returns `gradient` times `upstream`, () or a factor a row, in the dtype of `source`.
+
+    That also ties it to the graph: `_no_second_order`.
+    """
+    return torch.mul(gradient, _factor(gradient, upstream), out=torch.empty_like(gradient, dtype=source.dtype))
 
 
-scale_gradient.register_fake(lambda gradient, upstream, source: torch.empty_like(gradient))
+scale_gradient.register_fake(lambda gradient, upstream, source: torch.empty_like(gradient, dtype=source.dtype))
 register_autograd(scale_gradient, _no_second_order)
 
 
@@ -115,10 +117,18 @@ def _scaled(saved: Tensors, upstream: Any, needed: tuple[bool, ...]) -> list[Ten
 
 
 def _scaled_in_place(gradient: Tensor, upstream: Tensor, source: Tensor) -> Tensor:
-    """Does it without a second tensor of the head's size; not even a pass where the factor is seen to be 1."""
-    if upstream.dim() == 0 and upstream.device.type == "cpu" and float(upstream) == 1.0:
-        return gradient
-    return gradient.mul_((upstream if upstream.dim() == 0 else upstream[:, None]).to(gradient.dtype))
+    """Does it without a second tensor of the head's size, but for float16: see `held_dtype`."""
+    factor = _factor(gradient, upstream)
+    if isinstance(factor, Tensor) or factor != 1.0:
+        torch.mul(gradient, factor, out=gradient)
+    return gradient.to(source.dtype)
+
+
+def _factor(gradient: Tensor, upstream: Tensor) -> Tensor | float:
+    """Returns what `gradient` is multiplied by. A tensor () would be rounded to its 16 bits first, these are not."""
+    if upstream.dim() == 0 and upstream.device.type == "cpu":
+        return float(upstream)
+    return upstream.reshape(-1, *[1] * (gradient.dim() - 1))
 
 
 def _graph_ends_here(upstream: Tensor) -> bool:
@@ -179,7 +189,10 @@ def _fake_divergence(operands: Operands, objective: Objective, setting: Setting,
         torch.empty_like(rows),
         torch.empty_like(none if cached else rows),
         hidden.new_empty((), dtype=torch.int64),
-        *_fake_gradients(operands, objective, setting, wanted),
+        *(
+            gradient.to(held_dtype(gradient.dtype)) if letter in wanted else gradient
+            for gradient, letter in zip(_fake_gradients(operands, objective, setting, wanted), "hwb", strict=True)
+        ),
     )
 
 

@@ -35,11 +35,12 @@ def divergence_pass(
 ) -> tuple[Values, Gradients]:
     """Returns values, and the wanted gradients of `Σ_i upstream_i · per_token_i / denominator` (upstream None: ones).
 
-    Where the operands are logits, theirs is the gradient "h".
+    Gradients that an upstream one is still to multiply are in `held_dtype`. Where the operands are logits, theirs is
+    the gradient "h".
     """
     if operands.student_weight is not None:
         walk = _head_walk(operands, objective, setting)
-        gradients = HeadGradients(walk, wanted)
+        gradients = HeadGradients(walk, wanted, held=upstream is None)
         values = _divergence_values(walk, gradients if wanted else None, setting, upstream)
         return values, gradients.result()
     logits = LogitWalk(operands, objective, setting.backend, setting.workspace_bytes)

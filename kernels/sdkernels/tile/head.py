@@ -4,6 +4,7 @@ Logits must not be rounded to 16 bits before the difference of two sides is take
 float32 outputs: by cuBLAS's mixed-precision products on a GPU. On a CPU PyTorch has no such product, so a tile of the
 head at a time is widened to float32, which costs a few percent of the products themselves. The two gradient products
 take a gradient tile rounded to 16 bits (0.2 % of it), on a GPU and on a CPU whose 16-bit products are the faster ones.
+float16 has too small a range for the tile as it is: the driver brings it there by a power of two (`narrow`).
 
 float32 products on a CPU go to oneDNN where that computes them exactly and is faster than what `torch.mm` picks.
 """
@@ -60,6 +61,11 @@ def left_to_onednn() -> frozenset[Product]:
     return faster if bool((product - exact).norm() < 1e-6 * exact.norm()) else frozenset()
 
 
+def has_mixed_products(weight: Tensor) -> bool:
+    """True where products of 16-bit factors have float32 results."""
+    return weight.device.type == "cuda" and weight.element_size() == 2
+
+
 def cpu_vendor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -106,17 +112,17 @@ class Head:
     """Multiplies rows by one (V, H) weight.
 
     `dtype` is that of the logits, `operand_dtype` that in which hidden rows are projected. `narrow`: the gradient
-    products take tile and hidden rows in the dtype of the weight instead.
+    products take tile and hidden rows in the dtype of the weight, to which the tile comes in `dtype` to be rounded.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         self.weight = weight
         self.dtype = dtype
-        self.mixed = weight.device.type == "cuda" and weight.element_size() == 2 and dtype == torch.float32
+        self.mixed = has_mixed_products(weight) and dtype == torch.float32
         self.cast = not self.mixed and weight.dtype != dtype
         self.operand_dtype = weight.dtype if self.mixed else dtype
-        narrow = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and prefers_bfloat16()
-        self.narrow = narrow and dtype == torch.float32
+        on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and prefers_bfloat16()
+        self.narrow = (on_cpu and dtype == torch.float32) or (self.mixed and weight.dtype == torch.float16)
         self.tile: Tensor | None = None
 
     def reserve(self, columns: int) -> None:
@@ -126,7 +132,8 @@ class Head:
 
     def scratch_bytes(self) -> tuple[int, int]:
         """Returns the bytes that a product needs beside its factors and the tile: once, and per row."""
-        return 0, 0
+        # A float16 tile is made beside the one that it is rounded from.
+        return 0, self.weight.element_size() * self.weight.shape[0] if self.mixed and self.narrow else 0
 
     def project(self, sides: list[Tensor], outs: list[Tensor]) -> None:
         """Writes hidden rows (R, H) · weightᵀ into each side's `out` (R, V); a cast tile serves all sides."""

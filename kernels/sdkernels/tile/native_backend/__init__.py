@@ -129,15 +129,13 @@ def _run(
     if teacher_logits is not None:
         job.teacher, job.teacher_stride = teacher_logits.data_ptr(), teacher_logits.stride(0)
     work = functions.sdkernels_divergence
-    ids, logprobs = rows.teacher_ids, rows.teacher_logprobs  # held: the job has their addresses
+    ids, logprobs = rows.teacher_ids, rows.teacher_logprobs
     if objective.support == "topk":
         work = functions.sdkernels_topk_divergence
         job.k, job.choose = objective.topk, teacher_logits is not None and objective.topk_of == "teacher"
         if ids is not None:
-            ids = ids.contiguous()
             job.k, job.ids = ids.shape[1], ids.data_ptr()
         if teacher_logits is None and logprobs is not None:
-            logprobs = logprobs.contiguous()
             job.logprobs = logprobs.data_ptr()
         job.tail = objective.tail and job.k < vocab
     threads = torch.get_num_threads() if count * vocab >= 2 * LEAST_ENTRIES else 1

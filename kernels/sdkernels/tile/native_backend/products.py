@@ -107,6 +107,7 @@ OPERATORS.define(
 @torch.library.impl(OPERATORS, "native_project", "CPU")
 def _project(sides: list[Tensor], weight: Tensor, outs: list[Tensor]) -> None:
     library, (vocab, width), rows = _library(), weight.shape, len(sides[0])
+    sides = [side.contiguous() for side in sides]
     packed = [_scratch(1, library.sdkernels_left_entries(rows, width)) for _ in sides]
     for side, left in zip(sides, packed, strict=True):
         library.sdkernels_pack_left(*_factor(side), rows, width, left.data_ptr())
@@ -159,6 +160,7 @@ def _hidden_gradient(gradient: Tensor, weight: Tensor, out: Tensor) -> None:
 @torch.library.impl(OPERATORS, "native_weight_gradient", "CPU")
 def _weight_gradient(gradient: Tensor, hidden: Tensor, out: Tensor, scale: float, first: bool) -> None:
     library, (vocab, width), rows = _library(), out.shape, len(hidden)
+    hidden = hidden.contiguous()
     packed, factors = _scratch(1, library.sdkernels_right_entries(rows, width)), torch.full((rows,), scale)
     library.sdkernels_pack_right(*_factor(hidden), rows, width, factors.data_ptr(), packed.data_ptr())
     parts = shares(vocab, step=TILE_ROWS, most=_threads(rows, out))
@@ -199,6 +201,7 @@ def _threads(rows: int, weight: Tensor) -> int:
 
 
 def _factor(x: Tensor) -> tuple[int, int, int]:
+    """Returns what the library knows of a matrix whose rows are contiguous."""
     return x.data_ptr(), CODES[x.dtype], x.stride(0)
 
 

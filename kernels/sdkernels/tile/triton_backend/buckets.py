@@ -177,7 +177,7 @@ def _bucket_divergence(
     values = Buckets(chosen.new_empty(count), torch.empty_like(chosen), chosen.new_empty(count))
     logprobs = None
     if chosen_teacher is None and rows.teacher_logprobs is not None:
-        logprobs = rows.teacher_logprobs.to(torch.float32).contiguous()
+        logprobs = rows.teacher_logprobs.to(torch.float32)
     with on_device(chosen):
         bucket_kernel[(count,)](
             ids,

@@ -102,7 +102,7 @@ def softmax_gradient(
             level,
             tilt,
             peak,
-            None if peak is None or target_ids is None else target_ids.contiguous(),
+            None if peak is None else target_ids,
             gradient,
             vocab,
             logits.stride(0),

@@ -203,7 +203,7 @@ def row_statistics(
             teacher,
             rows.student_bias,
             rows.teacher_bias if teacher is not None else None,
-            None if rows.target_ids is None else rows.target_ids.contiguous(),
+            rows.target_ids,
             array,
             groups if group else None,
             count,
