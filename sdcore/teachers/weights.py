@@ -162,7 +162,7 @@ def changed_base(student: nn.Module) -> str | None:
             return f"adapter {name!r} has init_lora_weights={init!r}, which changes the weights that it is on"
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
-    marks = (*PEFT_TYPE_TO_PREFIX_MAPPING.values(), "modules_to_save.", "token_adapter.")
+    marks = (*PEFT_TYPE_TO_PREFIX_MAPPING.values(), "adaption_", "modules_to_save.", "token_adapter.")
     trained = (name for name, weight in wrapper.base_model.named_parameters() if weight.requires_grad)
     beside = next((name for name in trained if not any(mark in name for mark in marks)), None)
     return None if beside is None else f"{beside} is trained beside the adapter"

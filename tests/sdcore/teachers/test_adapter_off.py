@@ -79,12 +79,14 @@ def test_without_its_adapter_a_student_is_the_base(options: dict[str, Any]) -> N
 @pytest.mark.parametrize("init", CHANGES)
 def test_an_initialisation_that_changes_the_base_is_refused_by_name_and_frozen_is_right(init: str) -> None:
     base, model = models(init_lora_weights=init)
-    frozen, trl = Snapshot(model), build_teacher("base", model, has_adapter=True, update_rate=0.1)
+    compiled: Any = torch.compile(model)
+    frozen: Any = Snapshot(model)
+    trl: Any = build_teacher("base", model, has_adapter=True, update_rate=0.1)
     origin = origin_of(model, SelfDistillationConfig(output_dir="unused", drift_probe_every=1), None, None)
     train(model)
     with model.disable_adapter():
         assert not torch.allclose(logits(model), logits(base), atol=1e-2)
-    for refuse in (lambda: OFF.build_teacher(model), lambda: AdapterOff().weights(torch.compile(model)).__enter__()):
+    for refuse in (lambda: OFF.build_teacher(model), lambda: AdapterOff().weights(compiled).__enter__()):
         with pytest.raises(UnsupportedModelError, match=rf"init_lora_weights='{init}'.*use teacher=\"frozen\""):
             refuse()
     for teacher in (frozen, trl, origin):
@@ -109,7 +111,7 @@ def test_what_is_trained_beside_the_adapter_is_refused_by_name(
         for name, module in model.named_modules():
             if name.endswith(also):
                 module.requires_grad_(True)
-    trl = build_teacher("base", model, has_adapter=True, update_rate=0.1)
+    trl: Any = build_teacher("base", model, has_adapter=True, update_rate=0.1)
     with pytest.raises(UnsupportedModelError, match=rf"({beside}) is trained beside the adapter"):
         OFF.build_teacher(model)
     train(model)
