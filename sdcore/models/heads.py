@@ -95,7 +95,7 @@ def read_layer(layer: nn.Module, *, model: nn.Module, name: str, dtype: torch.dt
     `model` is the outermost module, of which FSDP2's units are part; `name` is what errors call it; `dtype` is that of
     the states, in which a weight is dequantised. Raises `UnsupportedModelError` for a layer that is not one matrix.
     """
-    layer = _active(layer)
+    layer = in_use(layer)
     base = layer.get_base_layer() if _kind(layer) in LORA_LAYERS else layer  # type: ignore[operator]
     _require_matrix(base, name)
     adapters = list(_adapters(layer, name))
@@ -115,7 +115,7 @@ def read_layer(layer: nn.Module, *, model: nn.Module, name: str, dtype: torch.dt
 
 def count_rows(layer: nn.Module) -> int:
     """Counts the logits of a token, without gathering or dequantising anything."""
-    layer = _active(layer)
+    layer = in_use(layer)
     base: Any = layer.get_base_layer() if _kind(layer) in LORA_LAYERS else layer  # type: ignore[operator]
     # A copy that PEFT ties to the embeddings has in_features and out_features the wrong way round.
     return int(base.out_features if _kind(base) in QUANTISED_LAYERS else shape_of(base.weight)[0])
@@ -132,7 +132,7 @@ def _kind(layer: object) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _active(layer: Any) -> nn.Module:
+def in_use(layer: Any) -> nn.Module:
     """Returns, of PEFT's modules_to_save, a trained copy beside the original, the one that is in use."""
     if not (hasattr(layer, "modules_to_save") and hasattr(layer, "original_module")):
         return layer

@@ -171,7 +171,8 @@ class Method:
         if self.teacher == "live":
             return Live()
         if self.teacher == "adapter_off":
-            return AdapterOff()
+            with AdapterOff().weights(model):  # raises for a model that it is not right for
+                return AdapterOff()
         if self.teacher == "ema":
             return EMA(model, self.update_rate, device=device)
         if self.teacher == "periodic":

@@ -11,7 +11,8 @@ trainer does: use a method with an `importance_clip`.
 
 What differs from the obvious: an engine has weights of its own. `VLLMColocated` is handed the student's before every
 optimizer step, the first one too. `VLLMServer` writes them as safetensors into `weights_folder`, the folder that the
-server was started from, and asks it to read them again, which a server in development mode does. Without a folder the
+server was started from, in the files that are there, and asks it to read them again, which a server in development mode
+does. Weights of other names or shapes than the files have are refused and nothing is written. Without a folder the
 server goes on with the weights that it has, and the importance clip does what it can. Seeds are sent along, but a
 server that batches requests as they come need not repeat itself: that a resumed run gives the same numbers is a promise
 of `ModelSampler`.
@@ -30,24 +31,18 @@ import os
 import urllib.error
 import urllib.request
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..errors import ArgumentError, SdcoreError
-from ..models import find_body
+from .handover import whole_state, write_weights
 from .samplers import BaseSampler, SampledCompletion, Sampling, completion_of, seed_of
-
-WEIGHTS = "model.safetensors"
 
 
 class EngineError(SdcoreError, RuntimeError):
@@ -135,13 +130,6 @@ class VLLMServer(_Engine, Server):
     weights_folder: str | Path | None = None  # that the server reads its weights from; None: they stay as they are
     _step: int | None = field(default=None, init=False)  # whose weights the server has, as far as is known
 
-    def __post_init__(self) -> None:
-        if self.weights_folder is not None and (index := Path(self.weights_folder) / f"{WEIGHTS}.index.json").exists():
-            raise ArgumentError(
-                f"weights_folder must have all weights in one {WEIGHTS}, which is what is written there, got {index}, "
-                "by which the server would read others: save the model with max_shard_size='1TB'"
-            )
-
     def _drawn(
         self, prompts: list[list[int]], asked: list[dict[str, Any]], ends: frozenset[int]
     ) -> list[list[SampledCompletion]]:
@@ -158,11 +146,7 @@ class VLLMServer(_Engine, Server):
         weights = whole_state(model)
         distributed = dist.is_available() and dist.is_initialized()
         if not distributed or dist.get_rank() == 0:
-            folder = Path(self.weights_folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = folder / f".{WEIGHTS}.partial"
-            save_file(weights, partial, metadata={"format": "pt"})
-            partial.replace(folder / WEIGHTS)
+            write_weights(weights, Path(self.weights_folder))
             self.post("/collective_rpc", {"method": "reload_weights"})
             self.post("/reset_prefix_cache", {})
         if distributed:
@@ -238,47 +222,6 @@ class VLLMColocated(_Engine):
         except TypeError as error:
             raise EngineError(f"this vLLM takes no weights from memory (0.32 does): {error}") from error
         self.engine.reset_prefix_cache()
-
-
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """Returns a causal language model's weights by their names in its checkpoint: gathered, merged, on the CPU.
-
-    To be called by all ranks. Adapters are part of the weights that they are on; tied weights come once.
-    """
-    body = find_body(model)
-    with _merged(model):
-        weights: dict[str, Tensor] = {}
-        seen: set[int] = set()
-        for name, weight in body.causal_lm.state_dict(keep_vars=True).items():
-            name = name.replace("base_layer.", "")
-            if "lora_" in name or id(weight) in seen:
-                continue
-            seen.add(id(weight))
-            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
-            weights[name] = whole.detach().to("cpu", copy=True).contiguous()
-    return weights
-
-
-@contextmanager
-def _merged(model: nn.Module) -> Iterator[None]:
-    """Makes a PEFT adapter part of the weights that it is on, inside."""
-    inner: Any = model
-    while inner is not None and not hasattr(inner, "merge_adapter"):
-        inner = getattr(inner, "module", getattr(inner, "_orig_mod", None))
-    if inner is None:
-        yield
-        return
-    # Merging and unmerging rounds; so the weights are put back as they were.
-    before = {name: weight.detach().clone() for name, weight in inner.named_parameters()}
-    with torch.no_grad():
-        inner.merge_adapter()
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            inner.unmerge_adapter()
-            for name, weight in inner.named_parameters():
-                weight.copy_(before[name])
 
 
 __all__ = ["EngineError", "Server", "VLLMColocated", "VLLMServer", "whole_state"]

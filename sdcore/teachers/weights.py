@@ -104,17 +104,25 @@ class Frozen(StatefulTeacher):
 
 @dataclass(frozen=True)
 class AdapterOff(StatefulTeacher):
-    """Is the student without its PEFT adapter: the base model that LoRA training started from, at no memory."""
+    """Is the student without its PEFT adapter: the base model that LoRA training started from, at no memory.
+
+    Raises `UnsupportedModelError` for a student without an adapter, and for one whose other weights are not that base
+    model's: an `init_lora_weights` such as "pissa" takes out of them what the adapter starts with, and a bias or an
+    embedding that is trained beside the adapter is not switched off with it. `Snapshot` is right for all of these.
+    """
 
     shares_weights = False
 
     @contextmanager
     def weights(self, student: nn.Module) -> Iterator[nn.Module]:
-        wrapper: Any = student
-        while wrapper is not None and not hasattr(wrapper, "disable_adapter"):
-            wrapper = getattr(wrapper, "module", getattr(wrapper, "_orig_mod", None))
+        wrapper = peft_model(student)
         if wrapper is None:
             raise UnsupportedModelError(f"{type(student).__name__} has no adapter to switch off: it is no PeftModel")
+        if (reason := changed_base(wrapper)) is not None:
+            raise UnsupportedModelError(
+                f"{type(student).__name__} without its adapter is not the model that training started from, because "
+                f'{reason}: use teacher="frozen", which is Snapshot(student), or Frozen(base model)'
+            )
         # Switching an adapter on again makes it trainable, which it may not have been.
         trainable = [(weight, weight.requires_grad) for weight in wrapper.parameters()]
         try:
@@ -123,6 +131,34 @@ class AdapterOff(StatefulTeacher):
         finally:
             for weight, trained in trainable:
                 weight.requires_grad_(trained)
+
+
+# What `init_lora_weights` may say without taking anything out of the weights that the adapter is on.
+KEEPS_BASE = frozenset({"true", "false", "gaussian", "eva", "orthogonal", "mica"})
+
+
+def peft_model(student: nn.Module) -> Any:
+    """Returns the `PeftModel` in a student's wrappers; None where there is none."""
+    wrapper: Any = student
+    while wrapper is not None and not hasattr(wrapper, "disable_adapter"):
+        wrapper = getattr(wrapper, "module", getattr(wrapper, "_orig_mod", None))
+    return wrapper
+
+
+def changed_base(student: nn.Module) -> str | None:
+    """Says why a student without its adapter is not the model that training starts from; None where it is."""
+    if (wrapper := peft_model(student)) is None:
+        return None
+    for name, config in wrapper.peft_config.items():
+        init = getattr(config, "init_lora_weights", True)
+        if str(init).lower() not in KEEPS_BASE:
+            return f"adapter {name!r} has init_lora_weights={init!r}, which changes the weights that it is on"
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    marks = (*PEFT_TYPE_TO_PREFIX_MAPPING.values(), "adaption_", "modules_to_save.", "token_adapter.")
+    trained = (name for name, weight in wrapper.base_model.named_parameters() if weight.requires_grad)
+    beside = next((name for name in trained if not any(mark in name for mark in marks)), None)
+    return None if beside is None else f"{beside} is trained beside the adapter"
 
 
 @dataclass(frozen=True)

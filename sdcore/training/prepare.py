@@ -10,10 +10,11 @@ Not covered: what a model must be like, which `sdcore.models` says.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.utils import find_adapter_config_file
 
 from ..contexts import require_text
 from ..data import read_examples
@@ -73,23 +74,56 @@ def check_engine(state: Any) -> None:
 
 
 def loaded(model: Any, tokenizer: Any, args: SelfDistillationConfig, peft_config: Any) -> tuple[Any, Any]:
-    """Loads model and tokenizer that are given by name, or not at all. Raises what transformers raises."""
+    """Loads model and tokenizer that are given by name, or not at all. Raises what transformers raises.
+
+    An adapter's folder gives the adapter as it was saved, to be trained on. Raises `ArgumentError` for a `peft_config`
+    beside an adapter that is there already, and for a model of which nothing is trained.
+    """
     if isinstance(model, str):
         remote = args.trust_remote_code
+        has_adapter = find_adapter_config_file(model) is not None
+        if has_adapter and peft_config is not None:
+            _refuse_second_adapter(model)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, trust_remote_code=remote)
-        model = AutoModelForCausalLM.from_pretrained(model, dtype=args.model_dtype, trust_remote_code=remote)
+        options = {"dtype": args.model_dtype, "trust_remote_code": remote}
+        if has_adapter:
+            model = _peft().AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(model, **options)
     if tokenizer is None:
         if not model.config._name_or_path:
             raise ArgumentError("processing_class must be the tokenizer of a model that has no name, got None")
         tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
     if peft_config is not None:
-        try:
-            from peft import get_peft_model
-        except ImportError as error:
-            raise ImportError("peft_config needs PEFT: pip install 'sdcore[peft]'") from error
+        if getattr(model, "peft_config", None):
+            _refuse_second_adapter(type(model).__name__)
         set_seed(args.seed)  # of the adapter's random start
-        model = get_peft_model(model, peft_config)
+        model = _peft().get_peft_model(model, peft_config)
+    # Of an adapter that transformers loads, copies in modules_to_save are trained and the rest is not.
+    transformers_own = model.peft_config if getattr(model, "_hf_peft_config_loaded", False) else {}
+    resting = any(config.inference_mode for config in transformers_own.values())
+    if resting or not any(weight.requires_grad for weight in model.parameters()):
+        raise ArgumentError(
+            f"model must have weights that are trained, got a {type(model).__name__} without any, or with an adapter "
+            "for inference: give the adapter's folder by name, or PeftModel.from_pretrained(..., is_trainable=True)"
+        )
     return model, tokenizer
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("an adapter needs PEFT: pip install 'sdcore[peft]'") from error
+    return peft
+
+
+def _refuse_second_adapter(name: str) -> NoReturn:
+    """Raises, since an adapter on merged weights is saved with the name of the unmerged ones, and loses the first."""
+    raise ArgumentError(
+        f"peft_config must be None for a model that has an adapter already, which goes on being trained, got one for "
+        f"{name}: for a new adapter, save the model with the old one merged first (merge_and_unload, save_pretrained)"
+    )
 
 
 def built(given: Any, needed: bool, build: Callable[..., Any], model: nn.Module, args: SelfDistillationConfig) -> Any:

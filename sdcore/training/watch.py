@@ -29,7 +29,7 @@ from ..contexts.teacher_prompts import COUNTS
 from ..diagnostics import drift, leak, metrics, overlap
 from ..presets.method import Method
 from ..step import StepOutput
-from ..teachers import AdapterOff, Snapshot
+from ..teachers import Snapshot
 from .config import SelfDistillationConfig
 from .update import Batch
 
@@ -84,13 +84,16 @@ def due(every: int, step: int) -> bool:
 
 
 def origin_of(model: nn.Module, args: SelfDistillationConfig, teacher: Any, reference: Any) -> Any:
-    """Returns the model before training: a frozen teacher or an adapter's base where there is one, else a copy."""
+    """Returns the model before training: a frozen teacher where there is one, else a copy of what is trained.
+
+    Not an adapter's base, which is another model where the adapter has been trained before.
+    """
     if args.drift_probe_every == 0:
         return None
     for candidate in (reference, teacher, getattr(teacher, "reference", None)):
-        if type(candidate) in (Snapshot, AdapterOff):
+        if type(candidate) is Snapshot:
             return candidate
-    return AdapterOff() if hasattr(model, "disable_adapter") else Snapshot(model, device=args.teacher_device)
+    return Snapshot(model, device=args.teacher_device)
 
 
 class Tally:

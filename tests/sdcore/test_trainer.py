@@ -655,3 +655,60 @@ def test_the_sampler_is_asked_with_the_configs_options(tmp_path: Path) -> None:
     assert [a["temperature"] for a in asked] == [0.7, 0.7, 0.5, 0.5]  # as the arguments are at each step
     assert len({a["seed"] for a in asked}) == len(asked) == 4
     assert asked[0]["eos_token_id"] == (tokenizer().eos_token_id,)
+
+
+def after_a_first_run(folder: Path) -> Any:
+    """What a LoRA run leaves in its output folder; its model."""
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
+    first = trainer(folder, model=str(CHECKPOINT), peft_config=adapter, max_steps=2, learning_rate=1e-2)
+    first.train()
+    first.save_model()
+    return first.model
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.tensor([[1, 5, 9, 4]])).logits
+
+
+@pytest.mark.parametrize("given", ["folder", "checkpoint", "loaded"])
+def test_a_second_run_goes_on_from_what_the_adapter_of_the_first_learned(given: str, tmp_path: Path) -> None:
+    expected = logits_of(after_a_first_run(tmp_path / "first"))
+    model: Any = str(tmp_path / "first")
+    if given == "checkpoint":
+        model = str(next((tmp_path / "first").glob("checkpoint-*"), tmp_path / "first"))
+    if given == "loaded":
+        peft = pytest.importorskip("peft")
+        model = peft.PeftModel.from_pretrained(world_model(), model, is_trainable=True)
+    second = trainer(tmp_path / "second", model=model, max_steps=2, learning_rate=1e-2)
+    assert torch.allclose(logits_of(second.model), expected, atol=1e-5)
+    assert not torch.allclose(logits_of(world_model()), expected, atol=1e-3)
+    before = weights_of(second)
+    second.train()
+    changed = {name for name, weight in weights_of(second).items() if not torch.equal(weight, before[name])}
+    assert any("lora_" in name for name in changed)
+    assert all("lora_" in name or "modules_to_save" in name for name in changed)
+
+
+@pytest.mark.parametrize("given", ["folder", "PeftModel", "transformers"])
+def test_a_new_adapter_beside_one_that_is_there_is_refused(given: str, tmp_path: Path) -> None:
+    trained = after_a_first_run(tmp_path / "first")
+    peft = pytest.importorskip("peft")
+    model: Any = {"folder": str(tmp_path / "first"), "PeftModel": trained}.get(given)
+    model = model or AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    with pytest.raises(ArgumentError, match="peft_config must be None for a model that has an adapter already"):
+        trainer(tmp_path / "second", model=model, peft_config=peft.LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("given", ["frozen", "PeftModel", "transformers"])
+def test_a_model_of_which_nothing_is_trained_is_refused(given: str, tmp_path: Path) -> None:
+    model: Any = world_model().requires_grad_(False)
+    if given != "frozen":
+        peft = pytest.importorskip("peft")
+        after_a_first_run(tmp_path / "first")
+        load = AutoModelForCausalLM.from_pretrained
+        model = peft.PeftModel.from_pretrained(model, tmp_path / "first") if given == "PeftModel" else None
+        model = load(tmp_path / "first") if model is None else model
+    with pytest.raises(ArgumentError, match=r"model must have weights that are trained, .* is_trainable=True"):
+        trainer(tmp_path / "second", model=model)

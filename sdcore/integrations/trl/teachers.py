@@ -12,6 +12,9 @@ What differs from the obvious: TRL reads "base" and "ema" from the disk once mor
 student in memory is; starts an adapter's average at zero; and writes neither into a checkpoint. Here all three start
 from the student as it was given.
 
+An adapter such as PiSSA's, whose start is taken out of the weights below it, or one beside which other weights are
+trained, has no base that switching it off would give: "base" is a `Snapshot` there too.
+
 Not covered: a teacher of another model (`FusedDistillationTrainer` is for those).
 """
 
@@ -27,6 +30,7 @@ from transformers import TrainerCallback
 from ...errors import ArgumentError
 from ...teachers import EMA, AdapterOff, Live, Snapshot, Teacher, TrustRegion
 from ...teachers.ema import FILE_NAME
+from ...teachers.weights import changed_base
 
 FOLDER = "sdcore_teacher"  # of a checkpoint
 
@@ -49,7 +53,8 @@ def build_teacher(
     elif kind == "ema":
         teacher = EMA(student, update_rate, device=device)
     else:
-        teacher = AdapterOff() if has_adapter else Snapshot(student, device=device)
+        base = has_adapter and changed_base(student) is None
+        teacher = AdapterOff() if base else Snapshot(student, device=device)
     if trust_share is None:
         return teacher
     if kind == "live":

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sdcore.contexts import Demonstration, No, Solution, SuccessOrFeedback, Template
-from sdcore.errors import ArgumentError
+from sdcore.errors import ArgumentError, UnsupportedModelError
 from sdcore.presets import (
     GRPO,
     OPSD,
@@ -242,7 +242,8 @@ def test_a_loss_gets_every_field_that_is_about_it() -> None:
 def test_a_method_builds_its_teacher() -> None:
     model, other = nn.Linear(2, 2), nn.Linear(2, 2)
     assert isinstance(Method().build_teacher(model), Live)
-    assert isinstance(Method(teacher="adapter_off").build_teacher(model), AdapterOff)
+    with pytest.raises(UnsupportedModelError, match="Linear has no adapter to switch off"):
+        Method(teacher="adapter_off").build_teacher(model)
     average = Method(teacher="ema", update_rate=0.25).build_teacher(model)
     assert isinstance(average, EMA)
     assert average.update_rate == 0.25

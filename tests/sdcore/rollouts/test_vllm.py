@@ -13,14 +13,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from sdcore.errors import ArgumentError
 from sdcore.prefix import generate
 from sdcore.presets import SDPO
 from sdcore.rollouts.samplers import FollowsWeights, ModelSampler, Sampler
-from sdcore.rollouts.vllm import EngineError, VLLMColocated, VLLMServer, whole_state
-from sdcore.world import CHECKPOINT
+from sdcore.rollouts.vllm import EngineError, VLLMColocated, VLLMServer
 from sdcore.world.data import with_feedback
 from tests.processes import serving
 from tests.sdcore.trainer_runs import SHOW_ATTEMPT, lines, tokenizer, trainer, world_model
@@ -161,34 +159,12 @@ def test_a_trainer_samples_from_a_server_that_follows_its_weights(server: Any, t
     assert [line["completions/count"] for line in lines(tmp_path / "run")] == [16, 16, 16]
 
 
-def test_a_folder_of_which_the_server_would_read_other_weights_is_refused(tmp_path: Path) -> None:
-    world_model().save_pretrained(tmp_path, max_shard_size="100KB")
-    with pytest.raises(ArgumentError, match=r"weights_folder must have all .* got .*index.json"):
-        VLLMServer("http://localhost:8000", model="policy", weights_folder=tmp_path)
-
-
 def test_nothing_is_left_to_the_models_generation_config(server: Any) -> None:
     ask(VLLMServer(server.url, model="policy"))
     for _, body, _ in server.fake.requests:
         neutral = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
         wanted = neutral | {"top_p": 1.0, "top_k": -1, "temperature": 1.0, "ignore_eos": True}
         assert {name: body[name] for name in wanted} == wanted
-
-
-def test_an_adapter_is_merged_into_the_weights_that_are_handed_over_and_stays_as_it_was() -> None:
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(world_model(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight.data)
-    before = {name: weight.clone() for name, weight in model.named_parameters()}
-    plain = AutoModelForCausalLM.from_pretrained(CHECKPOINT)
-    missing = plain.load_state_dict(whole_state(model), strict=True)
-    assert not missing.missing_keys
-    ids = torch.tensor([[1, 5, 9, 4]])
-    with torch.no_grad():
-        assert torch.allclose(plain(ids).logits, model(ids).logits, atol=1e-4)
-    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
 
 
 def test_a_colocated_engine_without_vllm_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
