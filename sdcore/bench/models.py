@@ -110,3 +110,8 @@ def described(names: Iterable[str], until: str = "") -> tuple[str, str]:
 def with_layers(name: str, layers: int | None) -> str:
     """Returns the name of a model whose layers are cut; None leaves it."""
     return name if layers is None else f"{name}, {layers} layers"
+
+
+def folder_name(text: str) -> str:
+    """Writes the name of a device, a model or a choice as a folder is called."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -13,14 +13,13 @@ so has a run that is not the suite's own: `quick`, `grid`, or what was chosen on
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from ..errors import ArgumentError
-from .models import REAL_MODELS
+from .models import REAL_MODELS, folder_name
 
 SOURCE: Final = Path(__file__).resolve().parents[2]
 ELSEWHERE: Final = "sdcore-bench"
@@ -154,10 +153,6 @@ def result_path(*, suite: str, device: str, date: str, variant: str = "", output
         return output / f"{suite}-{date}.json"
     folder = results_folder() / device
     return folder / ("" if suite == DIVERGENCE else suite) / folder_name(variant) / f"{date}.json"
-
-
-def folder_name(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def newest_results(results: Path, suite: str = "") -> list[Path]:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .options import folder_name
+from .models import folder_name
 from .shapes import Divergence, Shape
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "orda-kernel", "flash-linear-attention")
