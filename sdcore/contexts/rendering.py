@@ -13,7 +13,7 @@ as it does everywhere in transformers). Images, sound and other inputs beside th
 columns such as `pixel_values`: what runs the model takes token ids alone, so they are refused, by row.
 
 Columns that chat templates read, `tools`, `documents` and a row's own `chat_template_kwargs`, go to the template, as
-lists and objects or as their JSON; where they change nothing, the row is refused.
+lists and objects or as their JSON. A row whose `tools` or `documents` change nothing is refused.
 """
 
 from __future__ import annotations
@@ -76,9 +76,7 @@ def student_prompt_ids(
     require_text([example])
     arguments = template_arguments(example, chat_template_kwargs)
     ids = prompt_ids(example.prompt, tokenizer, chat_template_kwargs=arguments, source=example.source)
-    for name in TEMPLATE_INPUTS:
-        if not _is_there(example.columns.get(name)):
-            continue
+    for name in _template_columns(example):
         if isinstance(example.prompt, str):
             why = "the prompt is plain text, which no chat template renders"
         elif name in arguments and torch.equal(ids, _without(name, example, tokenizer, arguments)):
@@ -98,19 +96,28 @@ def template_arguments(example: Example, chat_template_kwargs: Mapping[str, Any]
     Raises `ContextError`, which names row and column.
     """
     given: dict[str, Any] = {}
+    for name, value in _template_columns(example).items():
+        given |= value if TEMPLATE_INPUTS[name] is dict else {name: value}
+    return dict(chat_template_kwargs or {}) | given
+
+
+def _template_columns(example: Example) -> dict[str, Any]:
+    """Returns the columns that are for the chat template and hold something, by their names."""
+    columns: dict[str, Any] = {}
     for name, expected in TEMPLATE_INPUTS.items():
         value = example.columns.get(name)
         if isinstance(value, str):  # as data sets have it whose tables know no nested columns
             with suppress(json.JSONDecodeError):
-                value = json.loads(value)
+                value = json.loads(value) if value.strip() else None
+        else:
+            value = without_null(value)
         if not _is_there(value):
             continue
         if not isinstance(value, expected):
             kind = "an object" if expected is dict else "a list"
             raise ContextError(f"{example.source}: column `{name}` must be {kind}, or its JSON, got {value!r:.80}")
-        value = without_null(value)
-        given |= value if expected is dict else {name: value}
-    return dict(chat_template_kwargs or {}) | given
+        columns[name] = value
+    return columns
 
 
 def _without(name: str, example: Example, tokenizer: Any, arguments: Mapping[str, Any]) -> Tensor:

@@ -196,9 +196,15 @@ class _Decoder:
 def _require_right(body: Body, *, padded: bool) -> None:
     """Refuses a model that goes on from its cache otherwise than it reads a whole sequence.
 
-    The ranks of a sharded model all sample, so they all get here together.
+    The ranks of a sharded model all sample and get here together, but each has prompts of its own: they ask both
+    questions, in one order.
     """
-    problem = once(body, f"generate, {padded=}, {body.sharded is not None=}", lambda: _departure(body, padded=padded))
+    together = body.sharded is not None
+    problems = {
+        kind: once(body, f"generate, {kind=}, {together=}", partial(_departure, body, padded=kind), together=together)
+        for kind in ((False, True) if together else (padded,))
+    }
+    problem = problems[padded]
     if problem is not None:
         advice = "give it prompts of one length at a time, or sample" if padded else "sample"
         where = " after prompts of several lengths, padded on the left," if padded else ""

@@ -40,20 +40,23 @@ def disagreement(body: Body, strategy: ModuleType, own_plan: Plan, verify: Verif
     """Says how much the strategy's module differs from naive; None where it computes the same."""
     if verify == "always":
         return _compare(body, strategy, own_plan)
-    # One rank may have met this kind of model before, and another not.
-    anew = bool(ranks.most(body, not _met(body, strategy.__name__))[0])
-    return once(body, strategy.__name__, lambda: _compare(body, strategy, short_plan(body)), anew=anew)
+    return once(body, strategy.__name__, lambda: _compare(body, strategy, short_plan(body)), together=True)
 
 
-def once(body: Body, what: str, check: Callable[[], str | None], *, anew: bool = False) -> str | None:
-    """Returns what the check says of a kind of model, which is asked when first met, or `anew`."""
-    if anew or not _met(body, what):
-        _VERDICTS[_kind(body, what)] = check()
-    return _VERDICTS[_kind(body, what)]
+def once(body: Body, what: str, check: Callable[[], str | None], *, together: bool) -> str | None:
+    """Returns what the check says of a kind of model, which is asked when it is first met.
 
-
-def _met(body: Body, what: str) -> bool:
-    return _kind(body, what) in _VERDICTS
+    `together`: all ranks call this, and check where one of them has not met the kind, since a check has collectives.
+    What is refused stays refused: the reason of an `UnsupportedModelError` is the verdict.
+    """
+    kind = _kind(body, what)
+    anew = kind not in _VERDICTS
+    if bool(ranks.most(body, anew)[0]) if together else anew:
+        try:
+            _VERDICTS[kind] = check()
+        except UnsupportedModelError as error:
+            _VERDICTS[kind] = str(error)
+    return _VERDICTS[kind]
 
 
 def _kind(body: Body, what: str) -> tuple[object, ...]:
@@ -126,7 +129,10 @@ def departure(
     for rows, padded, alone in compared:
         error = max(error, _difference(rows, alone, share))
         noise = max(noise, _difference(padded, alone, share))
-    allowed = max(4 * noise, max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) ** (2 / 3))
+    # TF32 and autocast round float32 products to fewer digits, and may do it alike in what is the noise here.
+    reduced = torch.get_float32_matmul_precision() != "highest" or torch.is_autocast_enabled(body.device.type)
+    least = torch.finfo(torch.bfloat16 if reduced and dtype == torch.float32 else torch.float32).eps
+    allowed = max(4 * noise, max(torch.finfo(dtype).eps, least) ** (2 / 3))
     return error > allowed, (
         f"differ by {error:.1e} of their size, where naive differs by {noise:.1e} from itself "
         f"and {allowed:.1e} is allowed"

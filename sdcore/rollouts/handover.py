@@ -13,6 +13,7 @@ layer has none), quantised models, weights partitioned by DeepSpeed.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -143,15 +144,18 @@ def _merge(layer: Any, prefix: str) -> None:
         ) from error
 
 
-def write_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
+def write_weights(weights: Mapping[str, Tensor], folder: Path, *, tied: Mapping[str, str] | None = None) -> None:
     """Writes weights into a checkpoint's folder, each into the file that it is in; where there is none, into one.
 
-    Raises `ArgumentError`, before anything is written, where the folder's files have other names or shapes.
+    `tied`: name → the weight that it is tied to, for files that hold both. Raises `ArgumentError`, before anything is
+    written, where the folder's files have other names or shapes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    layout = {path: _shapes(path) for path in sorted(folder.glob("*.safetensors"))}
-    own = {name: tuple(weight.shape) for name, weight in weights.items()}
+    layout = {path: _shapes(path) for path in _files(folder)}
     there = {name: shape for shapes in layout.values() for name, shape in shapes.items()}
+    again = {name: weights[of].clone() for name, of in (tied or {}).items() if name in there and of in weights}
+    weights = again | dict(weights)
+    own = {name: tuple(weight.shape) for name, weight in weights.items()}
     if layout and own != there:
         lacks, more = sorted(there.keys() - own.keys()), sorted(own.keys() - there.keys())
         other = [f"{name} {there[name]} and not {own[name]}" for name in own if own[name] != there.get(name, own[name])]
@@ -168,6 +172,14 @@ def write_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
         partial = path.with_name(f".{path.name}.partial")
         save_file({name: weights[name] for name in names}, partial, metadata={"format": "pt"})
         partial.replace(path)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Returns the files that an engine reads a checkpoint from: the index's, or the one, and not what lies beside."""
+    index = folder / f"{WEIGHTS}.index.json"
+    if index.exists():
+        return sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    return [folder / WEIGHTS] if (folder / WEIGHTS).exists() else []
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:

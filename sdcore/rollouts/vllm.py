@@ -41,6 +41,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, SdcoreError
+from ..models import find_body
 from .handover import whole_state, write_weights
 from .samplers import BaseSampler, SampledCompletion, Sampling, completion_of, seed_of
 
@@ -145,12 +146,19 @@ class VLLMServer(_Engine, Server):
         self._step = step
         weights = whole_state(model)
         distributed = dist.is_available() and dist.is_initialized()
+        refusals: list[Exception | None] = [None]
         if not distributed or dist.get_rank() == 0:
-            write_weights(weights, Path(self.weights_folder))
-            self.post("/collective_rpc", {"method": "reload_weights"})
-            self.post("/reset_prefix_cache", {})
-        if distributed:
-            dist.barrier()
+            try:
+                tied = getattr(find_body(model).causal_lm, "all_tied_weights_keys", None)
+                write_weights(weights, Path(self.weights_folder), tied=tied)
+                self.post("/collective_rpc", {"method": "reload_weights"})
+                self.post("/reset_prefix_cache", {})
+            except (ArgumentError, EngineError, OSError) as error:
+                refusals = [error]
+        if distributed:  # the others wait for it, and end with it
+            dist.broadcast_object_list(refusals)
+        if refusals[0] is not None:
+            raise refusals[0]
 
     def _completions(self, answer: Mapping[str, Any], count: int, ends: frozenset[int]) -> list[SampledCompletion]:
         try:

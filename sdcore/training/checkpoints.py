@@ -154,7 +154,13 @@ class OwnState:
     def load(self, folder: Path) -> dict[str, int]:
         """Puts the states back; returns what was seen."""
         for name, one in self.stateful.items():
-            one.load(folder / name)
+            try:
+                one.load(folder / name)
+            except FileNotFoundError as error:
+                raise CheckpointError(
+                    f"{folder} has no state of the run's {name}: it was written by a run with other settings (teacher, "
+                    "or drift_probe_every), or by an earlier version"
+                ) from error
         saved = _own_file(folder)
         return {"samples": saved["samples"], "tokens": saved["tokens"]}
 

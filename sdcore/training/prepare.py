@@ -97,8 +97,9 @@ def loaded(model: Any, tokenizer: Any, args: SelfDistillationConfig, peft_config
     if peft_config is not None:
         if getattr(model, "peft_config", None):
             _refuse_second_adapter(type(model).__name__)
+        peft = _peft()
         set_seed(args.seed)  # of the adapter's random start
-        model = _peft().get_peft_model(model, peft_config)
+        model = peft.get_peft_model(model, peft_config)
     # Of an adapter that transformers loads, copies in modules_to_save are trained and the rest is not.
     transformers_own = model.peft_config if getattr(model, "_hf_peft_config_loaded", False) else {}
     resting = any(config.inference_mode for config in transformers_own.values())

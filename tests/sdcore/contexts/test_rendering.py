@@ -119,6 +119,22 @@ def test_nothing_in_a_column_is_no_column() -> None:
     assert len(student_prompt_ids(row, of_template(None)))
 
 
+@pytest.mark.parametrize("nothing", ["", " ", "[]", "null"])
+def test_nothing_written_as_text_is_no_column_either(nothing: str) -> None:
+    tokenizer = of_template(READS_COLUMNS)
+    for prompt in ("plain text", user("What is 3 + 4?")):
+        plain = student_prompt_ids(Example(prompt=prompt), tokenizer)
+        assert torch.equal(student_prompt_ids(Example(prompt=prompt, columns={"tools": nothing}), tokenizer), plain)
+
+
+def test_a_null_that_json_spells_reaches_the_template() -> None:
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"a": {"default": None}}}}]
+    tokenizer, prompt = of_template(READS_COLUMNS), user("What is 3 + 4?")
+    wanted = tokenizer.apply_chat_template(list(prompt), tools=tools, add_generation_prompt=True, return_dict=False)
+    row = Example(prompt=prompt, columns={"tools": json.dumps(tools)})
+    assert student_prompt_ids(row, tokenizer).tolist() == wanted
+
+
 def that_adds(single: str) -> Any:
     model = Tokenizer.from_str(chat_tokenizer("qwen")._tokenizer.to_str())
     special = [(token, model.token_to_id(token)) for token in ("<bos>", "<pad>", "<|im_end|>")]

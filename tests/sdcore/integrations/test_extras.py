@@ -31,7 +31,7 @@ REQUIRED_BY_OTHERS = {"requests"}
 # Modules that are one dependency's alone, and fail without it; who asks for them says what to install.
 ITS_OWN = {
     "trl": ("sdcore.integrations.trl.",),
-    "triton": ("sdkernels.tile.triton_backend", "sdkernels.tuning"),
+    "triton": ("sdkernels.tile.triton_backend", "sdkernels.tuning", "sdkernels.compile_check"),
 }
 
 # What uses a dependency, and what its error must say without.

@@ -166,3 +166,18 @@ def test_a_teachers_own_model_is_verified_too(monkeypatch: pytest.MonkeyPatch) -
         report = run(tiny("llama"), short_plan(), teacher).report
     assert report.teacher is not None
     assert (report.student.strategy, report.teacher.strategy) == ("packed", "naive")
+
+
+def test_what_a_model_raised_while_it_was_checked_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def raises(*_: object, **__: object) -> None:
+        calls.append(1)
+        raise TypeError("an argument that this model does not take")
+
+    monkeypatch.setattr(packed, "hidden_states", raises)
+    monkeypatch.setattr(cached, "hidden_states", raises)
+    model = tiny("llama")
+    with pytest.warns(UserWarning, match="without sharing prefixes"):
+        chosen = [run(model, short_plan()).report.student.strategy for _ in range(3)]
+    assert (chosen, len(calls)) == (["naive"] * 3, 2)  # one for each strategy

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -233,6 +233,22 @@ def test_weights_are_written_into_the_files_that_they_are_in(shards: str, tmp_pa
     assert {path.name: set(safe_open(path, "pt").keys()) for path in tmp_path.glob("*.safetensors")} == files
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(changed), atol=2e-5)
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
+
+
+def test_a_file_with_both_names_of_a_tied_weight_gets_both_and_what_lies_beside_is_left(tmp_path: Path) -> None:
+    model: Any = models.tied().float()
+    weights = whole_state(model)
+    tied = model.all_tied_weights_keys
+    assert "lm_head.weight" not in weights
+    assert tied["lm_head.weight"] in weights
+    both = weights | {"lm_head.weight": weights[tied["lm_head.weight"]].clone()}
+    save_file({name: torch.zeros_like(weight) for name, weight in both.items()}, tmp_path / "model.safetensors")
+    save_file({"other": torch.zeros(2)}, tmp_path / "consolidated.safetensors")
+    write_weights(weights, tmp_path, tied=tied)
+    written = load_file(tmp_path / "model.safetensors")
+    assert written.keys() == both.keys()
+    assert all(torch.equal(written[name], weight) for name, weight in both.items())
+    assert load_file(tmp_path / "consolidated.safetensors").keys() == {"other"}
 
 
 def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
