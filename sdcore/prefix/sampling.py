@@ -196,13 +196,14 @@ class _Decoder:
 def _require_right(body: Body, *, padded: bool) -> None:
     """Refuses a model that goes on from its cache otherwise than it reads a whole sequence.
 
-    The ranks of a sharded model all sample and get here together, but each has prompts of its own: they ask both
-    questions, in one order.
+    The ranks of a sharded model all sample and get here together, but each has prompts of its own: at the first call
+    they ask both questions, in one order. No collective of ours: where the weights were gathered for sampling
+    (`rollouts.samplers.whole_weights`), ranks may sample unequally often.
     """
-    together = body.sharded is not None
+    sharded = body.sharded is not None
     problems = {
-        kind: once(body, f"generate, {kind=}, {together=}", partial(_departure, body, padded=kind), together=together)
-        for kind in ((False, True) if together else (padded,))
+        kind: once(body, f"generate, {kind=}, {sharded=}", partial(_departure, body, padded=kind), together=False)
+        for kind in ((False, True) if sharded else (padded,))
     }
     problem = problems[padded]
     if problem is not None:
