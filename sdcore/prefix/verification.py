@@ -8,7 +8,8 @@ How much may differ is not a constant: it is four times what naive itself differ
 sequence at a time, and never less than eps^(2/3) of the dtype (2e-5 in float32, 4 % in bfloat16), which rounding does
 not reach and a wrong position, a lost prefix token or completions that see each other exceed. Float64 models are held
 to float32's, in which transformers computes norms and recurrences anyway. In 16 bits a router that is undecided between
-two experts may take either, so of a mixture of experts the worst tenth of the states may differ more.
+two experts may take either, so of a mixture of experts the worst tenth of the states may differ more. Float32 models
+whose products are rounded to fewer digits, by TF32 or autocast, are held to bfloat16's.
 
 Not covered: what short sequences cannot show, such as a sliding window of thousands of tokens; `verify="always"`
 compares on the plan itself, at the price of a naive pass. In 16 bits, a freshly initialised model hides such faults.
@@ -51,7 +52,9 @@ def once(body: Body, what: str, check: Callable[[], str | None], *, together: bo
     """
     kind = _kind(body, what)
     anew = kind not in _VERDICTS
-    if bool(ranks.most(body, anew)[0]) if together else anew:
+    if together:
+        anew = bool(ranks.most(body, anew)[0])
+    if anew:
         try:
             _VERDICTS[kind] = check()
         except UnsupportedModelError as error:

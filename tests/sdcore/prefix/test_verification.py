@@ -17,7 +17,7 @@ from sdcore.prefix.choice import STRATEGIES
 from sdcore.prefix.runner import run
 from sdcore.prefix.strategies import cached, caches, packed
 from sdcore.prefix.strategies.caches import PrefixCache, TrunkStates
-from sdcore.prefix.verification import disagreement, forget
+from sdcore.prefix.verification import departure, disagreement, forget
 from sdcore.teachers import Frozen
 from tests.sdcore.prefix.models import CONFIGS, HYBRIDS, tiny, tokens_of
 from tests.sdcore.prefix.trees import random_plan, short_plan
@@ -181,3 +181,16 @@ def test_what_a_model_raised_while_it_was_checked_is_remembered(monkeypatch: pyt
     with pytest.warns(UserWarning, match="without sharing prefixes"):
         chosen = [run(model, short_plan()).report.student.strategy for _ in range(3)]
     assert (chosen, len(calls)) == (["naive"] * 3, 2)  # one for each strategy
+
+
+def test_float32_products_of_fewer_digits_are_held_to_their_own_rounding() -> None:
+    body, rows = find_body(tiny("llama")), torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    compared = [(rows * 1.001, rows, rows)]
+    assert departure(body, compared, torch.float32)[0]
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert not departure(body, compared, torch.float32)[0]
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert departure(body, compared, torch.float32)[0]
