@@ -30,7 +30,7 @@ COMMON = hypothesis.settings(
     deadline=None, database=None, print_blob=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.register_profile("fixed", COMMON, derandomize=True, max_examples=100)
-hypothesis.settings.register_profile("random", COMMON, max_examples=1000)
+hypothesis.settings.register_profile("random", COMMON, derandomize=False, max_examples=1000)
 hypothesis.settings.load_profile("fixed")  # --hypothesis-profile=random comes after it
 
 
