@@ -15,7 +15,8 @@ server was started from, in the files that are there, and asks it to read them a
 does. Weights of other names or shapes than the files have are refused and nothing is written. Without a folder the
 server goes on with the weights that it has, and the importance clip does what it can. Seeds are sent along, but a
 server that batches requests as they come need not repeat itself: that a resumed run gives the same numbers is a promise
-of `ModelSampler`.
+of `ModelSampler`. A server that is away or busy for a moment is asked again. That is safe for all that is asked here: a
+completion changes nothing, and weights that are read twice, or a cache that is emptied twice, are the same as once.
 
 Tested against a small fake of the HTTP protocol and of the engine's interface, and, where there is one, against vLLM
 itself (tests/sdcore/rollouts/test_engine.py; docs/methods.md says which version was tried).
@@ -25,11 +26,16 @@ Not covered: several servers, and handing over an adapter by itself (it is merge
 
 from __future__ import annotations
 
+import http.client
 import importlib
 import json
 import os
+import ssl
+import time
 import urllib.error
+import urllib.parse
 import urllib.request
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -50,19 +56,53 @@ class EngineError(SdcoreError, RuntimeError):
     """Says that an engine cannot be reached, or answers what was not asked."""
 
 
+class _Hiccup(EngineError):
+    """Says what may have passed when the same is asked again."""
+
+
+FIRST_PAUSE = 0.5  # seconds before a request is sent again, twice as many each time
+LONGEST_PAUSE = 15.0
+# Request Timeout, Too Many Requests, Bad Gateway, Service Unavailable, Gateway Timeout.
+PASSING = frozenset({408, 429, 502, 503, 504})
+
+
 @dataclass(kw_only=True)
 class Server:
-    """Asks an engine over HTTP. Raises `EngineError` where it fails, with its address and words."""
+    """Asks an engine over HTTP. Raises `EngineError` where it fails, with its address and words.
+
+    What may pass is asked again, after longer and longer pauses: a connection that is refused, reset or cut off, a name
+    that is not known now, half an answer, the statuses 408, 429, 502, 503 and 504. Other statuses, and no answer within
+    `timeout`, are an error at once.
+    """
 
     url: str = field(kw_only=False)
     api_key: str | None = None
     timeout: float = 600.0  # seconds, of a request
+    retry_seconds: float = 300.0  # from a request's first failure on, in which it is sent again; 0: never
     concurrent: int = 16  # requests at a time
+    _stopping: bool = field(default=False, init=False)  # one of several requests has failed for good
+
+    def __post_init__(self) -> None:
+        try:
+            parts = urllib.parse.urlsplit(self.url)
+            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ArgumentError(f"url must start with http:// or https:// and name a host, got {self.url!r}")
+        if not self.retry_seconds >= 0:
+            raise ArgumentError(f"retry_seconds must be at least 0, got {self.retry_seconds}")
 
     def post_all(self, path: str, bodies: Sequence[Mapping[str, Any]]) -> list[Any]:
         """Returns the JSON answers to requests, in their order."""
-        with ThreadPoolExecutor(max(1, min(self.concurrent, len(bodies)))) as pool:
-            return list(pool.map(lambda body: self.post(path, body), bodies))
+        try:
+            with ThreadPoolExecutor(max(1, min(self.concurrent, len(bodies)))) as pool:
+                try:
+                    return list(pool.map(lambda body: self.post(path, body), bodies))
+                finally:  # where one has failed, the pool waits for those under way
+                    self._stopping = True
+        finally:
+            self._stopping = False
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """Returns the JSON answer; None where it is empty."""
@@ -70,20 +110,54 @@ class Server:
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
         request = urllib.request.Request(self.url.rstrip("/") + path, json.dumps(body).encode(), headers)
-        if not request.full_url.startswith(("http://", "https://")):
-            raise ArgumentError(f"url must start with http:// or https://, got {self.url!r}")
+        pause, attempts, first = FIRST_PAUSE, 0, 0.0
+        while True:
+            try:
+                return self._answer(request)
+            except _Hiccup as error:
+                attempts, now = attempts + 1, time.monotonic()
+                first = first or now
+                left = first + self.retry_seconds - now
+                if left <= 0 or self._stopping:
+                    raise EngineError(
+                        f"{error} (attempts: {attempts}, within {now - first:.3g} s; retry_seconds={self.retry_seconds:g})"
+                    ) from error.__cause__
+                if attempts == 1:
+                    warnings.warn(f"{error}; it is asked again for {self.retry_seconds:g} s", stacklevel=2)
+                time.sleep(min(pause, left))
+                pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _answer(self, request: urllib.request.Request) -> Any:
+        """Asks once. Raises `_Hiccup` for what may pass."""
+        where = request.full_url
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
                 text = response.read()
         except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")[:500]
-            raise EngineError(f"{request.full_url} answered {error.code}: {said}") from error
-        except (OSError, TimeoutError) as error:
-            raise EngineError(f"{request.full_url} could not be reached within {self.timeout:g} s: {error}") from error
+            kind = _Hiccup if error.code in PASSING else EngineError
+            raise kind(f"{where} answered {error.code}: {_words(error)}") from error
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, TimeoutError) and reason.errno is None:  # the system's own has a number
+                raise EngineError(f"{where} did not answer within timeout={self.timeout:g} s") from error
+            # No certificate that is trusted, or another protocol: but cut off is cut off, in these too.
+            lasting = isinstance(reason, ssl.SSLError | http.client.BadStatusLine)
+            kind = EngineError if lasting and not isinstance(reason, ssl.SSLEOFError | ConnectionError) else _Hiccup
+            raise kind(f"{where} gave no answer: {type(reason).__name__}: {reason}") from error
         try:
             return json.loads(text) if text.strip() else None
         except ValueError as error:
-            raise EngineError(f"{request.full_url} must answer JSON, got {text[:200]!r}") from error
+            kind = _Hiccup if text.lstrip()[:1] in (b"{", b"[") else EngineError  # begun, and not ended
+            raise kind(f"{where} must answer JSON, got {text[:200]!r}") from error
+
+
+def _words(error: urllib.error.HTTPError) -> str:
+    """Returns what a server says of an error; the status in words where that is nothing, or a page for a browser."""
+    try:
+        text = error.read().decode(errors="replace").strip()
+    except (OSError, http.client.HTTPException):
+        text = ""
+    return str(error.reason) if not text or text.startswith("<") else text[:500]
 
 
 class _Engine(BaseSampler):
@@ -143,7 +217,6 @@ class VLLMServer(_Engine, Server):
         """Writes the weights where the server reads them, and has it read them."""
         if self.weights_folder is None or step == self._step:
             return
-        self._step = step
         weights = whole_state(model)
         distributed = dist.is_available() and dist.is_initialized()
         refusals: list[Exception | None] = [None]
@@ -159,6 +232,7 @@ class VLLMServer(_Engine, Server):
             dist.broadcast_object_list(refusals)
         if refusals[0] is not None:
             raise refusals[0]
+        self._step = step
 
     def _completions(self, answer: Mapping[str, Any], count: int, ends: frozenset[int]) -> list[SampledCompletion]:
         try:
@@ -217,7 +291,6 @@ class VLLMColocated(_Engine):
         """Hands the student's weights over; the cache of prefixes under the old ones is emptied."""
         if step == self._step:
             return
-        self._step = step
         if not hasattr(self.engine.llm_engine, "model_executor"):
             raise EngineError(
                 "vLLM does not run its model in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0 must be set before vllm "
@@ -230,6 +303,7 @@ class VLLMColocated(_Engine):
         except TypeError as error:
             raise EngineError(f"this vLLM takes no weights from memory (0.32 does): {error}") from error
         self.engine.reset_prefix_cache()
+        self._step = step
 
 
 __all__ = ["EngineError", "Server", "VLLMColocated", "VLLMServer", "whole_state"]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
+import struct
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +22,9 @@ from safetensors.torch import load_file
 from sdcore.errors import ArgumentError
 from sdcore.prefix import generate
 from sdcore.presets import SDPO
+from sdcore.rollouts import vllm
 from sdcore.rollouts.samplers import FollowsWeights, ModelSampler, Sampler
-from sdcore.rollouts.vllm import EngineError, VLLMColocated, VLLMServer
+from sdcore.rollouts.vllm import EngineError, Server, VLLMColocated, VLLMServer
 from sdcore.world.data import with_feedback
 from tests.processes import serving
 from tests.sdcore.trainer_runs import SHOW_ATTEMPT, lines, tokenizer, trainer, world_model
@@ -135,10 +141,190 @@ def test_a_server_that_fails_is_named_with_its_words(server: Any) -> None:
     server.fake.status = 404
     with pytest.raises(EngineError, match=r"127.0.0.1:\d+/v1/completions answered 404: no such model"):
         ask(VLLMServer(server.url, model="policy"))
-    with pytest.raises(EngineError, match="could not be reached"):
-        ask(VLLMServer("http://127.0.0.1:9", model="policy", timeout=2))
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["localhost:8000", "http://", "http://localhost:port", "http://localhost:0", "http://[::1", "ftp://localhost"],
+)
+def test_an_address_that_leads_nowhere_is_refused_before_it_is_asked(url: str) -> None:
     with pytest.raises(ArgumentError, match="url must start with http"):
-        ask(VLLMServer("localhost:8000", model="policy"))
+        Server(url)
+    with pytest.raises(ArgumentError, match="retry_seconds must be at least 0, got -1"):
+        Server("http://localhost", retry_seconds=-1)
+
+
+Fault = Callable[[BaseHTTPRequestHandler], None]
+
+
+def status(code: int, text: bytes = b"no", headers: dict[str, str] | None = None) -> Fault:
+    def respond(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(code)
+        for name, value in ({"Content-Length": str(len(text))} | (headers or {})).items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write(text)
+
+    return respond
+
+
+def reset(handler: BaseHTTPRequestHandler) -> None:
+    # Lingering for no time, a socket that is closed sends RST.
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.connection.close()
+
+
+def without_end(handler: BaseHTTPRequestHandler) -> None:
+    """Half an answer of which nobody has said how long it is."""
+    handler.send_response(200)
+    handler.end_headers()
+    handler.wfile.write(b'{"choices": [')
+
+
+def slow(handler: BaseHTTPRequestHandler) -> None:
+    time.sleep(0.6)
+
+
+HTML = b"<html><head><title>503</title></head><body>Service Temporarily Unavailable</body></html>"
+PASSING: dict[str, Fault] = {
+    "reset": reset,
+    "closed without a word": lambda handler: None,
+    "half an answer": status(200, b'{"half', {"Content-Length": "100"}),
+    "half an answer without a length": without_end,
+    "408": status(408),
+    "429": status(429),
+    "502": status(502, HTML),
+    "503": status(503, HTML),
+    "half of a 503": status(503, b"<html>", {"Content-Length": "100"}),
+    "504": status(504),
+}
+LASTING: dict[str, tuple[Fault, str]] = {
+    "400": (status(400, b"max_tokens is too large"), "answered 400: max_tokens is too large$"),
+    "401": (status(401, b""), "answered 401: Unauthorized$"),
+    "404": (status(404, HTML), "answered 404: Not Found$"),
+    "422": (status(422), "answered 422: no$"),
+    "500": (status(500, b"EngineDeadError"), "answered 500: EngineDeadError$"),
+    "slow": (slow, r"did not answer within timeout=0\.3 s$"),
+    "not HTTP": (lambda handler: handler.wfile.write(b"220 mail\r\n") and None, "BadStatusLine: 220 mail"),
+    "a page": (status(200, HTML), "must answer JSON, got b'<html>"),
+}
+
+
+@contextlib.contextmanager
+def misbehaving(faults: list[Fault], port: int = 0) -> Iterator[tuple[str, list[str]]]:
+    """Serves these faults, one a request, and then a 1. Yields the address, and the paths that were asked for."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append(self.path)
+            (faults.pop(0) if faults else status(200, b"1"))(self)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    class Quiet(ThreadingHTTPServer):
+        def handle_error(self, *args: object) -> None:
+            pass
+
+    with Quiet(("127.0.0.1", port), Handler) as http:
+        threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_address[1]}", asked
+        http.shutdown()
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "FIRST_PAUSE", 0.01)
+
+
+def closed_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.mark.usefixtures("short_pauses")
+@pytest.mark.parametrize("fault", PASSING)
+def test_a_fault_that_passes_ends_nothing(fault: str) -> None:
+    with misbehaving([PASSING[fault]] * 3) as (url, asked):
+        with pytest.warns(UserWarning, match=rf"{url}/v1/completions .*; it is asked again for 300 s"):
+            assert Server(url).post("/v1/completions", {}) == 1
+        assert len(asked) == 4
+
+
+@pytest.mark.usefixtures("short_pauses")
+@pytest.mark.filterwarnings("ignore:.*it is asked again")
+@pytest.mark.parametrize("fault", PASSING)
+def test_a_fault_that_does_not_pass_in_time_is_one_clear_error(fault: str) -> None:
+    with misbehaving([PASSING[fault]] * 99) as (url, asked):
+        with pytest.raises(
+            EngineError, match=rf"{url}/x .* \(attempts: \d+, within 0\.\d+ s; retry_seconds=0\.2\)"
+        ) as error:
+            Server(url, retry_seconds=0.2).post("/x", {})
+        assert len(asked) > 2
+        assert "html" not in str(error.value).lower()
+    with misbehaving([PASSING[fault]]) as (url, asked):
+        with pytest.raises(EngineError, match="attempts: 1"):
+            Server(url, retry_seconds=0).post("/x", {})
+        assert len(asked) == 1
+
+
+@pytest.mark.parametrize("fault", LASTING)
+def test_what_will_not_pass_is_an_error_at_once(fault: str) -> None:
+    does, message = LASTING[fault]
+    with misbehaving([does]) as (url, asked):
+        with pytest.raises(EngineError, match=message):
+            Server(url, timeout=0.3).post("/x", {})
+        assert len(asked) == 1
+        with pytest.raises(EngineError, match="gave no answer: SSLError"):
+            Server(url.replace("http:", "https:")).post("/x", {})
+
+
+@pytest.mark.usefixtures("short_pauses")
+@pytest.mark.filterwarnings("ignore:.*it is asked again")
+def test_a_server_that_starts_anew_is_waited_for() -> None:
+    port = closed_port()
+    answers: list[Any] = []
+    client = Server(f"http://127.0.0.1:{port}")
+    asking = threading.Thread(target=lambda: answers.append(client.post("/x", {})))
+    asking.start()
+    time.sleep(0.1)
+    assert not answers
+    with misbehaving([], port):
+        asking.join(timeout=20)
+    assert answers == [1]
+    with pytest.raises(
+        EngineError, match=r"gave no answer: ConnectionRefusedError: .* \(attempts: \d, within 0\."
+    ) as error:
+        Server(f"http://127.0.0.1:{port}", retry_seconds=0.05).post("/x", {})
+    assert "600" not in str(error.value)
+
+
+@pytest.mark.usefixtures("short_pauses")
+@pytest.mark.filterwarnings("ignore:.*it is asked again")
+def test_of_many_requests_to_a_server_that_is_gone_none_waits_anew() -> None:
+    client, started = Server(f"http://127.0.0.1:{closed_port()}", retry_seconds=0.3, concurrent=2), time.monotonic()
+    with pytest.raises(EngineError, match="ConnectionRefusedError"):
+        client.post_all("/x", [{}] * 40)
+    assert time.monotonic() - started < 3  # and not 20 times 0.3 s
+    with misbehaving([reset]) as (url, _):
+        client.url = url
+        assert client.post_all("/x", [{}] * 3) == [1, 1, 1]
+
+
+@pytest.mark.usefixtures("short_pauses")
+@pytest.mark.filterwarnings("ignore:.*it is asked again")
+def test_weights_that_did_not_arrive_are_handed_over_again(tmp_path: Path) -> None:
+    model = world_model()
+    with misbehaving([reset, status(500), status(200, b"1"), status(503), status(200, b"1")]) as (url, asked):
+        sampler = VLLMServer(url, model="policy", weights_folder=tmp_path / "policy")
+        with pytest.raises(EngineError, match="answered 500"):
+            sampler.follow(model, 1)
+        sampler.follow(model, 1)
+        sampler.follow(model, 1)  # it has them now
+    assert [path for path in asked] == ["/collective_rpc"] * 3 + ["/reset_prefix_cache"] * 2
 
 
 def test_a_trainer_samples_from_a_server_that_follows_its_weights(server: Any, tmp_path: Path) -> None:
@@ -228,4 +414,7 @@ def test_a_colocated_engine_samples_and_is_handed_the_weights(monkeypatch: pytes
     sampler.engine.llm_engine = SimpleNamespace()
     with pytest.raises(EngineError, match="VLLM_ENABLE_V1_MULTIPROCESSING"):
         sampler.follow(model, 2)
+    sampler.engine.llm_engine = SimpleNamespace(model_executor=None)
+    sampler.follow(model, 2)  # what was refused was not handed over
+    assert sampler.engine.resets == 3
     assert tokenizer().eos_token_id == EOS
