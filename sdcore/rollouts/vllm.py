@@ -110,20 +110,20 @@ class Server:
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
         request = urllib.request.Request(self.url.rstrip("/") + path, json.dumps(body).encode(), headers)
-        pause, attempts, first = FIRST_PAUSE, 0, 0.0
+        pause, attempts, first, limit = FIRST_PAUSE, 0, 0.0, self.retry_seconds
         while True:
             try:
                 return self._answer(request)
             except _Hiccup as error:
                 attempts, now = attempts + 1, time.monotonic()
                 first = first or now
-                left = first + self.retry_seconds - now
+                left = first + limit - now
                 if left <= 0 or self._stopping:
                     raise EngineError(
-                        f"{error} (attempts: {attempts}, within {now - first:.3g} s; retry_seconds={self.retry_seconds:g})"
+                        f"{error} (attempts: {attempts}, within {now - first:.3g} s; retry_seconds={limit:g})"
                     ) from error.__cause__
                 if attempts == 1:
-                    warnings.warn(f"{error}; it is asked again for {self.retry_seconds:g} s", stacklevel=2)
+                    warnings.warn(f"{error}; it is asked again for {limit:g} s", stacklevel=2)
                 time.sleep(min(pause, left))
                 pause = min(2 * pause, LONGEST_PAUSE)
 

@@ -185,6 +185,10 @@ def slow(handler: BaseHTTPRequestHandler) -> None:
     time.sleep(0.6)
 
 
+def another_protocol(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"220 mail\r\n")
+
+
 HTML = b"<html><head><title>503</title></head><body>Service Temporarily Unavailable</body></html>"
 PASSING: dict[str, Fault] = {
     "reset": reset,
@@ -205,7 +209,7 @@ LASTING: dict[str, tuple[Fault, str]] = {
     "422": (status(422), "answered 422: no$"),
     "500": (status(500, b"EngineDeadError"), "answered 500: EngineDeadError$"),
     "slow": (slow, r"did not answer within timeout=0\.3 s$"),
-    "not HTTP": (lambda handler: handler.wfile.write(b"220 mail\r\n") and None, "BadStatusLine: 220 mail"),
+    "not HTTP": (another_protocol, "BadStatusLine: 220 mail"),
     "a page": (status(200, HTML), "must answer JSON, got b'<html>"),
 }
 
@@ -324,7 +328,7 @@ def test_weights_that_did_not_arrive_are_handed_over_again(tmp_path: Path) -> No
             sampler.follow(model, 1)
         sampler.follow(model, 1)
         sampler.follow(model, 1)  # it has them now
-    assert [path for path in asked] == ["/collective_rpc"] * 3 + ["/reset_prefix_cache"] * 2
+    assert asked == ["/collective_rpc"] * 3 + ["/reset_prefix_cache"] * 2
 
 
 def test_a_trainer_samples_from_a_server_that_follows_its_weights(server: Any, tmp_path: Path) -> None:
