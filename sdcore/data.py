@@ -1,6 +1,6 @@
 """Turns rows into `Example`s, with errors that say which row and which column.
 
-    examples = read_examples("train.jsonl")                        # also .json, .parquet, a hub id, a Dataset, dicts
+    examples = read_examples("train.jsonl")             # also .json, .parquet, a hub id, a Dataset, a DataFrame, dicts
 
 A row has a question, `prompt` (text, or a conversation) or `messages` (a conversation), whose last turn is the user's;
 and, where the method needs it, `privileged_context`, what only the teacher sees. `teacher_prompt` and `solution` are
@@ -10,7 +10,8 @@ other names of that column. Every other column reaches reward functions and temp
 What differs from the obvious: a `solution` that serves as privileged context stays a column as well, because a reward
 function wants to compare with it. Rows are validated all at once, before any work, and the first that is wrong is
 named: `train.jsonl:12` is line 12, counted from 1; `train.parquet, row 12` is row 12, counted from 0, as a data frame
-counts. A line that is blank is no row. An empty privileged context is none at all.
+counts. A line that is blank is no row. An empty privileged context is none at all. Rows of data frames, and of data
+sets `with_format("numpy")` or the like, are read as Python's own objects.
 
 Not covered: streaming (all rows are kept in memory), and the meaning of other columns.
 """
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     Rows: TypeAlias = datasets.Dataset | datasets.DatasetDict | Sequence[Mapping[str, Any]]
 
 QUESTIONS: Final = ("prompt", "messages")
+# What other libraries call them, for a hint.
+ELSEWHERE: Final = ("question", "query", "problem", "instruction", "conversations")
 PRIVILEGED: Final = ("privileged_context", "teacher_prompt", "solution")
 READ_BY_REWARDS_TOO: Final = "solution"
 FILES: Final = (".jsonl", ".ndjson", ".json", ".parquet")
@@ -45,7 +48,7 @@ def read_examples(source: str | Path | Rows, *, split: str = "train", limit: int
     Args:
         source: a `.jsonl` (one object a line), `.json` (a list of objects) or `.parquet` file; a folder that `datasets`
             wrote or can load; a data set's id on the hub, `owner/name` or `owner/name:config`; or what is in memory, a
-            `datasets.Dataset` or a list of dicts.
+            `datasets.Dataset`, a list of dicts, or a table that speaks Arrow, as pandas' and polars' do.
         split: of a data set that has several; files and lists have one.
         limit: read so many rows and no more. None: all.
 
@@ -105,14 +108,35 @@ def _open(source: object, split: str) -> tuple[str, Iterator[tuple[str, Any]]]:
             )
         return str(source), _numbered(_load_from_hub(str(source), split), f"{source} ({split})")
     if isinstance(source, Mapping):  # a DatasetDict, too, is one
+        if any(name in source for name in QUESTIONS):
+            raise DataError(
+                "source must be a list of rows or a data set, got a dict of columns: a row goes into a list, and "
+                f"datasets.Dataset.from_dict takes columns; this one has {', '.join(f'`{name}`' for name in source)}"
+            )
         return "the data set", _numbered(_split_of(source, split, "the data set"), f"data set ({split})")
-    if not isinstance(source, Iterable):
+    if not isinstance(source, Iterable) and not hasattr(source, "__arrow_c_stream__"):
         raise DataError(f"source must be a path, a hub id, a data set or a list of rows, got {_described(source)}")
     return "the list of rows", _numbered(source, "rows")
 
 
-def _numbered(rows: Iterable[Any], name: str) -> Iterator[tuple[str, Any]]:
-    return ((f"{name}, row {number}", row) for number, row in enumerate(rows))
+def _numbered(rows: Any, name: str) -> Iterator[tuple[str, Any]]:
+    return ((f"{name}, row {number}", row) for number, row in enumerate(_python_rows(rows, name)))
+
+
+def _python_rows(rows: Any, name: str) -> Iterable[Any]:
+    """Returns a table's rows, and a data set's that would give arrays or tensors, as Python's own objects."""
+    if hasattr(rows, "with_format"):
+        shown = dict(getattr(rows, "format", {}))  # a stream's has no columns to hide
+        if shown.pop("type", None) != "custom":  # a function of the user's own
+            shown.pop("format_kwargs", None)
+            return cast(Iterable[Any], rows.with_format(None, **shown))
+    elif hasattr(rows, "__arrow_c_stream__"):
+        pyarrow = importlib.import_module("pyarrow")
+        try:
+            return cast(Iterable[Any], pyarrow.table(rows).to_pylist())
+        except pyarrow.ArrowException as error:
+            raise DataError(f"{name}: expected columns of one type each, got an error: {error}") from error
+    return cast(Iterable[Any], rows)
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -238,7 +262,7 @@ def _message(message: object, where: str) -> Message:
     }
     role = given.get("role")
     if not isinstance(role, str) or not role:
-        raise DataError(f"{where}: expected a `role` that is text, got {_key(given, 'role')}")
+        raise DataError(f"{where}: expected a `role` that is text, got {_key(given, 'role')}{_sharegpt(given)}")
     if "content" not in given and given.get("tool_calls"):
         return given  # an assistant's turn that only calls tools
     content = given.get("content")
@@ -310,8 +334,20 @@ def _columns(row: Mapping[str, Any]) -> str:
     empty = [name for name in QUESTIONS if name in row]
     if empty:
         return f"null in {' and '.join(f'`{name}`' for name in empty)}"
-    alike = [name for name in row if difflib.get_close_matches(name.lower(), [*QUESTIONS, "question"], cutoff=0.75)]
-    return ", ".join(f"`{name}`" for name in row) + (f" (rename `{alike[0]}`?)" if alike else "")
+    alike = [name for name in row if difflib.get_close_matches(name.lower(), [*QUESTIONS, *ELSEWHERE], cutoff=0.75)]
+    turns = row[alike[0]] if alike else None
+    more = _sharegpt(turns[0]) if isinstance(turns, list | tuple) and turns else ""
+    return ", ".join(f"`{name}`" for name in row) + (f" (rename `{alike[0]}`?){more}" if alike else "")
+
+
+def _sharegpt(turn: object) -> str:
+    """Says what to do with a turn in ShareGPT's words; nothing of another."""
+    if not isinstance(turn, Mapping) or "from" not in turn:
+        return ""
+    return (
+        "; ShareGPT's `from` and `value` are `role` and `content` here, 'human' and 'gpt' are 'user' and 'assistant', "
+        "in a column `messages` that ends with the question"
+    )
 
 
 def _key(given: Mapping[str, Any], key: str) -> str:

@@ -126,8 +126,10 @@ def render(text: str, variables: Mapping[str, Any], columns: Mapping[str, Any], 
     try:
         return _compiled(text).render(given)
     except jinja2.UndefinedError as error:
+        odd = frozenset(columns.keys() - given.keys())
         raise ContextError(
             f"{source}: the template reads what there is none of: {error.message}; there are {_listed(given)}"
+            + (f"; left out, since they are no plain data: {_listed(odd)}" if odd else "")
         ) from error
     except jinja2.TemplateError as error:  # SecurityError is one
         raise ContextError(f"{source}: the template was refused: {type(error).__name__}: {error.message}") from error

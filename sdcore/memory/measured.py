@@ -319,7 +319,9 @@ def _model(config: Any, setting: Setting, dtype: torch.dtype, device: torch.devi
         adapters = LoraConfig(r=setting.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, adapters, autocast_adapter_dtype=False)
     if setting.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Its name from transformers 5.23 on, and before.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         if setting.lora_rank is not None:
             model.enable_input_require_grads()
     return model

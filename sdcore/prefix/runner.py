@@ -25,6 +25,7 @@ from sdkernels import LogitTransform
 from ..errors import ArgumentError, UnsupportedModelError
 from ..models import Body, Head, find_body, head_of, lifted, without_dropout
 from ..teachers import Live, Teacher, TrustRegion
+from ..teachers.weights import checked_teacher
 from .choice import STRATEGIES, Strategy, choose, choose_for_teacher, counted_cost, require_fits
 from .planner import Plan, Tree, check_against
 from .report import Report
@@ -137,6 +138,7 @@ def passes(
         own = Live() if teacher is None else teacher
         teachers = (own.reference, Live()) if isinstance(own, TrustRegion) else (own,)
     for weights in teachers:
+        checked_teacher("teacher", weights)
         require_fits(body, weights, plan)
     shares = any(weights.shares_weights for weights in teachers)
     choice, fallbacks = choose(body, plan, strategy, micro_batch, shares, verify, whole)

@@ -39,12 +39,15 @@ from functools import cached_property
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from ..errors import ArgumentError, SdcoreError
-from ..types import Group, Rollout
+from ..types import Example, Group, Rollout
 from .named import load
 
 RewardFunction: TypeAlias = Callable[..., Any]
 OnError: TypeAlias = Literal["raise", "drop"]
 
+# What every function may ask for, beside the row's columns; and what TRL calls them.
+GIVEN: Final = ("completion", "prompt", "privileged_context", "raw_completion", "completion_ids")
+TRLS: Final = frozenset({"prompts", "completions"})
 MOST_LEFT_BEHIND: Final = 16  # hung threads after which going on only makes it worse
 MOST_AT_ONCE: Final = 64  # async calls in flight
 GRACE_SECONDS: Final = 1.0  # for an event loop to notice that a call is too late
@@ -151,6 +154,13 @@ class Reward:
     def _parameters(self) -> Mapping[str, inspect.Parameter]:
         return inspect.signature(self.function).parameters
 
+    @cached_property
+    def _needed(self) -> list[str]:
+        """Lists the parameters without a default that only a column can give."""
+        named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = self._parameters.values()
+        return [p.name for p in parameters if p.default is p.empty and p.kind in named and p.name not in GIVEN]
+
     @property
     def is_async(self) -> bool:
         return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(
@@ -160,6 +170,7 @@ class Reward:
     def arguments(self, group: Group, rollout: Rollout) -> dict[str, Any]:
         """Returns what it is called with; what the trainer says comes before a column of the same name."""
         example = group.example
+        self.check(example)
         offered = {
             **example.columns,
             "prompt": example.prompt,
@@ -168,24 +179,27 @@ class Reward:
             "completion_ids": rollout.completion_ids.tolist(),
             "privileged_context": example.privileged_context,
         }
-        parameters = self._parameters.values()
-        if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-            taken = offered
-        else:
-            taken = {name: value for name, value in offered.items() if name in self._parameters}
-        lacking = [
-            p.name
-            for p in parameters
-            if p.default is p.empty
-            and p.name not in taken
-            and p.kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        ]
+        if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in self._parameters.values()):
+            return offered
+        return {name: value for name, value in offered.items() if name in self._parameters}
+
+    def check(self, example: Example) -> None:
+        """Raises `ArgumentError` for a parameter that neither the trainer nor a column of the example gives."""
+        lacking = [name for name in self._needed if name not in example.columns]
         if lacking:
+            trl = "; TRL gives lists of them, here it is one, and one number comes back"
             raise ArgumentError(
                 f"reward function {self.name} needs {', '.join(lacking)}, which {example.source or 'the example'} does "
-                f"not have: its columns are {', '.join(sorted(example.columns)) or 'none'}"
+                f"not have: it is called for each completion with {', '.join(GIVEN)}, and the columns, "
+                f"{', '.join(sorted(example.columns)) or 'none'}{trl if TRLS.intersection(lacking) else ''}"
             )
-        return taken
+
+
+def check_columns(rewards: Sequence[Reward], examples: Sequence[Example]) -> None:
+    """Raises `ArgumentError` for the first example that lacks what a reward function needs."""
+    for reward in rewards:
+        for example in examples:
+            reward.check(example)
 
 
 def prepare(functions: Sequence[RewardFunction | Reward | str], weights: Sequence[float] | None = None) -> list[Reward]:

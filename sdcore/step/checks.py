@@ -19,6 +19,7 @@ from ..losses.policy_gradient import KLEstimator, PolicyTerm
 from ..losses.tilt import LEAST_EXPONENT, TokenTilt
 from ..prefix.planner import Plan
 from ..teachers import Teacher
+from ..teachers.weights import checked_teacher
 
 
 def checked_weights(plan: Plan, token_weights: Tensor | None) -> Tensor | None:
@@ -107,7 +108,7 @@ def checked_policy(plan: Plan, policy: PolicyTerm, reference: Teacher | None, kl
 
 
 def checked_reference(reference: Teacher | None) -> Teacher:
-    if reference is None or not hasattr(reference, "weights") or reference.shares_weights:
+    if reference is None or checked_teacher("reference", reference).shares_weights:
         raise ArgumentError(
             "reference must be a teacher with weights of its own, such as AdapterOff() or Frozen(...), got "
             f"{type(reference).__name__}"

@@ -34,6 +34,7 @@ from ..prefix.planner import Plan
 from ..prefix.runner import passes, run
 from ..prefix.verification import Verify
 from ..teachers import Teacher
+from ..teachers.weights import checked_teacher
 from .checks import check_tilt_step, checked_policy, checked_reference, checked_rows
 from .parts import MEANS, POLICY_MEANS, Backward, Divergence, StepOutput, run_parts
 
@@ -55,7 +56,7 @@ def token_logprobs(
     """
     plan = replace(plan, teacher=())
     around = nullcontext(model)
-    if teacher is not None and not teacher.shares_weights:
+    if teacher is not None and not checked_teacher("teacher", teacher).shares_weights:
         around, strategy = teacher.weights(model), "auto"
     with around as module:
         strategy = "auto" if strategy == "two_phase" else strategy

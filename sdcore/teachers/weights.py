@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,15 @@ class StatefulTeacher(Protocol):
     def load(self, directory: Path) -> None:
         """Becomes what it was at `save`. Raises `ArgumentError` where the folder's teacher is another one."""
         return
+
+
+def checked_teacher(name: str, teacher: Any) -> Teacher:
+    """Returns the teacher. Raises `ArgumentError` for a module, a name, a class, and for two sets of weights."""
+    if isinstance(teacher, type) or not hasattr(teacher, "weights"):
+        raise ArgumentError(
+            f"{name} must be a teacher such as Live(), AdapterOff() or Frozen(another model), got {teacher!r:.80}"
+        )
+    return cast(Teacher, teacher)
 
 
 @dataclass(frozen=True)
@@ -173,7 +182,7 @@ class TrustRegion:
     share: float = 0.5
 
     def __post_init__(self) -> None:
-        if not hasattr(self.reference, "weights") or getattr(self.reference, "shares_weights", True):
+        if checked_teacher("reference", self.reference).shares_weights:
             raise ArgumentError(
                 "reference must be a teacher with weights of its own, such as Frozen(...) or AdapterOff(), got "
                 f"{type(self.reference).__name__}"

@@ -23,7 +23,7 @@ from torch import nn
 
 from ..contexts import require_text
 from ..errors import ArgumentError
-from ..rollouts.rewards import OnError, Reward, RewardFunction, prepare
+from ..rollouts.rewards import OnError, Reward, RewardFunction, check_columns, prepare
 from ..rollouts.samplers import ModelSampler, Sampler, Sampling, seed_of, stop_ids, whole_weights
 from ..types import Example, Group
 from .collect import Collector
@@ -108,6 +108,7 @@ def evaluate(
         workers=workers,
     )
     require_text(examples)
+    check_columns(collector.rewards, examples)
     parts: list[tuple[int, list[Group], dict[str, int]]] = []
     with whole_weights(model, collector.sampler):
         for number, start in list(enumerate(range(0, len(examples), batch_size)))[rank::world_size]:

@@ -9,12 +9,17 @@ Not covered: what a model must be like, which `sdcore.models` says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import find_adapter_config_file
+from transformers.utils import logging as transformers_logging
 
 from ..contexts import require_text
 from ..data import read_examples
@@ -33,6 +38,31 @@ def args_of(args: Any, method: Any) -> SelfDistillationConfig:
     if not isinstance(method, Method):
         raise ArgumentError(f"method must be a Method such as SDPO(), got {method!r:.80}")
     return args or SelfDistillationConfig()
+
+
+# What each of these has, and an example: a class of them is none, nor is a name.
+OBJECTS = {
+    "teacher": (("weights", "share", "forward"), "Frozen(another model), or that model"),
+    "reference": (("weights", "forward"), "Frozen(another model), or that model"),
+    "sampler": (("sample",), "ModelSampler()"),
+    "context": (("condition",), "sdcore.contexts.Template(...)"),
+    "processing_class": (("decode",), "AutoTokenizer.from_pretrained(...)"),
+    "peft_config": (("peft_type",), "LoraConfig(...)"),
+}
+
+
+def check_objects(**given: Any) -> None:
+    """Raises `ArgumentError` for an object of the trainer that is given by its name or its class."""
+    for name, value in given.items():
+        attributes, example = OBJECTS[name]
+        if value is not None and (isinstance(value, type) or not any(hasattr(value, each) for each in attributes)):
+            raise ArgumentError(f"{name} must be an object, such as {example}, got {value!r:.80}")
+
+
+def without_bars() -> None:
+    """Turns off the bars of transformers and datasets, for the whole process, as a trainer sets its log level."""
+    importlib.import_module("datasets").disable_progress_bars()
+    transformers_logging.disable_progress_bar()
 
 
 def check(args: SelfDistillationConfig, method: Method, rewards: Sequence[Reward], sampler: Sampler) -> None:
@@ -73,13 +103,23 @@ def check_engine(state: Any) -> None:
         )
 
 
+@contextmanager
+def _peft_unwarned() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks by this name, which transformers 5.23 has another for.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
+
+
+@_peft_unwarned()
 def loaded(model: Any, tokenizer: Any, args: SelfDistillationConfig, peft_config: Any) -> tuple[Any, Any]:
     """Loads model and tokenizer that are given by name, or not at all. Raises what transformers raises.
 
     An adapter's folder gives the adapter as it was saved, to be trained on. Raises `ArgumentError` for a `peft_config`
     beside an adapter that is there already, and for a model of which nothing is trained.
     """
-    if isinstance(model, str):
+    if isinstance(model, str | os.PathLike):
+        model = os.fspath(model)
         remote = args.trust_remote_code
         has_adapter = find_adapter_config_file(model) is not None
         if has_adapter and peft_config is not None:

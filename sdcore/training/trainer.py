@@ -41,7 +41,7 @@ from ..diagnostics import RunLog
 from ..errors import ArgumentError
 from ..models import head_of
 from ..presets.method import Method
-from ..rollouts.rewards import RewardFunction, prepare
+from ..rollouts.rewards import RewardFunction, check_columns, prepare
 from ..rollouts.samplers import FollowsWeights, ModelSampler, Sampler, seed_of, stop_ids
 from ..rollouts.window import WindowOrder
 from ..step import StepOutput
@@ -51,7 +51,17 @@ from .checkpoints import OwnState, saving_whole, to_resume, writing
 from .collect import Collector
 from .config import SelfDistillationConfig
 from .evaluation import evaluate
-from .prepare import args_of, built, check, check_engine, eval_examples_of, examples_of, loaded
+from .prepare import (
+    args_of,
+    built,
+    check,
+    check_engine,
+    check_objects,
+    eval_examples_of,
+    examples_of,
+    loaded,
+    without_bars,
+)
 from .samples import RichProgress, sample_rows, show
 from .update import Batch, Normalizers, update
 from .watch import Tally, Watch, due, origin_of
@@ -99,6 +109,16 @@ class SelfDistillationTrainer(Trainer):
         peft_config: Any = None,
     ) -> None:
         args = args_of(args, method)
+        check_objects(
+            teacher=teacher,
+            reference=reference,
+            sampler=sampler,
+            context=context,
+            processing_class=processing_class,
+            peft_config=peft_config,
+        )
+        if args.disable_tqdm:
+            without_bars()
         self.method = method
         self.rewards = prepare(reward_funcs, args.reward_weights)
         self.sampler: Sampler = sampler or ModelSampler(prompts_at_a_time=args.generation_batch_size)
@@ -106,6 +126,7 @@ class SelfDistillationTrainer(Trainer):
         train_examples = examples_of(train_dataset)
         check(args, method, self.rewards, self.sampler)
         check_examples(self.context, train_examples or [])
+        check_columns(self.rewards, train_examples or [])
         model, processing_class = loaded(model, processing_class, args, peft_config)
         head_of(model)  # refuses a model whose logits are not its states times a matrix, before any work
         super().__init__(
@@ -119,6 +140,8 @@ class SelfDistillationTrainer(Trainer):
             optimizers=optimizers,
         )
         check_engine(self.accelerator.state)
+        for examples in self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]:
+            check_columns(self.rewards, examples or [])
         for printing in (ProgressCallback, PrinterCallback):  # each prints all metrics of every step
             self.remove_callback(printing)
         if not args.disable_tqdm:

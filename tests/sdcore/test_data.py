@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas  # type: ignore[import-untyped, unused-ignore]
+import pyarrow  # type: ignore[import-untyped, unused-ignore]
 import pytest
 
+from sdcore.contexts.templates import render
 from sdcore.data import example_of, read_examples
 from sdcore.errors import ArgumentError, DataError, SdcoreError
 
@@ -57,6 +60,59 @@ def test_every_kind_of_source_gives_the_same_examples(tmp_path: Path) -> None:
         seen = [(e.prompt, e.privileged_context, dict(e.columns)) for e in examples]
         assert seen == [(f"question {i}", f"hint {i}", {"answer": i}) for i in range(3)], name
         assert examples[-1].source == sources[name]
+
+
+ODD_ROWS = [
+    {
+        "prompt": "a",
+        "messages": None,
+        "privileged_context": "x",
+        "answer": "1",
+        "n": 3,
+        "tests": [1, 2],
+        "extra": {"a": [1]},
+    },
+    {"prompt": None, "messages": CHAT, "privileged_context": None, "answer": "2", "n": 4, "tests": [], "extra": None},
+]
+
+
+@pytest.mark.parametrize(
+    "form", ["numpy", "torch", "arrow", "pandas", "stream", "frame", "table", "splits", "saved", None]
+)
+def test_rows_are_pythons_own_objects_whatever_form_a_data_set_or_a_table_gives_them(
+    form: str | None, tmp_path: Path
+) -> None:
+    dataset = datasets.Dataset.from_list(ODD_ROWS)
+    source: Any = {
+        "stream": lambda: dataset.to_iterable_dataset().with_format("numpy"),
+        "frame": lambda: pandas.DataFrame(ODD_ROWS),
+        "table": lambda: pyarrow.Table.from_pylist(ODD_ROWS),
+        "splits": lambda: datasets.DatasetDict(train=dataset.with_format("numpy")),
+        "saved": lambda: dataset.with_format("numpy").save_to_disk(tmp_path / "saved") or tmp_path / "saved",
+    }.get(str(form), lambda: dataset.with_format(form))()
+    plain = read_examples(ODD_ROWS)
+    for example, expected in zip(read_examples(source), plain, strict=True):
+        assert (example.prompt, example.privileged_context) == (expected.prompt, expected.privileged_context)
+        assert repr(example.columns) == repr(expected.columns)
+    assert render("{{ answer }} {{ n + 1 }} {{ tests[0] }}", {}, read_examples(source)[0].columns, source="") == "1 4 1"
+
+
+def test_what_a_data_set_hides_or_computes_stays_so() -> None:
+    dataset = datasets.Dataset.from_list([{"prompt": "a", "answer": "1"}])
+    hidden = read_examples(dataset.with_format("numpy", columns=["prompt"]))[0]
+    computed = read_examples(dataset.with_transform(lambda rows: {"prompt": [text + "?" for text in rows["prompt"]]}))[
+        0
+    ]
+    assert (hidden.prompt, dict(hidden.columns)) == ("a", {})
+    assert (computed.prompt, dict(computed.columns)) == ("a?", {})
+
+
+def test_a_data_frame_of_mixed_columns_or_a_dict_of_columns_is_a_clear_error() -> None:
+    with pytest.raises(DataError, match=r"expected columns of one type each, got an error: .* column level"):
+        read_examples(pandas.DataFrame({"prompt": ["a", "b"], "level": [1, "two"]}))
+    for source in ({"prompt": ["a", "b"], "level": [1, 2]}, ROWS[0]):
+        with pytest.raises(DataError, match=r"got a dict of columns: a row goes into a list, .*Dataset.from_dict"):
+            read_examples(source)
 
 
 def test_a_split_is_asked_for_by_name() -> None:
@@ -157,6 +213,16 @@ def test_a_conversation_from_parquet_has_no_keys_that_only_other_rows_have(tmp_p
 SYSTEM_ONLY = {"role": "system", "content": "s"}
 WRONG = {
     "no prompt": ({"answer": 7}, r"expected a column `prompt` or `messages`, got `answer`"),
+    "instruction": ({"instruction": "q", "output": "a"}, r"got `instruction`, `output` \(rename `instruction`\?\)$"),
+    "conversations": ({"conversations": CHAT}, r"got `conversations` \(rename `conversations`\?\)$"),
+    "ShareGPT": (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        r"got `conversations` \(rename `conversations`\?\); ShareGPT's `from` and `value` are `role`",
+    ),
+    "ShareGPT under our name": (
+        {"messages": [{"from": "human", "value": "q"}]},
+        "message 0: expected a `role` that is text, got none, only 'from', 'value'; ShareGPT's `from` and `value` are",
+    ),
     "another name": ({"question": "q"}, r"got `question` \(rename `question`\?\)"),
     "null prompt": ({"prompt": None}, r"got null in `prompt`"),
     "no columns": ({}, r"got a row without columns"),

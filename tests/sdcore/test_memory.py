@@ -183,9 +183,8 @@ def test_what_is_not_there_costs_nothing() -> None:
     assert live.parts["prompt cache"] == 0 < checkpointed.parts["prompt cache"]
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 def test_a_run_s_arguments_are_its_setting() -> None:
-    args = SelfDistillationConfig(output_dir="unused", micro_batch=2, gradient_checkpointing=True, use_cpu=True)
+    args = SelfDistillationConfig(output_dir="unused", micro_batch=2, activation_checkpointing=True, use_cpu=True)
     found = setting_of_run(args, preset("sdpo"), lora_rank=4)
     assert found == Setting(
         teacher="ema", strategy="two_phase", micro_batch=2, checkpointing=True, lora_rank=4, dtype="float32"

@@ -152,7 +152,7 @@ def test_few_completions_at_a_time_keep_few_activations_and_a_prompt_cache(step:
     assert few.bytes["activations"].max() < lives_of(step["ours"]).bytes["activations"].max()
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("error:.*`gradient_checkpointing:FutureWarning")
 def test_checkpointing_and_lora_are_measured_as_they_are_set() -> None:
     found = measure(CONFIG, LOAD, Setting(lora_rank=2, checkpointing=True), contenders=("ours",))["ours"]
     plain = measure(CONFIG, LOAD, contenders=("ours",))["ours"]

@@ -16,7 +16,7 @@ from sdcore.errors import ArgumentError, PlanError
 from sdcore.losses import FusedLinearDivergence, PolicyTerm
 from sdcore.prefix import Plan, plan
 from sdcore.step import StepOutput, distill_step, imitate_step, policy_gradient_step
-from sdcore.teachers import Frozen, Live, Teacher, TrustRegion
+from sdcore.teachers import EMA, Frozen, Live, Teacher, TrustRegion
 from sdkernels import TopK
 from tests.sdcore.prefix.models import COMMON, assert_same_gradients, build, gradients, tied, tiny
 from tests.sdcore.prefix.trees import Ids, random_ids
@@ -438,6 +438,9 @@ def test_bad_arguments_are_refused_by_name_before_any_pass(
             ArgumentError,
             r"teacher .* 61 .* got 64",
         ),
+        (lambda _: "Qwen/Qwen3-0.6B", ArgumentError, r"must be a teacher such as Live\(\), .* got 'Qwen/Qwen3-0.6B'"),
+        (lambda model: model, ArgumentError, r"must be a teacher such as .* Frozen\(another model\), got LlamaForC"),
+        (lambda _: EMA, ArgumentError, "must be a teacher such as .* got <class 'sdcore.teachers.ema.EMA'>"),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused_before_any_pass(

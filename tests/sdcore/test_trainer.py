@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from torch import Tensor
@@ -564,7 +566,7 @@ def test_checkpointed_activations_and_micro_batches_give_the_same_loss(tmp_path:
     options: dict[str, Any] = {"method": SDPO_METHOD, "kind": "sdpo", "reward_funcs": [with_feedback]}
     trainer(tmp_path / "plain", **options).train()
     for name, changes in {
-        "checkpointed": {"gradient_checkpointing": True},
+        "checkpointed": {"activation_checkpointing": True},
         "two_phase": {"micro_batch": 2},
         "naive": {"strategy": "naive"},
     }.items():
@@ -574,6 +576,78 @@ def test_checkpointed_activations_and_micro_batches_give_the_same_loss(tmp_path:
 
 
 # What is refused.
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"teacher": "Qwen/Qwen3-0.6B"}, r"teacher must be an object, such as Frozen\(another model\), .* got 'Qwen"),
+        ({"teacher": EMA}, "teacher must be an object, .* got <class 'sdcore.teachers.ema.EMA'>"),
+        ({"reference": "adapter_off"}, "reference must be an object, .* got 'adapter_off'"),
+        ({"sampler": "vllm"}, r"sampler must be an object, such as ModelSampler\(\), got 'vllm'"),
+        ({"sampler": ModelSampler}, "sampler must be an object, .* got <class"),
+        ({"context": "{{ prompt }}"}, "context must be an object, .* got '{{ prompt }}'"),
+        ({"processing_class": "Qwen/Qwen3-0.6B"}, "processing_class must be an object, .* got 'Qwen/Qwen3-0.6B'"),
+        ({"peft_config": {"r": 8}}, r"peft_config must be an object, such as LoraConfig\(...\), got {'r': 8}"),
+    ],
+)
+def test_an_object_that_is_given_by_its_name_or_class_is_refused_before_anything_is_loaded(
+    given: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ArgumentError, match=said):
+        SelfDistillationTrainer("no/such-model", config(tmp_path), method=SDFT_METHOD, **given)
+
+
+def test_a_reward_function_that_lacks_a_column_is_refused_before_anything_is_loaded_or_sampled(tmp_path: Path) -> None:
+    def by_trl(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return [0.0 for _ in completions]
+
+    def compares(completion: str, answer: str) -> float:
+        return float(completion == answer)
+
+    whole, last = rows("rl", task="luma", count=4, seed=0), {"prompt": "luma a"}
+    for reward, data, evaluated, said in (
+        (by_trl, whole, None, "by_trl needs prompts, completions, which rows, row 0 .* with completion, prompt, "),
+        (compares, [*whole, last], None, "compares needs answer, which rows, row 4 does not have"),
+        (compares, whole, [last], "compares needs answer, which rows, row 0 does not have"),
+        (compares, whole, {"a": whole, "b": [last]}, "compares needs answer, which rows, row 0 does not have"),
+    ):
+        with pytest.raises(ArgumentError, match=said):
+            SelfDistillationTrainer(
+                CHECKPOINT if evaluated else "no/such-model",
+                config(tmp_path),
+                method=GRPO(),
+                reward_funcs=[reward],
+                train_dataset=data,
+                eval_dataset=evaluated,
+            )
+    made = trainer(tmp_path, kind="rl", method=GRPO(num_generations=2), reward_funcs=[compares])
+    with pytest.raises(ArgumentError, match="compares needs answer, which rows, row 0"):
+        made.evaluate([last])
+
+
+def test_a_quiet_run_shows_no_bar_and_warns_of_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.enable_progress_bar()
+    datasets.enable_progress_bars()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.json").write_text(json.dumps(rows("sdft", task="luma", count=8, seed=0)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        made = SelfDistillationTrainer(
+            CHECKPOINT,
+            config(tmp_path / "run", disable_tqdm=True, max_steps=1, save_strategy="steps", save_steps=1),
+            method=SDFT_METHOD,
+            train_dataset=tmp_path / "data",
+            peft_config=peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
+        made.train()
+        made.save_model()
+    shown = capfd.readouterr()
+    assert "%|" not in shown.err + shown.out
+    assert "examples/s" not in shown.err + shown.out
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,9 @@ class Opens:
 
 @pytest.mark.parametrize("value", [Opens(), [Opens()], {"a": Opens()}, type("Text", (str,), {})("text")])
 def test_objects_that_are_not_plain_data_are_not_given_to_a_template(value: object) -> None:
-    with pytest.raises(ContextError, match="'column' is undefined"):
+    with pytest.raises(
+        ContextError, match=r"'column' is undefined; .*; left out, since they are no plain data: `column`$"
+    ):
         rendered("{{ prompt }}{{ column }}", column=value)
 
 

@@ -15,7 +15,7 @@ import torch
 from sdcore.errors import ArgumentError
 from sdcore.rollouts import rewards
 from sdcore.rollouts.named import load
-from sdcore.rollouts.rewards import RewardError, judge, prepare, score
+from sdcore.rollouts.rewards import RewardError, check_columns, judge, prepare, score
 from sdcore.types import Example, Group, Rollout
 
 
@@ -54,6 +54,33 @@ def test_a_function_without_columns_gets_those_that_it_names() -> None:
     assert rewards_of(score([group("a", answer=4, other=1)], [named])) == [4.0]
     with pytest.raises(ArgumentError, match=r"named needs answer, which train.jsonl:7 does not have: .* other"):
         score([group("a", other=1)], [named])
+
+
+def by_trl(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    return [1.0 for _ in completions]
+
+
+def by_trl_with_names(completions: list[str], answer: list[str]) -> list[float]:
+    return [1.0 for _ in completions]
+
+
+def by_verl(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None) -> float:
+    return 1.0
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (by_trl, "by_trl needs prompts, completions, which train.jsonl:7 does not have: .*; TRL gives lists of them"),
+        (by_trl_with_names, "needs completions, .*columns, answer; TRL gives lists of them, here it is one, and one"),
+        (by_verl, "needs data_source, solution_str, ground_truth, which .* with completion, .* columns, answer$"),
+    ],
+)
+def test_functions_of_other_libraries_are_told_what_they_are_called_with(function: Any, said: str) -> None:
+    examples = [Example(prompt="q", columns={"answer": "a"}, source="train.jsonl:7")]
+    with pytest.raises(ArgumentError, match=said):
+        check_columns(prepare([function]), examples)
+    check_columns(prepare([lambda completion, answer, level=0, **more: 0.0]), examples)
 
 
 def test_what_was_sampled_comes_before_a_column_of_its_name() -> None:
