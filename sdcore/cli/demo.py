@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from sdcore.cli.running import readable_errors
+
 
 def demo(
     model: Annotated[
@@ -48,8 +50,5 @@ def demo(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     logging.disable_progress_bar()  # a bar for loading 30 tensors
-    try:
+    with readable_errors("demo"):
         run_demo(config, Console())
-    except (ImportError, OSError) as error:  # no matplotlib, no such model
-        typer.echo(f"sdcore demo: {error}", err=True)
-        raise typer.Exit(code=1) from error

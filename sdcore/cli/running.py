@@ -25,12 +25,14 @@ MODEL_HELP: Final = "Path or Hub name of a causal model; `world` is the bundled 
 
 @contextmanager
 def readable_errors(command: str) -> Iterator[None]:
-    """Turns an error into one line on stderr and an exit code; what would be of no use as one keeps its traceback."""
+    """Turns an error of any kind into one line on stderr and an exit code."""
     from sdcore.errors import ArgumentError, SdcoreError
 
     try:
         yield
-    except (SdcoreError, OSError, ImportError, ValueError) as error:
+    except (typer.Exit, typer.Abort, typer.BadParameter):  # typer's own, which it says in its way
+        raise
+    except Exception as error:
         if os.environ.get("SDCORE_TRACEBACK"):
             raise
         text = " ".join(str(error).split()) or type(error).__name__
@@ -87,7 +89,11 @@ def lora_config(rank: int | None) -> object:
 
 
 def console() -> Console:
-    """Returns where a command prints; wide where no terminal sets a width, so that files and pipes are not folded."""
+    """Returns where a command prints; wide where no terminal sets a width, so that files and pipes are not folded.
+
+    Of several processes the first one prints.
+    """
     from rich.console import Console
 
-    return Console() if sys.stdout.isatty() else Console(width=160, soft_wrap=False)
+    quiet = os.environ.get("RANK", "0") != "0"
+    return Console(quiet=quiet) if sys.stdout.isatty() else Console(width=160, soft_wrap=False, quiet=quiet)

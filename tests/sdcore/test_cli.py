@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from sdcore.cli.main import app
+from sdcore.errors import ArgumentError, UnsupportedModelError
 from sdcore.presets import dump_config
 from sdcore.world import CHECKPOINT
 from sdcore.world.data import Kind, rows, settings
@@ -283,6 +284,57 @@ def test_an_option_out_of_its_range_is_named_as_it_was_typed(option: str) -> Non
     result = sdcore("eval", "--data", "train.jsonl", "--reward", "sdcore.world.data:exact", option, -1)
     assert result.exit_code == 2
     assert f"Invalid value for '{option}'" in result.output
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (
+            RuntimeError("size mismatch for lm_head.weight:\n copying a param"),
+            1,
+            "RuntimeError: size mismatch for lm_head",
+        ),
+        (OSError("no/such is not a local folder"), 1, "OSError: no/such is not a local folder"),
+        (ImportError("needs flash_attn"), 1, "ImportError: needs flash_attn"),
+        (KeyError("qwen9"), 1, "KeyError: 'qwen9'"),
+        (AttributeError("no vocab_size"), 1, "AttributeError: no vocab_size"),
+        (torch.cuda.OutOfMemoryError("tried to allocate"), 1, "OutOfMemoryError: tried to allocate"),
+        (UnsupportedModelError("sees tokens ahead"), 1, "sees tokens ahead"),
+        (ArgumentError("dtype must be float32"), 2, "dtype must be float32"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_an_error_of_any_kind_is_a_line_and_an_exit_code(
+    error: Exception, code: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: object, **options: object) -> None:
+        raise error
+
+    write("rl", count=4)
+    rewarded = ["--data", "train.jsonl", "--reward", "sdcore.world.data:exact"]
+    for place, words in (
+        ("transformers.AutoModelForCausalLM.from_pretrained", ["train", "--method", "grpo", *rewarded]),
+        ("transformers.AutoModelForCausalLM.from_pretrained", ["eval", *rewarded]),
+        ("transformers.AutoModelForCausalLM.from_pretrained", ["solve", "--verifier", "true", "--question", "luma"]),
+        ("transformers.AutoConfig.from_pretrained", ["profile-memory", "--model", "world"]),
+        ("sdcore.report.write_report", ["report", "run"]),
+        ("sdcore.demo.run_demo", ["demo"]),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, fails)
+            result = sdcore(*words)
+            assert (result.exit_code, result.output.count("\n")) == (code, 1), result.output
+            assert result.output.startswith(f"sdcore {words[0]}: {said}")
+            patch.setenv("SDCORE_TRACEBACK", "1")
+            assert sdcore(*words).exception is error
+
+
+def test_of_several_processes_one_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = prepared("sdft")
+    monkeypatch.setenv("RANK", "0")
+    assert "completion, loss" in done("train", *options, "--dry-run")
+    monkeypatch.setenv("RANK", "1")
+    assert done("train", *options, "--dry-run") == ""
 
 
 def test_a_reward_that_raises_stops_the_run_with_its_row_and_the_whole_story_on_demand(
