@@ -195,11 +195,15 @@ class Reward:
             )
 
 
-def check_columns(rewards: Sequence[Reward], examples: Sequence[Example]) -> None:
-    """Raises `ArgumentError` for the first example that lacks what a reward function needs."""
-    for reward in rewards:
-        for example in examples:
-            reward.check(example)
+def check_columns(rewards: Sequence[Reward], *sets: Sequence[Example] | Mapping[str, Sequence[Example]] | None) -> None:
+    """Raises `ArgumentError` for the first example, of these data sets, that lacks what a reward function needs."""
+    for examples in sets:
+        if isinstance(examples, Mapping):
+            check_columns(rewards, *examples.values())
+            continue
+        for example in examples or ():
+            for reward in rewards:
+                reward.check(example)
 
 
 def prepare(functions: Sequence[RewardFunction | Reward | str], weights: Sequence[float] | None = None) -> list[Reward]:

@@ -32,12 +32,20 @@ from .config import SelfDistillationConfig
 
 
 def args_of(args: Any, method: Any) -> SelfDistillationConfig:
-    """Returns the arguments, defaults for None. Raises `ArgumentError` where they or the method are something else."""
+    """Returns the arguments, defaults for None. Raises `ArgumentError` where they or the method are something else.
+
+    With `disable_tqdm` the bars of transformers and datasets are off from here on, in the whole process, as
+    transformers' trainer sets the level of its log.
+    """
     if args is not None and not isinstance(args, SelfDistillationConfig):
         raise ArgumentError(f"args must be a SelfDistillationConfig, got {type(args).__name__}")
     if not isinstance(method, Method):
         raise ArgumentError(f"method must be a Method such as SDPO(), got {method!r:.80}")
-    return args or SelfDistillationConfig()
+    args = args or SelfDistillationConfig()
+    if args.disable_tqdm:
+        transformers_logging.disable_progress_bar()
+        importlib.import_module("datasets").disable_progress_bars()
+    return args
 
 
 # What each of these has, and an example: a class of them is none, nor is a name.
@@ -57,12 +65,6 @@ def check_objects(**given: Any) -> None:
         attributes, example = OBJECTS[name]
         if value is not None and (isinstance(value, type) or not any(hasattr(value, each) for each in attributes)):
             raise ArgumentError(f"{name} must be an object, such as {example}, got {value!r:.80}")
-
-
-def without_bars() -> None:
-    """Turns off the bars of transformers and datasets, for the whole process, as a trainer sets its log level."""
-    importlib.import_module("datasets").disable_progress_bars()
-    transformers_logging.disable_progress_bar()
 
 
 def check(args: SelfDistillationConfig, method: Method, rewards: Sequence[Reward], sampler: Sampler) -> None:

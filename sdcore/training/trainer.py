@@ -51,17 +51,7 @@ from .checkpoints import OwnState, saving_whole, to_resume, writing
 from .collect import Collector
 from .config import SelfDistillationConfig
 from .evaluation import evaluate
-from .prepare import (
-    args_of,
-    built,
-    check,
-    check_engine,
-    check_objects,
-    eval_examples_of,
-    examples_of,
-    loaded,
-    without_bars,
-)
+from .prepare import args_of, built, check, check_engine, check_objects, eval_examples_of, examples_of, loaded
 from .samples import RichProgress, sample_rows, show
 from .update import Batch, Normalizers, update
 from .watch import Tally, Watch, due, origin_of
@@ -109,24 +99,16 @@ class SelfDistillationTrainer(Trainer):
         peft_config: Any = None,
     ) -> None:
         args = args_of(args, method)
-        check_objects(
-            teacher=teacher,
-            reference=reference,
-            sampler=sampler,
-            context=context,
-            processing_class=processing_class,
-            peft_config=peft_config,
-        )
-        if args.disable_tqdm:
-            without_bars()
+        check_objects(teacher=teacher, reference=reference, sampler=sampler, context=context)
+        check_objects(processing_class=processing_class, peft_config=peft_config)
         self.method = method
         self.rewards = prepare(reward_funcs, args.reward_weights)
         self.sampler: Sampler = sampler or ModelSampler(prompts_at_a_time=args.generation_batch_size)
         self.context = context or method.build_context(chat_template_kwargs=cast(Any, args.chat_template_kwargs))
-        train_examples = examples_of(train_dataset)
+        train_examples, eval_examples = examples_of(train_dataset), eval_examples_of(eval_dataset)
         check(args, method, self.rewards, self.sampler)
         check_examples(self.context, train_examples or [])
-        check_columns(self.rewards, train_examples or [])
+        check_columns(self.rewards, train_examples, eval_examples)
         model, processing_class = loaded(model, processing_class, args, peft_config)
         head_of(model)  # refuses a model whose logits are not its states times a matrix, before any work
         super().__init__(
@@ -134,14 +116,12 @@ class SelfDistillationTrainer(Trainer):
             args=args,
             data_collator=list,
             train_dataset=train_examples,
-            eval_dataset=eval_examples_of(eval_dataset),
+            eval_dataset=eval_examples,
             processing_class=processing_class,
             callbacks=[_Hooks(self), *(callbacks or [])],
             optimizers=optimizers,
         )
         check_engine(self.accelerator.state)
-        for examples in self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]:
-            check_columns(self.rewards, examples or [])
         for printing in (ProgressCallback, PrinterCallback):  # each prints all metrics of every step
             self.remove_callback(printing)
         if not args.disable_tqdm:

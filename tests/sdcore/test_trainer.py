@@ -614,7 +614,7 @@ def test_a_reward_function_that_lacks_a_column_is_refused_before_anything_is_loa
     ):
         with pytest.raises(ArgumentError, match=said):
             SelfDistillationTrainer(
-                CHECKPOINT if evaluated else "no/such-model",
+                "no/such-model",
                 config(tmp_path),
                 method=GRPO(),
                 reward_funcs=[reward],
