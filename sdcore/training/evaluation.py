@@ -112,14 +112,7 @@ def evaluate(
         on_error=on_error,
         workers=workers,
     )
-    rows = Rows(
-        collector=collector,
-        body=find_body(model),
-        on_bad_row=on_bad_row,
-        rank=rank,
-        world_size=world_size,
-        gather=gather,
-    )
+    rows = Rows(collector=collector, body=find_body(model), on_bad_row=on_bad_row, rank=rank)
     examples = rows.of_evaluation().usable(examples, "examples")
     parts: list[tuple[int, list[Group], dict[str, int]]] = []
     with whole_weights(model, collector.sampler):

@@ -234,8 +234,7 @@ class SelfDistillationTrainer(Trainer):
         totals = torch.tensor([*own, *counts], dtype=torch.float64, device=self.args.device)
         divergence, policy, completions, tokens = self.accelerator.reduce(totals, "sum").tolist()
         self._seen = {"samples": self._seen["samples"] + int(completions), "tokens": self._seen["tokens"] + int(tokens)}
-        ranks = self.args.world_size
-        return Normalizers(divergence / ranks, policy / ranks)
+        return Normalizers(divergence / self.args.world_size, policy / self.args.world_size)
 
     # What is known of it.
 
