@@ -112,8 +112,9 @@ def evaluate(
         on_error=on_error,
         workers=workers,
     )
-    rows = Rows(collector=collector, body=find_body(model), on_bad_row=on_bad_row, rank=rank)
-    examples = rows.of_evaluation().usable(examples, "examples")
+    body = find_body(model) if isinstance(collector.sampler, ModelSampler) else None  # an engine knows its own limits
+    rows = Rows(collector=collector, body=body, on_bad_row=on_bad_row, rank=rank)
+    examples = rows.usable(examples, "examples")
     parts: list[tuple[int, list[Group], dict[str, int]]] = []
     with whole_weights(model, collector.sampler):
         for number, start in list(enumerate(range(0, len(examples), batch_size)))[rank::world_size]:

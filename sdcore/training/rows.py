@@ -98,7 +98,7 @@ class Rows:
     def of_evaluation(self) -> Rows:
         """Returns what checks questions that are only answered."""
         collector = replace(self.collector, from_data=False, max_prompt_length=None)
-        body = self.body if isinstance(collector.sampler, ModelSampler) else None  # an engine knows its own limits
+        body = self.body if isinstance(collector.sampler, ModelSampler) else None  # as in `evaluate`
         return replace(self, collector=collector, body=body, context=No())
 
     def usable(self, examples: Sequence[Example], what: str) -> list[Example]:
