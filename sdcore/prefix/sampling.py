@@ -284,9 +284,7 @@ def _check_options(
             raise ArgumentError(f"eos_token_id must be in [0, V={vocab_size}), got {token}")
 
 
-def check_room(
-    body: Body, longest: int, max_new_tokens: int, *, name: str = "max_new_tokens", where: str = ""
-) -> None:
+def check_room(body: Body, longest: int, max_new_tokens: int, *, name: str = "max_new_tokens", where: str = "") -> None:
     """Refuses completions that the model cannot read after a prompt of `longest` tokens.
 
     `name` and `where` are for the error.
@@ -304,6 +302,6 @@ def check_room(
         )
     if body.rotary_switch is not None and read > body.rotary_switch:
         raise UnsupportedModelError(
-            f"{where}{body.name} encodes positions otherwise in sequences longer than {body.rotary_switch} tokens: keys of a "
-            f"prompt cannot be kept across that length, got up to {read} tokens"
+            f"{where}{body.name} encodes positions otherwise in sequences longer than {body.rotary_switch} tokens: "
+            f"keys of a prompt cannot be kept across that length, got up to {read} tokens"
         )

@@ -142,9 +142,7 @@ def built(given: Any, needed: bool, build: Callable[..., Any], model: nn.Module,
     return build(model, device=args.teacher_device, reference=given)
 
 
-def examples_of(
-    source: Any, what: str = "data", skipped: dict[str, list[str]] | None = None
-) -> list[Example] | None:
+def examples_of(source: Any, what: str = "data", skipped: dict[str, list[str]] | None = None) -> list[Example] | None:
     """Returns what `read_examples` reads, or examples, with their place as the source of those that have none.
 
     `skipped` gets what is said of rows that cannot be used, under the name of the data, `what`. None: the first raises,

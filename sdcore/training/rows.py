@@ -64,7 +64,7 @@ class Rows:
     """Checks rows. Is a `ContextBuilder` too: its `context`, with refusals by row."""
 
     collector: Collector
-    body: Any  # a `Body`, or what has its name, vocab_size, max_positions and rotary_switch; None: any length will do
+    body: Any  # a `Body`, or what has its vocab_size, max_positions and rotary_switch; None: any length will do
     context: ContextBuilder = field(default_factory=No)
     on_bad_row: OnBadRow = "raise"
     rank: int = 0
@@ -122,9 +122,11 @@ class Rows:
         bad.sort(key=lambda refusal: refusal[0])
         if bad and self.on_bad_row == "raise":
             _, kind, text = bad[0]
-            raise kind(text)
+            raise kind(f"{text}; on_bad_row='skip' leaves such rows out")
         if bad and len(bad) == len(examples):
-            raise DataError(f"{what} must have a row that can be used, got {len(bad)} that cannot; the first: {bad[0][2]}")
+            raise DataError(
+                f"{what} must have a row that can be used, got {len(bad)} that cannot; the first: {bad[0][2]}"
+            )
         said = self.skipped.setdefault(what, [])
         said += [text for _, _, text in bad]
         if said and self.rank == 0:
@@ -177,7 +179,9 @@ class Rows:
         where = f"{example.source}, the {whose}: "
         highest = int(max(ids.max() for ids in (prompt, completion) if ids is not None and len(ids)))
         if self.body.vocab_size is not None and highest >= self.body.vocab_size:
-            raise DataError(f"{where}ids must be in [0, V={self.body.vocab_size}), the model's vocabulary, got {highest}")
+            raise DataError(
+                f"{where}ids must be in [0, V={self.body.vocab_size}), the model's vocabulary, got {highest}"
+            )
         name = "max_completion_length" if completion is None else "tokens of the completion"
         most = self.collector.sampling.max_new_tokens if completion is None else len(completion)
         check_room(self.body, len(prompt), most, name=name, where=where)
