@@ -26,8 +26,8 @@ from typing import Any, Final, cast
 
 import torch
 from accelerate.utils import gather_object  # type: ignore[import-untyped, unused-ignore]
+from rich.progress import track
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..contexts import ContextBuilder, Demonstration, No, Solution, SuccessOrFeedback, Template
 from ..contexts.rendering import question_of
@@ -109,8 +109,7 @@ class Rows:
         alone = self.gather is None
         mine = range(0 if alone else self.rank, len(examples), 1 if alone else self.world_size)
         bad: list[tuple[int, type[SdcoreError], str]] = []
-        # Waits a second, so that small data has no bar.
-        for i in tqdm(mine, desc=f"measuring {what}", disable=self.quiet or self.rank > 0, leave=False, delay=1):
+        for i in track(mine, f"measuring {what}", transient=True, disable=self.quiet or self.rank > 0):
             try:
                 self._check(examples[i])
             except SdcoreError as error:

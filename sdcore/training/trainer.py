@@ -106,7 +106,7 @@ class SelfDistillationTrainer(Trainer):
         self.sampler: Sampler = sampler or ModelSampler(prompts_at_a_time=args.generation_batch_size)
         self.context = context or method.build_context(chat_template_kwargs=cast(Any, args.chat_template_kwargs))
         skipped: dict[str, list[str]] | None = {} if args.on_bad_row == "skip" else None
-        self._read = partial(examples_of, skipped=skipped)
+        self._read: Any = partial(examples_of, skipped=skipped)
         train_examples = self._read(train_dataset, "train_dataset")
         eval_examples = of_each(eval_dataset, self._read, "eval_dataset")
         check(args, method, self.rewards, self.sampler)
@@ -130,7 +130,7 @@ class SelfDistillationTrainer(Trainer):
             self.add_callback(RichProgress())
         self._stop_ids = args.stop_token_ids or stop_ids(self.model, processing_class)
         self.rows = Rows.of_run(args, self.collector, self.model, self.context, skipped)
-        self.train_dataset = train_examples and self.rows.usable(train_examples, "train_dataset")
+        self.train_dataset: Any = train_examples and self.rows.usable(train_examples, "train_dataset")
         self.eval_dataset = of_each(eval_examples, self.rows.of_evaluation().usable, "eval_dataset")
         self.teacher: Any = built(teacher, method.has_teacher, method.build_teacher, self.model, args)
         self.reference: Any = built(reference, method.needs_reference, method.build_reference, self.model, args)

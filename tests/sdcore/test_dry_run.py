@@ -149,7 +149,7 @@ def test_what_is_too_long_is_said() -> None:
         assert "1 of 12 rows cannot be used: training stops before its first step" in " ".join(shown.split())
         assert refused in " ".join(shown.split())
         assert "rows, row 9" in shown
-    with pytest.raises(DataError, match="12 that cannot; the first: rows, row 0: .* max_prompt_length=7"):
+    with pytest.raises(DataError, match=r"12 that cannot; the first: rows, row 0: .* max_prompt_length=7"):
         run("sdft", max_prompt_length=7)
     with pytest.raises(DataError, match="what the model's 128 positions leave"):
         run("sdft", max_completion_length=128)

@@ -115,7 +115,7 @@ def test_a_row_that_cannot_be_used_is_named_before_the_first_step_or_left_out(
     made = trainer(tmp_path, model=model, train_dataset=given, on_bad_row="skip", **options())
     places = [f"rows, row {i}" for i in range(12)]
     expected = places[:BAD] if case == "a column" else [*places[:BAD], *places[BAD + 1 :]]
-    assert [row.source for row in made.train_dataset] == expected
+    assert [row.source for row in made.train_dataset or ()] == expected
     assert f"train_dataset: {12 - len(expected)} rows are left out" in caplog.text
     assert places[BAD] in caplog.text
 
@@ -143,7 +143,8 @@ class Ranks:
     """Two ranks in threads, which wait for each other in `gather`."""
 
     def __init__(self) -> None:
-        self.barrier, self.parts = threading.Barrier(2, timeout=30), [[], []]
+        self.barrier = threading.Barrier(2, timeout=30)
+        self.parts: list[list[Any]] = [[], []]
 
     def usable(self, rank: int, made: Rows, examples: Sequence[Example]) -> Any:
         def gather(own: list[Any]) -> list[Any]:
