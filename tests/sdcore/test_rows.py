@@ -129,7 +129,7 @@ def test_a_run_writes_down_what_it_left_out(tmp_path: Path) -> None:
     assert (name, skipped["rows"], description["examples"], others) == ("train_dataset", 2, 10, [])
     assert [text.split(":")[0] for text in skipped["first"]] == ["rows, row 2", f"rows, row {BAD}, the prompt"]
     (note,) = [note for note in notes_of(read_run(tmp_path)) if "skipped" in note]
-    assert note.startswith("Rows of train_dataset that could not be used and were skipped: 2, such as rows, row 2")
+    assert note.startswith("Rows of train_dataset that could not be used and were skipped: 2, as rows, row 2")
 
 
 def test_where_no_row_is_left_the_first_says_why(tmp_path: Path) -> None:
