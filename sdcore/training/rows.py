@@ -26,6 +26,7 @@ from typing import Any, Final, cast
 
 import torch
 from accelerate.utils import gather_object  # type: ignore[import-untyped, unused-ignore]
+from rich import get_console
 from rich.progress import track
 from torch import Tensor
 
@@ -109,7 +110,8 @@ class Rows:
         alone = self.gather is None
         mine = range(0 if alone else self.rank, len(examples), 1 if alone else self.world_size)
         bad: list[tuple[int, type[SdcoreError], str]] = []
-        for i in track(mine, f"measuring {what}", transient=True, disable=self.quiet or self.rank > 0):
+        no_bar = self.quiet or self.rank > 0 or not get_console().is_terminal
+        for i in track(mine, f"measuring {what}", transient=True, disable=no_bar):
             try:
                 self._check(examples[i])
             except SdcoreError as error:
