@@ -42,7 +42,9 @@ READ_BY_REWARDS_TOO: Final = "solution"
 FILES: Final = (".jsonl", ".ndjson", ".json", ".parquet")
 
 
-def read_examples(source: str | Path | Rows, *, split: str = "train", limit: int | None = None) -> list[Example]:
+def read_examples(
+    source: str | Path | Rows, *, split: str = "train", limit: int | None = None, refused: list[str] | None = None
+) -> list[Example]:
     """Reads the rows of a source, and checks them.
 
     Args:
@@ -51,6 +53,7 @@ def read_examples(source: str | Path | Rows, *, split: str = "train", limit: int
             `datasets.Dataset`, a list of dicts, or a table that speaks Arrow, as pandas' and polars' do.
         split: of a data set that has several; files and lists have one.
         limit: read so many rows and no more. None: all.
+        refused: gets what is said of the rows that cannot be used, which are left out. None: the first raises.
 
     Raises `DataError` (a `ValueError`) with the row and the column for what cannot be used, for a source that is not
     there and for one without rows, and `ArgumentError` for a limit below 1.
@@ -58,9 +61,16 @@ def read_examples(source: str | Path | Rows, *, split: str = "train", limit: int
     if limit is not None and limit < 1:
         raise ArgumentError(f"limit must be at least 1, or None for all rows, got {limit}")
     name, rows = _open(source, split)
-    examples = [example_of(row, where) for where, row in islice(rows, limit)]
+    examples = []
+    for where, row in islice(rows, limit):
+        try:
+            examples.append(example_of(row, where))
+        except DataError as error:
+            if refused is None:
+                raise
+            refused.append(str(error))
     if not examples:
-        raise DataError(f"{name} has no rows")
+        raise DataError(f"{name} has no rows{' that can be used: ' + refused[0] if refused else ''}")
     return examples
 
 

@@ -8,8 +8,13 @@ from typing import Annotated
 
 import typer
 
-from sdcore.cli.running import MODEL_HELP, console, load_model, quiet_libraries, readable_errors
+from sdcore.cli.running import MODEL_HELP, console, load_model, quiet_libraries, readable_errors, settings_of
 
+# Of a run, what an evaluation reads beside its own options.
+FIELDS = (
+    *("chat_template_kwargs", "top_p", "top_k", "stop_token_ids", "on_bad_row"),
+    *("reward_weights", "reward_timeout", "reward_on_error", "reward_workers"),
+)
 SAVED = ("text", "finished", "reward", "feedback")  # of each answer
 
 
@@ -18,8 +23,17 @@ def evaluate(
     reward: Annotated[list[str], typer.Option(help="module:function or file.py:function; may be given several times.")],
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "world",
     generations: Annotated[int, typer.Option(min=1, help="Answers to each question.")] = 1,
-    max_completion_length: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0 takes the likeliest token.")] = 1.0,
+    like: Annotated[
+        str | None,
+        typer.Option(help="Folder of the run whose prompts and sampling are used.", show_default="the model's own"),
+    ] = None,
+    max_completion_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of an answer, at most.", show_default="the run's, or 256")
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Of sampling; 0: the likeliest token.", show_default="the run's, or 1"),
+    ] = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Questions at a time; another number draws other answers.")
     ] = 32,
@@ -29,13 +43,19 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto, the file's.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Torch device; default: a GPU if there is one.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that the model brings along.")] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help=f"Over the run's: {', '.join(FIELDS)}.")
+    ] = None,
 ) -> None:
     """Measure a model: sample answers and judge them.
 
+    A model that `sdcore train` wrote is asked as it was trained, by the chat template's arguments and the sampling in
+    its folder's run.json; what is given here comes first.
+
     \b
-    Two models on the same questions and seeds:
+    Two models on the same questions and seeds, asked in the same way:
       sdcore eval --model run --data eval.jsonl --reward rewards.py:check --generations 4
-      sdcore eval --model Qwen/Qwen3-0.6B --data eval.jsonl --reward rewards.py:check --generations 4
+      sdcore eval --model Qwen/Qwen3-0.6B --like run --data eval.jsonl --reward rewards.py:check --generations 4
     Without a GPU, on the bundled small world:
       python -m sdcore.world.data --kind rl --split eval --rows 200 --output eval.jsonl
       sdcore eval --model run --data eval.jsonl --reward sdcore.world.data:exact --max-completion-length 11
@@ -45,10 +65,24 @@ def evaluate(
         from rich.table import Table
 
         from sdcore.data import read_examples
+        from sdcore.presets import types_of
+        from sdcore.presets.configure import overridden
         from sdcore.rollouts.rewards import prepare
+        from sdcore.training.config import SelfDistillationConfig
         from sdcore.training.evaluation import evaluate as measure
 
-        examples, rewards, screen = read_examples(data, limit=limit), prepare(reward), console()
+        known = types_of(SelfDistillationConfig)
+        given = overridden(overrides or [], {name: known[name] for name in FIELDS}, "an evaluation")
+        options = {"max_completion_length": max_completion_length, "sampling_temperature": temperature}
+        given |= {name: value for name, value in options.items() if value is not None}
+        taken, screen = settings_of(like or model), console()
+        taken |= {"sampling_temperature": taken.pop("eval_temperature")} if "eval_temperature" in taken else {}
+        threshold = taken.pop("success_threshold", 0.5)
+        args = SelfDistillationConfig(
+            eval_generations=generations, eval_seed=seed, per_device_eval_batch_size=batch_size, **taken | given
+        )
+        settings = args.evaluation_options() | {"rank": 0, "world_size": 1}
+        examples, rewards = read_examples(data, limit=limit), prepare(reward, args.reward_weights)
         loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
             bar = progress.add_task("sampling", total=len(examples))
@@ -57,17 +91,17 @@ def evaluate(
                 tokenizer,
                 examples,
                 rewards,
-                num_generations=generations,
-                max_completion_length=max_completion_length,
-                temperature=temperature,
-                batch_size=batch_size,
-                seed=seed,
+                success_threshold=threshold,
                 advance=lambda count: progress.advance(bar, count),
+                **settings,
             )
         table = Table("measure", "value", title=f"{model} on {data}", title_justify="left")
         for name, value in result.metrics.items():
             table.add_row(name, f"{value:.4f}" if value != int(value) else f"{value:g}")
         screen.print(table)
+        said = ", ".join(f"{name}={value!r}" for name, value in taken.items() if name not in given)
+        if said:
+            screen.print(f"as the run in {like or model}: {said}", highlight=False, markup=False)
         if output is not None:
             answers = [
                 {
@@ -77,6 +111,7 @@ def evaluate(
                 }
                 for group in result.groups
             ]
-            text = json.dumps({"model": model, "data": data, "metrics": result.metrics, "samples": answers}, indent=1)
+            about = {"model": model, "data": data, "settings": settings, "metrics": result.metrics}
+            text = json.dumps(about | {"samples": answers}, indent=1)
             output.write_text(text, encoding="utf-8")
             screen.print(f"answers: {output}")

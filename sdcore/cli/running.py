@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import typer
@@ -19,6 +20,11 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+# Fields of a run, and of its method, that say which prompts a model reads and how its answers are drawn and judged.
+ANSWERING: Final = (
+    *("chat_template_kwargs", "max_completion_length", "sampling_temperature", "eval_temperature"),
+    *("top_p", "top_k", "stop_token_ids", "success_threshold"),
+)
 WORLD: Final = "world"  # the name of the bundled model
 MODEL_HELP: Final = "Path or Hub name of a causal model; `world` is the bundled small one."
 
@@ -75,6 +81,16 @@ def load_model(model: str, *, dtype: str, device: str | None, trust_remote_code:
     loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return loaded.to(place).eval(), tokenizer
+
+
+def settings_of(folder: str) -> dict[str, Any]:
+    """Returns what the run that wrote a model's folder says of prompts and sampling, as `ANSWERING`; {} without one."""
+    from sdcore.diagnostics.runlog import read_description
+
+    path = Path(folder)
+    known = read_description(path.parent if path.name.startswith("checkpoint-") else path)
+    values = known.get("config", {}) | {"success_threshold": known.get("method", {}).get("success_threshold")}
+    return {name: values[name] for name in ANSWERING if values.get(name) is not None}
 
 
 def lora_config(rank: int | None) -> object:

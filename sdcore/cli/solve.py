@@ -9,7 +9,13 @@ from typing import Annotated
 
 import typer
 
-from sdcore.cli.running import MODEL_HELP, console, load_model, quiet_libraries, readable_errors
+from sdcore.cli.running import MODEL_HELP, console, load_model, quiet_libraries, readable_errors, settings_of
+
+# What is read of a run's fields, in YAML, as overrides, and of the run that wrote the model.
+FIELDS = (
+    *("learning_rate", "max_completion_length", "sampling_temperature", "top_p", "top_k"),
+    *("stop_token_ids", "chat_template_kwargs"),
+)
 
 
 def solve(
@@ -19,14 +25,14 @@ def solve(
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "world",
     method: Annotated[str, typer.Option(help="sdpo or sdpo_code.")] = "sdpo",
     config: Annotated[
-        Path | None, typer.Option(help="YAML as for `train`; the two options below are read too.")
+        Path | None, typer.Option(help=f"YAML as for `train`; of a run's fields, {', '.join(FIELDS)} are read.")
     ] = None,
     max_completion_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of an answer, at most.", show_default="256")
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Of AdamW.", show_default="1e-5")] = None,
     max_samples: Annotated[int, typer.Option(min=1, help="Give up after so many answers.")] = 256,
-    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
+    temperature: Annotated[float | None, typer.Option(help="Of sampling.", show_default="1")] = None,
     update: Annotated[bool, typer.Option(help="Learn from failures; without it this is best-of-k.")] = True,
     verifier_seconds: Annotated[float, typer.Option(help="Time limit of each check.")] = 30.0,
     seed: Annotated[int, typer.Option(help="Of every sample.")] = 0,
@@ -54,6 +60,7 @@ def solve(
         from sdcore.data import example_of, read_examples
         from sdcore.errors import ArgumentError
         from sdcore.presets import load_config, types_of
+        from sdcore.presets.configure import overridden
         from sdcore.training.config import SelfDistillationConfig
         from sdcore.training.solve import Round, SolveConfig, command_verifier
         from sdcore.training.solve import solve as search
@@ -66,16 +73,22 @@ def solve(
             text = question if question_file is None else question_file.read_text(encoding="utf-8")
             example = example_of({"messages": [{"role": "user", "content": text}]}, str(question_file or "--question"))
         known = types_of(SelfDistillationConfig)
+        of_run = [text for text in overrides or [] if text.partition("=")[0] in known]
+        overridden(of_run, {name: known[name] for name in FIELDS}, "a search")
         chosen, run = load_config(config, [f"method={method}", *(overrides or [])], trainer_fields=known)
+        options = {
+            "max_completion_length": max_completion_length,
+            "learning_rate": learning_rate,
+            "sampling_temperature": temperature,
+        }
+        given = settings_of(model) | run | {name: value for name, value in options.items() if value is not None}
+        read = {name: given[name] for name in FIELDS if name in given}
         settings = SolveConfig(
             max_samples=max_samples,
-            max_completion_length=run.get("max_completion_length", 256)
-            if max_completion_length is None
-            else max_completion_length,
-            learning_rate=run.get("learning_rate", 1e-5) if learning_rate is None else learning_rate,
-            temperature=temperature,
+            temperature=read.pop("sampling_temperature", 1.0),
             update=update,
             seed=seed,
+            **read,
         )
         screen = console()
 

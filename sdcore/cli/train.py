@@ -75,8 +75,12 @@ def train(
         defaults: dict[str, Any] = {"output_dir": str(output), "disable_tqdm": False}
         args = SelfDistillationConfig(**defaults | arguments)
         check(args, chosen, prepare(reward or [], args.reward_weights), ModelSampler())
-        examples, screen = read_examples(data), console()
+        screen = console()
         if dry_run:
+            refused: list[str] = []
+            examples = read_examples(data, refused=refused if args.on_bad_row == "skip" else None)
+            if refused:
+                screen.print(f"{len(refused)} rows are left out, such as {refused[0]}", highlight=False, markup=False)
             remote = {"trust_remote_code": args.trust_remote_code}
             preview = looking.dry_run(
                 examples,
@@ -99,8 +103,8 @@ def train(
             resolved(model),
             args,
             method=chosen,
-            train_dataset=examples,
-            eval_dataset=None if eval_data is None else read_examples(eval_data),
+            train_dataset=data,
+            eval_dataset=eval_data,
             reward_funcs=reward or [],
             peft_config=lora_config(lora_rank),
         )

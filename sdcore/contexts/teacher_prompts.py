@@ -49,6 +49,7 @@ COUNTS = (
     "context/truncated_tokens",  # that these prompts lost
     "context/dropped_feedback",  # entries of feedback that these prompts lost
     "context/dropped",  # completions for whose context there was no room
+    "context/skipped",  # completions whose context a run refused and left out, with on_bad_row="skip"
 )
 
 
@@ -280,7 +281,12 @@ class Custom(_InTemplate):
 
     def condition(self, group: Group, tokenizer: Any) -> Conditioned:
         """Returns a prompt per completion; those whose text is None or blank are not active."""
-        texts_G: object = self.function(group)
+        try:
+            texts_G: object = self.function(group)
+        except Exception as error:
+            raise ContextError(
+                f"{group.example.source}: the context function raised {type(error).__name__}: {error}"
+            ) from error
         size = len(group.rollouts)
         if isinstance(texts_G, str) or not isinstance(texts_G, Sequence) or len(texts_G) != size:
             got = f"{len(texts_G)}" if isinstance(texts_G, list | tuple) else type(texts_G).__name__

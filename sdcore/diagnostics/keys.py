@@ -152,6 +152,8 @@ context/with_feedback | none | count | shown feedback
     Completions whose teacher saw feedback.
 context/dropped | down | count | without room for context
     Completions for whose context there was no room at all; they carry no loss.
+context/skipped | down | count | skipped contexts
+    Completions whose context was refused and left out (on_bad_row="skip"); they carry no loss.
 context/dropped_feedback | down | count | feedback entries cut
     Entries of feedback that did not fit.
 context/truncated_tokens | down | tokens | tokens cut

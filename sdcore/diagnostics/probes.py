@@ -193,7 +193,8 @@ def leak(
     """
     require_positive(max_completions=max_completions)
     right = [builder.condition(group, tokenizer) for group in groups]
-    wrong = [_of_another(groups, g, builder, tokenizer) for g in range(len(groups))]
+    positions = find_body(model).max_positions
+    wrong = [_of_another(groups, g, builder, tokenizer, positions) for g in range(len(groups))]
     comparable = [
         [
             is_active and others is not None and not torch.equal(prompt, others[i % len(others)])
@@ -244,9 +245,12 @@ def _divergence(
     )
 
 
-def _of_another(groups: Sequence[Group], g: int, builder: ContextBuilder, tokenizer: Any) -> list[Tensor] | None:
+def _of_another(
+    groups: Sequence[Group], g: int, builder: ContextBuilder, tokenizer: Any, positions: int | None
+) -> list[Tensor] | None:
     """Builds the teacher's prompts of a group with the next other prompt's context; None where none is to be had."""
     own = groups[g]
+    longest = max(len(rollout.completion_ids) for rollout in own.rollouts)
     for step in range(1, len(groups)):
         other = groups[(g + step) % len(groups)]
         if other.example.prompt == own.example.prompt:
@@ -256,7 +260,11 @@ def _of_another(groups: Sequence[Group], g: int, builder: ContextBuilder, tokeni
             seen = builder.condition(replace(other, example=example, prompt_ids=own.prompt_ids), tokenizer)
         except SdcoreError:  # such as a context too long for this prompt: another one may fit
             continue
-        prompts = [prompt for prompt, is_active in zip(seen.teacher_prompts, seen.active, strict=True) if is_active]
+        prompts = [
+            prompt
+            for prompt, is_active in zip(seen.teacher_prompts, seen.active, strict=True)
+            if is_active and (positions is None or len(prompt) + longest - 1 <= positions)
+        ]
         if prompts:
             return prompts
     return None

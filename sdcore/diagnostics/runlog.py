@@ -205,9 +205,14 @@ def read_run(directory: str | Path) -> RunData:
         directory=directory,
         metrics=metrics,
         samples=samples,
-        description=_read_object(directory / DESCRIPTION),
+        description=read_description(directory),
         unreadable=bad_metrics + bad_samples,
     )
+
+
+def read_description(directory: str | Path) -> dict[str, Any]:
+    """Reads `run.json`; {} where there is none that can be read."""
+    return _read_object(Path(directory) / DESCRIPTION)
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:

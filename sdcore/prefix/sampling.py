@@ -284,16 +284,24 @@ def _check_options(
             raise ArgumentError(f"eos_token_id must be in [0, V={vocab_size}), got {token}")
 
 
-def check_room(body: Body, longest: int, max_new_tokens: int, *, name: str = "max_new_tokens") -> None:
-    """Refuses completions that the model cannot read after a prompt of `longest` tokens; `name` is for the error."""
+def check_room(body: Body, longest: int, max_new_tokens: int, *, name: str = "max_new_tokens", where: str = "") -> None:
+    """Refuses completions that the model cannot read after a prompt of `longest` tokens.
+
+    `name` and `where` are for the error.
+    """
     read = longest + max_new_tokens - 1  # the last token is not read
+    if body.max_positions is not None and longest > body.max_positions:
+        raise ArgumentError(
+            f"{where}a prompt must have at most {body.max_positions} tokens, what the model has positions for, got "
+            f"{longest}"
+        )
     if body.max_positions is not None and read > body.max_positions:
         raise ArgumentError(
-            f"{name} must be at most {body.max_positions - longest + 1}, what the model's {body.max_positions} "
-            f"positions leave after the longest prompt's {longest} tokens, got {max_new_tokens}"
+            f"{where}{name} must be at most {body.max_positions - longest + 1}, what the model's {body.max_positions} "
+            f"positions leave after a prompt of {longest} tokens, got {max_new_tokens}"
         )
     if body.rotary_switch is not None and read > body.rotary_switch:
         raise UnsupportedModelError(
-            f"{body.name} encodes positions otherwise in sequences longer than {body.rotary_switch} tokens: keys of a "
-            f"prompt cannot be kept across that length, got up to {read} tokens"
+            f"{where}{body.name} encodes positions otherwise in sequences longer than {body.rotary_switch} tokens: "
+            f"keys of a prompt cannot be kept across that length, got up to {read} tokens"
         )

@@ -52,17 +52,24 @@ def load_config(
         if name not in known:
             raise ArgumentError(f"{path}: {name} is no field of a method or a run{closest(str(name), known)}")
         values[name] = typed(f"{path}: {name}", value, known[name])
+    values |= overridden(overrides, known, "a method or a run")
+    chosen = values.pop(METHOD, None)
+    changes = {name: values.pop(name) for name in list(values) if name in field_types()}
+    method = Method(**changes) if chosen is None else preset(chosen, **changes)
+    return method, values
+
+
+def overridden(overrides: Sequence[str], known: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Returns the values of `key=value`. Raises `ArgumentError` for a key that is no field of `what`: not `known`."""
+    values = {}
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
             raise ArgumentError(f"overrides must be of the form key=value, got {override!r}")
         if name not in known:
-            raise ArgumentError(f"{name} is no field of a method or a run{closest(name, known)}")
+            raise ArgumentError(f"{name} is no field of {what}{closest(name, known)}")
         values[name] = typed_text(name, text, known[name])
-    chosen = values.pop(METHOD, None)
-    changes = {name: values.pop(name) for name in list(values) if name in field_types()}
-    method = Method(**changes) if chosen is None else preset(chosen, **changes)
-    return method, values
+    return values
 
 
 def dump_config(method: Method, arguments: Mapping[str, Any], path: str | Path | None = None) -> str:

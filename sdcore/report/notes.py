@@ -88,10 +88,13 @@ def _leak(changes: dict[str, Change]) -> Iterator[str]:
 def _lost(run: RunData) -> Iterator[str]:
     for name, what in (
         ("context/overflow", "Teacher prompts that were too long"),
+        ("context/skipped", "Contexts that were refused and skipped"),
         ("rewards/dropped", "Rewards lost to errors"),
     ):
         total = sum(line[name] for line in run.metrics if is_number(line.get(name)))
         if total:
             yield f"{what}: {shown(total)}."
+    for name, skipped in run.description.get("skipped_rows", {}).items():
+        yield f"Rows of {name} that could not be used and were skipped: {skipped['rows']}, as {skipped['first'][0]}."
     if run.unreadable:
         yield f"Lines of the log that could not be read and are left out: {run.unreadable}."

@@ -162,8 +162,9 @@ def sample_groups(
     Refuses lengths that the model cannot sample, as `max_completion_length`; another engine knows its own limits.
     """
     if isinstance(sampler, ModelSampler):
-        longest = max(len(prompt) for prompt in prompts)
-        check_room(find_body(model), longest, sampling.max_new_tokens, name="max_completion_length")
+        for example, prompt in zip(examples, prompts, strict=True):
+            options = {"name": "max_completion_length", "where": f"{example.source}: "}
+            check_room(find_body(model), len(prompt), sampling.max_new_tokens, **options)
     completions_B = sampler.sample(model, prompts, **vars(sampling), seed=seed)
     hidden = _hidden_ids(tokenizer)
     groups = []

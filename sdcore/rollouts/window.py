@@ -19,6 +19,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler as TorchSampler
@@ -86,7 +87,9 @@ def given_completion(
     if not isinstance(text, str):
         raise DataError(f"{example.source}: expected a text in column `{COMPLETION}`, got {type(text).__name__}")
     arguments = template_arguments(example, chat_template_kwargs)
-    ids = None if isinstance(example.prompt, str) else _rendered(example.prompt, text, tokenizer, arguments)
+    ids = None
+    if not isinstance(example.prompt, str):
+        ids = _rendered(example.prompt, text, tokenizer, arguments, example.source)
     start = prompt_ids.tolist()
     answer = ids[len(start) :] if ids is not None and ids[: len(start)] == start else []
     stop = next((i for i, token in enumerate(answer) if token in stop_ids), None)
@@ -107,10 +110,13 @@ def given_completion(
 
 
 def _rendered(
-    conversation: Sequence[Message], text: str, tokenizer: Any, arguments: Mapping[str, Any]
+    conversation: Sequence[Message], text: str, tokenizer: Any, arguments: Mapping[str, Any], source: str
 ) -> list[int] | None:
     messages = [*(dict(message) for message in conversation), {"role": "assistant", "content": text}]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **arguments)
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **arguments)
+    except (jinja2.TemplateError, ValueError, TypeError) as error:
+        raise DataError(f"{source}: the chat template refused the completion: {error}") from error
     return list(rendered["input_ids"])
 
 

@@ -99,7 +99,7 @@ class Collector:
             sampling, tokenizer = self.sampling, self.tokenizer
             return sample_groups(self.sampler, model, examples, prompts, sampling, tokenizer=tokenizer, seed=seed)
         return [
-            Group(example=example, prompt_ids=prompt, rollouts=(self._given(example, prompt),))
+            Group(example=example, prompt_ids=prompt, rollouts=(self.given(example, prompt),))
             for example, prompt in zip(examples, prompts, strict=True)
         ]
 
@@ -115,7 +115,8 @@ class Collector:
             raise DataError(f"{example.source}: a prompt may have max_prompt_length={most} tokens, got {len(ids)}")
         return ids
 
-    def _given(self, example: Example, prompt: Tensor) -> Rollout:
+    def given(self, example: Example, prompt: Tensor) -> Rollout:
+        """Returns the completion that the data has for the prompt."""
         return given_completion(
             example,
             self.tokenizer,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, get_args
+from typing import Any, ClassVar, Final, Literal, TypeAlias, get_args
 
 import torch
 from transformers import TrainingArguments
@@ -26,6 +26,7 @@ from ..prefix.choice import Strategy
 from ..prefix.verification import Verify
 from ..rollouts.rewards import OnError
 
+OnBadRow: TypeAlias = Literal["raise", "skip"]
 PROBES: Final = ("leak_probe_every", "overlap_probe_every", "drift_probe_every")
 
 
@@ -71,6 +72,10 @@ class SelfDistillationConfig(TrainingArguments):
     )
 
     # Prompts and completions.
+    on_bad_row: str = field(
+        default="raise",
+        metadata={"help": "A row that cannot be rendered, or is too long for the model: raise, or skip and count it."},
+    )
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Refuse prompts of more tokens. None: what the model can read."}
     )
@@ -179,7 +184,7 @@ class SelfDistillationConfig(TrainingArguments):
             raise ArgumentError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.reward_timeout is not None and not 0 < self.reward_timeout < math.inf:
             raise ArgumentError(f"reward_timeout must be positive seconds or None, got {self.reward_timeout}")
-        choices = {"strategy": Strategy, "verify": Verify, "reward_on_error": OnError}
+        choices = {"strategy": Strategy, "verify": Verify, "reward_on_error": OnError, "on_bad_row": OnBadRow}
         allowed = {name: get_args(kind) for name, kind in choices.items()}
         for name, options in (allowed | {"model_dtype": ("float32", "bfloat16", "auto")}).items():
             if getattr(self, name) not in options:
@@ -199,10 +204,12 @@ class SelfDistillationConfig(TrainingArguments):
             "temperature": self.sampling_temperature if self.eval_temperature is None else self.eval_temperature,
             "top_p": None if self.top_p == 1 else self.top_p,
             "top_k": self.top_k,
+            "stop_token_ids": self.stop_token_ids,
             "chat_template_kwargs": self.chat_template_kwargs,
             "timeout": self.reward_timeout,
             "on_error": self.reward_on_error,
             "workers": self.reward_workers,
+            "on_bad_row": self.on_bad_row,
             "rank": self.process_index,
             "world_size": self.world_size,
         }

@@ -3,8 +3,9 @@
     preview = dry_run(read_examples("train.jsonl"), tokenizer, preset("sdpo"), config, reward_functions=[reward])
     show(preview, Console())
 
-Every row is rendered for the student and for the teacher; a few are shown, token by token: the prefix that both
-prompts share and one pass computes, `c_ext` (what only the teacher reads), and the completion tokens that carry a loss.
+Every row is rendered and measured as training does it before its first step (`rows`); a few are shown, token by token:
+the prefix that both prompts share and one pass computes, `c_ext` (what only the teacher reads), and the completion
+tokens that carry a loss.
 Beside them stand the lengths over all rows and the predicted peak memory, with and without fused loss and sharing.
 
 What differs from the obvious: nothing was sampled, so completions are stand-ins, made of the row's own columns. Where
@@ -20,6 +21,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, Final
 
 import torch
@@ -27,17 +29,19 @@ from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
+from torch import nn
 
-from ..contexts import ContextBuilder, require_text, student_prompt_ids
-from ..contexts.teacher_prompts import check_examples
+from ..contexts import ContextBuilder, check_examples
 from ..errors import ArgumentError, DataError, UnsupportedModelError
 from ..memory import Load, Prediction, Setting, compare, memory_table
 from ..prefix.planner import common_prefix
 from ..presets.method import Method
 from ..rollouts.rewards import score
+from ..rollouts.samplers import ModelSampler, Sampling, stop_ids
 from ..types import Example, Group, Rollout
+from .collect import Collector
 from .config import SelfDistillationConfig
+from .rows import NAMED, Rows
 
 # Columns that may hold an answer, for the stand-in; the first that a row has.
 ANSWERS: Final = ("completion", "answer", "solution", "response", "target")
@@ -140,16 +144,28 @@ def dry_run(
         raise DataError("no rows: there is nothing to learn from")
     if method.needs_rewards and not reward_functions:
         raise ArgumentError("reward functions must be given: the method learns from judged completions, got none")
-    require_text(examples)
     builder = builder or method.build_context(chat_template_kwargs=chat_template_kwargs)
     missing = check_examples(builder, examples) if method.has_teacher else 0
-    step = -(-len(examples) // MOST_MEASURED)
-    measured = examples[::step]
+    collector = Collector(
+        tokenizer=tokenizer,
+        sampler=ModelSampler(),
+        sampling=Sampling(max_new_tokens=max_completion_length, eos_token_id=stop_ids(nn.Identity(), tokenizer)),
+        rewards=(),
+        from_data=method.samples == "dataset",
+        max_prompt_length=max_prompt_length,
+        chat_template_kwargs=chat_template_kwargs,
+    )
+    positions = getattr(config, "max_position_embeddings", None)
+    vocabulary = getattr(config, "vocab_size", None)
+    reader = SimpleNamespace(max_positions=positions, vocab_size=vocabulary, rotary_switch=None)
+    rows = Rows(collector=collector, body=reader, context=builder, on_bad_row="skip", quiet=False)
+    usable = rows.usable(examples, "the data")
+    step = -(-len(usable) // MOST_MEASURED)
+    measured = usable[::step]
     previews = [
         _preview(
             example,
-            student_prompt_ids(example, tokenizer, chat_template_kwargs=chat_template_kwargs),
-            tokenizer,
+            collector,
             method,
             builder,
             # Functions may take their time, so only for the rows that are shown.
@@ -160,14 +176,16 @@ def dry_run(
     ]
     lengths = tuple(preview.prompt_tokens for preview in previews)
     taught = [preview for preview in previews if preview.teacher_tokens is not None and preview.active]
-    too_long = 0 if max_prompt_length is None else sum(length > max_prompt_length for length in lengths)
     remarks = []
+    if said := rows.skipped["the data"]:
+        remarks.append(
+            f"{len(said)} of {len(examples)} rows cannot be used: training stops before its first step, or leaves them "
+            f"out with on_bad_row='skip': {'; '.join(said[:NAMED])}"
+        )
     if step > 1:
         remarks.append(f"one row in {step} was rendered, {len(measured)} in all")
     if missing:
         remarks.append(f"{missing} rows have no privileged context and carry no loss")
-    if too_long:
-        remarks.append(f"{too_long} of {len(lengths)} prompts are longer than max_prompt_length={max_prompt_length}")
     extra = [(preview.teacher_tokens or 0) - preview.prompt_tokens for preview in taught]
     load = Load(
         prompt_tokens=max(lengths),
@@ -182,15 +200,10 @@ def dry_run(
         memory = compare(config, load, setting or Setting(teacher=method.teacher))
     except UnsupportedModelError as error:
         remarks.append(f"no prediction of memory: {error}")
-    positions = getattr(config, "max_position_embeddings", None)
-    teacher_lengths = tuple(preview.teacher_tokens or 0 for preview in taught)
-    longest = max([*lengths, *teacher_lengths]) + max_completion_length - 1
-    if positions is not None and longest > positions:
-        remarks.append(f"the longest sequence has {longest} tokens, the model has {positions} positions")
     return DryRun(
         rows=len(examples),
         prompt_tokens=lengths,
-        teacher_tokens=teacher_lengths,
+        teacher_tokens=tuple(preview.teacher_tokens or 0 for preview in taught),
         shared_fraction=statistics.fmean(preview.shared_fraction for preview in taught) if taught else None,
         without_context=missing,
         previews=tuple(previews[:shown]),
@@ -235,8 +248,7 @@ def show(run: DryRun, console: Console) -> None:
 
 def _preview(
     example: Example,
-    student: Tensor,
-    tokenizer: Any,
+    collector: Collector,
     method: Method,
     builder: ContextBuilder,
     reward_functions: Sequence[Callable[..., Any] | str],
@@ -244,7 +256,10 @@ def _preview(
     success: bool,
 ) -> Preview:
     """Previews the last completion of a group of stand-ins, of which one succeeded or none."""
+    student, tokenizer = collector.prompt(example), collector.tokenizer
     answer = _rollout(_answer_of(example), tokenizer, reward=method.success_threshold)
+    if collector.from_data:
+        answer = collector.given(example, student)
     empty = _rollout("", tokenizer, reward=-float("inf"), feedback=UNKNOWN_FEEDBACK)
     reward, feedback = None, None
     if reward_functions:

@@ -21,12 +21,14 @@ from typing import Any
 
 from torch import nn
 
-from ..contexts import require_text
 from ..errors import ArgumentError
-from ..rollouts.rewards import OnError, Reward, RewardFunction, check_columns, prepare
+from ..models import find_body
+from ..rollouts.rewards import OnError, Reward, RewardFunction, prepare
 from ..rollouts.samplers import ModelSampler, Sampler, Sampling, seed_of, stop_ids, whole_weights
 from ..types import Example, Group
 from .collect import Collector
+from .config import OnBadRow
+from .rows import Rows
 
 # Told apart from training's seeds, which have other parts.
 EVALUATION = -1
@@ -60,6 +62,7 @@ def evaluate(
     timeout: float | None = 60.0,
     on_error: OnError = "raise",
     workers: int = 1,
+    on_bad_row: OnBadRow = "raise",
     sampler: Sampler | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -70,15 +73,17 @@ def evaluate(
 
     Args:
         batch_size: questions sampled at a time.
-        stop_token_ids: what ends a completion; None: what `stop_ids` finds.
+        stop_token_ids: what ends a completion; None or none: what `stop_ids` finds.
         success_threshold: reward from which a completion is a success.
         timeout, on_error, workers, reward_weights: as in `rollouts.rewards.judge`. With "drop", a completion that
             could not be judged is left out of the means and counted.
+        on_bad_row: "skip" leaves out rows that cannot be rendered, or are too long for the model, and logs them.
         sampler: None: the model itself.
         rank, world_size, gather: to share the batches over processes; `gather` gives the lists of all of them.
         advance: called with the number of questions that are done, for a progress bar.
 
-    Dropout is off meanwhile and modes are put back. Raises `ArgumentError` and what sampling and rewards raise.
+    Dropout is off meanwhile and modes are put back. Raises `ArgumentError`, what `Rows.usable` says of a row before
+    anything is sampled, and what sampling and rewards raise.
     """
     if not examples:
         raise ArgumentError("examples must have at least one, got none")
@@ -88,7 +93,7 @@ def evaluate(
         )
     if max_completion_length < 1:
         raise ArgumentError(f"max_completion_length must be at least 1, got {max_completion_length}")
-    stops = stop_ids(model, tokenizer) if stop_token_ids is None else stop_token_ids
+    stops = stop_token_ids or stop_ids(model, tokenizer)
     collector = Collector(
         tokenizer=tokenizer,
         sampler=ModelSampler() if sampler is None else sampler,
@@ -107,8 +112,9 @@ def evaluate(
         on_error=on_error,
         workers=workers,
     )
-    require_text(examples)
-    check_columns(collector.rewards, examples)
+    body = find_body(model) if isinstance(collector.sampler, ModelSampler) else None  # an engine knows its own limits
+    rows = Rows(collector=collector, body=body, on_bad_row=on_bad_row, rank=rank)
+    examples = rows.usable(examples, "examples")
     parts: list[tuple[int, list[Group], dict[str, int]]] = []
     with whole_weights(model, collector.sampler):
         for number, start in list(enumerate(range(0, len(examples), batch_size)))[rank::world_size]:

@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from torch import nn
@@ -183,20 +184,26 @@ def built(given: Any, needed: bool, build: Callable[..., Any], model: nn.Module,
     return build(model, device=args.teacher_device, reference=given)
 
 
-def examples_of(source: Any) -> list[Example] | None:
-    """Returns what `read_examples` reads, or examples as they are. Refuses those that are more than text."""
+def examples_of(source: Any, what: str = "data", skipped: dict[str, list[str]] | None = None) -> list[Example] | None:
+    """Returns what `read_examples` reads, or examples, with their place as the source of those that have none.
+
+    `skipped` gets what is said of rows that cannot be used, under the name of the data, `what`. None: the first raises,
+    as does one that is more than text.
+    """
     if source is None:
         return None
+    refused = None if skipped is None else skipped.setdefault(what, [])
     if isinstance(source, Sequence) and not isinstance(source, str) and all(isinstance(row, Example) for row in source):
-        examples = list(source)
+        examples = [row if row.source else replace(row, source=f"rows, row {i}") for i, row in enumerate(source)]
     else:
-        examples = read_examples(source)
-    require_text(examples)
+        examples = read_examples(source, refused=refused)
+    if refused is None:
+        require_text(examples)
     return examples
 
 
-def eval_examples_of(source: Any) -> Any:
-    """Does the same for one data set, or for each of a dict of them."""
+def of_each(source: Any, function: Callable[[Any, str], Any], what: str) -> Any:
+    """Returns `function(data, name)` of a data set called `what`, or of each of a dict of them."""
     if isinstance(source, dict):
-        return {name: examples_of(part) for name, part in source.items()}
-    return examples_of(source)
+        return {name: function(part, f"{what}[{name!r}]") for name, part in source.items()}
+    return None if source is None else function(source, what)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -57,6 +57,9 @@ class SolveConfig:
     learning_rate: float = 1e-5  # of AdamW
     temperature: float = 1.0  # of sampling
     top_p: float | None = None
+    top_k: int | None = None
+    stop_token_ids: Sequence[int] | None = None  # None: what `stop_ids` finds
+    chat_template_kwargs: Mapping[str, Any] | None = None
     max_grad_norm: float = 1.0
     update: bool = True  # False: best-of-k
     seed: int = 0
@@ -118,13 +121,15 @@ def solve(
             f"{method.target!r}: a verifier gives feedback"
         )
     example = question if isinstance(question, Example) else Example(prompt=question, source="the question")
-    prompt = student_prompt_ids(example, tokenizer)
-    builder, teacher = method.build_context(), method.build_teacher(model)
+    prompt = student_prompt_ids(example, tokenizer, chat_template_kwargs=config.chat_template_kwargs)
+    builder = method.build_context(chat_template_kwargs=config.chat_template_kwargs)
+    teacher = method.build_teacher(model)
     sampling = Sampling(
         max_new_tokens=config.max_completion_length,
         temperature=config.temperature,
-        top_p=config.top_p,
-        eos_token_id=stop_ids(model, tokenizer),
+        top_p=None if config.top_p == 1 else config.top_p,
+        top_k=config.top_k,
+        eos_token_id=config.stop_token_ids or stop_ids(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
     trained = [weight for weight in model.parameters() if weight.requires_grad]

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,10 +52,11 @@ from .checkpoints import OwnState, saving_whole, to_resume, writing
 from .collect import Collector
 from .config import SelfDistillationConfig
 from .evaluation import evaluate
-from .prepare import args_of, built, check, check_engine, check_objects, eval_examples_of, examples_of, loaded
+from .prepare import args_of, built, check, check_engine, check_objects, examples_of, loaded, of_each
+from .rows import Rows
 from .samples import RichProgress, sample_rows, show
 from .update import Batch, Normalizers, update
-from .watch import Tally, Watch, due, origin_of
+from .watch import Hooks, Tally, Watch, due, origin_of
 
 Data = Any  # what `read_examples` takes, or a list of Example
 
@@ -105,10 +107,14 @@ class SelfDistillationTrainer(Trainer):
         self.rewards = prepare(reward_funcs, args.reward_weights)
         self.sampler: Sampler = sampler or ModelSampler(prompts_at_a_time=args.generation_batch_size)
         self.context = context or method.build_context(chat_template_kwargs=cast(Any, args.chat_template_kwargs))
-        train_examples, eval_examples = examples_of(train_dataset), eval_examples_of(eval_dataset)
+        skipped: dict[str, list[str]] | None = {} if args.on_bad_row == "skip" else None
+        self._read: Any = partial(examples_of, skipped=skipped)
+        train_examples = self._read(train_dataset, "train_dataset")
+        eval_examples = of_each(eval_dataset, self._read, "eval_dataset")
         check(args, method, self.rewards, self.sampler)
         check_examples(self.context, train_examples or [])
-        check_columns(self.rewards, train_examples, eval_examples)
+        if skipped is None:
+            check_columns(self.rewards, train_examples, eval_examples)
         model, processing_class = loaded(model, processing_class, args, peft_config)
         head_of(model)  # refuses a model whose logits are not its states times a matrix, before any work
         super().__init__(
@@ -118,7 +124,7 @@ class SelfDistillationTrainer(Trainer):
             train_dataset=train_examples,
             eval_dataset=eval_examples,
             processing_class=processing_class,
-            callbacks=[_Hooks(self), *(callbacks or [])],
+            callbacks=[Hooks(self), *(callbacks or [])],
             optimizers=optimizers,
         )
         check_engine(self.accelerator.state)
@@ -126,17 +132,20 @@ class SelfDistillationTrainer(Trainer):
             self.remove_callback(printing)
         if not args.disable_tqdm:
             self.add_callback(RichProgress())
+        self._stop_ids = args.stop_token_ids or stop_ids(self.model, processing_class)
+        self.rows = Rows.of_run(args, self.collector, self.model, self.context, skipped)
+        self.train_dataset: Any = train_examples and self.rows.usable(train_examples, "train_dataset")
+        self.eval_dataset = of_each(eval_examples, self.rows.of_evaluation().usable, "eval_dataset")
         self.teacher: Any = built(teacher, method.has_teacher, method.build_teacher, self.model, args)
         self.reference: Any = built(reference, method.needs_reference, method.build_reference, self.model, args)
         self.watch = Watch(
             method=method,
             args=args,
             tokenizer=processing_class,
-            context=self.context,
+            context=self.rows,
             teacher=self.teacher,
             origin=origin_of(self.model, args, self.teacher, self.reference),
         )
-        self._stop_ids = args.stop_token_ids or stop_ids(self.model, processing_class)
         self._own = OwnState.of(args, teacher=self.teacher, reference=self.reference, origin=self.watch.origin)
         self._tally = Tally()
         self._window: list[list[Group]] = []  # the completions in use
@@ -144,7 +153,7 @@ class SelfDistillationTrainer(Trainer):
         self._log_file: RunLog | None = None
         self._early: list[dict[str, float]] = []  # measured before train()
         self._resumed: Path | None = None
-        self._order: WindowOrder | None = None
+        self.order: WindowOrder | None = None
 
     # The arrow: examples → groups → batches → gradients.
 
@@ -213,7 +222,7 @@ class SelfDistillationTrainer(Trainer):
     def _batch(self, groups: Sequence[Group]) -> Batch:
         return Batch.of(
             groups,
-            [self.context.condition(group, self.processing_class) for group in groups],
+            [self.rows.condition(group, self.processing_class) for group in groups],
             self.method,
             device=self.args.device,
             norm_length=self.args.max_completion_length,
@@ -229,8 +238,7 @@ class SelfDistillationTrainer(Trainer):
         totals = torch.tensor([*own, *counts], dtype=torch.float64, device=self.args.device)
         divergence, policy, completions, tokens = self.accelerator.reduce(totals, "sum").tolist()
         self._seen = {"samples": self._seen["samples"] + int(completions), "tokens": self._seen["tokens"] + int(tokens)}
-        ranks = self.args.world_size
-        return Normalizers(divergence / ranks, policy / ranks)
+        return Normalizers(divergence / self.args.world_size, policy / self.args.world_size)
 
     # What is known of it.
 
@@ -271,20 +279,18 @@ class SelfDistillationTrainer(Trainer):
         What is measured before `train` is logged when that begins, in the first lines of a new run.
         """
         del ignore_keys
-        data = self.eval_dataset if eval_dataset is None else eval_examples_of(eval_dataset)
-        if data is None:
+        if (data := self.eval_dataset if eval_dataset is None else eval_dataset) is None:
             raise ArgumentError("eval_dataset must be given here or to the trainer, got None")
         if isinstance(data, dict):
             parts = [self.evaluate(part, None, f"{metric_key_prefix}_{name}") for name, part in data.items()]
             return {name: value for part in parts for name, value in part.items()}
-        args, started = self.args, time.time()
+        args, started, data = self.args, time.time(), self._read(data, "eval_dataset")
         self._hand_over_weights()
         result = evaluate(
             self.model_wrapped,
             self.processing_class,
             data,
             self.rewards,
-            stop_token_ids=self._stop_ids,
             success_threshold=self.method.success_threshold,
             sampler=self.sampler,
             gather=gather_object,
@@ -312,7 +318,7 @@ class SelfDistillationTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> WindowOrder:
         args = self.args
         examples = self.train_dataset if train_dataset is None else train_dataset
-        self._order = WindowOrder(
+        self.order = WindowOrder(
             len(examples),
             window=self._train_batch_size * args.gradient_accumulation_steps * args.world_size,
             repeats=args.num_iterations,
@@ -320,7 +326,7 @@ class SelfDistillationTrainer(Trainer):
             shuffle=args.train_sampling_strategy != "sequential",
             drop_last=args.dataloader_drop_last and args.num_iterations > 1,
         )
-        return self._order
+        return self.order
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Trains as in transformers; True resumes from the last checkpoint that was written to its end.
@@ -349,6 +355,7 @@ class SelfDistillationTrainer(Trainer):
                     "config": self.args.to_dict(),
                     "model": getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__,
                     "examples": len(self.train_dataset),
+                    "skipped_rows": self.rows.summary,
                 }
             )
             for numbers in self._early:
@@ -376,22 +383,3 @@ class SelfDistillationTrainer(Trainer):
         plugin = None if _internal_call else getattr(self.accelerator.state, "fsdp_plugin", None)
         with saving_whole(plugin):
             super().save_model(output_dir, _internal_call)
-
-
-class _Hooks(TrainerCallback):
-    """Passes on what Trainer's loop tells its callbacks and the trainer has to know."""
-
-    def __init__(self, trainer: SelfDistillationTrainer) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.begin()
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if (
-            order := self._trainer._order
-        ) is not None:  # its epoch is not told by accelerate on resuming with several processes
-            order.set_epoch(int(state.epoch or 0))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.after_step()

@@ -5,7 +5,7 @@
 
 A probe costs passes of its own and is due every so many steps, the first one among them. All ranks take part.
 
-A `Tally` makes one line of the log of what several batches, steps and ranks say:
+`Hooks` tells the trainer where its loop is. A `Tally` makes one line of the log of what several batches, steps and ranks say:
 
     tally.add(values); ...; line = tally.drain()
 
@@ -23,6 +23,7 @@ from typing import Any, Final
 
 from accelerate.utils import gather_object  # type: ignore[import-untyped, unused-ignore]
 from torch import nn
+from transformers import TrainerCallback
 
 from ..contexts import ContextBuilder
 from ..contexts.teacher_prompts import COUNTS
@@ -137,3 +138,21 @@ class Tally:
             else:
                 line[name] = total / sum(number for _, number in parts)
         return line
+
+
+class Hooks(TrainerCallback):
+    """Passes on what Trainer's loop tells its callbacks and the trainer has to know."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.begin()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Its epoch is not told by accelerate on resuming with several processes.
+        if (order := self._trainer.order) is not None:
+            order.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.after_step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 from sdcore.cli.main import app
 from sdcore.errors import ArgumentError, UnsupportedModelError
 from sdcore.presets import dump_config
+from sdcore.training.solve import SolveConfig, Solved
 from sdcore.world import CHECKPOINT
 from sdcore.world.data import Kind, rows, settings
 
@@ -161,6 +163,80 @@ def test_the_same_seed_measures_the_same() -> None:
     assert a == b != c
 
 
+def test_a_model_is_measured_and_searched_as_it_was_trained() -> None:
+    """The chat template's arguments and the sampling, of the run and of its checkpoints; what is typed comes first."""
+    write("rl", count=16, name="eval.jsonl")
+    shutil.copytree(CHECKPOINT, "base")
+    template = Path("base/chat_template.jinja")
+    template.write_text("{{ hint }}" + template.read_text())
+    asked: dict[str, Any] = {
+        "chat_template_kwargs": {"hint": "nu "},
+        "top_p": 0.9,
+        "top_k": 7,
+        "stop_token_ids": [2, 9],
+    }
+    asked |= {"max_completion_length": 9, "sampling_temperature": 0.7}
+    words = [f"{name}={json.dumps(value)}" for name, value in asked.items()]
+    judged = ["--reward", "sdcore.world.data:fraction"]
+    done(
+        *(
+            "train",
+            *prepared("sdft"),
+            "--model",
+            "base",
+            "--output",
+            "run",
+            *judged,
+            "--eval-data",
+            "eval.jsonl",
+            *words,
+        ),
+        *("max_steps=1", "save_strategy=steps", "save_steps=1"),
+    )
+    trained = next(line for line in metrics() if "eval_reward_mean" in line)
+    look = ["eval", "--data", "eval.jsonl", *judged, "--seed", 42, "--batch-size", 8, "--output", "x.json"]
+
+    def measured(*more: object) -> dict[str, Any]:
+        done(*look, *more)
+        return json.loads(Path("x.json").read_text())
+
+    found = measured("--model", "run")
+    assert found["metrics"]["reward_mean"] == pytest.approx(trained["eval_reward_mean"], abs=1e-12)
+    assert found["metrics"]["mean_length"] == trained["eval_mean_length"]
+    expected = {("temperature" if name == "sampling_temperature" else name): value for name, value in asked.items()}
+    assert found["settings"] | expected == found["settings"]
+    assert measured("--model", "run/checkpoint-1")["metrics"] == found["metrics"]
+    assert measured("--model", "base", "--like", "run")["settings"] == found["settings"]
+    assert measured("--model", "base", "--max-completion-length", 9)["settings"]["top_p"] is None
+    other = measured("--model", "run", "--temperature", 0, "--max-completion-length", 3, "top_p=0.5", "top_k=null")
+    shown = {name: other["settings"][name] for name in ("temperature", "max_completion_length", "top_p", "top_k")}
+    assert shown == {"temperature": 0.0, "max_completion_length": 3, "top_p": 0.5, "top_k": None}
+    assert other["settings"]["chat_template_kwargs"] == {"hint": "nu "}
+    assert "as the run in run: chat_template_kwargs={'hint': 'nu '}" in done(*look, "--model", "run")
+
+
+def test_a_search_reads_the_runs_settings_and_refuses_those_that_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[SolveConfig] = []
+
+    def search(
+        model: Any, tokenizer: Any, example: Any, verify: Any, method: Any, config: SolveConfig, **_: Any
+    ) -> Any:
+        asked.append(config)
+        return Solved(solved=True, answer="a3", samples=1, sampled_tokens=1, trained_tokens=0, seconds=0.0, rounds=())
+
+    monkeypatch.setattr("sdcore.training.solve.solve", search)
+    shutil.copytree(CHECKPOINT, "run")
+    config = {"chat_template_kwargs": {"hint": "nu"}, "top_p": 0.9, "sampling_temperature": 0.7, "max_steps": 3}
+    Path("run/run.json").write_text(json.dumps({"config": config}))
+    words = ["solve", "--model", "run", "--question", "luma a", "--verifier", "true"]
+    done(*words, "top_k=3", "topk=5", "--learning-rate", 1e-3)
+    wanted = SolveConfig(chat_template_kwargs={"hint": "nu"}, top_p=0.9, top_k=3, temperature=0.7, learning_rate=1e-3)
+    assert asked == [wanted]
+    refused = sdcore(*words, "max_steps=3")
+    assert refused.exit_code == 2
+    assert "max_steps is no field of a search" in refused.output
+
+
 def verifier(answer: str) -> str:
     """A check in a file, and the command that runs it from elsewhere."""
     Path("check.py").write_text(
@@ -238,7 +314,11 @@ def test_a_row_that_cannot_be_used_is_named_by_file_and_line(line: str, message:
         ("train --data train.jsonl --method rl_tilt --reward no.such:function", 2, "there is no module 'no'"),
         ("train --data none.jsonl --method sdft_paper", 1, "none.jsonl is not there"),
         ("train --data train.jsonl --method sdft_paper --config none.yaml", 1, "none.yaml"),
-        ("train --data train.jsonl --method sdft_paper --resume", 1, "must find a checkpoint in sdcore-run"),
+        (
+            "train --data train.jsonl --method sdft_paper --resume max_completion_length=11",
+            1,
+            "must find a checkpoint in sdcore-run",
+        ),
         ("train --method sdft_paper", 2, "Missing option '--data'"),
         ("eval --data train.jsonl --reward sdcore.world.data:nothing", 2, "has no function 'nothing'"),
         (

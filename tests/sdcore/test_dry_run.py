@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from sdcore import world
 from sdcore.data import read_examples
-from sdcore.errors import ArgumentError, ContextError, DataError
+from sdcore.errors import ArgumentError, DataError
 from sdcore.presets import Method, preset
 from sdcore.rollouts.rewards import RewardError
 from sdcore.training.dry_run import COLOURS, DryRun, Preview, dry_run, show
@@ -118,7 +119,7 @@ def test_rows_without_privileged_context_are_counted_and_none_at_all_is_an_error
     some = rows("sdft", task="luma", count=4, seed=0)
     del some[1]["privileged_context"]
     method = METHODS["sdft"][1]
-    looked = dry_run(read_examples(some), TOKENIZER, method, CONFIG)
+    looked = dry_run(read_examples(some), TOKENIZER, method, CONFIG, max_completion_length=11)
     assert looked.without_context == 1
     assert [preview.active for preview in looked.previews] == [True, False]
     assert "completion, loss" not in parts(looked.previews[1])
@@ -136,13 +137,32 @@ def test_a_reward_function_that_gives_no_feedback_is_not_made_to_say_something()
 
 
 def test_what_is_too_long_is_said() -> None:
-    assert "12 of 12 prompts are longer than max_prompt_length=7" in printed(run("sdft", max_prompt_length=7))
-    assert "the model has 128 positions" in printed(run("sdft", max_completion_length=120))
     kind, method = METHODS["sdft"]
-    short = preset("sdft_paper", template=TEMPLATES["sdft"], max_teacher_prompt_length=10)
-    with pytest.raises(ContextError, match="max_teacher_prompt_length=10"):
-        dry_run(examples(kind), TOKENIZER, short, CONFIG)
-    assert method.max_teacher_prompt_length is None
+    some = examples(kind)
+    some[9] = replace(some[9], privileged_context=" ".join(["H a3"] * 80))
+    for options, refused in (
+        ({"method": replace(method, max_teacher_prompt_length=30)}, "at most max_teacher_prompt_length=30 tokens, got"),
+        ({"max_completion_length": 90}, "must have at most 128 tokens, what the model has positions for, got 168"),
+    ):
+        given: dict[str, Any] = {"method": method, "config": CONFIG, "max_completion_length": 11}
+        shown = printed(dry_run(some, TOKENIZER, **given | options))
+        assert "1 of 12 rows cannot be used: training stops before its first step" in " ".join(shown.split())
+        assert refused in " ".join(shown.split())
+        assert "rows, row 9" in shown
+    with pytest.raises(DataError, match=r"12 that cannot; the first: rows, row 0: .* max_prompt_length=7"):
+        run("sdft", max_prompt_length=7)
+    with pytest.raises(DataError, match="what the model's 128 positions leave"):
+        run("sdft", max_completion_length=128)
+
+
+def test_completions_of_the_data_are_shown_as_they_are_trained_on() -> None:
+    assert parts(run("sft").previews[0])["completion, loss"][2].endswith("<eos>")
+    some = examples("sft")
+    some[1] = replace(some[1], columns={"completion": None, "answer": "a3"})
+    shown = " ".join(printed(dry_run(some, TOKENIZER, preset("sft"), CONFIG, max_completion_length=3)).split())
+    assert "rows, row 1: expected a text in column `completion`, got NoneType" in shown
+    looked = dry_run(some, TOKENIZER, preset("sft"), CONFIG, max_completion_length=3)
+    assert parts(looked.previews[0])["completion, loss"][1] == 3  # cut, as in training
 
 
 def test_reward_functions_are_needed_loaded_and_called() -> None:
@@ -159,7 +179,7 @@ def test_a_model_that_does_not_say_its_sizes_has_no_prediction() -> None:
     kind, method = METHODS["sdft"]
     config = AutoConfig.from_pretrained(CHECKPOINT)
     config.kv_lora_rank = 8  # multi-head latent attention
-    looked = dry_run(examples(kind), TOKENIZER, method, config)
+    looked = dry_run(examples(kind), TOKENIZER, method, config, max_completion_length=11)
     assert looked.memory is None
     assert "no prediction of memory" in printed(looked)
 
@@ -167,7 +187,8 @@ def test_a_model_that_does_not_say_its_sizes_has_no_prediction() -> None:
 def test_long_texts_are_shown_in_part(tmp_path: Path) -> None:
     row = {"prompt": "luma a b c d e", "privileged_context": " ".join(["H a3"] * 800), "answer": "a3"}
     (tmp_path / "long.jsonl").write_text(json.dumps(row))
-    looked = dry_run(read_examples(tmp_path / "long.jsonl"), TOKENIZER, METHODS["sdft"][1], CONFIG)
+    config = AutoConfig.from_pretrained(CHECKPOINT, max_position_embeddings=4096)
+    looked = dry_run(read_examples(tmp_path / "long.jsonl"), TOKENIZER, METHODS["sdft"][1], config)
     assert len(parts(looked.previews[0])["c_ext"][2]) > 3900
     assert "[…]" in printed(looked)
     assert "long.jsonl:1" in printed(looked)

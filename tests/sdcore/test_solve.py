@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,32 @@ def test_without_feedback_and_success_nothing_is_learned() -> None:
     )
     assert [one.loss for one in solved.rounds] == [None, None, None]
     assert all(torch.equal(weight, before[name]) for name, weight in student.state_dict().items())
+
+
+def test_the_question_is_asked_with_the_chat_templates_arguments_and_the_sampling() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    tokenizer.chat_template = "{{ hint }}" + tokenizer.chat_template
+    asked: list[tuple[list[int], dict[str, Any]]] = []
+
+    class Recording(Fixed):
+        def sample(self, model: nn.Module, prompts: Sequence[torch.Tensor], **options: Any) -> Any:
+            asked.append((prompts[0].tolist(), options))
+            return super().sample(model, prompts, **options)
+
+    config = SolveConfig(
+        max_samples=4,
+        top_p=1.0,
+        top_k=3,
+        stop_token_ids=[9],
+        chat_template_kwargs={"hint": "luma "},
+        learning_rate=1e-3,
+    )
+    method = replace(METHOD, num_generations=2)
+    solve(model(), tokenizer, QUESTION, verify, method, config, sampler=Recording("a0", "a1"))
+    ids, options = asked[0]
+    assert tokenizer.decode(ids).startswith("luma <bos>")
+    assert (options["top_p"], options["top_k"], list(options["eos_token_id"])) == (None, 3, [9])
+    assert len(asked) == 2  # something was learned between them
 
 
 @pytest.mark.parametrize("name", ["rl_tilt", "sdft_paper", "grpo"])
