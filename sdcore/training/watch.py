@@ -5,7 +5,8 @@
 
 A probe costs passes of its own and is due every so many steps, the first one among them. All ranks take part.
 
-`Hooks` tells the trainer where its loop is. A `Tally` makes one line of the log of what several batches, steps and ranks say:
+`Hooks` tells the trainer where transformers' loop is. A `Tally` makes one line of the log of what several batches,
+steps and ranks say:
 
     tally.add(values); ...; line = tally.drain()
 
