@@ -67,6 +67,9 @@ def solve(
             example = example_of({"messages": [{"role": "user", "content": text}]}, str(question_file or "--question"))
         known = types_of(SelfDistillationConfig)
         chosen, run = load_config(config, [f"method={method}", *(overrides or [])], trainer_fields=known)
+        given = {override.partition("=")[0] for override in overrides or []}
+        if unread := sorted(given & {*known} - {"max_completion_length", "learning_rate"}):
+            raise ArgumentError(f"overrides must be fields of the method, got {', '.join(unread)}: see the options")
         settings = SolveConfig(
             max_samples=max_samples,
             max_completion_length=run.get("max_completion_length", 256)

@@ -355,7 +355,8 @@ def _idle_problems(method: Method) -> Iterator[str]:
     for name, value in method.changes().items():
         where, has_effect = needed.get(name, ("", True))
         if not has_effect and value != getattr(Method, name):
-            yield f"{name} must be left at {getattr(type(method), name)!r}: it has an effect only {where}, got {value!r}"
+            default = getattr(type(method), name)
+            yield f"{name} must be left at {default!r}: it has an effect only {where}, got {value!r}"
 
 
 @cache

@@ -224,15 +224,16 @@ class SelfDistillationConfig(TrainingArguments):
                 "print_completions must be False where none are shown, got True with log_completions_every="
                 f"{self.log_completions_every} and num_completions_shown={self.num_completions_shown}"
             )
-        if self.sampling_temperature == 0 and not self.eval_temperature and not (self.top_p == 1 and self.top_k is None):
+        is_cut = self.top_p < 1 or self.top_k is not None
+        if is_cut and self.sampling_temperature == 0 and not self.eval_temperature:
             raise ArgumentError(
                 "top_p must be 1 and top_k None with sampling_temperature=0, which takes the likeliest token, got "
                 f"{self.top_p} and {self.top_k}"
             )
         if self.ignore_data_skip and self.num_iterations > 1:
             raise ArgumentError(
-                f"ignore_data_skip must be False with num_iterations={self.num_iterations}, whose completions belong to "
-                "the rows of the step, got True"
+                f"ignore_data_skip must be False with num_iterations={self.num_iterations}: completions are used again "
+                "with the rows that they were sampled for"
             )
 
     def _check_engine(self) -> None:

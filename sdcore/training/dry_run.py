@@ -38,6 +38,7 @@ from ..presets.method import Method
 from ..rollouts.rewards import score
 from ..types import Example, Group, Rollout
 from .config import SelfDistillationConfig
+from .prepare import check_template_kwargs, within_model
 
 # Columns that may hold an answer, for the stand-in; the first that a row has.
 ANSWERS: Final = ("completion", "answer", "solution", "response", "target")
@@ -141,7 +142,10 @@ def dry_run(
     if method.needs_rewards and not reward_functions:
         raise ArgumentError("reward functions must be given: the method learns from judged completions, got none")
     require_text(examples)
+    check_template_kwargs(tokenizer, chat_template_kwargs)
+    positions = getattr(config, "max_position_embeddings", None)
     builder = builder or method.build_context(chat_template_kwargs=chat_template_kwargs)
+    builder = within_model(builder, positions, max_completion_length)
     missing = check_examples(builder, examples) if method.has_teacher else 0
     step = -(-len(examples) // MOST_MEASURED)
     measured = examples[::step]
@@ -182,7 +186,6 @@ def dry_run(
         memory = compare(config, load, setting or Setting(teacher=method.teacher))
     except UnsupportedModelError as error:
         remarks.append(f"no prediction of memory: {error}")
-    positions = getattr(config, "max_position_embeddings", None)
     teacher_lengths = tuple(preview.teacher_tokens or 0 for preview in taught)
     longest = max([*lengths, *teacher_lengths]) + max_completion_length - 1
     if positions is not None and longest > positions:

@@ -50,7 +50,7 @@ def check(args: SelfDistillationConfig, method: Method, rewards: Sequence[Reward
         raise ArgumentError(f"train_sampling_strategy must be 'random' or 'sequential', got {strategy!r}")
     if args.generation_batch_size is not None and not isinstance(sampler, ModelSampler):
         raise ArgumentError(
-            f"generation_batch_size must be None with a sampler of one's own, which is asked for a batch at a time, got "
+            "generation_batch_size must be None with a sampler of one's own, which is asked for a batch at a time, got "
             f"{args.generation_batch_size}"
         )
     teacher_kept = method.has_teacher and method.teacher not in ("live", "adapter_off")
@@ -89,8 +89,7 @@ def check_engine(state: Any) -> None:
         )
     if plugin is None and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise UnsupportedModelError(
-            "args or the launcher must not ask for FSDP where accelerate shards nothing and would go on without a word, "
-            "as it does on CPUs: leave it out there"
+            "args and the launcher must not ask for FSDP on CPUs, where accelerate shards nothing and does not say so"
         )
 
 
@@ -103,7 +102,7 @@ def check_template_kwargs(tokenizer: Any, kwargs: Mapping[str, Any] | None) -> N
     for name in kwargs:
         if name not in known and not re.search(rf"\b{re.escape(name)}\b", template):
             raise ArgumentError(
-                f"chat_template_kwargs must be what the tokenizer's chat template reads, got {name!r}, which it does not"
+                f"chat_template_kwargs must be what the tokenizer's chat template reads, got {name!r}, which is not"
             )
 
 

@@ -34,6 +34,7 @@ from ..rollouts.samplers import ModelSampler, Sampler, Sampling, sample_groups, 
 from ..rollouts.sandbox import run_limited
 from ..teachers import Snapshot
 from ..types import Example, Prompt, Rollout
+from .prepare import within_model
 from .update import Batch, update
 
 
@@ -119,7 +120,8 @@ def solve(
         )
     example = question if isinstance(question, Example) else Example(prompt=question, source="the question")
     prompt = student_prompt_ids(example, tokenizer)
-    builder, teacher = method.build_context(), method.build_teacher(model)
+    builder = within_model(method.build_context(), find_body(model).max_positions, config.max_completion_length)
+    teacher = method.build_teacher(model)
     sampling = Sampling(
         max_new_tokens=config.max_completion_length,
         temperature=config.temperature,
