@@ -24,6 +24,7 @@ import json
 import logging
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,7 +153,7 @@ def _require_same_run(folder: Path, run: Mapping[str, Any]) -> None:
             "another output_dir with this folder as the model"
         )
     if changes:
-        logger.warning("%s is gone on from with %s", folder, ", ".join(changes.values()))
+        warnings.warn(f"{folder} is gone on from with {', '.join(changes.values())}", stacklevel=4)
 
 
 def is_in(folder: Path, output_dir: str | Path) -> bool:
