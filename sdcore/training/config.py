@@ -7,7 +7,8 @@ What a method is (teacher, context, divergence, group size) is not here but in a
 What differs from the obvious: `per_device_train_batch_size` counts prompts, each with `method.num_generations`
 completions. Some defaults are others than transformers': every step is logged and nothing is reported to services,
 columns are kept for the reward functions, bfloat16 is used on a GPU that has it, and data-parallel training looks for
-no unused parameters, since all are used. Fields have a `help` in their metadata, for command lines.
+no unused parameters, since all are used. What would have no effect is refused: arguments that only transformers' loop
+and evaluation read, and those that the others leave without use. Fields have a `help` in their metadata.
 
 Not covered: DeepSpeed and FSDP1, which the trainer refuses.
 """

@@ -90,7 +90,7 @@ def test_an_argument_without_effect_is_refused_by_name(name: str, tmp_path: Path
 
 def test_arguments_that_were_checked_can_be_given_again(tmp_path: Path) -> None:
     args = SelfDistillationConfig(output_dir=str(tmp_path), use_cpu=True, label_smoothing_factor=0.0)
-    assert dataclasses.replace(args, seed=5).seed == 5
+    assert dataclasses.replace(args, max_steps=5).max_steps == 5  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_without_a_limit_a_context_is_cut_to_what_the_model_can_read(tmp_path: P
         method = OPSD(template=SHOW, overflow="truncate_context", max_teacher_prompt_length=limit)
         made = trainer(tmp_path, method=method, **options)
         made.train()
-        assert made.context.max_teacher_prompt_length == 128 - 8
+        assert getattr(made.context, "max_teacher_prompt_length", None) == 128 - 8
         (line,) = [line for line in lines(tmp_path) if "loss" in line]
         assert line["context/overflow"] == 2
         assert line["context/dropped"] == 0

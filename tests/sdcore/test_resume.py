@@ -196,8 +196,8 @@ def test_rollouts_in_use_can_only_be_resumed_with_the_same_batches(tmp_path: Pat
 
 def sdft(output: Path, *, resume: Any = None, **changes: Any) -> Any:
     """Two steps, each with a checkpoint, on rows of which a step takes four."""
-    options: dict[str, Any] = {"count": 16, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    made = trainer(output, **options | changes)
+    options: dict[str, Any] = {"count": 16, "max_steps": 2, "save_strategy": "steps", "save_steps": 1} | changes
+    made = trainer(output, **options)
     made.train(resume_from_checkpoint=resume)
     return made
 
