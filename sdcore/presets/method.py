@@ -319,44 +319,33 @@ def _rewards_problems(method: Method) -> Iterator[str]:
 
 def _idle_problems(method: Method) -> Iterator[str]:
     """Says which fields were set and would be read by nothing."""
-    feedback = "with context='feedback'", method.context == "feedback"
-    shows = "where a context is shown", method.context != "none"
-    read = "where a teacher or a reference is read", method.has_teacher or method.needs_reference
-    compares = "for a divergence or a token tilt", method.has_teacher
-    on_topk = "with topk", method.topk is not None
+    reads = method.has_teacher or method.needs_reference
     has_policy = method.target == "policy_gradient" or method.distillation_weight < 1.0
-    policy = "for target='policy_gradient' and mixtures (distillation_weight < 1)", has_policy
-    tilts = "for a tilt", method.target in ("tilt", "token_tilt")
-    needed = {
-        "overflow": shows,
-        "max_teacher_prompt_length": shows,
-        "use_solution": feedback,
-        "use_feedback": feedback,
-        "dont_reprompt_on_self_success": feedback,
-        "environment_feedback_only_without_solution": feedback,
-        "remove_thinking": feedback,
-        "teacher": read,
-        "update_rate": ("with teacher='ema'", read[1] and method.teacher == "ema"),
-        "sync_every": ("with teacher='periodic'", read[1] and method.teacher == "periodic"),
-        "trust_share": ("with teacher='trust_region'", method.teacher == "trust_region"),
-        "alpha": compares,
-        "temperature": compares,
-        "topk_of": on_topk,
-        "tail": on_topk,
-        "inv_temperature": tilts,
-        "logz": ("with target='tilt'", method.target == "tilt"),
-        "advantages": ("for policy gradients and token tilts", has_policy or method.target == "token_tilt"),
-        "clip_low": policy,
-        "clip_high": policy,
-        "ratio_of": policy,
-        "kl_anchor": policy,
-        "aggregation": ("for other targets than 'tilt'", method.target != "tilt"),
-    }
-    for name, value in method.changes().items():
-        where, has_effect = needed.get(name, ("", True))
-        if not has_effect and value != getattr(Method, name):
+    feedback_alone = (
+        *("use_solution", "use_feedback", "dont_reprompt_on_self_success"),
+        *("environment_feedback_only_without_solution", "remove_thinking"),
+    )
+    mixtures = "for target='policy_gradient' and mixtures (distillation_weight < 1)"
+    needed: tuple[tuple[tuple[str, ...], str, bool], ...] = (
+        (("overflow", "max_teacher_prompt_length"), "where a context is shown", method.context != "none"),
+        (feedback_alone, "with context='feedback'", method.context == "feedback"),
+        (("teacher",), "where a teacher or a reference is read", reads),
+        (("update_rate",), "with teacher='ema'", reads and method.teacher == "ema"),
+        (("sync_every",), "with teacher='periodic'", reads and method.teacher == "periodic"),
+        (("trust_share",), "with teacher='trust_region'", method.teacher == "trust_region"),
+        (("alpha", "temperature"), "for a divergence or a token tilt", method.has_teacher),
+        (("topk_of", "tail"), "with topk", method.topk is not None),
+        (("inv_temperature",), "for a tilt", method.target in ("tilt", "token_tilt")),
+        (("logz",), "with target='tilt'", method.target == "tilt"),
+        (("advantages",), "for policy gradients and token tilts", has_policy or method.target == "token_tilt"),
+        (("clip_low", "clip_high", "ratio_of", "kl_anchor"), mixtures, has_policy),
+        (("aggregation",), "for other targets than 'tilt'", method.target != "tilt"),
+    )
+    changes = method.changes()
+    for name, where in ((name, where) for names, where, has_effect in needed if not has_effect for name in names):
+        if name in changes and changes[name] != getattr(Method, name):
             default = getattr(type(method), name)
-            yield f"{name} must be left at {default!r}: it has an effect only {where}, got {value!r}"
+            yield f"{name} must be left at {default!r}: it has an effect only {where}, got {changes[name]!r}"
 
 
 @cache
