@@ -72,10 +72,17 @@ def resolved(model: str) -> str:
 
 
 def load_model(model: str, *, dtype: str, device: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Loads a model, in evaluation mode on its device (None: a GPU if there is one), and its tokenizer."""
+    """Loads a model, in evaluation mode on its device (None: a GPU if there is one), and its tokenizer.
+
+    Raises `ArgumentError` in one of several processes, each of which would do the whole work and write its files.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from sdcore.errors import ArgumentError
+
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ArgumentError(f"this command runs in one process, without a launcher, got WORLD_SIZE={processes}")
     name = resolved(model)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)

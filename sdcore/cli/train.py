@@ -10,6 +10,9 @@ import typer
 from sdcore.cli.running import MODEL_HELP, console, lora_config, quiet_libraries, readable_errors, resolved
 from sdcore.presets import PRESETS
 
+# What transformers' arguments say to scripts: here options of the command line say it.
+SCRIPTS = ("do_train", "do_eval", "do_predict")
+
 
 def train(
     data: Annotated[str, typer.Option(help="Rows to learn from: .jsonl, .json, .parquet, a folder or a Hub id.")],
@@ -62,15 +65,17 @@ def train(
         from sdcore.rollouts.rewards import prepare
         from sdcore.rollouts.samplers import ModelSampler
         from sdcore.training import dry_run as looking
+        from sdcore.training.checkpoints import start_of
         from sdcore.training.config import SelfDistillationConfig
         from sdcore.training.prepare import check
 
         if method is None and config is None:
             raise ArgumentError("a method must be named, by --method or in the file of --config, got none")
+        known = types_of(SelfDistillationConfig)
         chosen, arguments = load_config(
             config,
             [*([] if method is None else [f"method={method}"]), *(overrides or [])],
-            trainer_fields=types_of(SelfDistillationConfig),
+            trainer_fields={name: kind for name, kind in known.items() if name not in SCRIPTS},
         )
         defaults: dict[str, Any] = {"output_dir": str(output), "disable_tqdm": False}
         args = SelfDistillationConfig(**defaults | arguments)
@@ -97,6 +102,8 @@ def train(
             looking.show(preview, screen)
             return
 
+        asked = resume or args.resume_from_checkpoint
+        start_of(args.output_dir, asked)  # before a model is loaded
         from sdcore.training.trainer import SelfDistillationTrainer
 
         trainer = SelfDistillationTrainer(
@@ -108,9 +115,10 @@ def train(
             reward_funcs=reward or [],
             peft_config=lora_config(lora_rank),
         )
+        trainer.start(asked)
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         dump_config(chosen, arguments, Path(args.output_dir) / "config.yaml")
-        trainer.train(resume_from_checkpoint=resume or args.resume_from_checkpoint)
+        trainer.train(resume_from_checkpoint=asked)
         trainer.save_model()
         if eval_data is not None:
             measured = trainer.evaluate()

@@ -196,7 +196,7 @@ def _teacher(regularization: str, rate: float) -> dict[str, Any]:
         raise ArgumentError(
             f"{DISTILLATION}.teacher_regularization must be ema or trust-region, got {regularization!r}"
         )
-    return {"teacher": "ema" if rate else "frozen", "update_rate": rate}
+    return {"teacher": "ema", "update_rate": rate} if rate else {"teacher": "frozen"}
 
 
 def _clip(values: Mapping[str, Any], clip: float | None) -> float | None:

@@ -90,7 +90,7 @@ class Method:
     def __post_init__(self) -> None:
         for name, annotation in field_types().items():
             check_field(name, getattr(self, name), annotation)
-        checks = (_context_problems, _weights_problems, _divergence_problems, _rewards_problems)
+        checks = (_context_problems, _weights_problems, _divergence_problems, _rewards_problems, _idle_problems)
         for problem in chain.from_iterable(check(self) for check in checks):
             raise ArgumentError(f"{problem}; the method has context={self.context!r}, target={self.target!r}")
 
@@ -241,8 +241,6 @@ def _weights_problems(method: Method) -> Iterator[str]:
             "teacher must not be 'live' where it is the reference that the student is held to (a tilt, a kl_anchor): "
             "its distance to itself is 0"
         )
-    if method.target == "imitation" and method.teacher != "live":
-        yield f"teacher must be left at 'live' with target='imitation', which has none, got {method.teacher!r}"
 
 
 def _divergence_problems(method: Method) -> Iterator[str]:
@@ -258,10 +256,6 @@ def _divergence_problems(method: Method) -> Iterator[str]:
         )
     if method.topk is not None and method.sampled_token:
         yield f"topk must be None with sampled_token=True, got {method.topk}"
-    if not method.tail and method.topk is None:
-        yield "tail must be True with topk=None: the full vocabulary has none, got False"
-    if method.topk_of != "student" and method.topk is None:
-        yield f"topk_of must be 'student' with topk=None, which takes no one's top-k, got {method.topk_of!r}"
     if method.sampled_token and not (method.alpha == 1.0 and method.samples == "student"):
         yield (
             "sampled_token=True is the score-function form of the reverse KL on the student's own samples: alpha must "
@@ -294,16 +288,6 @@ def _rewards_problems(method: Method) -> Iterator[str]:
         )
     if method.distillation_weight == 0.0:
         yield "distillation_weight must be in (0, 1], got 0: target='policy_gradient' is the one without distillation"
-    if method.kl_anchor > 0 and not has_policy:
-        yield (
-            "kl_anchor must be 0 except for target='policy_gradient' and mixtures (distillation_weight < 1), got "
-            f"{method.kl_anchor}"
-        )
-    if method.ratio_of != "token" and not has_policy:
-        yield (
-            "ratio_of must be 'token' except for target='policy_gradient' and mixtures (distillation_weight < 1), got "
-            f"{method.ratio_of!r}"
-        )
     if method.num_generations == 1 and (has_policy or method.target in ("tilt", "token_tilt")):
         yield (
             "num_generations must be at least 2 where completions are compared with their group, got "
@@ -331,6 +315,37 @@ def _rewards_problems(method: Method) -> Iterator[str]:
             "skip_first_tokens must be 0 with target='tilt', which is about whole completions, got "
             f"{method.skip_first_tokens}"
         )
+
+
+def _idle_problems(method: Method) -> Iterator[str]:
+    """Says which fields were set and would be read by nothing."""
+    reads = method.has_teacher or method.needs_reference
+    has_policy = method.target == "policy_gradient" or method.distillation_weight < 1.0
+    feedback_alone = (
+        *("use_solution", "use_feedback", "dont_reprompt_on_self_success"),
+        *("environment_feedback_only_without_solution", "remove_thinking"),
+    )
+    mixtures = "for target='policy_gradient' and mixtures (distillation_weight < 1)"
+    needed: tuple[tuple[tuple[str, ...], str, bool], ...] = (
+        (("overflow", "max_teacher_prompt_length"), "where a context is shown", method.context != "none"),
+        (feedback_alone, "with context='feedback'", method.context == "feedback"),
+        (("teacher",), "where a teacher or a reference is read", reads),
+        (("update_rate",), "with teacher='ema'", reads and method.teacher == "ema"),
+        (("sync_every",), "with teacher='periodic'", reads and method.teacher == "periodic"),
+        (("trust_share",), "with teacher='trust_region'", method.teacher == "trust_region"),
+        (("alpha", "temperature"), "for a divergence or a token tilt", method.has_teacher),
+        (("topk_of", "tail"), "with topk", method.topk is not None),
+        (("inv_temperature",), "for a tilt", method.target in ("tilt", "token_tilt")),
+        (("logz",), "with target='tilt'", method.target == "tilt"),
+        (("advantages",), "for policy gradients and token tilts", has_policy or method.target == "token_tilt"),
+        (("clip_low", "clip_high", "ratio_of", "kl_anchor"), mixtures, has_policy),
+        (("aggregation",), "for other targets than 'tilt'", method.target != "tilt"),
+    )
+    changes = method.changes()
+    for name, where in ((name, where) for names, where, has_effect in needed if not has_effect for name in names):
+        if name in changes and changes[name] != getattr(Method, name):
+            default = getattr(type(method), name)
+            yield f"{name} must be left at {default!r}: it has an effect only {where}, got {changes[name]!r}"
 
 
 @cache

@@ -202,7 +202,7 @@ def _divergence(values: dict[str, Any]) -> dict[str, Any]:
             f"teacher_sync_steps={every} has no counterpart here: an average moves after every step; a rate of "
             f"{1 - (1 - rate) ** (1 / every):.3g} forgets as fast as {rate} every {every} steps"
         )
-    return fields | {"teacher": "ema" if rate else "frozen", "update_rate": rate}
+    return fields | ({"teacher": "ema", "update_rate": rate} if rate else {"teacher": "frozen"})
 
 
 def _batches(values: dict[str, Any], count: int) -> dict[str, Any]:

@@ -2,25 +2,29 @@
 
     own = OwnState.of(args, teacher=teacher, reference=reference)
     with writing(folder, main_process=True):         # a full disk: the folder goes, and the error says what is left
-        own.save(folder, step, seen={"samples": 8, "tokens": 90}, window=groups)
-    folder = to_resume(output_dir, True)             # the last whole one; a torn one is passed over
+        own.save(folder, step, seen={"samples": 8, "tokens": 90}, window=groups, run=run)
+    folder = start_of(output_dir, True, run)         # the last whole one; a torn one is passed over
     seen = own.load(folder)
     with saving_whole(plugin):                       # FSDP2: a whole model, also where checkpoints are of shards
         trainer.save_model()
 
 What differs from the obvious: `transformers.trainer_utils.get_last_checkpoint` takes the folder with the highest
 number, also one that a killed process was still writing. The trainer writes `trainer_state.json` last, so a folder in
-which that can be read is whole, provided that what is not transformers' is written before it.
+which that can be read is whole, provided that what is not transformers' is written before it. Nor does it ask whose
+checkpoints they are: a new run would leave those of an older one in its folder, and resuming take the older one's for
+their higher number. So a folder has the checkpoints of one run, up to the step that it goes on from.
 
 Not covered: checkpoints on several nodes that share no disk.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +36,7 @@ from torch import Tensor
 from torch.distributed.fsdp import StateDictType
 
 from ..errors import SdcoreError
+from ..presets.method import Method, field_types
 from ..rollouts.window import load_rollouts, save_rollouts
 from ..types import Example, Group
 from .config import SelfDistillationConfig
@@ -41,6 +46,11 @@ OWN_STATE: Final = "sdcore.json"
 _NUMBERED: Final = re.compile(r"checkpoint-(\d+)$")
 # What torch.save says, as a RuntimeError, when a file cannot be written.
 _UNWRITTEN: Final = re.compile(r"inline_container|PytorchStreamWriter|iostream|File too large|No space")
+# Of a run's arguments: what optimizer and scheduler take from the checkpoint, whatever is asked; where the seeds come
+# from; and where files are, which decides nothing.
+_FROM_CHECKPOINT: Final = {"learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim"}
+_DECIDES: Final = {"method", "data", "seed", "data_seed", *_FROM_CHECKPOINT, *field_types()}
+_PLACES: Final = {"output_dir", "resume_from_checkpoint"}
 
 logger = logging.getLogger(__name__)
 
@@ -61,12 +71,9 @@ def whole(folder: Path) -> bool:
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """Returns all checkpoints, whole or not, by step."""
-    numbered = [
-        (int(match[1]), path)
-        for path in Path(output_dir).glob("checkpoint-*")
-        if (match := _NUMBERED.search(path.name))
-    ]
-    return [path for _, path in sorted(numbered) if path.is_dir()]
+    return sorted(
+        (path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() and _step(path) >= 0), key=_step
+    )
 
 
 def to_resume(output_dir: str | Path, asked: str | Path | bool) -> Path:
@@ -90,6 +97,73 @@ def to_resume(output_dir: str | Path, asked: str | Path | bool) -> Path:
             + (f"lacks {STATE} or {OWN_STATE}" if folder.is_dir() else "is not there")
         )
     return folder
+
+
+def start_of(
+    output_dir: str | Path, asked: str | Path | bool | None, run: Mapping[str, Any] | None = None
+) -> Path | None:
+    """Returns the folder to go on from, None for a new run; `run` is what `describe_run` says, None if not known yet.
+
+    Raises `CheckpointError` as `to_resume`, for a checkpoint of another run, and where checkpoints in `output_dir`
+    would be taken for later ones of this run: those of another, and those after the one that is gone on from.
+    """
+    folder = None if asked in (None, False) else to_resume(output_dir, asked)
+    if folder is not None and run is not None:
+        _require_same_run(folder, run)
+    kept = _step(folder) if folder is not None and is_in(folder, output_dir) else -1
+    later = [path for path in checkpoints(output_dir) if _step(path) > kept and whole(path)]
+    if later:
+        raise CheckpointError(
+            f"output_dir must have no checkpoints beyond the start of this run, got {later[-1]}, which resuming would "
+            "later take for its own: resume from it, take another output_dir, or move it away"
+        )
+    return folder
+
+
+def describe_run(
+    method: Method, args: SelfDistillationConfig, model: Any, examples: Sequence[Example]
+) -> dict[str, Any]:
+    """Returns what decides the losses of a run, flat: the method's fields, the arguments', a digest of the rows."""
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    digest = hashlib.sha256()
+    for example in examples:
+        row = [example.prompt, example.privileged_context, dict(example.columns)]
+        # What JSON does not know is told apart by its type alone: a text of it may have an address in it.
+        digest.update(json.dumps(row, default=lambda value: type(value).__name__).encode())
+    own = {"method": type(method).__name__, "model": name, "data": digest.hexdigest(), "world_size": args.world_size}
+    return json.loads(json.dumps({**vars(method), **args.to_dict(), **own}, default=str))
+
+
+def _require_same_run(folder: Path, run: Mapping[str, Any]) -> None:
+    """Raises `CheckpointError` where the checkpoint's run was another one; warns of arguments that are others now."""
+    before = _own_file(folder).get("run", {})
+    if before.get("save_only_model"):
+        raise CheckpointError(f"{folder} has no optimizer's state, it was written with save_only_model=True")
+    changes = {
+        name: f"{name}={value!r} (was {before.get(name)!r})"
+        for name, value in run.items()
+        if name not in _PLACES and before.get(name) != value
+    }
+    if run["ignore_data_skip"]:  # the rows begin anew, so they may be others
+        changes.pop("data", None)
+    refused = [change for name, change in changes.items() if name in _DECIDES]
+    if refused:
+        raise CheckpointError(
+            f"{folder} is of a run with another {', '.join(refused)}: resume with the same, or start a new run in "
+            "another output_dir with this folder as the model"
+        )
+    if changes:
+        warnings.warn(f"{folder} is gone on from with {', '.join(changes.values())}", stacklevel=4)
+
+
+def is_in(folder: Path, output_dir: str | Path) -> bool:
+    """True for a checkpoint of the run that has this output directory."""
+    return folder.resolve().parent == Path(output_dir).resolve()
+
+
+def _step(folder: Path) -> int:
+    match = _NUMBERED.search(folder.name)
+    return -1 if match is None else int(match[1])
 
 
 @contextmanager
@@ -140,11 +214,22 @@ class OwnState:
                 kept[name] = one
         return cls(args=args, stateful=kept)
 
-    def save(self, folder: Path, step: int, *, seen: Mapping[str, int], window: Sequence[Sequence[Group]]) -> None:
-        """Writes the state, the completions of `window` if the next step uses them too. All ranks must call it."""
+    def save(
+        self,
+        folder: Path,
+        step: int,
+        *,
+        seen: Mapping[str, int],
+        window: Sequence[Sequence[Group]],
+        run: Mapping[str, Any],
+    ) -> None:
+        """Writes the state, the completions of `window` if the next step uses them too. All ranks must call it.
+
+        `run` is what `describe_run` says, for `start_of`.
+        """
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({**seen, **self._batching}, indent=1) + "\n"
+            text = json.dumps({**seen, **self._batching, "run": run}, indent=1) + "\n"
             (folder / OWN_STATE).write_text(text, encoding="utf-8")
         for name, one in self.stateful.items():
             one.save(folder / name)

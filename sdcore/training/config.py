@@ -7,7 +7,8 @@ What a method is (teacher, context, divergence, group size) is not here but in a
 What differs from the obvious: `per_device_train_batch_size` counts prompts, each with `method.num_generations`
 completions. Some defaults are others than transformers': every step is logged and nothing is reported to services,
 columns are kept for the reward functions, bfloat16 is used on a GPU that has it, and data-parallel training looks for
-no unused parameters, since all are used. Fields have a `help` in their metadata, for command lines.
+no unused parameters, since all are used. What would have no effect is refused: arguments that only transformers' loop
+and evaluation read, and those that the others leave without use. Fields have a `help` in their metadata.
 
 Not covered: DeepSpeed and FSDP1, which the trainer refuses.
 """
@@ -15,11 +16,13 @@ Not covered: DeepSpeed and FSDP1, which the trainer refuses.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+import os
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Final, Literal, TypeAlias, get_args
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..errors import ArgumentError
 from ..prefix.choice import Strategy
@@ -28,6 +31,30 @@ from ..rollouts.rewards import OnError
 
 OnBadRow: TypeAlias = Literal["raise", "skip"]
 PROBES: Final = ("leak_probe_every", "overlap_probe_every", "drift_probe_every")
+
+_EVALUATION: Final = "an evaluation samples answers and judges them"
+# What transformers' own loop or evaluation reads and this trainer's does not, and what there is in its place.
+WITHOUT_EFFECT: Final = {
+    "auto_find_batch_size": "micro_batch and generation_batch_size bound the memory and leave the step what it is",
+    "average_tokens_across_devices": "losses are divided by sums over all ranks",
+    "batch_eval_metrics": _EVALUATION,
+    "bf16_full_eval": "an evaluation samples with the model as it is trained (model_dtype, bf16)",
+    "ddp_find_unused_parameters": "all are used",
+    "eval_accumulation_steps": _EVALUATION,
+    "eval_do_concat_batches": _EVALUATION,
+    "eval_use_gather_object": _EVALUATION,
+    "fp16_full_eval": "an evaluation samples with the model as it is trained (model_dtype, fp16)",
+    "include_for_metrics": _EVALUATION,
+    "label_names": "rows are examples, without labels",
+    "label_smoothing_factor": "the loss is the method's, without labels",
+    "length_column_name": "rows are not grouped by length",
+    "neftune_noise_alpha": "no noise is added to what student and teacher read",
+    "parallelism_config": "processes share the data, by DistributedDataParallel or FSDP2",
+    "prediction_loss_only": _EVALUATION,
+    "remove_unused_columns": "rows are examples, not a model's inputs",
+    "torch_empty_cache_steps": "PYTORCH_ALLOC_CONF=expandable_segments:True keeps free memory in one piece",
+    "use_cache": "strategy says what is cached",
+}
 
 
 @dataclass
@@ -164,6 +191,7 @@ class SelfDistillationConfig(TrainingArguments):
         # The order of the data is a function of the seed, not of the global generator's state.
         self.data_seed = self.seed if self.data_seed is None else self.data_seed
         super().__post_init__()
+        self._check_engine()
         if not isinstance(self.chat_template_kwargs, dict | None):
             raise ArgumentError(f"chat_template_kwargs must be an object, got {self.chat_template_kwargs!r}")
 
@@ -189,10 +217,55 @@ class SelfDistillationConfig(TrainingArguments):
         for name, options in (allowed | {"model_dtype": ("float32", "bfloat16", "auto")}).items():
             if getattr(self, name) not in options:
                 raise ArgumentError(f"{name} must be one of {', '.join(options)}, got {getattr(self, name)!r}")
-        if self.remove_unused_columns:
-            raise ArgumentError("remove_unused_columns must be False: rows are examples, not a model's inputs")
-        if self.ddp_find_unused_parameters:
-            raise ArgumentError("ddp_find_unused_parameters must be False: all are used")
+        for known in fields(self):
+            default = known.default if known.default_factory is MISSING else known.default_factory()
+            value = getattr(self, known.name)
+            if known.name in WITHOUT_EFFECT and value != default:
+                why = WITHOUT_EFFECT[known.name]
+                raise ArgumentError(f"{known.name} must be {default!r}, got {value!r}: it has no effect here, as {why}")
+        if self.strategy == "naive" and self.verify == "always":
+            raise ArgumentError("verify must not be 'always' with strategy='naive', which is what others are held to")
+        if self.print_completions and not (self.log_completions_every and self.num_completions_shown):
+            raise ArgumentError(
+                "print_completions must be False where none are shown, got True with log_completions_every="
+                f"{self.log_completions_every} and num_completions_shown={self.num_completions_shown}"
+            )
+        is_cut = self.top_p < 1 or self.top_k is not None
+        if is_cut and self.sampling_temperature == 0 and not self.eval_temperature:
+            raise ArgumentError(
+                "top_p must be 1 and top_k None with sampling_temperature=0, which takes the likeliest token, got "
+                f"{self.top_p} and {self.top_k}"
+            )
+        if self.ignore_data_skip and self.num_iterations > 1:
+            raise ArgumentError(
+                f"ignore_data_skip must be False with num_iterations={self.num_iterations}: completions are used again "
+                "with the rows that they were sampled for"
+            )
+
+    def _check_engine(self) -> None:
+        """Refuses what accelerate and the optimizers would do otherwise than asked, once transformers has read it."""
+        asked = int(os.environ.get("WORLD_SIZE", "1"))
+        if asked > 1 and self.world_size == 1:
+            raise ArgumentError(
+                f"WORLD_SIZE must be 1 for a run on one process, got {asked}, of which accelerate makes {asked} runs "
+                "that do not know of each other: on a machine without GPUs several processes need use_cpu=True"
+            )
+        if self.accelerator_config != AcceleratorConfig():
+            raise ArgumentError(
+                "accelerator_config must be left out, as batches are examples that this trainer shares out itself "
+                f"(gradient_accumulation_steps is an argument), got {self.accelerator_config}"
+            )
+        optimizer = str(getattr(self.optim, "value", self.optim))
+        if "lomo" in optimizer or "layerwise" in optimizer:
+            raise ArgumentError(
+                f"optim must be an optimizer that steps after the last backward of a step, got {optimizer!r}, which "
+                "steps within each"
+            )
+        if self.metric_for_best_model in ("loss", "eval_loss"):
+            raise ArgumentError(
+                "metric_for_best_model must be one of the evaluation, such as 'reward_mean', got 'loss' (transformers' "
+                "default for load_best_model_at_end and for schedules that follow a metric)"
+            )
 
     def evaluation_options(self) -> dict[str, Any]:
         """Returns what `evaluate` is asked for in a run."""

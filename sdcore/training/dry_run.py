@@ -41,6 +41,7 @@ from ..rollouts.samplers import ModelSampler, Sampling, stop_ids
 from ..types import Example, Group, Rollout
 from .collect import Collector
 from .config import SelfDistillationConfig
+from .prepare import check_template_kwargs, within_model
 from .rows import NAMED, Rows
 
 # Columns that may hold an answer, for the stand-in; the first that a row has.
@@ -144,7 +145,10 @@ def dry_run(
         raise DataError("no rows: there is nothing to learn from")
     if method.needs_rewards and not reward_functions:
         raise ArgumentError("reward functions must be given: the method learns from judged completions, got none")
+    check_template_kwargs(tokenizer, chat_template_kwargs)
+    positions = getattr(config, "max_position_embeddings", None)
     builder = builder or method.build_context(chat_template_kwargs=chat_template_kwargs)
+    builder = within_model(builder, positions, max_completion_length)
     missing = check_examples(builder, examples) if method.has_teacher else 0
     collector = Collector(
         tokenizer=tokenizer,
@@ -155,7 +159,6 @@ def dry_run(
         max_prompt_length=max_prompt_length,
         chat_template_kwargs=chat_template_kwargs,
     )
-    positions = getattr(config, "max_position_embeddings", None)
     vocabulary = getattr(config, "vocab_size", None)
     reader = SimpleNamespace(max_positions=positions, vocab_size=vocabulary, rotary_switch=None)
     rows = Rows(collector=collector, body=reader, context=builder, on_bad_row="skip", quiet=False)

@@ -10,9 +10,11 @@ Not covered: what a model must be like, which `sdcore.models` says.
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
+import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -77,6 +79,18 @@ def check(args: SelfDistillationConfig, method: Method, rewards: Sequence[Reward
     strategy = args.train_sampling_strategy
     if strategy not in ("random", "sequential"):
         raise ArgumentError(f"train_sampling_strategy must be 'random' or 'sequential', got {strategy!r}")
+    if args.generation_batch_size is not None and not isinstance(sampler, ModelSampler):
+        raise ArgumentError(
+            "generation_batch_size must be None with a sampler of one's own, which is asked for a batch at a time, got "
+            f"{args.generation_batch_size}"
+        )
+    teacher_kept = method.has_teacher and method.teacher not in ("live", "adapter_off")
+    reference_kept = method.needs_reference and method.teacher != "adapter_off"
+    if args.teacher_device is not None and not (teacher_kept or reference_kept or args.drift_probe_every):
+        raise ArgumentError(
+            f"teacher_device must be None for {type(method).__name__} with teacher={method.teacher!r}, which keeps no "
+            f"weights beside the student's, got {args.teacher_device!r}"
+        )
     compared = method.target == "policy_gradient" or method.distillation_weight < 1
     old = args.num_iterations > 1 or not isinstance(sampler, ModelSampler)
     if compared and old and not (args.top_p == 1 and args.top_k is None):
@@ -104,6 +118,37 @@ def check_engine(state: Any) -> None:
             f"args must not ask for FSDP{plugin.fsdp_version}, which is accelerate's default: use FSDP2, by "
             'fsdp_config={"version": 2} or `accelerate launch --fsdp_version 2`'
         )
+    if plugin is None and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise UnsupportedModelError(
+            "args and the launcher must not ask for FSDP on CPUs, where accelerate shards nothing and does not say so"
+        )
+
+
+def check_template_kwargs(tokenizer: Any, kwargs: Mapping[str, Any] | None) -> None:
+    """Raises `ArgumentError` for the first of `chat_template_kwargs` that the tokenizer's chat template never names."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not kwargs or not isinstance(template, str):
+        return
+    known = inspect.signature(tokenizer.apply_chat_template).parameters
+    for name in kwargs:
+        if name not in known and not re.search(rf"\b{re.escape(name)}\b", template):
+            raise ArgumentError(
+                f"chat_template_kwargs must be what the tokenizer's chat template reads, got {name!r}, which is not"
+            )
+
+
+def within_model(context: Any, positions: int | None, max_completion_length: int) -> Any:
+    """Returns the context builder that cuts, if it does, to what the model can read with a completion behind it."""
+    if positions is None or getattr(context, "overflow", "error") == "error":
+        return context
+    room = positions - max_completion_length
+    if room < 1:
+        raise ArgumentError(
+            f"max_completion_length must leave room for a prompt in the model's {positions} positions, got "
+            f"{max_completion_length}"
+        )
+    asked = context.max_teacher_prompt_length
+    return replace(context, max_teacher_prompt_length=room if asked is None else min(asked, room))
 
 
 @contextmanager
@@ -121,9 +166,9 @@ def loaded(model: Any, tokenizer: Any, args: SelfDistillationConfig, peft_config
     An adapter's folder gives the adapter as it was saved, to be trained on. Raises `ArgumentError` for a `peft_config`
     beside an adapter that is there already, and for a model of which nothing is trained.
     """
+    remote = args.trust_remote_code
     if isinstance(model, str | os.PathLike):
         model = os.fspath(model)
-        remote = args.trust_remote_code
         has_adapter = find_adapter_config_file(model) is not None
         if has_adapter and peft_config is not None:
             _refuse_second_adapter(model)
@@ -133,10 +178,13 @@ def loaded(model: Any, tokenizer: Any, args: SelfDistillationConfig, peft_config
             model = _peft().AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True, **options)
         else:
             model = AutoModelForCausalLM.from_pretrained(model, **options)
+    elif args.model_dtype == "bfloat16" != str(getattr(model, "dtype", None)).removeprefix("torch."):
+        raise ArgumentError("model_dtype is of a model that is given by name: load this one with it, got 'bfloat16'")
     if tokenizer is None:
         if not model.config._name_or_path:
             raise ArgumentError("processing_class must be the tokenizer of a model that has no name, got None")
-        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=remote)
+    check_template_kwargs(tokenizer, args.chat_template_kwargs)  # type: ignore[arg-type]  # an object, once checked
     if peft_config is not None:
         if getattr(model, "peft_config", None):
             _refuse_second_adapter(type(model).__name__)

@@ -34,6 +34,7 @@ from ..rollouts.samplers import ModelSampler, Sampler, Sampling, sample_groups, 
 from ..rollouts.sandbox import run_limited
 from ..teachers import Snapshot
 from ..types import Example, Prompt, Rollout
+from .prepare import within_model
 from .update import Batch, update
 
 
@@ -123,6 +124,7 @@ def solve(
     example = question if isinstance(question, Example) else Example(prompt=question, source="the question")
     prompt = student_prompt_ids(example, tokenizer, chat_template_kwargs=config.chat_template_kwargs)
     builder = method.build_context(chat_template_kwargs=config.chat_template_kwargs)
+    builder = within_model(builder, find_body(model).max_positions, config.max_completion_length)
     teacher = method.build_teacher(model)
     sampling = Sampling(
         max_new_tokens=config.max_completion_length,

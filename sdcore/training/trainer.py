@@ -40,7 +40,7 @@ from transformers.trainer_utils import speed_metrics
 from ..contexts import ContextBuilder, check_examples
 from ..diagnostics import RunLog
 from ..errors import ArgumentError
-from ..models import head_of
+from ..models import find_body, head_of
 from ..presets.method import Method
 from ..rollouts.rewards import RewardFunction, check_columns, prepare
 from ..rollouts.samplers import FollowsWeights, ModelSampler, Sampler, seed_of, stop_ids
@@ -48,11 +48,11 @@ from ..rollouts.window import WindowOrder
 from ..step import StepOutput
 from ..teachers import Teacher, TrustRegion
 from ..types import Example, Group
-from .checkpoints import OwnState, saving_whole, to_resume, writing
+from .checkpoints import OwnState, describe_run, is_in, saving_whole, start_of, writing
 from .collect import Collector
 from .config import SelfDistillationConfig
 from .evaluation import evaluate
-from .prepare import args_of, built, check, check_engine, check_objects, examples_of, loaded, of_each
+from .prepare import args_of, built, check, check_engine, check_objects, examples_of, loaded, of_each, within_model
 from .rows import Rows
 from .samples import RichProgress, sample_rows, show
 from .update import Batch, Normalizers, update
@@ -117,6 +117,7 @@ class SelfDistillationTrainer(Trainer):
             check_columns(self.rewards, train_examples, eval_examples)
         model, processing_class = loaded(model, processing_class, args, peft_config)
         head_of(model)  # refuses a model whose logits are not its states times a matrix, before any work
+        self.context = within_model(self.context, find_body(model).max_positions, args.max_completion_length)
         super().__init__(
             model=model,
             args=args,
@@ -153,6 +154,7 @@ class SelfDistillationTrainer(Trainer):
         self._log_file: RunLog | None = None
         self._early: list[dict[str, float]] = []  # measured before train()
         self._resumed: Path | None = None
+        self._run: dict[str, Any] = {}  # what decides its losses
         self.order: WindowOrder | None = None
 
     # The arrow: examples → groups → batches → gradients.
@@ -329,33 +331,35 @@ class SelfDistillationTrainer(Trainer):
         return self.order
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Trains as in transformers; True resumes from the last checkpoint that was written to its end.
-
-        Raises `CheckpointError` where there is none.
-        """
-        if resume_from_checkpoint not in (None, False):
-            self._resumed = to_resume(self.args.output_dir, resume_from_checkpoint)
+        """Trains as in transformers; True goes on from the last whole checkpoint, None is what the arguments say."""
+        self.start(self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint)
         try:
             return super().train(None if self._resumed is None else str(self._resumed), **kwargs)
         finally:
             self._resumed = None
 
+    def start(self, resume_from_checkpoint: str | bool | None = None) -> None:
+        """Finds where `train` begins. Raises `CheckpointError`, as `start_of`."""
+        self._run = describe_run(self.method, self.args, self.model, self.train_dataset or ())
+        self._resumed = start_of(self.args.output_dir, resume_from_checkpoint, self._run)
+
     def begin(self) -> None:
         """Takes up a checkpoint's state of ours and opens the run's log, once model and optimizer are loaded."""
         self._window, self._seen, self._tally = [], {"samples": 0, "tokens": 0}, Tally()
-        step = self.state.global_step
+        step, output_dir = self.state.global_step, self.args.output_dir
+        goes_on = self._resumed is not None and is_in(self._resumed, output_dir)
         if self._resumed is not None:
             self._seen = self._own.load(self._resumed)
             self._early = []  # the log that is gone on with has them, of the model as it was then
         if self.is_world_process_zero():
-            self._log_file = RunLog(self.args.output_dir, resume_step=None if self._resumed is None else step)
+            self._log_file = RunLog(output_dir, resume_step=step if goes_on else None)
             self._log_file.describe(
                 {
                     "method": {"name": type(self.method).__name__, **vars(self.method)},
                     "config": self.args.to_dict(),
-                    "model": getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__,
                     "examples": len(self.train_dataset),
                     "skipped_rows": self.rows.summary,
+                    **{name: self._run[name] for name in ("model", "data")},
                 }
             )
             for numbers in self._early:
@@ -374,7 +378,7 @@ class SelfDistillationTrainer(Trainer):
         step = self.state.global_step
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
         with writing(folder, main_process=self.args.should_save):
-            self._own.save(folder, step, seen=self._seen, window=self._window)
+            self._own.save(folder, step, seen=self._seen, window=self._window, run=self._run)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
 

@@ -106,6 +106,26 @@ def test_a_run_goes_on_from_its_last_checkpoint() -> None:
     assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
 
 
+def test_a_folder_of_another_run_is_refused_before_anything_in_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["train", *prepared("sdft"), "max_completion_length=11", "save_steps=1", "--output", "run"]
+    done(*words, "max_steps=1")
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    for more, message in (
+        (["max_steps=2"], "output_dir must have no checkpoints beyond the start of this run, got run/checkpoint-1"),
+        (["max_steps=2", "alpha=0.5", "--resume"], "run/checkpoint-1 is of a run with another alpha=0.5 (was 1.0)"),
+        (
+            ["max_steps=2", "resume_from_checkpoint=run", "seed=5"],
+            "must be a whole checkpoint of this trainer, got run",
+        ),
+    ):
+        result = sdcore(*words, *more)
+        assert result.exit_code == 1
+        assert message in result.output
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+    monkeypatch.setattr("sdcore.training.prepare.loaded", None)
+    assert "must have no checkpoints" in sdcore(*words).output  # before a model is loaded
+
+
 def test_adapters_are_trained_in_place_of_the_model() -> None:
     pytest.importorskip("peft")
     options = [*prepared("opsd"), "per_device_train_batch_size=2", "max_steps=1", "teacher=adapter_off"]

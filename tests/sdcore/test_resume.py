@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from sdcore.presets import GRPO, Method
+from sdcore.presets import GRPO, Method, SDFTPaper
 from sdcore.training.checkpoints import CheckpointError, to_resume, whole
-from sdcore.world.data import fraction, with_feedback
-from tests.sdcore.trainer_runs import SDFT_METHOD, SDPO_METHOD, lines, losses, trainer
+from sdcore.world.data import fraction, rows, with_feedback
+from tests.sdcore.trainer_runs import SDFT_METHOD, SDPO_METHOD, SHOW, lines, losses, trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
@@ -187,3 +189,129 @@ def test_rollouts_in_use_can_only_be_resumed_with_the_same_batches(tmp_path: Pat
     assert state["num_iterations"] == 3
     with pytest.raises(CheckpointError, match="num_iterations=3"):
         run("grpo reused", tmp_path, resume=True, num_iterations=5)
+
+
+# Whose checkpoints they are.
+
+
+def sdft(output: Path, *, resume: Any = None, **changes: Any) -> Any:
+    """Two steps, each with a checkpoint, on rows of which a step takes four."""
+    options: dict[str, Any] = {"count": 16, "max_steps": 2, "save_strategy": "steps", "save_steps": 1} | changes
+    made = trainer(output, **options)
+    made.train(resume_from_checkpoint=resume)
+    return made
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_new_run_in_the_folder_of_one_that_has_checkpoints_is_refused(tmp_path: Path) -> None:
+    sdft(tmp_path)
+    before = files(tmp_path)
+    with pytest.raises(CheckpointError, match=r"output_dir must have no checkpoints .*, got .*checkpoint-2"):
+        sdft(tmp_path, max_steps=1)
+    assert files(tmp_path) == before
+    sdft(tmp_path / "another", max_steps=1)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        sdft(tmp_path, save_steps=2, callbacks=[Kill(1)])
+    torn = tmp_path / "checkpoint-2"
+    torn.mkdir()  # killed while it was written
+    (torn / "sdcore.json").write_text("{}")
+    sdft(tmp_path)
+    assert len(losses(tmp_path)) == 2
+    assert (tmp_path / "metrics.jsonl.1").exists()
+    assert whole(torn)
+
+
+ROWS = rows("sdft", task="luma", count=16, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"method": replace(SDFT_METHOD, alpha=1.0)}, r"alpha=1.0 \(was 0.0\)"),
+        (
+            {"method": SDFTPaper(template=SHOW, skip_first_tokens=0)},
+            r"alpha=1.0 .*method='SDFTPaper' \(was 'SDFTAsRun'",
+        ),
+        ({"seed": 4}, r"seed=4 \(was 3\), data_seed=4 \(was 3\)"),
+        ({"train_dataset": rows("sdft", task="luma", count=16, seed=1)}, "data='"),
+        ({"train_dataset": ROWS[:8]}, "data='"),
+        ({"train_dataset": [ROWS[1], ROWS[0], *ROWS[2:]]}, "data='"),
+        ({"train_dataset": [*ROWS[:-1], ROWS[-1] | {"answer": "another"}]}, "data='"),
+        # What optimizer and scheduler would take from the checkpoint, whatever is asked.
+        ({"learning_rate": 1e-2}, r"learning_rate=0.01 \(was 0.001\)"),
+        ({"weight_decay": 0.1, "adam_beta2": 0.9}, r"weight_decay=0.1 \(was 0.0\), adam_beta2=0.9"),
+        ({"optim": "adafactor"}, "optim='adafactor'"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_by_what_differs(
+    changes: dict[str, Any], named: str, first_of_three: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(first_of_three, tmp_path / "run")
+    before = files(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=rf"checkpoint-2 is of a run with another .*{named}.*: resume with the"):
+        sdft(tmp_path / "run", resume=True, **changes | {"max_steps": 3})
+    assert files(tmp_path / "run") == before
+
+
+@pytest.fixture(scope="module")
+def first_of_three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("first")
+    sdft(folder)
+    return folder
+
+
+def test_what_may_change_is_said(first_of_three: Path, tmp_path: Path) -> None:
+    shutil.copytree(first_of_three, tmp_path / "run")
+    with pytest.warns(
+        match=r"is gone on from with .*per_device_train_batch_size=2 \(was 4\), max_steps=3 \(was 2\)"
+    ) as said:
+        sdft(tmp_path / "run", resume=True, max_steps=3, per_device_train_batch_size=2)
+    assert "output_dir" not in str(said[0].message)
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_other_rows_are_taken_from_the_first_where_that_is_asked(first_of_three: Path, tmp_path: Path) -> None:
+    shutil.copytree(first_of_three, tmp_path / "run")
+    others = rows("sdft", task="luma", count=16, seed=1)
+    sdft(tmp_path / "run", resume=True, max_steps=3, train_dataset=others, ignore_data_skip=True)
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_a_checkpoint_without_the_optimizer_cannot_be_gone_on_from(tmp_path: Path) -> None:
+    sdft(tmp_path, save_only_model=True)
+    with pytest.raises(CheckpointError, match="no optimizer's state, it was written with save_only_model=True"):
+        sdft(tmp_path, resume=True, max_steps=3)
+
+
+def test_an_earlier_checkpoint_is_gone_on_from_once_later_ones_are_away(first_of_three: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(first_of_three, run_dir)
+    with pytest.raises(CheckpointError, match=r"no checkpoints beyond the start of this run, got .*checkpoint-2"):
+        sdft(run_dir, resume=str(run_dir / "checkpoint-1"))
+    shutil.rmtree(run_dir / "checkpoint-2")
+    made = sdft(run_dir, resume=str(run_dir / "checkpoint-1"))
+    assert made.state.global_step == 2
+    assert losses(run_dir) == losses(first_of_three)
+
+
+def test_a_checkpoint_of_another_folder_begins_a_log_of_its_own(first_of_three: Path, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        sdft(tmp_path, save_steps=2, callbacks=[Kill(1)])  # logs of a run that has nothing to do with it
+    logged = (tmp_path / "metrics.jsonl").read_bytes()
+    sdft(tmp_path, resume=str(first_of_three / "checkpoint-1"))
+    assert [step for step, _ in losses(tmp_path)] == [2]
+    assert (tmp_path / "metrics.jsonl.1").read_bytes() == logged
+    with pytest.raises(CheckpointError, match="no checkpoints beyond the start of this run"):
+        sdft(tmp_path, resume=str(first_of_three / "checkpoint-1"))
+
+
+def test_the_arguments_may_say_where_to_go_on(first_of_three: Path, tmp_path: Path) -> None:
+    made = sdft(tmp_path, max_steps=3, resume_from_checkpoint=str(first_of_three / "checkpoint-2"))
+    assert [step for step, _ in losses(tmp_path)] == [3]
+    assert made.state.global_step == 3

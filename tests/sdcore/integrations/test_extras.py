@@ -47,7 +47,11 @@ USES: dict[str, list[tuple[str, str]]] = {
         ("from reproduce.table import run as f; f('output', console=None)", 'pip install "sdcore[plot]"'),
     ],
     "peft": [
-        ("from sdcore.training.prepare import loaded as f; f(0, 0, None, object())", 'pip install "sdcore[peft]"'),
+        (
+            "from sdcore import SelfDistillationConfig as C; from sdcore.training.prepare import loaded as f; "
+            "f(0, 0, C(), object())",
+            'pip install "sdcore[peft]"',
+        ),
         ("from sdcore.cli.running import lora_config as f; f(4)", 'pip install "sdcore[peft]"'),
     ],
     "triton": [

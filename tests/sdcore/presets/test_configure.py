@@ -136,11 +136,11 @@ def test_no_argument_of_the_trainer_has_a_methods_name() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_what_is_written_is_read_as_the_same(name: str, tmp_path: Path) -> None:
-    method = preset(name, temperature=1.5)
+    method = preset(name, success_threshold=0.75)
     arguments = {"learning_rate": 1e-5, "verify": "off", "report_to": "none", "max_steps": 3, "output_dir": "1e5"}
     text = dump_config(method, arguments, tmp_path / "again.yaml")
     assert (tmp_path / "again.yaml").read_text() == text
-    assert text.startswith(f"method: {name}\ntemperature: 1.5\n")
+    assert text.startswith(f"method: {name}\nsuccess_threshold: 0.75\n")
     assert load_config(tmp_path / "again.yaml", trainer_fields=TYPES) == (method, arguments)
 
 

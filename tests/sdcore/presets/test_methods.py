@@ -171,6 +171,44 @@ def test_combinations_without_sense_are_refused(make: Callable[[], Method], fiel
         make()
 
 
+# For each what else would have read it. A field at the preset's own default was not asked for, and is no mistake.
+IDLE: list[tuple[type[Method], dict[str, Any], dict[str, Any]]] = [
+    (SFT, {"overflow": "truncate_context"}, {"target": "divergence", "context": "template"}),
+    (GRPO, {"max_teacher_prompt_length": 100}, {"target": "divergence", "context": "template"}),
+    (OPSD, {"use_solution": False}, {"context": "feedback"}),
+    (OPSD, {"use_feedback": False}, {"context": "feedback", "num_generations": 2}),
+    (SDFTPaper, {"dont_reprompt_on_self_success": False}, {"context": "feedback"}),
+    (SDFTPaper, {"environment_feedback_only_without_solution": False}, {"context": "feedback"}),
+    (ContextDistillation, {"remove_thinking": False}, {"context": "feedback"}),
+    (GRPO, {"teacher": "ema"}, {"kl_anchor": 0.1}),
+    (OPSD, {"update_rate": 0.5}, {"teacher": "ema"}),
+    (SDPO, {"sync_every": 10}, {"teacher": "periodic"}),
+    (SDPO, {"trust_share": 0.9}, {"teacher": "trust_region"}),
+    (GRPO, {"alpha": 0.0}, {"target": "divergence", "context": "template"}),
+    (RLTilt, {"temperature": 2.0}, {"target": "divergence", "context": "template"}),
+    (OPSD, {"topk_of": "teacher"}, {"topk": 10}),
+    (OPSD, {"tail": False}, {"topk": 10}),
+    (GRPO, {"inv_temperature": 5.0}, {"target": "tilt", "teacher": "frozen"}),
+    (GRPO, {"logz": "exact"}, {"target": "tilt", "teacher": "frozen"}),
+    (RLTilt, {"advantages": "dr_grpo"}, {"target": "policy_gradient"}),
+    (SDPO, {"clip_low": None}, {"distillation_weight": 0.5}),
+    (SDPO, {"clip_high": 0.3}, {"distillation_weight": 0.5}),
+    (SDPO, {"ratio_of": "completion"}, {"distillation_weight": 0.5}),
+    (SDPO, {"kl_anchor": 0.1}, {"distillation_weight": 0.5}),
+    (RLTilt, {"aggregation": "sum-norm"}, {"target": "policy_gradient"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes", "with_effect"), IDLE)
+def test_a_field_that_nothing_would_read_is_refused(
+    kind: type[Method], changes: dict[str, Any], with_effect: dict[str, Any]
+) -> None:
+    (name,) = changes
+    with pytest.raises(ArgumentError, match=rf"^{name} must be left at .*: it has an effect only "):
+        kind(**changes)
+    assert getattr(kind(**changes | with_effect), name) == changes[name]
+
+
 @pytest.mark.parametrize(
     "method",
     [
