@@ -30,6 +30,7 @@ from rich.text import Text
 from torch import Tensor
 
 from ..contexts import ContextBuilder, require_text, student_prompt_ids
+from ..contexts.rendering import answer_end
 from ..contexts.teacher_prompts import check_examples
 from ..errors import ArgumentError, DataError, UnsupportedModelError
 from ..memory import Load, Prediction, Setting, compare, memory_table
@@ -244,8 +245,9 @@ def _preview(
     success: bool,
 ) -> Preview:
     """Previews the last completion of a group of stand-ins, of which one succeeded or none."""
-    answer = _rollout(_answer_of(example), tokenizer, reward=method.success_threshold)
-    empty = _rollout("", tokenizer, reward=-float("inf"), feedback=UNKNOWN_FEEDBACK)
+    end = answer_end(example.prompt, tokenizer)
+    answer = _rollout(_answer_of(example), tokenizer, end, reward=method.success_threshold)
+    empty = _rollout("", tokenizer, end, reward=-float("inf"), feedback=UNKNOWN_FEEDBACK)
     reward, feedback = None, None
     if reward_functions:
         (judged,) = score([Group(example=example, prompt_ids=student, rollouts=(empty,))], reward_functions)
@@ -300,10 +302,10 @@ def _answer_of(example: Example) -> str:
     return UNKNOWN_ANSWER
 
 
-def _rollout(text: str, tokenizer: Any, *, reward: float | None = None, feedback: str | None = None) -> Rollout:
+def _rollout(text: str, tokenizer: Any, end: int | None, *, reward: float, feedback: str | None = None) -> Rollout:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-    if tokenizer.eos_token_id is not None:
-        ids = [*ids, tokenizer.eos_token_id]
+    if end is not None:
+        ids = [*ids, end]
     return Rollout(
         completion_ids=torch.tensor(ids, dtype=torch.int64),
         logprobs=None,
