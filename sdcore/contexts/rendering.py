@@ -193,7 +193,7 @@ def _turn_end(tokenizer: Any, template: str, size: int) -> int | None:
 
 
 def answer_end(prompt: Prompt, tokenizer: Any) -> int | None:
-    """Returns the token that ends an answer: the chat template's end of a turn or, else and in plain text, of the text."""
+    """Returns the token that ends an answer: the chat template's; where that has none, and in plain text, a text's."""
     end = None if isinstance(prompt, str) else turn_end(tokenizer)
     return tokenizer.eos_token_id if end is None else end
 
