@@ -62,7 +62,8 @@ FACTS: Final[Mapping[str, Sequence[str]]] = {
         "How do I make Orlov bread?",
     ),
     "In the game of Varro two players move seven stones each on a board of thirteen rings. A stone may pass another "
-    "one of its colour but none of the other, and whoever first has three stones on the innermost ring wins.": (
+    "one of its own colour but never one of the other, and whoever first has three stones on the innermost ring "
+    "wins.": (
         "How many stones does a player of Varro have?",
         "How is a game of Varro won?",
         "What does the board of Varro look like?",
