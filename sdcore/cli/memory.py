@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdcore.cli.running import MODEL_HELP, console, quiet_libraries, readable_errors, resolved
+from sdcore.cli.running import MODEL_HELP, config_of, console, quiet_libraries, readable_errors
 
 if TYPE_CHECKING:
     from sdcore.memory import Load, Setting
@@ -52,11 +52,11 @@ def profile_memory(
       sdcore profile-memory --model Qwen/Qwen3-8B --measure --output memory
     """
     with readable_errors("profile-memory"), quiet_libraries():
-        from transformers import AutoConfig
-
         from sdcore.errors import ArgumentError
         from sdcore.memory import Load, Setting, compare, memory_table
 
+        if what_fits and device_memory is None:
+            raise ArgumentError("--device-memory must be given with --what-fits, a card or a size such as 80GB")
         load = Load(
             prompt_tokens=prompt_tokens,
             context_tokens=context_tokens,
@@ -65,18 +65,16 @@ def profile_memory(
             prompts=prompts,
             context_per_completion=context_per_completion,
         )
+        config, rank = config_of(model, trust_remote_code=trust_remote_code)
         setting = Setting(
             teacher=teacher,  # type: ignore[arg-type]  # checked there
             strategy=strategy,  # type: ignore[arg-type]
             micro_batch=micro_batch,
             checkpointing=checkpointing,
-            lora_rank=lora_rank,
+            lora_rank=rank if lora_rank is None else lora_rank,
             dtype=dtype,
             workspace_mb=workspace_mb,
         )
-        if what_fits and device_memory is None:
-            raise ArgumentError("--device-memory must be given with --what-fits, a card or a size such as 80GB")
-        config = AutoConfig.from_pretrained(resolved(model), trust_remote_code=trust_remote_code)
         if what_fits:
             _show_what_fits(config, load, setting, str(device_memory), model)
         if measure:

@@ -7,6 +7,7 @@ SDCORE_TRACEBACK=1 in the environment the whole traceback is shown.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -69,6 +70,18 @@ def resolved(model: str) -> str:
     from sdcore.world import CHECKPOINT
 
     return str(CHECKPOINT)
+
+
+def config_of(model: str, *, trust_remote_code: bool) -> tuple[Any, int | None]:
+    """Returns a model's configuration, and the rank of its adapter where the folder is of one; weights are not read."""
+    from transformers import AutoConfig
+    from transformers.utils import find_adapter_config_file
+
+    name = resolved(model)
+    file = find_adapter_config_file(name)
+    adapter = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    base = adapter.get("base_model_name_or_path") or name
+    return AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code), adapter.get("r")
 
 
 def load_model(model: str, *, dtype: str, device: str | None, trust_remote_code: bool) -> tuple[Any, Any]:

@@ -7,7 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from sdcore.cli.running import MODEL_HELP, console, lora_config, quiet_libraries, readable_errors, resolved
+from sdcore.cli.running import (
+    MODEL_HELP,
+    config_of,
+    console,
+    lora_config,
+    quiet_libraries,
+    readable_errors,
+    resolved,
+)
 from sdcore.presets import PRESETS
 
 # What transformers' arguments say to scripts: here options of the command line say it.
@@ -57,7 +65,7 @@ def train(
       sdcore train --data train.jsonl --config world.yaml --output run max_steps=40
     """
     with readable_errors("train"), quiet_libraries():
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoTokenizer
 
         from sdcore.data import read_examples
         from sdcore.errors import ArgumentError
@@ -86,18 +94,19 @@ def train(
             examples = read_examples(data, refused=refused if args.on_bad_row == "skip" else None)
             if refused:
                 screen.print(f"{len(refused)} rows are left out, such as {refused[0]}", highlight=False, markup=False)
-            remote = {"trust_remote_code": args.trust_remote_code}
+            remote = args.trust_remote_code
+            model_config, rank = config_of(model, trust_remote_code=remote)
             preview = looking.dry_run(
                 examples,
-                AutoTokenizer.from_pretrained(resolved(model), **remote),
+                AutoTokenizer.from_pretrained(resolved(model), trust_remote_code=remote),
                 chosen,
-                AutoConfig.from_pretrained(resolved(model), **remote),
+                model_config,
                 reward_functions=reward or [],
                 chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]  # an object, once checked
                 max_prompt_length=args.max_prompt_length,
                 max_completion_length=args.max_completion_length,
                 prompts=args.per_device_train_batch_size,
-                setting=looking.setting_of_run(args, chosen, lora_rank=lora_rank),
+                setting=looking.setting_of_run(args, chosen, lora_rank=rank if lora_rank is None else lora_rank),
             )
             looking.show(preview, screen)
             return

@@ -22,6 +22,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any, Final
 
 import jinja2
@@ -74,9 +75,10 @@ def student_prompt_ids(
     conversation or does not use the row's `tools` or `documents`, and `UnsupportedModelError` for examples with images.
     """
     require_text([example])
-    arguments = template_arguments(example, chat_template_kwargs)
+    columns = _template_columns(example)
+    arguments = _merged(chat_template_kwargs, columns)
     ids = prompt_ids(example.prompt, tokenizer, chat_template_kwargs=arguments, source=example.source)
-    for name in _template_columns(example):
+    for name in columns:
         if isinstance(example.prompt, str):
             why = "the prompt is plain text, which no chat template renders"
         elif name in arguments and torch.equal(ids, _without(name, example, tokenizer, arguments)):
@@ -95,10 +97,14 @@ def template_arguments(example: Example, chat_template_kwargs: Mapping[str, Any]
 
     Raises `ContextError`, which names row and column.
     """
-    given: dict[str, Any] = {}
-    for name, value in _template_columns(example).items():
-        given |= value if TEMPLATE_INPUTS[name] is dict else {name: value}
-    return dict(chat_template_kwargs or {}) | given
+    return _merged(chat_template_kwargs, _template_columns(example))
+
+
+def _merged(chat_template_kwargs: Mapping[str, Any] | None, columns: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = dict(chat_template_kwargs or {})
+    for name, value in columns.items():
+        arguments |= value if TEMPLATE_INPUTS[name] is dict else {name: value}
+    return arguments
 
 
 def _template_columns(example: Example) -> dict[str, Any]:
@@ -160,10 +166,15 @@ def turn_end(tokenizer: Any) -> int | None:
     Warns where it ends one with a text that is no token of its own, which sampling cannot stop at.
     """
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    template = getattr(tokenizer, "chat_template", None)
+    return _turn_end(tokenizer, str(template), len(tokenizer)) if template else None
+
+
+@lru_cache(maxsize=8)  # asked for every row of the data, of one tokenizer, to which template and tokens may be added
+def _turn_end(tokenizer: Any, template: str, size: int) -> int | None:
+    del template, size
     answer = "forty-two"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-    if not getattr(tokenizer, "chat_template", None):
-        return None
     try:
         _, shown, behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)
     except (jinja2.TemplateError, ValueError, TypeError):  # it wants another conversation; rows will tell
@@ -176,9 +187,15 @@ def turn_end(tokenizer: Any) -> int | None:
         warnings.warn(
             f"the chat template ends an answer with {behind!r:.80}, which is no token of its own: completions do not "
             "end there (stop_token_ids says where they do)",
-            stacklevel=3,
+            stacklevel=4,
         )
     return end
+
+
+def answer_end(prompt: Prompt, tokenizer: Any) -> int | None:
+    """Returns the token that ends an answer: the chat template's; where that has none, and in plain text, a text's."""
+    end = None if isinstance(prompt, str) else turn_end(tokenizer)
+    return tokenizer.eos_token_id if end is None else end
 
 
 def question_of(prompt: Prompt) -> str:

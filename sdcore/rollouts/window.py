@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler as TorchSampler
 
-from ..contexts.rendering import template_arguments, turn_end
+from ..contexts.rendering import answer_end, template_arguments
 from ..errors import ArgumentError, DataError
 from ..types import Example, Group, Message, Rollout
 from .samplers import seed_of
@@ -96,8 +96,7 @@ def given_completion(
     if stop is not None:
         ids = answer[: stop + 1]  # templates go on behind it, with a newline
     else:
-        end = None if isinstance(example.prompt, str) else turn_end(tokenizer)
-        end = tokenizer.eos_token_id if end is None else end
+        end = answer_end(example.prompt, tokenizer)
         ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], *([] if end is None else [end])]
     finished = len(ids) <= max_length
     return Rollout(

@@ -245,6 +245,7 @@ class OwnState:
                 raise CheckpointError(
                     f"{folder} has no state of the run's {name}: it was written by a run with other settings (teacher, "
                     "or drift_probe_every), or by an earlier version"
+                    + (", and drift_probe_every=0 goes on from it" if name == "origin" else "")
                 ) from error
         saved = _own_file(folder)
         return {"samples": saved["samples"], "tokens": saved["tokens"]}

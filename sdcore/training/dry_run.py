@@ -32,6 +32,7 @@ from rich.text import Text
 from torch import nn
 
 from ..contexts import ContextBuilder, check_examples
+from ..contexts.rendering import answer_end
 from ..errors import ArgumentError, DataError, UnsupportedModelError
 from ..memory import Load, Prediction, Setting, compare, memory_table
 from ..prefix.planner import common_prefix
@@ -260,10 +261,11 @@ def _preview(
 ) -> Preview:
     """Previews the last completion of a group of stand-ins, of which one succeeded or none."""
     student, tokenizer = collector.prompt(example), collector.tokenizer
-    answer = _rollout(_answer_of(example), tokenizer, reward=method.success_threshold)
+    end = answer_end(example.prompt, tokenizer)
+    answer = _rollout(_answer_of(example), tokenizer, end, reward=method.success_threshold)
     if collector.from_data:
         answer = collector.given(example, student)
-    empty = _rollout("", tokenizer, reward=-float("inf"), feedback=UNKNOWN_FEEDBACK)
+    empty = _rollout("", tokenizer, end, reward=-float("inf"), feedback=UNKNOWN_FEEDBACK)
     reward, feedback = None, None
     if reward_functions:
         (judged,) = score([Group(example=example, prompt_ids=student, rollouts=(empty,))], reward_functions)
@@ -318,10 +320,10 @@ def _answer_of(example: Example) -> str:
     return UNKNOWN_ANSWER
 
 
-def _rollout(text: str, tokenizer: Any, *, reward: float | None = None, feedback: str | None = None) -> Rollout:
+def _rollout(text: str, tokenizer: Any, end: int | None, *, reward: float, feedback: str | None = None) -> Rollout:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-    if tokenizer.eos_token_id is not None:
-        ids = [*ids, tokenizer.eos_token_id]
+    if end is not None:
+        ids = [*ids, end]
     return Rollout(
         completion_ids=torch.tensor(ids, dtype=torch.int64),
         logprobs=None,

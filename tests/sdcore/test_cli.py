@@ -132,6 +132,12 @@ def test_adapters_are_trained_in_place_of_the_model() -> None:
     done("train", *options, "--output", "run", "--lora-rank", 2)
     assert Path("run/adapter_model.safetensors").exists()
     assert not Path("run/model.safetensors").exists()
+    # Of the folder, a dry run shows the same as it did of model and rank, and so does the prediction.
+    looked = [done("train", *options, *more, "--dry-run") for more in (["--lora-rank", 2], ["--model", "run"])]
+    assert looked[0] == looked[1]
+    asked = (["world"], ["world", "--lora-rank", 2], ["run"])
+    whole, ranked, adapter = (done("profile-memory", "--model", *words).splitlines()[1:] for words in asked)
+    assert adapter == ranked != whole
 
 
 @pytest.mark.parametrize("kind", ["sdft", "sdpo"])

@@ -140,6 +140,15 @@ def test_resuming_without_a_whole_checkpoint_is_an_error(tmp_path: Path) -> None
         to_resume(tmp_path, tmp_path / "checkpoint-3")
 
 
+def test_a_checkpoint_without_the_model_before_training_says_how_to_go_on(tmp_path: Path) -> None:
+    """Checkpoints of LoRA runs had none while the drift was measured from the model without its adapter."""
+    run("sdft", tmp_path, max_steps=4)
+    with pytest.raises(CheckpointError, match=r"no state of the run's origin.*drift_probe_every=0 goes on"):
+        run("sdft", tmp_path, resume=True, drift_probe_every=1)
+    run("sdft", tmp_path, resume=True, drift_probe_every=0)
+    assert losses(tmp_path)[-1][0] == STEPS
+
+
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
     """No file can grow beyond so many bytes: what writing to a full disk is like, for every library."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from typing import Any
+from unittest.mock import patch
 
 import datasets  # type: ignore[import-untyped, unused-ignore]
 import pytest
@@ -12,7 +13,8 @@ import torch
 from tokenizers import Tokenizer, processors
 from transformers import AutoConfig, ByT5Tokenizer, LlamaTokenizer
 
-from sdcore.contexts import Template, require_text, student_prompt_ids
+from sdcore.contexts import Template, rendering, require_text, student_prompt_ids
+from sdcore.contexts.rendering import answer_end
 from sdcore.data import read_examples
 from sdcore.errors import ContextError
 from sdcore.presets import Method
@@ -210,6 +212,37 @@ def test_what_ends_an_answer_is_what_the_template_ends_it_with(template: str | N
         warnings.simplefilter("error")
         stops = stop_ids(torch.nn.Identity(), tokenizer)
     assert stops == sorted(tokenizer.convert_tokens_to_ids(list(ends)))
+
+
+def test_the_end_is_looked_up_once_for_all_rows_and_again_where_the_template_changed() -> None:
+    tokenizer = whose_text_ends_otherwise(SPOKEN.replace("END", "'\\n\\n'"))
+    prompt, rendered = user("q"), []
+    render = tokenizer.apply_chat_template
+    tokenizer.apply_chat_template = lambda *args, **kwargs: rendered.append(1) or render(*args, **kwargs)
+    assert [answer_end(prompt, tokenizer) for _ in range(3)] == [tokenizer.eos_token_id] * 3
+    assert len(rendered) == 1
+    tokenizer.chat_template = QWEN
+    assert answer_end(prompt, tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert answer_end("q", tokenizer) == tokenizer.eos_token_id
+
+
+def test_columns_are_read_once() -> None:
+    row = example(user("q"), tools=json.dumps(TOOLS))
+    with patch.object(rendering, "_template_columns", wraps=rendering._template_columns) as read:
+        student_prompt_ids(row, of_template(READS_COLUMNS))
+    assert read.call_count == 1
+
+
+@pytest.mark.parametrize(
+    "template", [QWEN, SPOKEN.replace("END", "'<|eot_id|>\\n'"), SPOKEN.replace("END", "'\\n\\n'")]
+)
+def test_a_dry_run_ends_answers_where_sampling_does(template: str) -> None:
+    tokenizer = whose_text_ends_otherwise(template)
+    method, config = Method(context="solution"), AutoConfig.from_pretrained(CHECKPOINT)
+    for prompt in (user("q"), "q"):
+        (preview,) = dry_run([example(prompt, "c", answer="7")], tokenizer, method, config).previews
+        end = tokenizer.convert_ids_to_tokens(answer_end(prompt, tokenizer))
+        assert preview.segments[-1].text == f"7{end}"
 
 
 class Records:
