@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from sdcore.cli.running import MODEL_HELP, console, load_model, quiet_libraries, readable_errors, settings_of
+from sdcore.cli.running import (
+    MODEL_HELP,
+    check_alone,
+    console,
+    load_model,
+    quiet_libraries,
+    readable_errors,
+    settings_of,
+)
 
 # Of a run, what an evaluation reads beside its own options.
 FIELDS = (
@@ -71,12 +79,15 @@ def evaluate(
         from sdcore.training.config import SelfDistillationConfig
         from sdcore.training.evaluation import evaluate as measure
 
+        check_alone()
         known = types_of(SelfDistillationConfig)
         given = overridden(overrides or [], {name: known[name] for name in FIELDS}, "an evaluation")
         options = {"max_completion_length": max_completion_length, "sampling_temperature": temperature}
         given |= {name: value for name, value in options.items() if value is not None}
         taken, screen = settings_of(like or model), console()
-        taken |= {"sampling_temperature": taken.pop("eval_temperature")} if "eval_temperature" in taken else {}
+        for values in (taken, given):  # an evaluation has one temperature
+            if "sampling_temperature" in values:
+                values.setdefault("eval_temperature", values.pop("sampling_temperature"))
         threshold = taken.pop("success_threshold", 0.5)
         args = SelfDistillationConfig(
             eval_generations=generations, eval_seed=seed, per_device_eval_batch_size=batch_size, **taken | given

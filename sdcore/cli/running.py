@@ -72,6 +72,14 @@ def resolved(model: str) -> str:
     return str(CHECKPOINT)
 
 
+def check_alone() -> None:
+    """Raises `ArgumentError` in one of several processes, each of which would do the whole work and write its files."""
+    from sdcore.errors import ArgumentError
+
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ArgumentError(f"this command runs in one process, without a launcher, got WORLD_SIZE={processes}")
+
+
 def config_of(model: str, *, trust_remote_code: bool) -> tuple[Any, int | None]:
     """Returns a model's configuration, and the rank of its adapter where the folder is of one; weights are not read."""
     from transformers import AutoConfig
@@ -85,17 +93,10 @@ def config_of(model: str, *, trust_remote_code: bool) -> tuple[Any, int | None]:
 
 
 def load_model(model: str, *, dtype: str, device: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Loads a model, in evaluation mode on its device (None: a GPU if there is one), and its tokenizer.
-
-    Raises `ArgumentError` in one of several processes, each of which would do the whole work and write its files.
-    """
+    """Loads a model, in evaluation mode on its device (None: a GPU if there is one), and its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from sdcore.errors import ArgumentError
-
-    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise ArgumentError(f"this command runs in one process, without a launcher, got WORLD_SIZE={processes}")
     name = resolved(model)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)

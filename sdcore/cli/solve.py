@@ -9,7 +9,15 @@ from typing import Annotated
 
 import typer
 
-from sdcore.cli.running import MODEL_HELP, console, load_model, quiet_libraries, readable_errors, settings_of
+from sdcore.cli.running import (
+    MODEL_HELP,
+    check_alone,
+    console,
+    load_model,
+    quiet_libraries,
+    readable_errors,
+    settings_of,
+)
 
 # What is read of a run's fields, in YAML, as overrides, and of the run that wrote the model.
 FIELDS = (
@@ -65,6 +73,7 @@ def solve(
         from sdcore.training.solve import Round, SolveConfig, command_verifier
         from sdcore.training.solve import solve as search
 
+        check_alone()
         if (question is None) == (question_file is None):
             raise ArgumentError("one of --question and --question-file must be given")
         if question_file is not None and question_file.suffix == ".jsonl":

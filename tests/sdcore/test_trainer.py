@@ -705,10 +705,10 @@ def test_a_prompt_that_is_too_long_is_an_error_that_names_its_row(tmp_path: Path
 def test_the_order_of_the_data_is_told_its_epoch_whatever_wraps_the_loader(tmp_path: Path) -> None:
     made = trainer(tmp_path)
     made.get_train_dataloader()
-    assert made._order is not None
+    assert made.order is not None
     made.state.epoch = 1.5  # as in a checkpoint
     made.callback_handler.on_epoch_begin(made.args, made.state, made.control)
-    assert made._order.epoch == 1
+    assert made.order.epoch == 1
 
 
 def test_the_sampler_is_asked_with_the_configs_options(tmp_path: Path) -> None:

@@ -90,7 +90,12 @@ def test_columns_of_the_prompt_reach_the_chat_template_of_all_who_read_it(
 def test_a_dry_run_counts_them() -> None:
     tokenizer = of_template(READS_COLUMNS)
     rows = [example(user("q"), "c"), example(user("q"), "c", tools=TOOLS)]
-    seen = dry_run(rows, tokenizer, Method(context="solution"), AutoConfig.from_pretrained(CHECKPOINT))
+    seen = dry_run(
+        rows,
+        tokenizer,
+        Method(context="solution"),
+        AutoConfig.from_pretrained(CHECKPOINT, vocab_size=1000, max_position_embeddings=4096),
+    )
     assert seen.prompt_tokens[1] > seen.prompt_tokens[0]
     assert seen.teacher_tokens[1] - seen.prompt_tokens[1] == seen.teacher_tokens[0] - seen.prompt_tokens[0]
 
@@ -238,7 +243,10 @@ def test_columns_are_read_once() -> None:
 )
 def test_a_dry_run_ends_answers_where_sampling_does(template: str) -> None:
     tokenizer = whose_text_ends_otherwise(template)
-    method, config = Method(context="solution"), AutoConfig.from_pretrained(CHECKPOINT)
+    method, config = (
+        Method(context="solution"),
+        AutoConfig.from_pretrained(CHECKPOINT, vocab_size=1000, max_position_embeddings=4096),
+    )
     for prompt in (user("q"), "q"):
         (preview,) = dry_run([example(prompt, "c", answer="7")], tokenizer, method, config).previews
         end = tokenizer.convert_ids_to_tokens(answer_end(prompt, tokenizer))
