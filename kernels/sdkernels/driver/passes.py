@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import Gradients, Objective, Operands, Setting
+from ..types import Gradients, Objective, Operands, Setting, in_float64
 from ..vocab_parallel.shards import Shards
 from .chunks import HeadGradients, HeadWalk, LogitGradient, LogitWalk, RowWalk
 
@@ -139,7 +139,7 @@ def _divergence_values(
 def _denominator(operands: Operands, count: int, reduction: str) -> float:
     if reduction != "mean":
         return 1.0
-    total = float(count) if operands.token_weights is None else float(operands.token_weights.double().sum())
+    total = float(count) if operands.token_weights is None else float(in_float64(operands.token_weights).sum())
     return total or 1.0
 
 
