@@ -133,4 +133,17 @@ def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     copy = kwargs.get("copy", False) or device.type != tensor.device.type
     if not copy and dtype == tensor.dtype:
         return tensor
-    return torch.ops.aten._to_copy(tensor, dtype=dtype, device=device)
+    return Moved.apply(tensor, dtype, device)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class Moved(torch.autograd.Function):
+    """Copies to another device or dtype, and the gradient back, each at once as PyTorch does."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+        ctx.back = {"dtype": tensor.dtype, "device": tensor.device}
+        return torch.ops.aten._to_copy(tensor, dtype=dtype, device=device)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return torch.ops.aten._to_copy(gradient, **ctx.back), None, None

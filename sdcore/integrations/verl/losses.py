@@ -163,7 +163,8 @@ def compute_self_distillation_loss(
     out = logit_divergence(
         student.flatten(0, 1), teacher.flatten(0, 1), token_weights=weights, reduction="sum", **options
     )
-    return out.loss.to(student_log_probs), {}
+    # In two steps, as in `in_float64`: the gradient goes the same way back.
+    return out.loss.to(student_log_probs.dtype).to(student_log_probs.device), {}
 
 
 def self_distillation_loss(
