@@ -26,6 +26,7 @@ MPS = torch.device("mps", 0)
 COPIES = {"copy_", "_to_copy"}
 # The gradient of an index begins with zeros that C++ makes where it believes the tensor to be.
 ADOPTED = {"index_put"}
+READS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero"}
 
 
 class OnGpu(Tensor):
@@ -36,6 +37,9 @@ class OnGpu(Tensor):
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         return MPS
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
         raise TypeError("can't convert mps:0 device type tensor to numpy. Use Tensor.cpu() first")
@@ -64,7 +68,7 @@ def apple_gpu() -> Iterator[AppleGpu]:
 
 
 class AppleGpu(TorchDispatchMode):
-    """Runs the device's operators on the CPU; `reads` counts the numbers that Python has asked for."""
+    """Runs the device's operators on the CPU; `reads` counts what the CPU has waited for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,14 +93,14 @@ class AppleGpu(TorchDispatchMode):
         if there and name in COPIES:
             refuse_float64(kwargs.get("dtype"))
         elif there and name not in ADOPTED and any(tensor.dim() and not isinstance(tensor, OnGpu) for tensor in inputs):
-            raise RuntimeError(f"Expected all tensors to be on the same device, but {func} got mps:0 and cpu: {[type(t).__name__+str(tuple(t.shape)) for t in inputs]}")
+            raise RuntimeError(f"Expected all tensors to be on the same device, but {func} got mps:0 and cpu")
         if name == "copy_":
             target, source = args[:2]
             on_gpu = isinstance(target, OnGpu)
             if isinstance(source, OnGpu):
                 refuse_float64(target.dtype)
         if there:
-            self.reads += name == "_local_scalar_dense"
+            self.reads += name in READS or not (on_gpu or name == "copy_")
             self.operators.add(func.name())
         result = func(*args, **kwargs)
         return tree_map_only(Tensor, _on_gpu, result) if on_gpu else result

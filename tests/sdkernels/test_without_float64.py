@@ -79,7 +79,9 @@ def test_float64_is_had_on_the_cpu(gpu: AppleGpu) -> None:
 
 @pytest.mark.usefixtures("same_products")
 @pytest.mark.parametrize(
-    ("noise", "dtype"), [(3e-3, torch.float32), (1.0, torch.float16), (100.0, torch.float32)], ids=["near", "usual", "far"]
+    ("noise", "dtype"),
+    [(3e-3, torch.float32), (1.0, torch.float16), (100.0, torch.float32)],
+    ids=["near", "usual", "far"],
 )
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_results_are_those_of_the_cpu_to_the_last_bit(objective: str, noise: float, dtype: torch.dtype) -> None:
@@ -88,7 +90,10 @@ def test_results_are_those_of_the_cpu_to_the_last_bit(objective: str, noise: flo
     with apple_gpu():
         actual = run_operation(linear_divergence, **make_arguments(inputs_of("mps", **options), objective))
         assert type(actual.output.loss) is type(actual.output.per_token) is type(actual.weight_gradient) is OnGpu
-        pairs = [*zip(actual.output[:-1], expected.output[:-1], strict=True), *zip(actual[1:], expected[1:], strict=True)]
+        pairs = [
+            *zip(actual.output[:-1], expected.output[:-1], strict=True),
+            *zip(actual[1:], expected[1:], strict=True),
+        ]
         for value, other in pairs:
             assert (value is None) == (other is None)
             assert value is None or torch.equal(value.cpu(), other)
