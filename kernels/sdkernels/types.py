@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -297,6 +298,26 @@ def held_dtype(dtype: torch.dtype) -> torch.dtype:
     float16 would have lost before what the scale is there to save.
     """
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+def in_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor in float64: on its device, or, where that has no such dtype, as Apple's GPUs, on the CPU."""
+    # In two steps, since a cast on the way would be the device's.
+    return tensor.to(float64_device(tensor.device)).double()
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Returns where what is on a device can be had in float64: see `in_float64`."""
+    return device if device.type in ("cpu", "cuda") or _has_float64(device) else torch.device("cpu")
+
+
+@cache
+def _has_float64(device: torch.device) -> bool:
+    try:
+        torch.ones((), device=device).double()
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 def is_same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

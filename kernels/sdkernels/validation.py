@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .types import ImportanceClip, LogitTransform, Operands, Options, TeacherMix, TopK, TopKLogprobs
+from .types import ImportanceClip, LogitTransform, Operands, Options, TeacherMix, TopK, TopKLogprobs, float64_device
 
 # The most that a row of teacher probabilities may add up to: 16-bit log-probabilities of a server are a little off.
 MOST_MASS = 1.02
@@ -188,6 +188,11 @@ def check_reference(given: Operands, options: Options, process_group: object, no
     for name, is_set in unknown.items():
         if is_set:
             raise ValueError(f"{name} must be left at its default with backend='reference', which has no such thing")
+    device = given.student_hidden.device
+    if float64_device(device) != device:
+        raise ValueError(
+            f"backend='reference' needs tensors on a device that has float64, such as the CPU, got {device}"
+        )
     rows, vocab = given.student_hidden.shape[0], given.weight.shape[0]
     if rows * vocab > MOST_REFERENCE_LOGITS:
         raise ValueError(

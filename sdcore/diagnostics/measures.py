@@ -18,6 +18,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from sdkernels.types import float64_device, in_float64
+
 from ..errors import ArgumentError
 from ..prefix import Plan, row_slices
 from ..prefix.planner import common_prefix
@@ -128,7 +130,7 @@ def _contexts(groups: Sequence[Group], conditioned: Sequence[Conditioned]) -> di
 
 
 def _step(output: StepOutput, plan: Plan | None, token_weights: Tensor | None) -> dict[str, float]:
-    device = output.loss.device
+    device = float64_device(output.loss.device)
     # The loss of a mixture with a policy gradient is more than the distillation.
     values = {"self_distillation/distillation_loss": output.metrics.get("loss/distillation", output.loss)}
     values |= output.metrics
@@ -137,7 +139,7 @@ def _step(output: StepOutput, plan: Plan | None, token_weights: Tensor | None) -
     if plan is not None:
         values |= _tokens(output, plan, token_weights)
     names = list(values)
-    numbers = torch.stack([values[name].detach().to(device, torch.float64) for name in names]).tolist()
+    numbers = torch.stack([in_float64(values[name].detach()).to(device) for name in names]).tolist()
     # A position that no row has is NaN there; what is NaN in the step itself stays, and the log names it.
     named = zip(names, numbers, strict=True)
     known = {name: number for name, number in named if number == number or not name.startswith("loss/position_")}
@@ -145,7 +147,7 @@ def _step(output: StepOutput, plan: Plan | None, token_weights: Tensor | None) -
 
 
 def _tokens(output: StepOutput, plan: Plan, token_weights: Tensor | None) -> dict[str, Tensor]:
-    """Computes on the device the active share, and the mean divergence at each of the first positions, each ()."""
+    """Computes in float64 the active share, and the mean divergence at each of the first positions, each ()."""
     per_token = output.rows.get("per_token")
     if per_token is None:
         return {}
@@ -154,13 +156,14 @@ def _tokens(output: StepOutput, plan: Plan, token_weights: Tensor | None) -> dic
             raise ArgumentError(f"{name} must be of shape (N={plan.num_rows},), got {tuple(rows.shape)}")
     weights = torch.ones_like(per_token) if token_weights is None else token_weights.to(per_token)
     active = weights != 0
-    divergence = torch.where(active, per_token / torch.where(active, weights, 1), 0.0).double()
-    values = {"loss/active_fraction": active.double().sum() / max(1, plan.num_rows)}
+    divergence = in_float64(torch.where(active, per_token / torch.where(active, weights, 1), 0.0))
+    active = in_float64(active)
+    values = {"loss/active_fraction": active.sum() / max(1, plan.num_rows)}
     slices = [rows for group in row_slices(plan.student) for rows in group]
     for position in range(FIRST_TOKENS):
         starts = [rows.start + position for rows in slices if rows.start + position < rows.stop]
         if starts:
-            here = torch.tensor(starts, device=per_token.device)
+            here = torch.tensor(starts, device=divergence.device)
             values[f"loss/position_{position}"] = divergence[here].sum() / active[here].sum()
     return values
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from sdkernels import DivergenceOutput, LogitTransform, linear_divergence, linear_topk
+from sdkernels.types import in_float64
 
 from ..contexts import ContextBuilder
 from ..errors import ArgumentError, SdcoreError, require_positive
@@ -134,7 +135,7 @@ def overlap(
         rows.student[picked], rows.student_head, rows.teacher[picked], rows.teacher_head, k=k, of=of,
         temperature=temperature,
     )  # fmt: skip
-    return {name: float(value.double().mean()) for name, value in values.items()}
+    return {name: float(in_float64(value).mean()) for name, value in values.items()}
 
 
 @torch.no_grad()
@@ -169,7 +170,7 @@ def drift(
     student, teacher = (rows.student, rows.student_head), (rows.teacher, rows.teacher_head)
     out = _divergence(student, teacher, temperature=temperature, target_ids=rows.plan.target_ids)
     gap = cast(Tensor, out.student_logprobs) - cast(Tensor, out.teacher_logprobs)
-    return {"student/drift_kl": float(out.loss), "student/drift_logprob_gap": float(gap.double().mean())}
+    return {"student/drift_kl": float(out.loss), "student/drift_logprob_gap": float(in_float64(gap).mean())}
 
 
 @torch.no_grad()

@@ -28,6 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sdkernels.types import float64_device
+
 from ..errors import ArgumentError
 
 Aggregation: TypeAlias = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum-norm"]
@@ -70,7 +72,7 @@ def over_ranks(normalizer: float, device: torch.device | str) -> float:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return normalizer
-    total = torch.tensor(normalizer, dtype=torch.float64, device=device)
+    total = torch.tensor(normalizer, dtype=torch.float64, device=float64_device(torch.device(device)))
     dist.all_reduce(total)
     return float(total) / dist.get_world_size()
 

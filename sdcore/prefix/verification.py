@@ -26,6 +26,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sdkernels.types import in_float64
+
 from ..errors import UnsupportedModelError
 from ..models import Body, without_dropout
 from .planner import Plan, Tree, plan
@@ -161,7 +163,8 @@ def _difference(states: Tensor, exact: Tensor, undecided: float) -> float:
     """
     if len(exact) == 0:
         return 0.0
-    difference = (states.double() - exact.double()).norm(dim=-1) / exact.double().norm(dim=-1)
+    states, exact = in_float64(states), in_float64(exact)
+    difference = (states - exact).norm(dim=-1) / exact.norm(dim=-1)
     if not bool(difference.isfinite().all()):
         return math.inf
     return float(difference.sort(descending=True).values[int(len(exact) * undecided)])

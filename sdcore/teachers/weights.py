@@ -217,6 +217,6 @@ def fingerprint(model: nn.Module) -> str:
     for name, weight in sorted(model.named_parameters()):
         own: Tensor = weight.to_local() if isinstance(weight, DTensor) else weight
         flat = own.detach().reshape(-1)
-        some = flat[:: max(1, len(flat) // SAMPLED)].double().cpu()
+        some = flat[:: max(1, len(flat) // SAMPLED)].cpu().double()
         digest.update(f"{name}{tuple(weight.shape)}".encode() + some.numpy().tobytes())
     return digest.hexdigest()

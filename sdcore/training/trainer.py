@@ -37,6 +37,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import speed_metrics
 
+from sdkernels.types import float64_device
+
 from ..contexts import ContextBuilder, check_examples
 from ..diagnostics import RunLog
 from ..errors import ArgumentError
@@ -237,7 +239,7 @@ class SelfDistillationTrainer(Trainer):
         fresh = batches if self.state.global_step % self.args.num_iterations == 0 else []
         own = [sum(batch.normalizers[i] for batch in batches) for i in range(2)]
         counts = [sum(len(batch.lengths) for batch in fresh), sum(batch.tokens for batch in fresh)]
-        totals = torch.tensor([*own, *counts], dtype=torch.float64, device=self.args.device)
+        totals = torch.tensor([*own, *counts], dtype=torch.float64, device=float64_device(self.args.device))
         divergence, policy, completions, tokens = self.accelerator.reduce(totals, "sum").tolist()
         self._seen = {"samples": self._seen["samples"] + int(completions), "tokens": self._seen["tokens"] + int(tokens)}
         return Normalizers(divergence / self.args.world_size, policy / self.args.world_size)

@@ -26,6 +26,8 @@ from sdkernels.testing import (
     run_reference,
 )
 from sdkernels.tile import head
+from sdkernels.tile.tiling import MOST_ROWS
+from tests.apple import apple_gpu
 
 DTYPES = [torch.float16, torch.bfloat16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -113,6 +115,60 @@ def test_a_tile_keeps_its_digits_in_products_of_16_bits(
         truth = getattr(exact, name)
         # The roundings of tile and hidden rows come beside the result's own.
         assert relative_error(getattr(actual, name), truth) <= 4 * relative_error(truth.to(dtype), truth), name
+
+
+@pytest.mark.usefixtures("mixed_products")
+@pytest.mark.parametrize("gradient", ["in_forward", "recompute"])
+@pytest.mark.parametrize("chunks", [2, 10])
+def test_a_float16_head_costs_one_host_read_a_call(chunks: int, gradient: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside those of a bfloat16 head, however many chunks there are."""
+    monkeypatch.setitem(MOST_ROWS, "mps", 40 // chunks)
+
+    def reads(dtype: torch.dtype, frozen: bool = False) -> int:
+        with apple_gpu() as gpu:
+            inputs = make_inputs(40, 16, 501, dtype=dtype, logit_std=1.0, device="mps")
+            inputs.student_weight.requires_grad_(not frozen)
+            arguments = make_arguments(inputs, "JSD", gradient=gradient, upstream=torch.tensor(2.0, device="mps"))
+            gpu.reads = 0
+            run_operation(linear_divergence, **arguments)
+            return gpu.reads
+
+    assert reads(torch.float16) - reads(torch.bfloat16) == 1
+    assert reads(torch.float16, frozen=True) == reads(torch.bfloat16, frozen=True)
+
+
+@pytest.mark.usefixtures("mixed_products")
+@pytest.mark.parametrize("rising", [True, False])
+@pytest.mark.parametrize("gradient", ["in_forward", "recompute"])
+def test_rows_of_very_different_sizes_keep_their_digits(
+    rising: bool, gradient: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One chunk's tile says nothing of another's: the weights of the rows span 2^40, as their tiles' entries do 2^6."""
+    monkeypatch.setitem(MOST_ROWS, "cpu", 1)
+    arguments = arguments_of("reverse KL", torch.float16, 2.0**16) | {"reduction": "sum"}
+    sizes = 2.0 ** torch.linspace(-24, 16, 40)
+    arguments["token_weights"] = sizes if rising else sizes.flip(0)
+    arguments["upstream"] = torch.tensor(2.0**-12)
+    actual = run_operation(linear_divergence, **arguments, gradient=gradient, backend="torch")
+    exact = run_reference(**arguments)
+    for name in GRADIENTS:
+        truth = getattr(exact, name)
+        assert relative_error(getattr(actual, name), truth) <= 4 * relative_error(truth.to(torch.float16), truth), name
+    by_row = (actual.hidden_gradient.double() - exact.hidden_gradient).norm(dim=1) / exact.hidden_gradient.norm(dim=1)
+    rounded = exact.hidden_gradient.to(torch.float16).double() - exact.hidden_gradient
+    allowed = 4 * rounded.norm(dim=1) / exact.hidden_gradient.norm(dim=1) + 2**-10
+    assert (by_row <= allowed)[sizes > 2.0**-6 if rising else sizes.flip(0) > 2.0**-6].all()
+
+
+@pytest.mark.usefixtures("mixed_products")
+def test_rows_without_weight_do_not_set_the_range_of_float16() -> None:
+    arguments = arguments_of("reverse KL", torch.float16, 1.0)
+    with torch.no_grad():
+        arguments["student_hidden"][arguments["token_weights"] == 0] = 6e4
+    actual, exact = run_operation(linear_divergence, **arguments, backend="torch"), run_reference(**arguments)
+    for name in GRADIENTS:
+        truth = getattr(exact, name)
+        assert relative_error(getattr(actual, name), truth) <= 4 * relative_error(truth.to(torch.float16), truth), name
 
 
 @pytest.mark.usefixtures("mixed_products")

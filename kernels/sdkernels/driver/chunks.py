@@ -8,8 +8,9 @@ than one chunk of logits; `tiling` sizes the chunk so that all of it fits the wo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -25,6 +26,9 @@ from ..vocab_parallel.backend import VocabularyParallel
 from ..vocab_parallel.shards import Shards
 from .backends import load_backend
 
+# Entries of a tile, before the factors of their rows, are below this power of two: float16's own range and a bit.
+STEEPEST = 17
+MOST_GROWTH = 100  # of a row, in log2: float32 holds it and its inverse
 Rows = slice | Tensor  # a chunk's rows: a slice where every row is active, else their indices
 
 
@@ -206,11 +210,12 @@ class LogitGradient:
 class HeadGradients:
     """Sums the gradients of hidden states and head chunk by chunk, the head's in the compute dtype.
 
-    `held`: they wait for an upstream gradient, in `held_dtype`.
+    `held`: they wait for an upstream gradient, in `held_dtype`. `bounds` (N,), whose product no factor of a row is
+    above, are for a float16 head.
     """
 
-    def __init__(self, walk: HeadWalk, wanted: str, held: bool = False) -> None:
-        self.walk = walk
+    def __init__(self, walk: HeadWalk, wanted: str, held: bool = False, bounds: Sequence[Tensor | None] = ()) -> None:
+        self.walk, self.bounds = walk, bounds
         self.result_dtype = held_dtype if held else lambda dtype: dtype
         hidden, weight = walk.operands.student_hidden, walk.operands.weight
         self.hidden = torch.zeros_like(hidden, dtype=self.result_dtype(hidden.dtype)) if "h" in wanted else None
@@ -230,18 +235,21 @@ class HeadGradients:
             for start in range(0, count, step):
                 block = slice(start, start + step)
                 self.bias[:vocab] += (gradient[block].to(dtype).t() @ by_row[block]) * scale
-        divisor = 1.0
-        if head.narrow and vocab:
-            # The factors go in before the tile is rounded: in hidden rows they would be rounded once more.
-            gradient, divisor = _narrowed(gradient, factors, head.weight.dtype)
+        grown = None
+        if head.narrow and vocab and head.weight.dtype == torch.float16:
+            most = MOST_GROWTH if self.weight is None else self._range[0]
+            gradient, grown = _into_float16(gradient, factors, most)
             factors = None
+        elif head.narrow and vocab:
+            # The factors go in before the tile is rounded: in hidden rows they would be rounded once more.
+            gradient, factors = _into_bfloat16(gradient, factors), None
         if self.hidden is not None:
             chunk = self.chunk[: gradient.shape[0]]
             if vocab:
                 with fast_products(chunk.device, "gradient"):
                     head.hidden_gradient(gradient, chunk)
-                if divisor != 1.0:
-                    chunk.mul_(divisor)
+                if grown is not None:
+                    chunk.div_(grown[:, None])
             else:
                 chunk.zero_()
             if self.walk.shards is not None:
@@ -250,11 +258,33 @@ class HeadGradients:
             self.hidden[rows] = chunk.to(self.hidden.dtype)
         if self.weight is not None and vocab:
             hidden = self.walk.student_rows(rows)
+            if grown is not None:
+                unit = 2.0 ** self._range[1]
+                factors, scale = 1 / (grown * unit), scale * unit
             if factors is not None:
                 hidden = (hidden * factors[:, None]).to(hidden.dtype)
             with fast_products(hidden.device, "gradient"):
-                head.weight_gradient(gradient, hidden, self.weight[:vocab], scale * divisor, self.first)
+                head.weight_gradient(gradient, hidden, self.weight[:vocab], scale, self.first)
         self.first = False
+
+    @cached_property
+    def _range(self) -> tuple[int, int]:
+        """Returns how far rows of float16 tiles may be grown, and the unit of products with hidden rows, both in log2.
+
+        The products of all chunks have one unit, for which hidden rows shrink as those of the tile have grown: so one
+        host read does for a call. The largest hidden row is then below 2^15, and where tiles are small above 2^-11.
+        """
+        low, high = self.walk.operands.student_hidden.aminmax(dim=1)
+        sizes = torch.maximum(-low, high).to(self.walk.dtype)
+        reaches = sizes
+        for bound in self.bounds:
+            reaches = reaches if bound is None else reaches * bound.abs().to(sizes.dtype)
+        # A row without weight may hold anything.
+        counts = reaches.isfinite() & (reaches > 0)
+        largest = torch.stack([torch.where(counts, values, 0.0).amax() for values in (sizes, reaches)]).tolist()
+        size, reach = (math.frexp(value)[1] for value in largest)
+        unit = max(reach + STEEPEST - 30, -100)
+        return min(size - unit + 11, MOST_GROWTH), unit
 
     def result(self) -> Gradients:
         operands, weight, bias = self.walk.operands, self.weight, self.bias
@@ -273,26 +303,28 @@ def _active_rows(token_weights: Tensor | None) -> Tensor | None:
     return None if active.numel() == token_weights.numel() else active
 
 
-def _narrowed(gradient: Tensor, factors: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """Rounds a tile (C, V) times its rows' factors to 16 bits; returns it, and what it has been divided by.
+def _into_float16(gradient: Tensor, factors: Tensor | None, most: int) -> tuple[Tensor, Tensor]:
+    """Rounds a tile (C, V) times its rows' factors to float16; returns it, and by what (C,) its rows are too large.
 
-    bfloat16 goes into the first half of the rows' memory: the tile is gone. float16 is divided by the power of two that
-    takes the largest entry to its upper end. Then all down to 2^-29 of that keep their digits.
+    A row is grown by the power of two, of at most 2^most, that takes its largest entry to float16's upper end. Then all
+    entries down to 2^-29 of it keep their digits.
     """
-    if dtype == torch.float16:
-        by_row = gradient.new_ones(gradient.shape[0]) if factors is None else factors
-        low, high = gradient.aminmax(dim=1)
-        largest = float((torch.maximum(-low, high) * by_row.abs()).amax())
-        # Not so small that a factor over it could be infinite.
-        divisor = 2.0 ** max(math.frexp(largest)[1] - 15, -100) if math.isfinite(largest) else 1.0
-        rows = gradient.new_empty((gradient.shape[0], gradient.stride(0)), dtype=dtype)[:, : gradient.shape[1]]
-        return torch.mul(gradient, (by_row / divisor)[:, None], out=rows), divisor
-    view = gradient_view(gradient, dtype)
+    by_row = gradient.new_ones(gradient.shape[0]) if factors is None else factors
+    low, high = gradient.aminmax(dim=1)
+    exponents = torch.frexp(torch.maximum(-low, high) * by_row.abs()).exponent
+    grow = torch.exp2((15 - exponents).clamp(max=most).to(gradient.dtype))
+    rows = gradient.new_empty((gradient.shape[0], gradient.stride(0)), dtype=torch.float16)[:, : gradient.shape[1]]
+    return torch.mul(gradient, (by_row * grow)[:, None], out=rows), grow
+
+
+def _into_bfloat16(gradient: Tensor, factors: Tensor | None) -> Tensor:
+    """Rounds a tile times its rows' factors into the first half of the rows' memory: the tile is gone."""
+    view = gradient_view(gradient, torch.bfloat16)
     step = block_rows(gradient.shape[1], gradient.device.type)
     for start in range(0, gradient.shape[0], step):
         block = slice(start, start + step)
-        view[block] = (gradient[block] if factors is None else gradient[block] * factors[block, None]).to(dtype)
-    return view, 1.0
+        view[block] = (gradient[block] if factors is None else gradient[block] * factors[block, None]).to(view.dtype)
+    return view
 
 
 def _part(tensor: Tensor | None, rows: Rows) -> Tensor | None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import Gradients, Objective, Operands, Setting
+from ..types import Gradients, Objective, Operands, Setting, in_float64
 from ..vocab_parallel.shards import Shards
 from .chunks import HeadGradients, HeadWalk, LogitGradient, LogitWalk, RowWalk
 
@@ -40,7 +40,10 @@ def divergence_pass(
     """
     if operands.student_weight is not None:
         walk = _head_walk(operands, objective, setting)
-        gradients = HeadGradients(walk, wanted, held=upstream is None)
+        old = operands.old_logprobs
+        importance = None if old is None else _importance(old.new_zeros(()), old, objective.importance_clip)
+        bounds = (operands.token_weights, upstream, importance)
+        gradients = HeadGradients(walk, wanted, held=upstream is None, bounds=bounds)
         values = _divergence_values(walk, gradients if wanted else None, setting, upstream)
         return values, gradients.result()
     logits = LogitWalk(operands, objective, setting.backend, setting.workspace_bytes)
@@ -59,7 +62,8 @@ def logprob_pass(
 ) -> tuple[Tensor | None, Tensor, Gradients]:
     """Returns log-probabilities of `target_ids` and entropies, (N,) each, and gradients for upstream ones of either."""
     walk = _head_walk(operands, objective, setting)
-    gradients = HeadGradients(walk, wanted)
+    upstream = [gradient.abs() for gradient in (grad_logprobs, grad_entropy) if gradient is not None]
+    gradients = HeadGradients(walk, wanted, bounds=[sum(upstream)] if upstream else ())
     logprobs = None if operands.target_ids is None else walk.per_row()
     entropy = walk.per_row()
     for rows in walk.chunks():
@@ -139,7 +143,7 @@ def _divergence_values(
 def _denominator(operands: Operands, count: int, reduction: str) -> float:
     if reduction != "mean":
         return 1.0
-    total = float(count) if operands.token_weights is None else float(operands.token_weights.double().sum())
+    total = float(count) if operands.token_weights is None else float(in_float64(operands.token_weights).sum())
     return total or 1.0
 
 

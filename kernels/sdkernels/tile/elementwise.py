@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..types import in_float64
 from .tiling import block_rows
 from .topk import bucket_terms
 
@@ -203,7 +204,7 @@ def logprob_gradient_(
 
 def _near_loss(u: Tensor, neg_p: Tensor, alpha: float) -> Tensor:
     """Sums as `divergence_terms` does, in float64, where the first order of a small u cancels to 1e-16."""
-    wide = u.double()
+    wide = in_float64(u)
     ratio = wide.exp()  # q/p
     if alpha == 0.0:
         summands = wide.sub_(1.0).mul_(ratio).add_(1.0)
@@ -212,7 +213,7 @@ def _near_loss(u: Tensor, neg_p: Tensor, alpha: float) -> Tensor:
     else:
         log_mixture = (ratio * alpha).add_(1 - alpha).log_()  # log(m/p)
         summands = wide.sub_(log_mixture).mul_(ratio).sub_(log_mixture, alpha=(1 - alpha) / alpha)
-    return summands.to(u.dtype).mul_(neg_p).sum(-1).neg_()
+    return summands.to(u).mul_(neg_p).sum(-1).neg_()
 
 
 def clipped_terms(

@@ -67,4 +67,4 @@ def with_tail(logprobs: Tensor, tail_mass: Tensor | None, tail: bool) -> Tensor:
 
 def tail_share(gradient: Tensor, tail_mass: Tensor) -> Tensor:
     """Returns what -p of a token in the tail is multiplied by, (rows,), given the tail's gradient and its mass."""
-    return -gradient / tail_mass.clamp(min=LEAST_MASS).to(gradient.dtype)
+    return -gradient / tail_mass.clamp(min=LEAST_MASS).to(gradient)

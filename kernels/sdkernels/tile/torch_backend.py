@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import Objective, RowValues, TileRows
+from ..types import Objective, RowValues, TileRows, in_float64
 from .elementwise import (
     FAR,
     Scratch,
@@ -207,16 +207,16 @@ def _full_vocabulary(student: Side, teacher: Teacher, objective: Objective, scra
     alpha, normalize, z, u = objective.alpha, objective.normalize, student.z, teacher.u
     if objective.entry_clip is not None:
         # Clipped sums are of first order: here an error in the normalisers counts.
-        log_p = z.double().log_softmax(-1)
-        log_q = log_p + u if teacher.side is None else teacher.side.z.double().log_softmax(-1)
+        log_p = in_float64(z).log_softmax(-1)
+        log_q = log_p + in_float64(u) if teacher.side is None else in_float64(teacher.side.z).log_softmax(-1)
         loss, numerators = clipped_terms(log_p, log_q, alpha, normalize, objective.entry_clip)
         z.copy_(numerators - log_p.exp() * numerators.sum(-1, keepdim=True))
-        return loss.to(z.dtype)
+        return loss.to(z)
     if teacher.t is None and u.amax() > FAR:
-        log_p = z.double() - student.log_sum
-        loss, gradient = bucket_divergence(log_p, log_p + u, alpha, normalize)
+        log_p = in_float64(z) - in_float64(student.log_sum)
+        loss, gradient = bucket_divergence(log_p, log_p + in_float64(u), alpha, normalize)
         z.copy_(gradient)
-        return loss.to(z.dtype)
+        return loss.to(z)
     terms = divergence_terms(z, u, teacher.t, scratch, alpha, normalize)
     centre_(z, scratch.neg_p, terms.centre, terms.factor)
     return terms.loss
@@ -240,29 +240,29 @@ def _top_k(student: Side, teacher: Teacher | None, rows: TileRows, objective: Ob
             chooser = torch.add(z, teacher.u, out=scratch.b) if teacher.side is None else teacher.side.z
         ids = chooser.topk(objective.topk, dim=-1, sorted=False).indices
     tail = objective.tail and ids.shape[1] < z.shape[1]
-    log_p = z.gather(1, ids).double() - student.log_sum
+    log_p = in_float64(z.gather(1, ids)) - in_float64(student.log_sum)
     tail_p = -_mass_outside(ids, scratch.neg_p) if tail else None
     buckets_p = with_tail(log_p, tail_p, tail)
     if teacher is not None:
-        log_q = log_p + teacher.u.gather(1, ids)
+        log_q = log_p + in_float64(teacher.u.gather(1, ids))
         tail_q = None
         if tail_p is not None and teacher.side is not None:
-            tail_q = _mass_outside(ids, scratch.a) / teacher.side.total[:, 0]
+            tail_q = _mass_outside(ids, scratch.a) / in_float64(teacher.side.total[:, 0])
         elif tail_p is not None and teacher.t is not None:
-            tail_q = tail_p - torch.mul(scratch.neg_p, teacher.t, out=scratch.b).sum(-1).double()
+            tail_q = tail_p - in_float64(torch.mul(scratch.neg_p, teacher.t, out=scratch.b).sum(-1))
         buckets_q = with_tail(log_q, tail_q, tail)
     elif rows.teacher_logprobs is not None:
-        buckets_q = with_tail(rows.teacher_logprobs.double(), None, tail)
+        buckets_q = with_tail(in_float64(rows.teacher_logprobs), None, tail)
     loss, gradient = bucket_divergence(buckets_p, buckets_q, objective.alpha, objective.normalize)
-    gradient = gradient.to(z.dtype)
+    gradient = gradient.to(z)
     if tail_p is not None:
         torch.mul(scratch.neg_p, tail_share(gradient[:, -1], tail_p)[:, None], out=z)
     else:
         z.zero_()
     z.scatter_(1, ids, gradient[:, : ids.shape[1]])
-    return loss.to(z.dtype)
+    return loss.to(z)
 
 
 def _mass_outside(ids: Tensor, masses: Tensor) -> Tensor:
     """Sums each row's masses outside `ids`, which it sets to 0: exact where one minus the listed mass is not."""
-    return masses.scatter_(1, ids, 0.0).sum(-1).double()
+    return in_float64(masses.scatter_(1, ids, 0.0).sum(-1))

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..types import float64_device, in_float64
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32)
 FACTS = 6  # of a tensor: whether it is one, whether it is trained, dtype, number of dimensions, sizes of the first two
 
@@ -40,6 +42,8 @@ def agree(
     for tensor in tensors.values():
         facts += _facts_of(tensor)
     device = next((t.device for t in tensors.values() if isinstance(t, Tensor)), torch.device("cpu"))
+    if float64_device(device) != device:
+        raise ValueError(f"process_group needs tensors on a device that has float64, got {device}")
     mine = torch.tensor(facts, dtype=torch.int64, device=device)
     whole = mine.new_empty((group.size(), len(facts)))
     dist.all_gather(list(whole.unbind()), mine, group=group)
@@ -72,11 +76,12 @@ def agree(
 
 def normalizer_over(group: dist.ProcessGroup, rows: int, token_weights: Tensor | None, device: torch.device) -> float:
     """Returns the sum of the token weights of all ranks, 1 where none has a row with a weight."""
-    mine = torch.zeros(2, dtype=torch.float64, device=device)
+    mine = torch.zeros(2, dtype=torch.float64, device=float64_device(device))
     if token_weights is None:
         mine += rows
     else:
-        mine[0], mine[1] = token_weights.double().sum(), (token_weights != 0).sum()
+        weights = in_float64(token_weights)
+        mine[0], mine[1] = weights.sum(), (weights != 0).sum()
     dist.all_reduce(mine, group=group)
     total, active = mine.tolist()
     if not math.isfinite(total):

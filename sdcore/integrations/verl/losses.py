@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sdkernels import LogitTransform, TopK, TopKLogprobs, logit_divergence
 from sdkernels.tile.topk import with_tail
+from sdkernels.types import in_float64
 
 from ...errors import ArgumentError
 from ...losses import FusedLinearDivergence, policy_loss
@@ -149,16 +150,21 @@ def compute_self_distillation_loss(
     if not config.full_logit_distillation:
         # Two tokens, the sampled one and all the others.
         student, teacher = (_with_tail(chosen.unsqueeze(-1), True) for chosen in (student_log_probs, teacher_log_probs))
-        options |= {"support": "sampled", "target_ids": torch.zeros_like(mask, dtype=torch.int64)}
+        options |= {
+            "support": "sampled",
+            "target_ids": mask.new_zeros(mask.shape, dtype=torch.int64, device=student.device),
+        }
     elif config.distillation_topk is None:
         student, teacher = _both("all", student_all_log_probs, teacher_all_log_probs)
     else:
         pair = _both("topk", student_topk_log_probs, teacher_topk_log_probs)
         student, teacher = (_with_tail(top, bool(config.distillation_add_tail)) for top in pair)
+    weights = weights.to(student.device)
     out = logit_divergence(
         student.flatten(0, 1), teacher.flatten(0, 1), token_weights=weights, reduction="sum", **options
     )
-    return out.loss.to(student_log_probs.dtype), {}
+    # In two steps, as in `in_float64`: the gradient goes the same way back.
+    return out.loss.to(student_log_probs.dtype).to(student_log_probs.device), {}
 
 
 def self_distillation_loss(
@@ -214,7 +220,7 @@ def _masked(response_mask: Tensor, self_distillation_mask: Tensor | None) -> Ten
 
 def _with_tail(logprobs: Tensor, tail: bool) -> Tensor:
     """Takes (B, T, K) to (B, T, K + 1) or, renormalised, (B, T, K)."""
-    rows = with_tail(logprobs.flatten(0, 1).double(), None, tail)
+    rows = with_tail(in_float64(logprobs.flatten(0, 1)), None, tail)
     return rows.view(*logprobs.shape[:2], -1)
 
 
