@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sdcore.cli.running import MODEL_HELP, console, load_model, quiet_libraries, readable_errors
+from sdcore.cli.running import MODEL_HELP, GgufFile, console, load_model, quiet_libraries, readable_errors
 
 SAVED = ("text", "finished", "reward", "feedback")  # of each answer
 
@@ -17,6 +17,7 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Questions: .jsonl, .json, .parquet, a folder or a Hub id.")],
     reward: Annotated[list[str], typer.Option(help="module:function or file.py:function; may be given several times.")],
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "world",
+    gguf_file: GgufFile = None,
     generations: Annotated[int, typer.Option(min=1, help="Answers to each question.")] = 1,
     max_completion_length: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0 takes the likeliest token.")] = 1.0,
@@ -49,7 +50,7 @@ def evaluate(
         from sdcore.training.evaluation import evaluate as measure
 
         examples, rewards, screen = read_examples(data, limit=limit), prepare(reward), console()
-        loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        loaded, tokenizer = load_model(model, gguf_file, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
             bar = progress.add_task("sampling", total=len(examples))
             result = measure(

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WORLD: Final = "world"  # the name of the bundled model
-MODEL_HELP: Final = "Path or Hub name of a causal model; `world` is the bundled small one."
+MODEL_HELP: Final = "Path or Hub name of a causal model, or of a .gguf file; `world` is the bundled small one."
+GgufFile = Annotated[str | None, typer.Option(help="The .gguf file to take of --model; converted once, beside it.")]
 
 
 @contextmanager
@@ -54,21 +55,22 @@ def quiet_libraries() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
-def resolved(model: str) -> str:
-    """Returns the bundled model's path for its name."""
-    if model != WORLD:
-        return model
+def resolved(model: str, gguf_file: str | None) -> str:
+    """Returns the bundled model's path for its name, and for a GGUF file the folder that is made of it."""
+    from sdcore.models.gguf import plain_folder
     from sdcore.world import CHECKPOINT
 
-    return str(CHECKPOINT)
+    return plain_folder(str(CHECKPOINT) if model == WORLD else model, gguf_file)
 
 
-def load_model(model: str, *, dtype: str, device: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
+def load_model(
+    model: str, gguf_file: str | None, *, dtype: str, device: str | None, trust_remote_code: bool
+) -> tuple[Any, Any]:
     """Loads a model, in evaluation mode on its device (None: a GPU if there is one), and its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    name = resolved(model)
+    name = resolved(model, gguf_file)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")

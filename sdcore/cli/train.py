@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sdcore.cli.running import MODEL_HELP, console, lora_config, quiet_libraries, readable_errors, resolved
+from sdcore.cli.running import MODEL_HELP, GgufFile, console, lora_config, quiet_libraries, readable_errors, resolved
 from sdcore.presets import PRESETS
 
 
@@ -15,6 +15,7 @@ def train(
     data: Annotated[str, typer.Option(help="Rows to learn from: .jsonl, .json, .parquet, a folder or a Hub id.")],
     method: Annotated[str | None, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = None,
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "world",
+    gguf_file: GgufFile = None,
     reward: Annotated[
         list[str] | None, typer.Option(help="module:function or file.py:function; may be given several times.")
     ] = None,
@@ -47,6 +48,7 @@ def train(
       sdcore train --method sdpo --model Qwen/Qwen3-0.6B --data train.jsonl --reward rewards.py:check \\
         --output run max_completion_length=512 learning_rate=1e-5 max_steps=200 teacher=frozen
       sdcore train --config run.yaml --data train.jsonl --reward rewards.py:check topk=20
+      sdcore train --method sft --model path/to/model.gguf --data train.jsonl
     Completions that are Python, judged by the rows' column `tests` in a sandbox, with the error text as feedback:
       sdcore train --method sdpo_code --data train.jsonl --reward sdcore.rollouts.sandbox:python_tests
     Without a GPU, on the bundled small world:
@@ -72,17 +74,20 @@ def train(
             [*([] if method is None else [f"method={method}"]), *(overrides or [])],
             trainer_fields=types_of(SelfDistillationConfig),
         )
+        gguf_file = gguf_file or arguments.get("gguf_file")
+        arguments.pop("gguf_file", None)  # the trainer gets the folder that is made of it
         defaults: dict[str, Any] = {"output_dir": str(output), "disable_tqdm": False}
         args = SelfDistillationConfig(**defaults | arguments)
         check(args, chosen, prepare(reward or [], args.reward_weights), ModelSampler())
         examples, screen = read_examples(data), console()
+        name = resolved(model, gguf_file)
         if dry_run:
             remote = {"trust_remote_code": args.trust_remote_code}
             preview = looking.dry_run(
                 examples,
-                AutoTokenizer.from_pretrained(resolved(model), **remote),
+                AutoTokenizer.from_pretrained(name, **remote),
                 chosen,
-                AutoConfig.from_pretrained(resolved(model), **remote),
+                AutoConfig.from_pretrained(name, **remote),
                 reward_functions=reward or [],
                 chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]  # an object, once checked
                 max_prompt_length=args.max_prompt_length,
@@ -96,7 +101,7 @@ def train(
         from sdcore.training.trainer import SelfDistillationTrainer
 
         trainer = SelfDistillationTrainer(
-            resolved(model),
+            name,
             args,
             method=chosen,
             train_dataset=examples,

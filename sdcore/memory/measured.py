@@ -113,7 +113,7 @@ def measure(
     dtype = dtype_of(config, setting)
     model = _model(config, setting, dtype, torch.device(device), seed)
     batch = _batch(load, setting, tiles or Tiles(), find_body(model).vocab_size, torch.device(device), seed)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0, fused=True)
     measured: dict[str, Measurement] = {}
     for name in contenders:
         measured[name] = _measured(name, model, batch, optimizer, snapshots)
@@ -150,6 +150,8 @@ def _measured(
     optimizer.zero_grad(set_to_none=True)
     line, device = TimeLine(model, optimizer=optimizer), batch.student_ids.device
     with _snapshot(device, snapshots, contender), line:
+        if batch.setting.accumulates:
+            run(model, batch, line.enter)
         loss = run(model, batch, line.enter)
         line.enter("optimizer")
         optimizer.step()
