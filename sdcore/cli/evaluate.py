@@ -50,7 +50,9 @@ def evaluate(
         from sdcore.training.evaluation import evaluate as measure
 
         examples, rewards, screen = read_examples(data, limit=limit), prepare(reward), console()
-        loaded, tokenizer = load_model(model, gguf_file, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        loaded, tokenizer = load_model(
+            model, gguf_file, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
         with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
             bar = progress.add_task("sampling", total=len(examples))
             result = measure(

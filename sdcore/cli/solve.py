@@ -84,7 +84,9 @@ def solve(
             learned = "" if last.loss is None else f", loss {last.loss:.4g} on {last.active}"
             screen.print(f"round {last.number}: {last.samples} answers, best reward {last.best_reward:g}{learned}")
 
-        loaded, tokenizer = load_model(model, gguf_file, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        loaded, tokenizer = load_model(
+            model, gguf_file, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
         verify = command_verifier(verifier, wall_seconds=verifier_seconds)
         ended = search(loaded, tokenizer, example, verify, chosen, settings, on_round=show)
         if output is not None:

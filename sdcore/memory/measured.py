@@ -113,7 +113,9 @@ def measure(
     dtype = dtype_of(config, setting)
     model = _model(config, setting, dtype, torch.device(device), seed)
     batch = _batch(load, setting, tiles or Tiles(), find_body(model).vocab_size, torch.device(device), seed)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0, fused=True
+    )
     measured: dict[str, Measurement] = {}
     for name in contenders:
         measured[name] = _measured(name, model, batch, optimizer, snapshots)

@@ -3,8 +3,8 @@
     folder = plain_folder("model.gguf")  # model-transformers/, beside it; or plain_folder("where/it/is", "model.gguf")
     AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
-transformers reads GGUF files too, but anew each time (minutes, most of them for the tokenizer), refuses to train or to
-save what it has read, and gives it the file's title for a name, by which nothing is found again. The weights here are
+transformers reads GGUF files too, but anew each time (minutes, most of them for the tokenizer), and refuses to train or
+to save what it has read, which has a name by which nothing is loaded again, as TRL loads teachers. The weights here are
 those that it reads, in float32.
 
 What differs from the obvious: a folder is made under another name and renamed when it is complete, so that none is
@@ -36,7 +36,8 @@ from transformers.utils import cached_file
 from ..errors import ArgumentError, UnsupportedModelError
 
 logger = logging.getLogger(__name__)
-RECORD: Final = "gguf.json"  # of which file a folder is
+RECORD: Final = "gguf.json"  # says of which file a folder was made
+STATED: Final = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
 # What `tokenizer.ggml.pre` calls GPT-2's split of text into words, which transformers takes where it knows no other...
 AS_GPT2: Final = frozenset({"gpt-2", "gpt2", "mpt", "olmo", "jais", "trillion", "granite-docling"})
 # ... and the same after each digit has been split off.
@@ -112,7 +113,7 @@ def _convert(file: Path, folder: Path) -> None:
     lacking = sorted(info["missing_keys"]) + sorted(str(entry) for entry in info["mismatched_keys"])
     if lacking:
         raise UnsupportedModelError(f"{file} must have all weights of a {type(model).__name__}, but lacks {lacking}")
-    scaled = [key for key in reader.fields if ".rope.scaling." in key]
+    scaled = [k for k, field in reader.fields.items() if ".rope.scaling." in k and field.contents() not in ("none", 1, 0)]
     scaled += [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_f")]
     if scaled and '"rope_type": "default"' in json.dumps(config.to_dict().get("rope_parameters")):
         raise UnsupportedModelError(
@@ -126,9 +127,6 @@ def _convert(file: Path, folder: Path) -> None:
     plain.tie_weights()
     plain.generation_config = model.generation_config
     plain.save_pretrained(folder)
-
-
-STATED: Final = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
 
 
 def _split_as_stated(stated: Mapping[str, str], tokenizer: Any) -> None:
