@@ -23,7 +23,6 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,6 +35,7 @@ from transformers.utils import cached_file
 from ..errors import ArgumentError, UnsupportedModelError
 
 logger = logging.getLogger(__name__)
+UNSCALED: Final = ("none", 1.0, 0)  # what `rope.scaling.*` say where they scale nothing
 RECORD: Final = "gguf.json"  # says of which file a folder was made
 STATED: Final = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
 # What `tokenizer.ggml.pre` calls GPT-2's split of text into words, which transformers takes where it knows no other...
@@ -104,22 +104,24 @@ def _convert(file: Path, folder: Path) -> None:
     except ImportError as error:
         raise ImportError("a GGUF file needs gguf: pip install 'sdcore[gguf]'") from error
     reader = GGUFReader(file)
-    where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    _split_as_stated({key: field.contents() for key, field in reader.fields.items() if key in STATED}, tokenizer)
-    tokenizer.save_pretrained(folder)
-    model, info = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
-    config = model.config
-    lacking = sorted(info["missing_keys"]) + sorted(str(entry) for entry in info["mismatched_keys"])
-    if lacking:
-        raise UnsupportedModelError(f"{file} must have all weights of a {type(model).__name__}, but lacks {lacking}")
-    scaled = [k for k, field in reader.fields.items() if ".rope.scaling." in k and field.contents() not in ("none", 1, 0)]
-    scaled += [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_f")]
-    if scaled and '"rope_type": "default"' in json.dumps(config.to_dict().get("rope_parameters")):
+    scaling = [
+        key for key, field in reader.fields.items() if ".rope.scaling." in key and field.contents() not in UNSCALED
+    ]
+    scaling += [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_f")]
+    if scaling:
         raise UnsupportedModelError(
             f"{file} must not scale its rotary embeddings, which transformers does not read from GGUF files, got "
-            f"{', '.join(scaled)}: take the model's safetensors"
+            f"{', '.join(scaling)}: take the model's safetensors"
         )
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    _split_as_stated(tokenizer, *(reader.fields[key].contents() if key in reader.fields else "" for key in STATED))
+    tokenizer.save_pretrained(folder)
+    model, info = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
+    lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if lacking:
+        raise UnsupportedModelError(f"{file} must have all weights of a {type(model).__name__}, but lacks {lacking}")
+    config = model.config
     config.__dict__.pop("quantization_config", None)
     with torch.device("meta"):
         plain = type(model)(config)  # the one that was read refuses to be saved
@@ -129,9 +131,8 @@ def _convert(file: Path, folder: Path) -> None:
     plain.save_pretrained(folder)
 
 
-def _split_as_stated(stated: Mapping[str, str], tokenizer: Any) -> None:
+def _split_as_stated(tokenizer: Any, kind: str, split: str) -> None:
     """Lets a byte-level tokenizer split text as its file says, where transformers took GPT-2's way for want of it."""
-    kind, split = (stated.get(key, "default") for key in STATED)
     backend = tokenizer.backend_tokenizer
     if kind != "gpt2" or split in AS_GPT2 or not isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
         return

