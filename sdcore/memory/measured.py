@@ -3,11 +3,12 @@
     steps = measure(config, Load(prompt_tokens=256, context_tokens=128, completion_tokens=64, completions=4))
     steps["ours"].lives.at_peak["logits"], steps["naive"].lives.peak
 
-A contender takes the same model and the same tokens from ids to gradients and an AdamW update: `ours` as the `Setting`
-says, by `distill_step`; `naive` as a trainer without either trick, each completion a sequence with its own prompt and
-the loss from the logits of all completion tokens; `trl` and `liger` like naive, with their chunked losses. Reverse KL,
-a live teacher. A step has run before the one that is recorded, so that nothing is made for the first time in it; AdamW
-is the fused one, transformers' default, whose step has no temporaries; the learning rate is 0, and losses that differ are an error: what is compared computes the same.
+A contender takes the same model and the same tokens from ids to gradients and an AdamW update (fused, as transformers'
+default is: without temporaries): `ours` as the `Setting` says, by `distill_step`; `naive` as a trainer without either
+trick, each completion a sequence with its own prompt and the loss from the logits of all completion tokens; `trl` and
+`liger` like naive, with their chunked losses. Reverse KL, a live teacher. A step has run before the one that is
+recorded, so that nothing is made for the first time in it; the learning rate is 0, and losses that differ are an error:
+what is compared computes the same.
 
 What differs from the obvious: a model that is too large here is made smaller by `shrunk`, in every dimension that
 memory grows with. Sizes that a loss works in (our workspace, TRL's tiles, Liger's chunks) are then made smaller by the
