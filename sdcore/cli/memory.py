@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdcore.cli.running import MODEL_HELP, config_of, console, quiet_libraries, readable_errors
+from sdcore.cli.running import MODEL_HELP, GgufFile, config_of, console, quiet_libraries, readable_errors
 
 if TYPE_CHECKING:
     from sdcore.memory import Load, Setting
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 def profile_memory(
     model: Annotated[str, typer.Option(help=MODEL_HELP + " Only its configuration is read.")],
+    gguf_file: GgufFile = None,
     prompt_tokens: Annotated[int, typer.Option(help="P, of the student's prompt.")] = 1024,
     context_tokens: Annotated[int, typer.Option(help="C, what the teacher's prompt has beyond it.")] = 512,
     completion_tokens: Annotated[int, typer.Option(help="R, of a completion.")] = 512,
@@ -25,6 +26,9 @@ def profile_memory(
     ] = "live",
     lora_rank: Annotated[int | None, typer.Option(help="LoRA on all linear layers; default: train everything.")] = None,
     checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing.")] = False,
+    accumulates: Annotated[
+        bool, typer.Option("--accumulates", help="Gradients of an earlier batch of the step are there.")
+    ] = False,
     strategy: Annotated[str, typer.Option(help="packed, cached, two_phase or naive.")] = "packed",
     micro_batch: Annotated[int | None, typer.Option(help="Completions in flight at a time; two_phase.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the configuration's.")] = None,
@@ -65,12 +69,13 @@ def profile_memory(
             prompts=prompts,
             context_per_completion=context_per_completion,
         )
-        config, rank = config_of(model, trust_remote_code=trust_remote_code)
+        config, rank = config_of(model, gguf_file, trust_remote_code=trust_remote_code)
         setting = Setting(
             teacher=teacher,  # type: ignore[arg-type]  # checked there
             strategy=strategy,  # type: ignore[arg-type]
             micro_batch=micro_batch,
             checkpointing=checkpointing,
+            accumulates=accumulates,
             lora_rank=rank if lora_rank is None else lora_rank,
             dtype=dtype,
             workspace_mb=workspace_mb,

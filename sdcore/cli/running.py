@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -27,7 +27,8 @@ ANSWERING: Final = (
     *("top_p", "top_k", "stop_token_ids", "success_threshold"),
 )
 WORLD: Final = "world"  # the name of the bundled model
-MODEL_HELP: Final = "Path or Hub name of a causal model; `world` is the bundled small one."
+MODEL_HELP: Final = "Path or Hub name of a causal model, or of a .gguf file; `world` is the bundled small one."
+GgufFile = Annotated[str | None, typer.Option(help="The .gguf file to take of --model; converted once, beside it.")]
 
 
 @contextmanager
@@ -63,13 +64,12 @@ def quiet_libraries() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
-def resolved(model: str) -> str:
-    """Returns the bundled model's path for its name."""
-    if model != WORLD:
-        return model
+def resolved(model: str, gguf_file: str | None) -> str:
+    """Returns the bundled model's path for its name, and for a GGUF file the folder that is made of it."""
+    from sdcore.models.gguf import plain_folder
     from sdcore.world import CHECKPOINT
 
-    return str(CHECKPOINT)
+    return plain_folder(str(CHECKPOINT) if model == WORLD else model, gguf_file)
 
 
 def check_alone() -> None:
@@ -80,24 +80,26 @@ def check_alone() -> None:
         raise ArgumentError(f"this command runs in one process, without a launcher, got WORLD_SIZE={processes}")
 
 
-def config_of(model: str, *, trust_remote_code: bool) -> tuple[Any, int | None]:
+def config_of(model: str, gguf_file: str | None, *, trust_remote_code: bool) -> tuple[Any, int | None]:
     """Returns a model's configuration, and the rank of its adapter where the folder is of one; weights are not read."""
     from transformers import AutoConfig
     from transformers.utils import find_adapter_config_file
 
-    name = resolved(model)
+    name = resolved(model, gguf_file)
     file = find_adapter_config_file(name)
     adapter = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
     base = adapter.get("base_model_name_or_path") or name
     return AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code), adapter.get("r")
 
 
-def load_model(model: str, *, dtype: str, device: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
+def load_model(
+    model: str, gguf_file: str | None, *, dtype: str, device: str | None, trust_remote_code: bool
+) -> tuple[Any, Any]:
     """Loads a model, in evaluation mode on its device (None: a GPU if there is one), and its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    name = resolved(model)
+    name = resolved(model, gguf_file)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")

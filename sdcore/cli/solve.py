@@ -11,6 +11,7 @@ import typer
 
 from sdcore.cli.running import (
     MODEL_HELP,
+    GgufFile,
     check_alone,
     console,
     load_model,
@@ -31,6 +32,7 @@ def solve(
     question: Annotated[str | None, typer.Option(help="The question, as text.")] = None,
     question_file: Annotated[Path | None, typer.Option(help="Or a file: its text, or of .jsonl the first row.")] = None,
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "world",
+    gguf_file: GgufFile = None,
     method: Annotated[str, typer.Option(help="sdpo or sdpo_code.")] = "sdpo",
     config: Annotated[
         Path | None, typer.Option(help=f"YAML as for `train`; of a run's fields, {', '.join(FIELDS)} are read.")
@@ -105,7 +107,9 @@ def solve(
             learned = "" if last.loss is None else f", loss {last.loss:.4g} on {last.active}"
             screen.print(f"round {last.number}: {last.samples} answers, best reward {last.best_reward:g}{learned}")
 
-        loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        loaded, tokenizer = load_model(
+            model, gguf_file, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
         verify = command_verifier(verifier, wall_seconds=verifier_seconds)
         ended = search(loaded, tokenizer, example, verify, chosen, settings, on_round=show)
         if output is not None:

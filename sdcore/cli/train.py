@@ -9,6 +9,7 @@ import typer
 
 from sdcore.cli.running import (
     MODEL_HELP,
+    GgufFile,
     config_of,
     console,
     lora_config,
@@ -26,6 +27,7 @@ def train(
     data: Annotated[str, typer.Option(help="Rows to learn from: .jsonl, .json, .parquet, a folder or a Hub id.")],
     method: Annotated[str | None, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = None,
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "world",
+    gguf_file: GgufFile = None,
     reward: Annotated[
         list[str] | None, typer.Option(help="module:function or file.py:function; may be given several times.")
     ] = None,
@@ -58,6 +60,7 @@ def train(
       sdcore train --method sdpo --model Qwen/Qwen3-0.6B --data train.jsonl --reward rewards.py:check \\
         --output run max_completion_length=512 learning_rate=1e-5 max_steps=200 teacher=frozen
       sdcore train --config run.yaml --data train.jsonl --reward rewards.py:check topk=20
+      sdcore train --method sft --model path/to/model.gguf --data train.jsonl
     Completions that are Python, judged by the rows' column `tests` in a sandbox, with the error text as feedback:
       sdcore train --method sdpo_code --data train.jsonl --reward sdcore.rollouts.sandbox:python_tests
     Without a GPU, on the bundled small world:
@@ -85,6 +88,8 @@ def train(
             [*([] if method is None else [f"method={method}"]), *(overrides or [])],
             trainer_fields={name: kind for name, kind in known.items() if name not in SCRIPTS},
         )
+        gguf_file = gguf_file or arguments.get("gguf_file")
+        arguments.pop("gguf_file", None)  # the trainer gets the folder that is made of it
         defaults: dict[str, Any] = {"output_dir": str(output), "disable_tqdm": False}
         args = SelfDistillationConfig(**defaults | arguments)
         check(args, chosen, prepare(reward or [], args.reward_weights), ModelSampler())
@@ -95,10 +100,10 @@ def train(
             if refused:
                 screen.print(f"{len(refused)} rows are left out, such as {refused[0]}", highlight=False, markup=False)
             remote = args.trust_remote_code
-            model_config, rank = config_of(model, trust_remote_code=remote)
+            model_config, rank = config_of(model, gguf_file, trust_remote_code=remote)
             preview = looking.dry_run(
                 examples,
-                AutoTokenizer.from_pretrained(resolved(model), trust_remote_code=remote),
+                AutoTokenizer.from_pretrained(resolved(model, gguf_file), trust_remote_code=remote),
                 chosen,
                 model_config,
                 reward_functions=reward or [],
@@ -116,7 +121,7 @@ def train(
         from sdcore.training.trainer import SelfDistillationTrainer
 
         trainer = SelfDistillationTrainer(
-            resolved(model),
+            resolved(model, gguf_file),
             args,
             method=chosen,
             train_dataset=data,

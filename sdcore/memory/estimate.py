@@ -7,10 +7,13 @@
 Parameters are counted on the meta device; activations and prompt caches are `sdcore.prefix.cost`'s. Four variants stand
 side by side: the loss fused or from whole logits, prefixes shared or every completion as a sequence of its own.
 
-What differs from a measurement (`measured`; docs/memory.md has both side by side). It is an upper estimate of the
-update: gradients and activations are added up, though the ones grow while the others shrink, and padding is
-none. Of the allocator's fragmentation, the CUDA context and temporaries of the optimizer it knows nothing: leave a few
-GB. What the layers keep is within a tenth for the families of `prefix.sizes`, in transformers' own code.
+What differs from the obvious: the update's peak is no sum of all parts. Gradients grow while activations shrink, so it
+is at the loss or at the end of the backward, whichever is more. There autograd has both summands of a matrix that is
+read twice, and their sum: a tied embedding's gradient three times, more than all layers' in a small model.
+
+What differs from a measurement (`measured`; docs/memory.md has both side by side): padding is none, and of the
+allocator's fragmentation, the CUDA context and temporaries of the optimizer it knows nothing: leave a few GB. What the
+layers keep is within a tenth for the families of `prefix.sizes`, in transformers' own code.
 
 Not covered: several devices (FSDP, DeepSpeed: divide weights, gradients and optimizer by their number), quantised
 weights, and optimizers with other states than AdamW's. Whether it fits a given device is `fits`' question.
@@ -94,6 +97,7 @@ class Setting:
     micro_batch: int | None = None  # completions in flight at a time, "two_phase"; None: all
     checkpointing: bool = False  # gradient checkpointing
     lora_rank: int | None = None  # of adapters on every linear layer but the head; None: all weights are trained
+    accumulates: bool = False  # an earlier backward's gradients are there
     dtype: str | None = None  # "float32", "bfloat16", ...; None: what the configuration says, else float32
     workspace_mb: float | None = None  # of the fused loss; None: what it takes on a GPU
 
@@ -116,24 +120,21 @@ class Parameters(NamedTuple):
     all: int
     head: int  # of the output layer, also where it is tied to the embedding
     linear_sides: int  # Σ (inputs + outputs) of the linear layers but the head: LoRA's parameters per rank
+    tied: bool = False  # the head is the embedding
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Holds the bytes of each part of a step, in the order of `PARTS`."""
+    """Holds the most bytes of each part of a step, in the order of `PARTS`."""
 
     parts: Mapping[str, int]
+    update: int  # what is there at its peak; not all parts are at their most at the same time
     sampling: int  # what sampling holds beside weights and optimizer, before the update
 
     @property
     def resident(self) -> int:
         """Adds up what is there all the time."""
         return sum(self.parts[name] for name in ("weights", "teacher weights", "optimizer"))
-
-    @property
-    def update(self) -> int:
-        """Adds up all parts."""
-        return sum(self.parts.values())
 
     @property
     def total(self) -> int:
@@ -151,7 +152,8 @@ def count_parameters(config: Any) -> Parameters:
     if head is None:
         raise UnsupportedModelError(f"config must be a causal language model's, got {type(config).__name__}: no head")
     sides = [m.in_features + m.out_features for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
-    return Parameters(sum(p.numel() for p in model.parameters()), head.weight.numel(), sum(sides))
+    tied = model.get_input_embeddings().weight is head.weight
+    return Parameters(sum(p.numel() for p in model.parameters()), head.weight.numel(), sum(sides), tied)
 
 
 def predict(
@@ -185,8 +187,6 @@ def predict(
         prompt_bytes += counted.teacher.prompt_bytes
     at_once = 1 if setting.strategy == "two_phase" else load.prompts  # groups
     trained = parameters.all if setting.lora_rank is None else setting.lora_rank * parameters.linear_sides
-    # Each micro-batch makes a gradient of the head of its own, which is then added.
-    again = parameters.head if setting.strategy == "two_phase" and setting.lora_rank is None else 0
     copies = 1 if setting.teacher in COPIES else 0
     if setting.lora_rank is not None and setting.teacher in ("frozen", "trust_region"):
         copies = 0  # the base model with the adapter off
@@ -195,18 +195,29 @@ def predict(
     if counted.teacher is not None:
         # The teacher's pass is over when the loss begins.
         workspace = max(workspace, at_once * counted.teacher.working_bytes - logits)
+    head = parameters.head if setting.lora_rank is None else 0
+    # The fused loss makes the head's gradient. Micro-batches have a backward each, and find what earlier ones left.
+    there = trained if setting.accumulates or setting.strategy == "two_phase" else 0
+    at_loss = (there + (head if setting.fused else 0)) * itemsize
+    # Of the embedding a second summand and the sum, where a pass reads it twice; "two_phase" has one at a time.
+    twice = setting.strategy == "cached" or (parameters.tied and setting.strategy != "two_phase")
+    at_end = (trained + (2 + setting.accumulates) * head * twice) * itemsize
+    activations = at_once * counted.student.kept_bytes
     parts = (
         (parameters.all + (0 if setting.lora_rank is None else trained)) * itemsize,
         teacher * itemsize,
-        (trained + again) * itemsize,
+        max(at_loss, at_end),
         2 * trained * itemsize,  # AdamW's two moments, in the parameters' dtype
-        at_once * counted.student.kept_bytes,
+        activations,
         at_once * prompt_bytes,
         workspace,
         logits,
     )
+    resident = parts[0] + parts[1] + parts[3]
     return Prediction(
-        parts=dict(zip(PARTS, parts, strict=True)), sampling=_sampling_bytes(load, sizes, itemsize, setting)
+        parts=dict(zip(PARTS, parts, strict=True)),
+        update=resident + max(at_loss + activations + sum(parts[5:]), at_end),
+        sampling=_sampling_bytes(load, sizes, itemsize, setting),
     )
 
 
@@ -242,7 +253,7 @@ def memory_table(variants: Mapping[str, Prediction], title: str = "Predicted pea
     for part in PARTS:
         table.add_row(part, *(shown_bytes(prediction.parts[part]) for prediction in variants.values()))
     table.add_section()
-    table.add_row("update, all of these", *(shown_bytes(prediction.update) for prediction in variants.values()))
+    table.add_row("update, at its peak", *(shown_bytes(prediction.update) for prediction in variants.values()))
     table.add_row("sampling, before it", *(shown_bytes(p.resident + p.sampling) for p in variants.values()))
     table.add_row("peak", *(shown_bytes(prediction.total) for prediction in variants.values()), style="bold")
     return table

@@ -94,6 +94,9 @@ class SelfDistillationConfig(TrainingArguments):
         default="float32",
         metadata={"help": "Of a model that is given by name: float32, bfloat16, or auto, the file's."},
     )
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "The GGUF file of a model that is given by name; converted once, beside it."}
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run code that a model given by name brings along. It can do anything."}
     )

@@ -117,6 +117,7 @@ def setting_of_run(args: SelfDistillationConfig, method: Method, *, lora_rank: i
         strategy=automatic if args.strategy == "auto" else args.strategy,  # type: ignore[arg-type]
         micro_batch=args.micro_batch,
         checkpointing=args.gradient_checkpointing,
+        accumulates=args.gradient_accumulation_steps > 1,
         lora_rank=lora_rank,
         dtype=None if args.model_dtype == "auto" else args.model_dtype,
     )

@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from ..contexts import require_text
 from ..data import read_examples
 from ..errors import ArgumentError, UnsupportedModelError
+from ..models.gguf import plain_folder
 from ..presets.method import Method
 from ..rollouts.rewards import Reward
 from ..rollouts.samplers import ModelSampler, Sampler
@@ -164,11 +165,19 @@ def loaded(model: Any, tokenizer: Any, args: SelfDistillationConfig, peft_config
     """Loads model and tokenizer that are given by name, or not at all. Raises what transformers raises.
 
     An adapter's folder gives the adapter as it was saved, to be trained on. Raises `ArgumentError` for a `peft_config`
-    beside an adapter that is there already, and for a model of which nothing is trained.
+    beside an adapter that is there already, for a model of which nothing is trained, and for one that transformers read
+    from a GGUF file.
     """
-    remote = args.trust_remote_code
-    if isinstance(model, str | os.PathLike):
+    if isinstance(model, os.PathLike):
         model = os.fspath(model)
+    if not isinstance(model, str) and (args.gguf_file or getattr(model, "quantization_method", None) == "gguf"):
+        raise ArgumentError(
+            "model must be the name of the folder or Hub model that has the GGUF file, or the file's path: what "
+            f"transformers reads of one can be neither trained nor saved; got a {type(model).__name__}"
+        )
+    remote = args.trust_remote_code
+    if isinstance(model, str):
+        model = plain_folder(model, args.gguf_file)
         has_adapter = find_adapter_config_file(model) is not None
         if has_adapter and peft_config is not None:
             _refuse_second_adapter(model)
