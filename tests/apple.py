@@ -137,7 +137,7 @@ def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     copy = kwargs.get("copy", False) or device.type != tensor.device.type
     if not copy and dtype == tensor.dtype:
         return tensor
-    return Moved.apply(tensor, dtype, device)  # type: ignore[no-any-return, no-untyped-call]
+    return Moved.apply(tensor, dtype, device)
 
 
 class Moved(torch.autograd.Function):
@@ -146,7 +146,7 @@ class Moved(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
         ctx.back = {"dtype": tensor.dtype, "device": tensor.device}
-        return torch.ops.aten._to_copy(tensor, dtype=dtype, device=device)  # type: ignore[no-any-return]
+        return torch.ops.aten._to_copy(tensor, dtype=dtype, device=device)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

@@ -63,7 +63,7 @@ def logprob_pass(
     """Returns log-probabilities of `target_ids` and entropies, (N,) each, and gradients for upstream ones of either."""
     walk = _head_walk(operands, objective, setting)
     upstream = [gradient.abs() for gradient in (grad_logprobs, grad_entropy) if gradient is not None]
-    gradients = HeadGradients(walk, wanted, bounds=[sum(upstream)] if upstream else ())
+    gradients = HeadGradients(walk, wanted, bounds=[torch.stack(upstream).sum(0)] if upstream else ())
     logprobs = None if operands.target_ids is None else walk.per_row()
     entropy = walk.per_row()
     for rows in walk.chunks():
