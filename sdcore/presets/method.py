@@ -86,6 +86,7 @@ class Method:
     # On whose samples.
     samples: Literal["student", "dataset"] = "student"  # "dataset": the column `completion`
     num_generations: int = 1  # G, completions sampled for a prompt
+    teacher_samples: float = 0.0  # share of these that the teacher draws, with its context in view
 
     def __post_init__(self) -> None:
         for name, annotation in field_types().items():
@@ -309,6 +310,20 @@ def _rewards_problems(method: Method) -> Iterator[str]:
         yield (
             "num_generations must be 1 with samples='dataset', which has one completion a row, got "
             f"{method.num_generations}"
+        )
+    if method.teacher_samples > 0 and not (
+        method.target == "divergence"
+        and method.samples == "student"
+        and not mixed
+        and method.context in ("demonstration", "solution", "template")
+        and method.teacher != "trust_region"
+        and method.importance_clip is None
+        and not method.sampled_token
+    ):
+        yield (
+            "teacher_samples must be 0 except for a divergence on sampled completions, whose teacher is one set of "
+            "weights and has its context before anything is sampled, without importance_clip and sampled_token, got "
+            f"{method.teacher_samples}"
         )
     if method.target == "tilt" and method.skip_first_tokens > 0:
         yield (

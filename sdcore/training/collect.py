@@ -3,28 +3,35 @@
     collected = collector.collect(model, batches, seeds)      # collected.groups[batch][group].rollouts[completion]
 
 A batch is sampled with a seed of its own, so what is sampled for it does not depend on which process does it, nor on
-what was sampled before. Where the method learns from completions in the data, those are taken and nothing is sampled.
+what was sampled before. Where the method learns from completions in the data, those are taken and nothing is sampled;
+a share of them may be the teacher's, drawn with the context in view.
 
 Not covered: prompts that are cut; one that is too long is an error, since the question is what is asked.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass, replace
+from typing import Any, Final, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
-from ..contexts import student_prompt_ids
+from ..contexts import ContextBuilder, student_prompt_ids
 from ..errors import DataError
 from ..presets.method import Method
 from ..rollouts.rewards import OnError, Reward, Scored, judge
-from ..rollouts.samplers import Sampler, Sampling, sample_groups, whole_weights
+from ..rollouts.samplers import Sampler, Sampling, sample_groups, seed_of, whole_weights
 from ..rollouts.window import given_completion
+from ..teachers import Teacher
 from ..types import Example, Group, Rollout
 from .config import SelfDistillationConfig
+
+# Stands for a completion that nobody has drawn yet, where a teacher's prompt does not depend on it.
+UNKNOWN: Final = Rollout(completion_ids=torch.zeros(1, dtype=torch.int64), logprobs=None, text="", finished=True)
 
 
 class Collected(NamedTuple):
@@ -49,6 +56,7 @@ class Collector:
     timeout: float | None = 60.0  # this and the next two: see `rollouts.rewards.judge`
     on_error: OnError = "raise"
     workers: int = 1
+    teacher_samples: float = 0.0  # share of the completions that the teacher draws, with its context in view
 
     @classmethod
     def of_run(
@@ -81,20 +89,41 @@ class Collector:
             timeout=args.reward_timeout,
             on_error=cast(OnError, args.reward_on_error),
             workers=args.reward_workers,
+            teacher_samples=method.teacher_samples,
         )
 
-    def collect(self, model: nn.Module, batches: Sequence[Sequence[Example]], seeds: Sequence[int]) -> Collected:
-        """Samples and judges batches, one seed for each. With FSDP2 to be called by all ranks."""
+    def collect(
+        self,
+        model: nn.Module,
+        batches: Sequence[Sequence[Example]],
+        seeds: Sequence[int],
+        *,
+        teacher: Teacher | None = None,
+        context: ContextBuilder | None = None,
+    ) -> Collected:
+        """Samples and judges batches, one seed for each. With FSDP2 to be called by all ranks.
+
+        `teacher` and `context` say who draws `teacher_samples` after what.
+        """
+        other = None if teacher is None or context is None else (teacher, context)
         with nullcontext() if self.from_data else whole_weights(model, self.sampler):
-            drawn = [self.draw(model, batch, seed) for batch, seed in zip(batches, seeds, strict=True)]
+            drawn = [self.draw(model, batch, seed, other) for batch, seed in zip(batches, seeds, strict=True)]
         scored = self.judge([group for groups in drawn for group in groups])
         means = {f"rewards/{name}/mean": total / number for name, (total, number) in scored.sums.items() if number}
         judged = iter(scored.groups)
         return Collected([[next(judged) for _ in groups] for groups in drawn], scored.counts, means)
 
-    def draw(self, model: nn.Module, examples: Sequence[Example], seed: int) -> list[Group]:
+    def draw(
+        self,
+        model: nn.Module,
+        examples: Sequence[Example],
+        seed: int,
+        other: tuple[Teacher, ContextBuilder] | None = None,
+    ) -> list[Group]:
         """Returns groups that are not judged yet. With FSDP2 to be called inside `whole_weights`."""
         prompts = [self.prompt(example) for example in examples]
+        if other is not None and self.teacher_samples > 0:
+            return self._drawn_by_both(model, examples, prompts, seed, *other)
         if not self.from_data:
             sampling, tokenizer = self.sampling, self.tokenizer
             return sample_groups(self.sampler, model, examples, prompts, sampling, tokenizer=tokenizer, seed=seed)
@@ -102,6 +131,49 @@ class Collector:
             Group(example=example, prompt_ids=prompt, rollouts=(self.given(example, prompt),))
             for example, prompt in zip(examples, prompts, strict=True)
         ]
+
+    def _drawn_by_both(
+        self,
+        model: nn.Module,
+        examples: Sequence[Example],
+        prompts: Sequence[Tensor],
+        seed: int,
+        teacher: Teacher,
+        context: ContextBuilder,
+    ) -> list[Group]:
+        """Returns groups with the student's completions first, then the teacher's, who reads the context too.
+
+        A share that is no whole number of completions is rounded up or down at random, for each group. Where there is
+        nothing privileged to read, the student draws all.
+        """
+        size, rng = self.sampling.num_completions, random.Random(seed_of(seed, 0))
+        groups = [
+            Group(example=example, prompt_ids=prompt, rollouts=(UNKNOWN,))
+            for example, prompt in zip(examples, prompts, strict=True)
+        ]
+        seen = [context.condition(group, self.tokenizer) for group in groups]
+        shares = [int(size * self.teacher_samples + rng.random()) if view.active[0] else 0 for view in seen]
+        rollouts: list[tuple[Rollout, ...]] = [()] * len(groups)
+
+        def draw(module: nn.Module, prompts: Sequence[Tensor], counts: Sequence[int], side: int) -> None:
+            for count in sorted({*counts} - {0}):
+                rows = [row for row, own in enumerate(counts) if own == count]
+                drawn = sample_groups(
+                    self.sampler,
+                    module,
+                    [examples[row] for row in rows],
+                    [prompts[row] for row in rows],
+                    replace(self.sampling, num_completions=count),
+                    tokenizer=self.tokenizer,
+                    seed=seed_of(seed, side, count),
+                )
+                for row, group in zip(rows, drawn, strict=True):
+                    rollouts[row] += group.rollouts
+
+        draw(model, prompts, [size - share for share in shares], 1)
+        with teacher.weights(model) as module:
+            draw(module, [view.teacher_prompts[0] for view in seen], shares, 2)
+        return [replace(group, rollouts=drawn) for group, drawn in zip(groups, rollouts, strict=True)]
 
     def judge(self, groups: Sequence[Group]) -> Scored:
         """Asks the reward functions about every completion."""

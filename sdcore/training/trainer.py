@@ -130,7 +130,7 @@ class SelfDistillationTrainer(Trainer):
             callbacks=[Hooks(self), *(callbacks or [])],
             optimizers=optimizers,
         )
-        check_engine(self.accelerator.state)
+        check_engine(self.accelerator.state, method)
         for printing in (ProgressCallback, PrinterCallback):  # each prints all metrics of every step
             self.remove_callback(printing)
         if not args.disable_tqdm:
@@ -214,7 +214,9 @@ class SelfDistillationTrainer(Trainer):
         self._hand_over_weights()
         # Batches of all ranks are numbered in the order of the data, whatever the number of ranks.
         seeds = [seed_of(args.seed, step, i * args.world_size + args.process_index) for i in range(len(batches))]
-        groups, counts, means = self.collector.collect(self.model_wrapped, batches, seeds)
+        groups, counts, means = self.collector.collect(
+            self.model_wrapped, batches, seeds, teacher=self.teacher, context=self.rows
+        )
         self._tally.count(counts)
         self._tally.add(means)
         return groups
