@@ -132,6 +132,8 @@ completions/clipped_ratio | down | share | cut at the limit
     Completions that were cut at the length limit.
 completions/count | none | count | completions
     Completions since the last line.
+completions/by_teacher | none | count | drawn by the teacher
+    Those of them that the teacher drew, with its context in view. Rewards are averaged over the others.
 completions/without_loss | down | count | without loss
     Completions that carried no loss of any kind.
 completions/truncated_masked | down | count | left out as cut

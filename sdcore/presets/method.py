@@ -311,19 +311,13 @@ def _rewards_problems(method: Method) -> Iterator[str]:
             "num_generations must be 1 with samples='dataset', which has one completion a row, got "
             f"{method.num_generations}"
         )
-    if method.teacher_samples > 0 and not (
-        method.target == "divergence"
-        and method.samples == "student"
-        and not mixed
-        and method.context in ("demonstration", "solution", "template")
-        and method.teacher != "trust_region"
-        and method.importance_clip is None
-        and not method.sampled_token
-    ):
+    clipped = method.importance_clip is not None or method.sampled_token
+    one_teacher = method.target == "divergence" and not mixed and method.teacher != "trust_region"
+    drawn_after = method.samples == "student" and method.context != "feedback"
+    if method.teacher_samples > 0 and not (one_teacher and drawn_after and not clipped):
         yield (
-            "teacher_samples must be 0 except for a divergence on sampled completions, whose teacher is one set of "
-            "weights and has its context before anything is sampled, without importance_clip and sampled_token, got "
-            f"{method.teacher_samples}"
+            "teacher_samples must be 0 except for a divergence alone, from one set of weights with a context known before "
+            f"anything is sampled, without importance_clip and sampled_token, got {method.teacher_samples}"
         )
     if method.target == "tilt" and method.skip_first_tokens > 0:
         yield (

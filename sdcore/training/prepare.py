@@ -2,7 +2,7 @@
 
     check(args, method, rewards, sampler)
     model, tokenizer = loaded("Qwen/Qwen3-0.6B", None, args, peft_config=None)
-    check_engine(accelerator.state, method)
+    check_engine(accelerator.state)
 
 Not covered: what a model must be like, which `sdcore.models` says.
 """
@@ -99,11 +99,6 @@ def check(args: SelfDistillationConfig, method: Method, rewards: Sequence[Reward
             "top_p must be 1 and top_k None where a policy gradient compares the student with who sampled "
             f"(num_iterations > 1, or another engine), got {args.top_p} and {args.top_k}"
         )
-    if method.teacher_samples > 0 and method.teacher != "live" and not isinstance(sampler, ModelSampler):
-        raise ArgumentError(
-            "teacher_samples must be 0 with an engine that samples, which has the student's weights, but for "
-            f"teacher='live', got {method.teacher_samples} with teacher={method.teacher!r}"
-        )
     asked = compared or method.target == "tilt" or method.importance_clip is not None
     if asked and args.sampling_temperature == 0:
         raise ArgumentError(
@@ -111,7 +106,7 @@ def check(args: SelfDistillationConfig, method: Method, rewards: Sequence[Reward
         )
 
 
-def check_engine(state: Any, method: Method) -> None:
+def check_engine(state: Any) -> None:
     """Raises `UnsupportedModelError` for what accelerate, whose state this is, must not put around a model."""
     if getattr(state, "deepspeed_plugin", None) is not None:
         raise UnsupportedModelError(
@@ -123,11 +118,6 @@ def check_engine(state: Any, method: Method) -> None:
         raise UnsupportedModelError(
             f"args must not ask for FSDP{plugin.fsdp_version}, which is accelerate's default: use FSDP2, by "
             'fsdp_config={"version": 2} or `accelerate launch --fsdp_version 2`'
-        )
-    if plugin is not None and method.teacher_samples > 0 and method.teacher != "live":
-        raise UnsupportedModelError(
-            "args must not ask for FSDP2 with teacher_samples, but for teacher='live': completions are sampled from "
-            f"whole weights, and those of teacher={method.teacher!r} are sharded"
         )
     if plugin is None and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise UnsupportedModelError(
