@@ -27,7 +27,7 @@ OTHER: Final = "Other"  # of names that are not in the table
 TABLE: Final = """
 [Reward and feedback]
 self_distillation/reward_mean | up | | mean reward
-    Mean reward of the completions that were judged.
+    Mean reward of the student's completions that were judged; a teacher's (teacher_samples) are left out.
 self_distillation/reward_std | none | | reward, standard deviation
     Standard deviation of those rewards.
 self_distillation/success_group_fraction | up | share | groups with a success
