@@ -316,8 +316,8 @@ def _rewards_problems(method: Method) -> Iterator[str]:
     drawn_after = method.samples == "student" and method.context != "feedback"
     if method.teacher_samples > 0 and not (one_teacher and drawn_after and not clipped):
         yield (
-            "teacher_samples must be 0 except for a divergence alone, from one set of weights with a context known before "
-            f"it samples, without importance_clip and sampled_token, got {method.teacher_samples}"
+            "teacher_samples must be 0 except for a divergence alone, of one set of weights with a context known "
+            f"before it samples, without importance_clip and sampled_token, got {method.teacher_samples}"
         )
     if method.target == "tilt" and method.skip_first_tokens > 0:
         yield (
