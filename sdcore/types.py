@@ -38,6 +38,7 @@ class Rollout:
     reward: float | None = None  # None: not judged; NaN is refused where rewards come in
     feedback: str | None = None  # the environment's words about this very completion
     raw_text: str | None = None  # decoded, with all special tokens; None: nobody did
+    by_teacher: bool = False  # the teacher drew it, after its own prompt
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -27,7 +27,7 @@ OTHER: Final = "Other"  # of names that are not in the table
 TABLE: Final = """
 [Reward and feedback]
 self_distillation/reward_mean | up | | mean reward
-    Mean reward of the completions that were judged.
+    Mean reward of the student's completions that were judged; a teacher's (teacher_samples) are left out.
 self_distillation/reward_std | none | | reward, standard deviation
     Standard deviation of those rewards.
 self_distillation/success_group_fraction | up | share | groups with a success
@@ -132,6 +132,8 @@ completions/clipped_ratio | down | share | cut at the limit
     Completions that were cut at the length limit.
 completions/count | none | count | completions
     Completions since the last line.
+completions/by_teacher | none | count | drawn by the teacher
+    Those of them that the teacher drew, with its context in view. Rewards are averaged over the others.
 completions/without_loss | down | count | without loss
     Completions that carried no loss of any kind.
 completions/truncated_masked | down | count | left out as cut

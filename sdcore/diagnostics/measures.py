@@ -74,7 +74,8 @@ def check_one_per_group(groups: Sequence[Group], conditioned: Sequence[Condition
 
 
 def _rewards(groups: Sequence[Group], threshold: float, tolerance: float) -> dict[str, float]:
-    rewards_B = [[r.reward for r in group.rollouts if r.reward is not None] for group in groups]
+    students_B = [[r for r in group.rollouts if not r.by_teacher] for group in groups]
+    rewards_B = [[r.reward for r in rollouts if r.reward is not None] for rollouts in students_B]
     judged = [reward for rewards in rewards_B for reward in rewards]
     completions = sum(len(group.rollouts) for group in groups)
     spoken = sum(bool(r.feedback and r.feedback.strip()) for group in groups for r in group.rollouts)
@@ -90,7 +91,7 @@ def _rewards(groups: Sequence[Group], threshold: float, tolerance: float) -> dic
         "self_distillation/reward_mean": sum(judged) / len(judged),
         "self_distillation/reward_std": _deviation(judged),
         "self_distillation/success_group_fraction": _mean([max(rewards) >= threshold for rewards in compared]),
-        "self_distillation/unjudged_fraction": 1 - len(judged) / completions,
+        "self_distillation/unjudged_fraction": 1 - len(judged) / sum(map(len, students_B)),
     }
 
 

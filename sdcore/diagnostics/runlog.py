@@ -98,7 +98,7 @@ class RunLog:
         """Appends a line of `samples.jsonl` for each completion that is shown. Raises `ArgumentError` as `metrics`.
 
         A row has some of "prompt", "privileged_context", "completion", "tokens" (a text per token), "per_token" (their
-        divergences, as many), "reward", "feedback" and "active".
+        divergences, as many), "reward", "feedback", "active" and "by_teacher".
         """
         self._check_step(SAMPLES, step)
         for i, row in enumerate(rows):

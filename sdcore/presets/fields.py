@@ -40,6 +40,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "kl_anchor": (0, math.inf, False),
     "skip_first_tokens": (0, math.inf, False),
     "num_generations": (1, math.inf, False),
+    "teacher_samples": (0, 1, False),
 }
 
 

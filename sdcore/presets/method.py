@@ -86,6 +86,7 @@ class Method:
     # On whose samples.
     samples: Literal["student", "dataset"] = "student"  # "dataset": the column `completion`
     num_generations: int = 1  # G, completions sampled for a prompt
+    teacher_samples: float = 0.0  # share of these that the teacher draws, with its context in view
 
     def __post_init__(self) -> None:
         for name, annotation in field_types().items():
@@ -309,6 +310,14 @@ def _rewards_problems(method: Method) -> Iterator[str]:
         yield (
             "num_generations must be 1 with samples='dataset', which has one completion a row, got "
             f"{method.num_generations}"
+        )
+    clipped = method.importance_clip is not None or method.sampled_token
+    one_teacher = method.target == "divergence" and not mixed and method.teacher != "trust_region"
+    drawn_after = method.samples == "student" and method.context != "feedback"
+    if method.teacher_samples > 0 and not (one_teacher and drawn_after and not clipped):
+        yield (
+            "teacher_samples must be 0 except for a divergence alone, of one set of weights with a context known "
+            f"before it samples, without importance_clip and sampled_token, got {method.teacher_samples}"
         )
     if method.target == "tilt" and method.skip_first_tokens > 0:
         yield (

@@ -103,8 +103,8 @@ class ContextDistillation(Method):
     """Puts a system prompt, an instruction or a document into the weights: forward KL on the student's samples.
 
     Snell et al. 2022, "Learning by Distilling Context", arXiv:2209.15189, with the student's samples in the place of
-    the teacher's (`samples="dataset"` is for completions that the teacher, with the context, has written). The teacher
-    is the model before training: a live one forgets how to read the context that it no longer needs.
+    the teacher's (`teacher_samples=1.0`; `samples="dataset"` is for what the teacher, with the context, wrote). The
+    teacher is the model before training: a live one forgets how to read the context that it no longer needs.
     """
 
     preset_name: ClassVar[str | None] = "context_distillation"

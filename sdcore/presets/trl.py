@@ -55,7 +55,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_vllm": ((False,), "give the trainer a sampler, sdcore.rollouts.vllm"),
     "use_teacher_server": ((False,), "the teacher is computed here, with the prefix that it shares"),
     "beta": ((0.0,), "TRL 1.16 stores it and never uses it; an anchor here is kl_anchor"),
-    "generate_from_teacher": ((False,), "completions are the student's, or the data's with samples='dataset'"),
+    "generate_from_teacher": (
+        (False,),
+        "TRL draws from the student's weights after the teacher's prompt; teacher_samples=1.0 from the teacher's",
+    ),
 }
 # TRL's own, about its server, its diagnostics and DeepSpeed: no part of what is learned.
 WITHOUT_EFFECT = (

@@ -62,7 +62,7 @@ class Scored(NamedTuple):
 
     groups: list[Group]
     counts: dict[str, int]  # "rewards/dropped" completions, and why: "raised", "timeout", "invalid" in its place
-    sums: dict[str, tuple[float, int]]  # name of a function → sum and number of the rewards that it gave
+    sums: dict[str, tuple[float, int]]  # name of a function → sum and number of the rewards that it gave the student
 
 
 def score(
@@ -126,8 +126,9 @@ def judge(
                     failed = True
                     continue
                 total += reward.weight * answer.value
-                known, count = sums[reward.name]
-                sums[reward.name] = known + answer.value, count + 1
+                if not rollout.by_teacher:
+                    known, count = sums[reward.name]
+                    sums[reward.name] = known + answer.value, count + 1
                 if answer.feedback:
                     remarks.append(answer.feedback)
             counts["rewards/dropped"] += failed

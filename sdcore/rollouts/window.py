@@ -30,7 +30,7 @@ from ..types import Example, Group, Message, Rollout
 from .samplers import seed_of
 
 COMPLETION = "completion"
-PLAIN = ("text", "finished", "reward", "feedback", "raw_text")  # fields of a rollout that JSON has as they are
+PLAIN = ("text", "finished", "reward", "feedback", "raw_text", "by_teacher")  # fields that JSON has as they are
 
 
 class WindowOrder(TorchSampler[int]):

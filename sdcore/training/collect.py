@@ -4,25 +4,29 @@
 
 A batch is sampled with a seed of its own, so what is sampled for it does not depend on which process does it, nor on
 what was sampled before. Where the method learns from completions in the data, those are taken and nothing is sampled.
+A share of what is sampled may be the teacher's: drawn with its weights, after its prompt.
 
 Not covered: prompts that are cut; one that is too long is an error, since the question is what is asked.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
-from ..contexts import student_prompt_ids
-from ..errors import DataError
+from ..contexts import ContextBuilder, SuccessOrFeedback, student_prompt_ids
+from ..errors import ArgumentError, DataError
 from ..presets.method import Method
 from ..rollouts.rewards import OnError, Reward, Scored, judge
-from ..rollouts.samplers import Sampler, Sampling, sample_groups, whole_weights
+from ..rollouts.samplers import ModelSampler, Sampler, Sampling, sample_groups, seed_of, whole_weights
 from ..rollouts.window import given_completion
+from ..teachers import Teacher
 from ..types import Example, Group, Rollout
 from .config import SelfDistillationConfig
 
@@ -49,6 +53,7 @@ class Collector:
     timeout: float | None = 60.0  # this and the next two: see `rollouts.rewards.judge`
     on_error: OnError = "raise"
     workers: int = 1
+    teacher_samples: float = 0.0  # share of the completions that the teacher draws
 
     @classmethod
     def of_run(
@@ -81,26 +86,102 @@ class Collector:
             timeout=args.reward_timeout,
             on_error=cast(OnError, args.reward_on_error),
             workers=args.reward_workers,
+            teacher_samples=method.teacher_samples,
         )
 
-    def collect(self, model: nn.Module, batches: Sequence[Sequence[Example]], seeds: Sequence[int]) -> Collected:
-        """Samples and judges batches, one seed for each. With FSDP2 to be called by all ranks."""
+    def check(self, teacher: Any, context: ContextBuilder, state: Any) -> None:
+        """Raises `ArgumentError` where a teacher and a context, a user's own perhaps, cannot have `teacher_samples`."""
+        if self.teacher_samples == 0:
+            return
+        if not hasattr(teacher, "weights") or isinstance(context, SuccessOrFeedback):
+            raise ArgumentError(
+                "teacher_samples must be 0 but for a teacher that is one set of weights and a context that is known "
+                f"before anything is sampled, got {self.teacher_samples} with {type(teacher).__name__} and "
+                f"{type(context).__name__}"
+            )
+        is_sharded = getattr(state, "fsdp_plugin", None) is not None
+        if not teacher.shares_weights and (is_sharded or not isinstance(self.sampler, ModelSampler)):
+            raise ArgumentError(
+                "teacher_samples must be 0 under FSDP2 and with a sampler of one's own, which both sample from the "
+                f"student's weights, but for teacher='live', got {self.teacher_samples} with {type(teacher).__name__}"
+            )
+
+    def collect(
+        self,
+        model: nn.Module,
+        batches: Sequence[Sequence[Example]],
+        seeds: Sequence[int],
+        other: tuple[Teacher, ContextBuilder] | None = None,
+    ) -> Collected:
+        """Samples and judges batches, one seed for each. With FSDP2 to be called by all ranks.
+
+        `other` draws the `teacher_samples`: a teacher, after the prompts that a builder makes.
+        """
         with nullcontext() if self.from_data else whole_weights(model, self.sampler):
-            drawn = [self.draw(model, batch, seed) for batch, seed in zip(batches, seeds, strict=True)]
+            drawn = [self.draw(model, batch, seed, other) for batch, seed in zip(batches, seeds, strict=True)]
         scored = self.judge([group for groups in drawn for group in groups])
         means = {f"rewards/{name}/mean": total / number for name, (total, number) in scored.sums.items() if number}
         judged = iter(scored.groups)
         return Collected([[next(judged) for _ in groups] for groups in drawn], scored.counts, means)
 
-    def draw(self, model: nn.Module, examples: Sequence[Example], seed: int) -> list[Group]:
+    def draw(
+        self,
+        model: nn.Module,
+        examples: Sequence[Example],
+        seed: int,
+        other: tuple[Teacher, ContextBuilder] | None = None,
+    ) -> list[Group]:
         """Returns groups that are not judged yet. With FSDP2 to be called inside `whole_weights`."""
         prompts = [self.prompt(example) for example in examples]
+        if other is not None and self.teacher_samples > 0:
+            return self._by_both(model, examples, prompts, seed, *other)
         if not self.from_data:
             sampling, tokenizer = self.sampling, self.tokenizer
             return sample_groups(self.sampler, model, examples, prompts, sampling, tokenizer=tokenizer, seed=seed)
         return [
             Group(example=example, prompt_ids=prompt, rollouts=(self.given(example, prompt),))
             for example, prompt in zip(examples, prompts, strict=True)
+        ]
+
+    def _by_both(
+        self,
+        model: nn.Module,
+        examples: Sequence[Example],
+        prompts: Sequence[Tensor],
+        seed: int,
+        teacher: Teacher,
+        context: ContextBuilder,
+    ) -> list[Group]:
+        """Returns groups of the student's completions and, behind them, the teacher's.
+
+        A share that is no whole number of completions is rounded up or down at random, for each group. Where there is
+        nothing privileged to read, the student draws all.
+        """
+        # The builder is asked before there are completions, about one of the greatest length.
+        unknown = torch.zeros(self.sampling.max_new_tokens, dtype=torch.int64)
+        rollouts = (Rollout(completion_ids=unknown, logprobs=None, text="", finished=False),)
+        asked = [Group(example=e, prompt_ids=ids, rollouts=rollouts) for e, ids in zip(examples, prompts, strict=True)]
+        seen = [context.condition(group, self.tokenizer) for group in asked]
+        size, rng = self.sampling.num_completions, random.Random(seed_of(seed, 0))
+        shares = [int(size * self.teacher_samples + rng.random()) if each.active[0] else 0 for each in seen]
+
+        def drawn(module: nn.Module, after: Sequence[Tensor], counts: Sequence[int], part: int) -> list[Any]:
+            """Returns so many completions of each: as many of all are drawn as of the one with most, at a time."""
+            rows = [row for row, count in enumerate(counts) if count]
+            if not rows:
+                return [()] * len(counts)
+            sampling, given = replace(self.sampling, num_completions=max(counts)), [examples[row] for row in rows]
+            options = {"tokenizer": self.tokenizer, "seed": seed_of(seed, part)}
+            groups = sample_groups(self.sampler, module, given, [after[row] for row in rows], sampling, **options)
+            of_row = {row: group.rollouts for row, group in zip(rows, groups, strict=True)}
+            return [of_row[row][:count] if count else () for row, count in enumerate(counts)]
+
+        own = drawn(model, prompts, [size - share for share in shares], 1)
+        with teacher.weights(model) as module:
+            others = drawn(module, [each.teacher_prompts[0] for each in seen], shares, 2)
+        return [
+            replace(group, rollouts=(*mine, *(replace(rollout, by_teacher=True) for rollout in theirs)))
+            for group, mine, theirs in zip(asked, own, others, strict=True)
         ]
 
     def judge(self, groups: Sequence[Group]) -> Scored:

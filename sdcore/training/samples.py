@@ -59,6 +59,7 @@ def sample_rows(batch: Batch, out: StepOutput, tokenizer: Any, *, limit: int) ->
                 "reward": rollout.reward,
                 "feedback": rollout.feedback,
                 "active": taught[i, g],
+                "by_teacher": rollout.by_teacher,
             }
         )
     return rows

@@ -140,6 +140,7 @@ class SelfDistillationTrainer(Trainer):
         self.train_dataset: Any = train_examples and self.rows.usable(train_examples, "train_dataset")
         self.eval_dataset = of_each(eval_examples, self.rows.of_evaluation().usable, "eval_dataset")
         self.teacher: Any = built(teacher, method.has_teacher, method.build_teacher, self.model, args)
+        self.collector.check(self.teacher, self.context, self.accelerator.state)
         self.reference: Any = built(reference, method.needs_reference, method.build_reference, self.model, args)
         self.watch = Watch(
             method=method,
@@ -214,7 +215,8 @@ class SelfDistillationTrainer(Trainer):
         self._hand_over_weights()
         # Batches of all ranks are numbered in the order of the data, whatever the number of ranks.
         seeds = [seed_of(args.seed, step, i * args.world_size + args.process_index) for i in range(len(batches))]
-        groups, counts, means = self.collector.collect(self.model_wrapped, batches, seeds)
+        other = (self.teacher, self.rows)
+        groups, counts, means = self.collector.collect(self.model_wrapped, batches, seeds, other)
         self._tally.count(counts)
         self._tally.add(means)
         return groups

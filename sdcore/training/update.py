@@ -128,6 +128,7 @@ class Batch:
             normalizers=Normalizers(of_divergence, of_policy),
             counts={
                 "completions/count": len(rollouts),
+                "completions/by_teacher": sum(rollout.by_teacher for rollout in rollouts),
                 "completions/without_loss": int((~carries).sum()),
                 "completions/truncated_masked": int((~whole).sum()),
             },

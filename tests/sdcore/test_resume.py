@@ -32,6 +32,13 @@ CASES: dict[str, tuple[Method, str, list[Any], dict[str, Any]]] = {
     # Three epochs of two steps, so the order of the data is resumed within a later one.
     "sdft": (SDFT_METHOD, "sdft", [], {"count": 8}),
     "sdpo accumulated": (SDPO_METHOD, "sdpo", [with_feedback], {"count": 20, "gradient_accumulation_steps": 2}),
+    # Half of the teacher is new at every step, and so is who draws.
+    "teacher's samples": (
+        replace(SDFT_METHOD, teacher_samples=0.4, update_rate=0.5),
+        "sdft",
+        [],
+        {"count": 20, "num_iterations": 3},
+    ),
     # Checkpoints are written after 4 and 8 steps, between two uses of the same completions.
     "grpo reused": (GRPO(num_generations=4), "rl", [fraction], {"count": 8, "num_iterations": 3}),
 }

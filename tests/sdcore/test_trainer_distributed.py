@@ -54,10 +54,11 @@ LAUNCHERS = {
 }
 # Every case under one of the two at least; what may hang, or be divided wrongly, under both.
 RUN = {
-    "ddp": ("sdpo", "sparse", "sft", "grpo", "ema", "reused"),
-    "fsdp": ("sdft", "sparse", "sft", "tilt", "parted", "ema", "reused"),
+    "ddp": ("sdpo", "sparse", "sft", "grpo", "ema", "reused", "by teacher"),
+    "fsdp": ("sdft", "sparse", "sft", "tilt", "parted", "ema", "reused", "by live teacher"),
 }
 RESUMED = ("ema", "reused")
+COUNTED = ("count", "without_loss", "by_teacher")
 # FSDP2 as transformers has it by default if its arguments ask for it: with whole checkpoints.
 BY_ARGUMENTS = {"fsdp": True, "fsdp_config": {"version": 2}}
 
@@ -96,6 +97,8 @@ CASES: dict[str, tuple[Method, dict[str, Any]]] = {
         {"kind": "sdpo", "reward_funcs": [with_feedback], "strategy": "two_phase", "micro_batch": 2},
     ),
     "reused": (GRPO(num_generations=4), {"kind": "rl", "reward_funcs": [fraction], "num_iterations": 2}),
+    "by teacher": (replace(SDFT_METHOD, update_rate=0.5, teacher_samples=0.5), {"kind": "sdft"}),
+    "by live teacher": (replace(SDFT_METHOD, teacher="live", update_rate=0.05, teacher_samples=0.5), {"kind": "sdft"}),
 }
 
 
@@ -243,7 +246,7 @@ def test_two_processes_give_the_losses_of_one(kind: str, alone: Path, together: 
         assert [step for step, _ in curve] == list(range(1, STEPS + 1)), case
         assert [loss for _, loss in curve] == pytest.approx([loss for _, loss in wanted], rel=2e-4, abs=1e-6), case
         for line, other in zip(lines(together / case), lines(alone / case), strict=True):
-            for name in ("samples", "tokens", "completions/count", "completions/without_loss", "loss/active_tokens"):
+            for name in ("samples", "tokens", "loss/active_tokens", *(f"completions/{one}" for one in COUNTED)):
                 assert line[name] == other[name], (case, name)
             for name in ("grad_norm", "self_distillation/distillation_loss", "completions/mean_length"):
                 assert line[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), (case, name)

@@ -151,6 +151,11 @@ def test_divergences_and_gradients_are_trls(mode: dict[str, Any]) -> None:
     assert LogitTransform().temperature is None  # the method's is used
 
 
+def test_trls_completions_after_the_teachers_prompt_are_not_the_teachers() -> None:
+    with pytest.raises(ArgumentError, match=r"generate_from_teacher=True .* student's weights .*; teacher_samples=1.0"):
+        from_trl(GROUP | {"generate_from_teacher": True}, kind="sdft")
+
+
 def test_ratios_that_nobody_reads_are_whatever_they_are_said_to_be() -> None:
     level = {"importance_sampling_level": "sequence"}
     assert from_trl(GROUP | level, kind="sdpo") == from_trl(GROUP, kind="sdpo")
