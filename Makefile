@@ -13,13 +13,16 @@ PYTEST_WORKERS ?= 2
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-random test-real test-gpu lint types compile-check hub-kernel bench reproduce methods clean
+.PHONY: help demo demo-llm test test-random test-real test-gpu lint types compile-check hub-kernel bench reproduce methods clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/installed-plot  ## set up, then run the small self-distillation demo (DEMO_ARGS="--help" for its options)
 	$(PY) -m sdcore demo $(DEMO_ARGS)
+
+demo-llm: $(VENV)/installed-real  ## set up, then teach SmolLM2-135M-Instruct thirty invented facts: a quarter of an hour (DEMO_ARGS)
+	$(PY) -m reproduce.handbook $(DEMO_ARGS)
 
 test: $(VENV)/installed-dev  ## set up with the test extras, then run the tests (PYTEST_ARGS="-k divergence" for some)
 	$(PY) -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)

@@ -1,0 +1,77 @@
+"""Tests the demo on a real model with a random one of one layer: its data, its judge, and that it runs to its end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from reproduce.handbook import LEARNERS, Handbook, app, has_words
+from tests.sdcore.contexts.chats import chat_tokenizer
+
+BOOK = Handbook()
+
+
+def question(row: dict[str, Any]) -> str:
+    return row["messages"][0]["content"]
+
+
+def test_no_question_is_asked_twice_or_has_its_answer_in_it() -> None:
+    asked = [question(row) for row in [*BOOK.train, *BOOK.held_out]]
+    assert (len(BOOK.train), len(BOOK.held_out), len(BOOK.general)) == (180, 60, 40)
+    assert len({*asked}) == len(asked)
+    assert not [text for row in [*BOOK.train, *BOOK.held_out] if has_words(text := question(row), row["words"])]
+
+
+def test_the_context_and_nothing_else_that_the_student_reads_has_the_answer() -> None:
+    for row, shown in zip(BOOK.held_out, BOOK.shown, strict=True):
+        assert has_words(row["privileged_context"], row["words"])
+        assert question(shown).startswith(row["privileged_context"])
+        assert question(shown).endswith(question(row))
+
+
+@pytest.mark.parametrize(
+    ("answer", "words", "right"),
+    [
+        ("It has 412 employees.", ["412"], 1),
+        ("It has 4120 employees.", ["412"], 0),
+        ("They are in /srv/amber.", ["/srv/amber"], 1),
+        ("On the Fifth floor", ["fifth floor", "floor 5"], 1),
+        ("At Floor 51", ["floor 5"], 0),
+        ("", ["2"], 0),
+    ],
+)
+def test_an_answer_is_right_with_a_word_of_its_own(answer: str, words: list[str], right: int) -> None:
+    assert has_words(answer, words) == right
+
+
+def test_the_demo_runs_to_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = chat_tokenizer("qwen")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=2, **sizes)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for name in ("train", "held_out", "shown", "general"):
+        monkeypatch.setattr(BOOK, name, getattr(BOOK, name)[:5])
+    monkeypatch.setattr("reproduce.handbook.Handbook", lambda: BOOK)
+    monkeypatch.setattr("reproduce.handbook.MOST_TOKENS", 4)
+    output = tmp_path / "out"
+    result = CliRunner().invoke(app, ["--model", str(tmp_path), "--output", str(output), "--steps", "1"])
+    assert result.exit_code == 0, result.output
+    record = json.loads((output / "result.json").read_text())
+    assert [row["name"] for row in record["measured"]] == ["before", *(learner.name for learner in LEARNERS)]
+    for learner in record["measured"][1:]:
+        assert learner["learned_tokens"] > 0
+        assert learner["answers"]
+
+
+def test_without_the_package_the_error_says_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reproduce.handbook.PACKAGE", "no_such_package")
+    result = CliRunner().invoke(app, [])
+    assert result.exit_code == 1
+    assert "make demo-llm" in result.output
