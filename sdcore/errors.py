@@ -34,6 +34,10 @@ class ContextError(SdcoreError, ValueError):
     """Refuses a prompt that cannot be rendered with its privileged context, or that is too long with it."""
 
 
+class NotFiniteError(SdcoreError, FloatingPointError):
+    """Says that a step's gradient is no number, before it is written into the weights."""
+
+
 def require_positive(**counts: int | None) -> None:
     """Raises `ArgumentError` for the first of these options that is given and below 1."""
     for name, count in counts.items():

@@ -97,11 +97,13 @@ def load_model(
 ) -> tuple[Any, Any]:
     """Loads a model, in evaluation mode on its device (None: a GPU if there is one), and its tokenizer."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from sdcore.training.prepare import model_of
 
     name = resolved(model, gguf_file)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    loaded = model_of(name, dtype=dtype, trust_remote_code=trust_remote_code)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return loaded.to(place).eval(), tokenizer
 

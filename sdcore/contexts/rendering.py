@@ -1,8 +1,8 @@
 """Turns a prompt's text into its token ids, and puts the privileged context into a conversation.
 
 A conversation is rendered by the tokenizer's chat template, with the generation prompt; plain text is tokenized as it
-is, with the special tokens that the tokenizer puts before a text, and without those behind it. Both for the student and
-for the teacher, so their sequences begin with the same tokens up to where the texts part.
+is, with the special tokens that the tokenizer puts before a text, once, and without those behind one. Both for the
+student and for the teacher, so their sequences begin with the same tokens up to where the texts part.
 
 Only the last user turn is changed, and only by adding to it where the template begins with the question. System turns,
 earlier turns and parts of other types (images) are left as they are. transformers runs chat templates in Jinja's
@@ -144,6 +144,9 @@ def prompt_ids(
             ids, added = list(encoded["input_ids"]), encoded["special_tokens_mask"]
             while len(ids) > 1 and added[len(ids) - 1]:  # an end of the text would end it before the answer
                 ids.pop()
+            before = added.index(0) if 0 in added else 0
+            if before and ids[before : 2 * before] == ids[:before]:  # a text that a chat template rendered has it
+                del ids[:before]
         else:
             ids = tokenizer.apply_chat_template(
                 [dict(message) for message in prompt],

@@ -97,6 +97,12 @@ def without_thinking(text: str) -> str:
     return text.strip()
 
 
+def unopened(text: str, before: str) -> str:
+    """Returns a text without the thinking tag that it begins with, where the text `before` it ends with that tag."""
+    opened = re.search(rf"({_BEGIN})\s*\Z", before)
+    return text.lstrip().removeprefix(opened[1]).lstrip() if opened and text.lstrip().startswith(opened[1]) else text
+
+
 def check_template(name: str, text: str, *, must_show: tuple[str, ...] = ()) -> None:
     """Raises `ArgumentError` where a template is no Jinja, or lacks the question or what else it must show."""
     if not isinstance(text, str):

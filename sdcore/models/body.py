@@ -44,6 +44,8 @@ from .heads import Head, count_rows, read_layer, scale_and_softcap, shape_of, ve
 RECURRENT_TYPES = frozenset({"linear_attention", "conv", "mamba", "mamba2", "hybrid", "hybrid_sliding"})
 # What says in a configuration that a token sees those after it (XLM has `causal`, XLNet `attn_type`).
 SEES_AHEAD = (("is_causal", False), ("causal", False), ("attn_type", "bi"), ("model_type", "cpmant"))
+# What a configuration says of chance in training mode, beside modules of dropout.
+NOISE = ("attention_dropout", "hidden_dropout", "resid_pdrop", "layerdrop", "router_jitter_noise")
 WINDOWED_TYPES = frozenset({"sliding_attention", "hybrid_sliding"})
 
 
@@ -336,6 +338,13 @@ def _refuse_reentrant(name: str, function: Any) -> None:
             "reentrantly checkpointed layer through a cache carry no gradient. Enable checkpointing with "
             'gradient_checkpointing_kwargs={"use_reentrant": False}'
         )
+
+
+def noise_of(model: nn.Module, config: Any) -> list[str]:
+    """Names what a model would draw at random in training mode, by its configuration and its modules."""
+    names = [f"{name}={value:g}" for name in NOISE if (value := getattr(config, name, None))]
+    drops = {f"dropout of {m.p:g}" for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0}
+    return [*names, *sorted(drops)]
 
 
 @contextmanager

@@ -97,14 +97,14 @@ def require_fits(body: Body, teacher: Teacher, plan: Plan) -> None:
         own = find_body(module)
         if own.causal_lm is body.causal_lm:
             return
-        # The completions are among what the student reads, but its prompts are not the teacher's to read.
-        check_against(plan, vocab_size=own.vocab_size, max_positions=None, device=own.device)
-        read = replace(plan, student=())
-        check_against(read, vocab_size=own.vocab_size, max_positions=own.max_positions, device=own.device)
         if body.num_logits != own.num_logits:
             raise ArgumentError(
                 f"teacher must have the student's vocabulary, {body.num_logits} logits a token, got {own.num_logits}"
             )
+        # The completions are among what the student reads, but its prompts are not the teacher's to read.
+        check_against(plan, vocab_size=own.vocab_size, max_positions=None, device=own.device)
+        read = replace(plan, student=())
+        check_against(read, vocab_size=own.vocab_size, max_positions=own.max_positions, device=own.device)
 
 
 def counted_cost(plan: Plan, body: Body, strategy: str, shares: bool) -> Cost | None:

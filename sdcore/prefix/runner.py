@@ -24,6 +24,7 @@ from sdkernels import LogitTransform
 
 from ..errors import ArgumentError, UnsupportedModelError
 from ..models import Body, Head, find_body, head_of, lifted, without_dropout
+from ..models.body import noise_of
 from ..teachers import Live, Teacher, TrustRegion
 from ..teachers.weights import checked_teacher
 from .choice import STRATEGIES, Strategy, choose, choose_for_teacher, counted_cost, require_fits
@@ -158,9 +159,7 @@ def passes(
 def _dropout_in_backward(body: Body) -> str | None:
     """Says why this model's states must not outlive `without_dropout`: a layer would run again, with dropout."""
     checkpointed = [m for m in body.base.modules() if getattr(m, "gradient_checkpointing", False) and m.training]
-    drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in body.model.modules())
-    drops |= any(getattr(body.config, name, 0.0) for name in ("attention_dropout", "hidden_dropout", "resid_pdrop"))
-    if not (checkpointed and drops):
+    if not (checkpointed and noise_of(body.model, body.config)):
         return None
     return (
         f"{body.name} has dropout, and checkpoints its layers, which would run again in backward with dropout on: "

@@ -25,8 +25,10 @@ from torch import Tensor
 from torch.utils.data import Sampler as TorchSampler
 
 from ..contexts.rendering import answer_end, template_arguments
+from ..contexts.rendering import prompt_ids as _prompt_ids
+from ..contexts.templates import unopened
 from ..errors import ArgumentError, DataError
-from ..types import Example, Group, Message, Rollout
+from ..types import Example, Group, Prompt, Rollout
 from .samplers import seed_of
 
 COMPLETION = "completion"
@@ -79,25 +81,25 @@ def given_completion(
 ) -> Rollout:
     """Returns the example's column `completion` as if it had been sampled, up to what ends it.
 
-    In a conversation it is rendered as the assistant's turn, where that begins with the prompt and has an end; else its
-    own tokens follow the prompt, and the end of a turn or, in plain text, of the sequence. Raises `DataError` where
-    there is no such text.
+    In a conversation it is rendered as the assistant's turn, where that begins with the prompt and has an end; in plain
+    text it is read together with the prompt, where that leaves the prompt's tokens as they are. Else its own tokens
+    follow the prompt, without a thinking tag that the prompt has opened already. Then comes the end of a turn or, in
+    plain text, of the sequence. Raises `DataError` where there is no such text.
     """
     text = example.columns.get(COMPLETION)
-    if not isinstance(text, str):
-        raise DataError(f"{example.source}: expected a text in column `{COMPLETION}`, got {type(text).__name__}")
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"{example.source}: expected a text in column `{COMPLETION}`, got {text!r:.60}")
     arguments = template_arguments(example, chat_template_kwargs)
-    ids = None
-    if not isinstance(example.prompt, str):
-        ids = _rendered(example.prompt, text, tokenizer, arguments, example.source)
-    start = prompt_ids.tolist()
-    answer = ids[len(start) :] if ids is not None and ids[: len(start)] == start else []
+    whole, start = _rendered(example.prompt, text, tokenizer, arguments, example.source), prompt_ids.tolist()
+    answer = whole[len(start) :] if whole[: len(start)] == start else []
+    if not (answer and (isinstance(example.prompt, str) or set(answer) & set(stop_ids))):
+        answer = tokenizer(unopened(text, tokenizer.decode(start)), add_special_tokens=False)["input_ids"]
     stop = next((i for i, token in enumerate(answer) if token in stop_ids), None)
     if stop is not None:
         ids = answer[: stop + 1]  # templates go on behind it, with a newline
     else:
         end = answer_end(example.prompt, tokenizer)
-        ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], *([] if end is None else [end])]
+        ids = [*answer, *([] if end is None else [end])]
     finished = len(ids) <= max_length
     return Rollout(
         completion_ids=torch.tensor(ids[:max_length], dtype=torch.int64),
@@ -109,9 +111,11 @@ def given_completion(
 
 
 def _rendered(
-    conversation: Sequence[Message], text: str, tokenizer: Any, arguments: Mapping[str, Any], source: str
-) -> list[int] | None:
-    messages = [*(dict(message) for message in conversation), {"role": "assistant", "content": text}]
+    prompt: Prompt, text: str, tokenizer: Any, arguments: Mapping[str, Any], source: str
+) -> list[int]:
+    if isinstance(prompt, str):
+        return _prompt_ids(prompt + text, tokenizer, source=source).tolist()
+    messages = [*(dict(message) for message in prompt), {"role": "assistant", "content": text}]
     try:
         rendered = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **arguments)
     except (jinja2.TemplateError, ValueError, TypeError) as error:

@@ -17,7 +17,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
@@ -30,6 +30,9 @@ from .collect import Collector
 from .config import OnBadRow
 from .rows import Rows
 
+# What every evaluation measures, beside how long it took; and one that judges.
+MEASURED: Final = ("questions", "mean_length", "clipped_ratio", "runtime", "samples_per_second")
+JUDGED: Final = ("reward_mean", "reward_stderr", "success_rate", "pass_any", "dropped")
 # Told apart from training's seeds, which have other parts.
 EVALUATION = -1
 

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import find_adapter_config_file
@@ -27,12 +28,14 @@ from transformers.utils import logging as transformers_logging
 from ..contexts import require_text
 from ..data import read_examples
 from ..errors import ArgumentError, UnsupportedModelError
+from ..models.body import noise_of
 from ..models.gguf import plain_folder
 from ..presets.method import Method
 from ..rollouts.rewards import Reward
 from ..rollouts.samplers import ModelSampler, Sampler
 from ..types import Example
 from .config import SelfDistillationConfig
+from .evaluation import JUDGED, MEASURED
 
 
 def args_of(args: Any, method: Any) -> SelfDistillationConfig:
@@ -77,6 +80,9 @@ def check(args: SelfDistillationConfig, method: Method, rewards: Sequence[Reward
         raise ArgumentError(
             f"reward_funcs must have a function for {type(method).__name__}, which needs rewards, got none"
         )
+    names, best = (*MEASURED, *(JUDGED if rewards else ())), args.metric_for_best_model
+    if best is not None and not best.endswith(names):
+        raise ArgumentError(f"metric_for_best_model must be one of {', '.join(names)} in this run, got {best!r}")
     strategy = args.train_sampling_strategy
     if strategy not in ("random", "sequential"):
         raise ArgumentError(f"train_sampling_strategy must be 'random' or 'sequential', got {strategy!r}")
@@ -161,6 +167,14 @@ def _peft_unwarned() -> Iterator[None]:
 
 
 @_peft_unwarned()
+def model_of(name: str, **options: Any) -> Any:
+    """Loads a model by its name; of an adapter's folder the adapter as it was saved, with the tokens that it added."""
+    if find_adapter_config_file(name) is None:
+        return AutoModelForCausalLM.from_pretrained(name, **options)
+    return _peft().AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options)
+
+
+@_peft_unwarned()
 def loaded(model: Any, tokenizer: Any, args: SelfDistillationConfig, peft_config: Any) -> tuple[Any, Any]:
     """Loads model and tokenizer that are given by name, or not at all. Raises what transformers raises.
 
@@ -178,15 +192,10 @@ def loaded(model: Any, tokenizer: Any, args: SelfDistillationConfig, peft_config
     remote = args.trust_remote_code
     if isinstance(model, str):
         model = plain_folder(model, args.gguf_file)
-        has_adapter = find_adapter_config_file(model) is not None
-        if has_adapter and peft_config is not None:
+        if peft_config is not None and find_adapter_config_file(model) is not None:
             _refuse_second_adapter(model)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, trust_remote_code=remote)
-        options = {"dtype": args.model_dtype, "trust_remote_code": remote}
-        if has_adapter:
-            model = _peft().AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True, **options)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(model, **options)
+        model = model_of(model, dtype=args.model_dtype, trust_remote_code=remote)
     elif args.model_dtype == "bfloat16" != str(getattr(model, "dtype", None)).removeprefix("torch."):
         raise ArgumentError("model_dtype is of a model that is given by name: load this one with it, got 'bfloat16'")
     if tokenizer is None:
@@ -208,7 +217,33 @@ def loaded(model: Any, tokenizer: Any, args: SelfDistillationConfig, peft_config
             f"model must have weights that are trained, got a {type(model).__name__} without any, or with an adapter "
             "for inference: give the adapter's folder by name, or PeftModel.from_pretrained(..., is_trainable=True)"
         )
+    check_model(model)
     return model, tokenizer
+
+
+def check_model(model: Any) -> None:
+    """Raises for weights that cannot be trained, or not be saved, as they are; warns of what would have no effect."""
+    half = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.dtype == torch.float16]
+    if half:
+        raise UnsupportedModelError(
+            f"model must have float32 or bfloat16 weights where it is trained, got float16 in {half[0]}: steps vanish or "
+            "overflow there (fp16=True computes in float16, with float32 weights)"
+        )
+    generation = None if getattr(model, "peft_config", None) else getattr(model, "generation_config", None)
+    try:
+        if generation is not None:  # saved with the model, which would fail after the training
+            generation.validate(strict=True)
+    except ValueError as error:
+        raise ArgumentError(f"model must have a generation_config that transformers can save: {error}") from error
+    config = model.config.get_text_config()
+    unused = noise_of(model, config)
+    unused += ["router_aux_loss_coef"] if getattr(config, "output_router_logits", False) else []
+    if unused:
+        warnings.warn(
+            f"the model asks for {', '.join(unused)}, which has no effect: the loss is the method's alone, and student "
+            "and teacher are compared without chance",
+            stacklevel=3,
+        )
 
 
 def _peft() -> Any:

@@ -72,6 +72,7 @@ class Rows:
     world_size: int = 1
     gather: Callable[[Any], list[Any]] | None = None  # gives the lists of all ranks; None: this process checks all rows
     quiet: bool = True  # no progress bar
+    least: int = 1  # rows that there must be
     skipped: dict[str, list[str]] = field(default_factory=dict)  # name of the data → what was said of rows left out
 
     @classmethod
@@ -84,7 +85,9 @@ class Rows:
         skipped: dict[str, list[str]] | None,
     ) -> Rows:
         """Makes what checks the rows of a run's training steps."""
+        batches = args.gradient_accumulation_steps if args.num_iterations > 1 else 1
         return cls(
+            least=batches * args.train_batch_size * args.world_size if args.dataloader_drop_last else 1,
             collector=collector,
             body=find_body(model),
             context=context,
@@ -100,7 +103,7 @@ class Rows:
         """Returns what checks questions that are only answered."""
         collector = replace(self.collector, from_data=False, max_prompt_length=None)
         body = self.body if isinstance(collector.sampler, ModelSampler) else None  # as in `evaluate`
-        return replace(self, collector=collector, body=body, context=No())
+        return replace(self, collector=collector, body=body, context=No(), least=1)
 
     def usable(self, examples: Sequence[Example], what: str) -> list[Example]:
         """Returns the rows that the run can use; `what` is how the data is called.
@@ -124,9 +127,10 @@ class Rows:
         if bad and self.on_bad_row == "raise":
             _, kind, text = bad[0]
             raise kind(f"{text}; on_bad_row='skip' leaves such rows out")
-        if bad and len(bad) == len(examples):
+        if len(examples) - len(bad) < self.least:
             raise DataError(
-                f"{what} must have a row that can be used, got {len(bad)} that cannot; the first: {bad[0][2]}"
+                f"{what} must have {'a row' if self.least == 1 else f'{self.least} rows (dataloader_drop_last)'} that "
+                f"can be used, got {len(examples)}{f', {len(bad)} that cannot; the first: {bad[0][2]}' if bad else ''}"
             )
         said = self.skipped.setdefault(what, [])
         said += [text for _, _, text in bad]

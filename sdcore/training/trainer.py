@@ -57,7 +57,7 @@ from .evaluation import evaluate
 from .prepare import args_of, built, check, check_engine, check_objects, examples_of, loaded, of_each, within_model
 from .rows import Rows
 from .samples import RichProgress, sample_rows, show
-from .update import Batch, Normalizers, update
+from .update import Batch, Normalizers, require_finite, update
 from .watch import Hooks, Tally, Watch, due, origin_of
 
 Data = Any  # what `read_examples` takes, or a list of Example
@@ -201,6 +201,13 @@ class SelfDistillationTrainer(Trainer):
             )
         self._observe(inputs, out)
         return out.loss.to(self.args.device)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Stops before a gradient that is no number spoils all weights; a loss scale leaves out such steps itself."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None:
+            require_finite(norm, self.state.global_step + 1)
+        return norm
 
     @property
     def collector(self) -> Collector:

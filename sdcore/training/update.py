@@ -22,6 +22,7 @@ Letters: B groups, S completions in all, N tokens of the completions that carry 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..errors import NotFiniteError
 from ..losses import PolicyTerm, Tilted, TokenTilt, group_advantages, token_weights
 from ..losses.token_weighting import per_completion, spread
 from ..prefix import Plan
@@ -47,6 +49,15 @@ class Normalizers(NamedTuple):
 
     divergence: float = 0.0
     policy: float = 0.0  # of the policy gradient, or of the tilt
+
+
+def require_finite(norm: Any, step: int) -> None:
+    """Raises `NotFiniteError` for the norm of a gradient that would make weights NaN."""
+    if not math.isfinite(norm):
+        raise NotFiniteError(
+            f"step {step}: the gradient's norm is {float(norm)}, which would make the weights NaN: go on from the last "
+            "checkpoint with a lower learning_rate, or in float32"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

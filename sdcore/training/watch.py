@@ -18,6 +18,7 @@ are not weighed by their size, and batches of a step are of equal size but for t
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -38,6 +39,10 @@ from .update import Batch
 SUMS: Final = frozenset({*COUNTS, "loss/active_tokens"})
 # Parts of the step's loss: what the batches say adds up.
 LOSSES: Final = frozenset({"self_distillation/distillation_loss", "loss/distillation", "loss/policy"})
+WITHOUT_LOSS: Final = (
+    "no completion since the last line of the log has a loss, so nothing is learned; context/missing and "
+    "completions/truncated_masked say why, or skip_first_tokens is more than they have"
+)
 OVERLAP_TOKENS = 20  # of the overlap probe, where the method has no top-k of its own
 
 
@@ -138,6 +143,8 @@ class Tally:
                 line[name] = total / (len(ranks) * steps)
             else:
                 line[name] = total / sum(number for _, number in parts)
+        if line.get("completions/count") == line.get("completions/without_loss", 0) > 0:
+            warnings.warn(WITHOUT_LOSS, stacklevel=2)
         return line
 
 
