@@ -110,9 +110,7 @@ def given_completion(
     )
 
 
-def _rendered(
-    prompt: Prompt, text: str, tokenizer: Any, arguments: Mapping[str, Any], source: str
-) -> list[int]:
+def _rendered(prompt: Prompt, text: str, tokenizer: Any, arguments: Mapping[str, Any], source: str) -> list[int]:
     if isinstance(prompt, str):
         return _prompt_ids(prompt + text, tokenizer, source=source).tolist()
     messages = [*(dict(message) for message in prompt), {"role": "assistant", "content": text}]

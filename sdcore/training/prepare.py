@@ -226,8 +226,8 @@ def check_model(model: Any) -> None:
     half = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.dtype == torch.float16]
     if half:
         raise UnsupportedModelError(
-            f"model must have float32 or bfloat16 weights where it is trained, got float16 in {half[0]}: steps vanish or "
-            "overflow there (fp16=True computes in float16, with float32 weights)"
+            f"model must have float32 or bfloat16 weights where it is trained, got float16 in {half[0]}: steps vanish "
+            "or overflow there (fp16=True computes in float16, with float32 weights)"
         )
     generation = None if getattr(model, "peft_config", None) else getattr(model, "generation_config", None)
     try:

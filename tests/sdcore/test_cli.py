@@ -17,11 +17,14 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from sdcore.cli.main import app
+from sdcore.data import read_examples
 from sdcore.errors import ArgumentError, UnsupportedModelError
 from sdcore.presets import dump_config
+from sdcore.training.evaluation import evaluate
 from sdcore.training.solve import SolveConfig, Solved
 from sdcore.world import CHECKPOINT
 from sdcore.world.data import Kind, rows, settings
+from tests.sdcore.trainer_runs import tokenizer, trainer, world_model
 
 COMMANDS = ["train", "eval", "solve", "report", "profile-memory", "demo"]
 REWARD = {"sdpo": "with_feedback", "rl": "fraction", "grpo": "fraction"}
@@ -138,6 +141,31 @@ def test_adapters_are_trained_in_place_of_the_model() -> None:
     asked = (["world"], ["world", "--lora-rank", 2], ["run"])
     whole, ranked, adapter = (done("profile-memory", "--model", *words).splitlines()[1:] for words in asked)
     assert adapter == ranked != whole
+
+
+@pytest.mark.parametrize("tokens", ["resized", "trained", "copied"])
+def test_an_adapter_with_tokens_of_its_own_is_measured_as_it_was_trained(tokens: str) -> None:
+    peft = pytest.importorskip("peft")
+    chat, model = tokenizer(), world_model()
+    chat.add_tokens(["zork", "blib"])
+    model.resize_token_embeddings(len(chat))
+    more = {
+        "trained": {"trainable_token_indices": [134, 135]},
+        "copied": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    }
+    adapter = peft.LoraConfig(r=2, target_modules=["q_proj"], **more.get(tokens, {}))
+    data = [row | {"prompt": "luma a zork", "messages": None} for row in rows("sdft", task="luma", count=4, seed=0)]
+    made = trainer(
+        "run", model=model, processing_class=chat, peft_config=adapter, train_dataset=data, learning_rate=0.1
+    )
+    made.train()
+    made.save_model()
+    Path("eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    words = ["--data", "eval.jsonl", "--reward", "sdcore.world.data:fraction", "--temperature", 0]
+    done("eval", "--model", "run", *words, "--output", "answers.json")
+    told = json.loads(Path("answers.json").read_text())["samples"]
+    own = evaluate(made.model, chat, read_examples(data), temperature=0.0, max_completion_length=8).groups
+    assert [row["answers"][0]["text"] for row in told] == [group.rollouts[0].text for group in own]
 
 
 @pytest.mark.parametrize("kind", ["sdft", "sdpo"])

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,17 +19,29 @@ from typing import Any
 import pytest
 import torch
 from accelerate import ParallelismConfig  # type: ignore[attr-defined, import-untyped, unused-ignore]
-from transformers import AutoConfig, TrainingArguments
+from transformers import (
+    AutoConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    TrainingArguments,
+)
 from typer.testing import CliRunner
 
 from sdcore.cli.main import app
 from sdcore.contexts import SuccessOrFeedback
 from sdcore.data import read_examples
-from sdcore.errors import ArgumentError, UnsupportedModelError
-from sdcore.presets import GRPO, OPSD, Method
+from sdcore.errors import ArgumentError, NotFiniteError, UnsupportedModelError
+from sdcore.presets import GRPO, OPSD, SFT, Method, SDFTAsRun
 from sdcore.training.config import WITHOUT_EFFECT, SelfDistillationConfig
 from sdcore.training.dry_run import dry_run
-from sdcore.training.prepare import check_engine, check_template_kwargs, within_model
+from sdcore.training.evaluation import JUDGED, MEASURED
+from sdcore.training.prepare import check_engine, check_model, check_template_kwargs, within_model
 from sdcore.world import CHECKPOINT
 from sdcore.world.data import fraction, rows
 from tests.sdcore.trainer_runs import SHOW, lines, tokenizer, trainer, world_model
@@ -162,6 +175,175 @@ def test_options_with_effect_are_not_refused(tmp_path: Path) -> None:
     model = world_model().to(torch.bfloat16)
     trainer(tmp_path, model=model, model_dtype="bfloat16", teacher_device="cpu", processing_class=tokenizer())
     trainer(tmp_path, method=GRPO(kl_anchor=0.1, teacher="frozen"), reward_funcs=[fraction], teacher_device="cpu")
+
+
+# What a model asks for, and what its weights and its files are.
+
+SMALL: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+EXPERTS: dict[str, Any] = SMALL | {"vocab_size": 134, "num_local_experts": 2, "num_key_value_heads": 2}
+
+
+def gpt2(**changes: float) -> Any:
+    zero: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=134, n_embd=16, n_layer=1, n_head=2, **(zero | changes)))
+
+
+UNHEEDED: dict[str, tuple[Any, str | None]] = {
+    "dropout of modules": (lambda: gpt2(embd_pdrop=0.1), "asks for dropout of 0.1, which"),
+    "of attention": (
+        lambda: LlamaForCausalLM(LlamaConfig(vocab_size=134, attention_dropout=0.2, **SMALL)),
+        "asks for attention_dropout=0.2, which",
+    ),
+    "of layers": (
+        lambda: OPTForCausalLM(
+            OPTConfig(
+                vocab_size=134, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, layerdrop=0.5
+            )
+        ),
+        "layerdrop=0.5",
+    ),
+    "noise of routers": (
+        lambda: MixtralForCausalLM(MixtralConfig(router_jitter_noise=0.1, **EXPERTS)),
+        "jitter_noise=0.1",
+    ),
+    "a loss of routers": (
+        lambda: MixtralForCausalLM(MixtralConfig(output_router_logits=True, **EXPERTS)),
+        "asks for router_aux_loss_coef, which",
+    ),
+    "nothing": (world_model, None),
+    "no dropout": (gpt2, None),
+    "experts": (lambda: MixtralForCausalLM(MixtralConfig(**EXPERTS)), None),
+}
+
+
+@pytest.mark.parametrize(("make", "said"), UNHEEDED.values(), ids=UNHEEDED)
+def test_what_a_model_asks_for_and_no_pass_does_is_said(make: Any, said: str | None) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_model(make())
+    texts = [str(warning.message) for warning in caught if "has no effect" in str(warning.message)]
+    assert len(texts) == (said is not None)
+    assert said is None or said in texts[0]
+
+
+def test_dropout_of_an_adapter_is_said_to_be_off(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    with pytest.warns(UserWarning, match="asks for dropout of 0.05, which has no effect"):
+        trainer(tmp_path, peft_config=peft.LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.05))
+
+
+@pytest.mark.parametrize("method", [SFT(), Method(template=SHOW), OPSD(template=SHOW)])
+def test_float16_weights_are_not_trained(method: Method, tmp_path: Path) -> None:
+    model = world_model().half()
+    model.save_pretrained(tmp_path / "half")
+    tokenizer().save_pretrained(tmp_path / "half")
+    kind: Any = "sft" if isinstance(method, SFT) else "opsd"
+    for given, changes in ((model, {}), (str(tmp_path / "half"), {"model_dtype": "auto"})):
+        with pytest.raises(
+            UnsupportedModelError, match=r"model must have float32 or bfloat16 weights .* got float16 in"
+        ):
+            trainer(tmp_path, model=given, method=method, kind=kind, **changes)
+    model.requires_grad_(False)
+    model.lm_head.float().requires_grad_(True)  # what rests may have any
+    check_model(model)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 0.6},
+        {"top_p": 0.9, "temperature": 0.9},
+        {"num_return_sequences": 2},
+        {"cache_implementation": "x"},
+    ],
+)
+def test_a_generation_config_that_could_not_be_saved_is_refused_before_training(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    model = world_model()
+    for name, value in changes.items():
+        setattr(model.generation_config, name, value)
+    with pytest.raises(ValueError, match=r"Fix these issues to save|Invalid `cache_implementation`"):
+        model.save_pretrained(tmp_path / "late")
+    with pytest.raises(
+        ArgumentError,
+        match="(?s)model must have a generation_config that transformers can save: .*" + next(iter(changes)),
+    ):
+        trainer(tmp_path, model=model)
+
+
+@pytest.mark.parametrize(
+    ("metric", "judged", "known"),
+    [
+        ("eval_reward", True, "reward_mean"),
+        ("accuracy", True, "success_rate"),
+        ("reward_mean", False, "mean_length"),
+        ("eval_success_rate", False, "clipped_ratio"),
+    ],
+)
+def test_a_best_metric_that_no_evaluation_has_is_refused(metric: str, judged: bool, known: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"metric_for_best_model": metric, "reward_funcs": [fraction] if judged else []}
+    with pytest.raises(
+        ArgumentError, match=f"metric_for_best_model must be one of .*{known}.* in this run, got '{metric}'"
+    ):
+        trainer(tmp_path, **options)
+
+
+def test_every_metric_of_an_evaluation_may_be_the_best(tmp_path: Path) -> None:
+    questions = rows("sdft", task="luma", count=2, seed=1)
+    made = trainer(tmp_path, reward_funcs=[fraction], eval_dataset=questions)
+    assert {name.removeprefix("eval_") for name in made.evaluate()} == {"epoch", *MEASURED, *JUDGED}
+    assert {name.removeprefix("eval_") for name in trainer(tmp_path, eval_dataset=questions).evaluate()} == {
+        "epoch",
+        *MEASURED,
+    }
+    for metric in ("reward_mean", "eval_dropped", "a_reward_mean"):  # one of several sets
+        trainer(tmp_path, metric_for_best_model=metric, reward_funcs=[fraction])
+
+
+# Steps that teach nothing, or would spoil the weights.
+
+
+IDLE: dict[str, dict[str, Any]] = {
+    "all are skipped": {"method": SDFTAsRun(template=SHOW, skip_first_tokens=100)},
+    "all are cut": {"max_completion_length": 1, "mask_truncated_completions": True},
+    "no context": {
+        "train_sampling_strategy": "sequential",
+        "train_dataset": [
+            *({**row, "privileged_context": None} for row in rows("sdft", task="luma", count=8, seed=0)),
+            *rows("sdft", task="luma", count=1, seed=0),
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize("options", IDLE.values(), ids=IDLE)
+def test_steps_without_any_loss_are_said(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="no completion since the last line of the log has a loss"):
+        trainer(tmp_path, **options).train()
+    assert [line["loss"] for line in lines(tmp_path)] == [0, 0]
+
+
+@pytest.mark.parametrize("method", [SFT(), Method(template=SHOW)])
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_run_ends_before_a_gradient_that_is_no_number_reaches_the_weights(
+    method: Method, max_grad_norm: float, tmp_path: Path
+) -> None:
+    kind: Any = "sft" if isinstance(method, SFT) else "opsd"
+    made = trainer(
+        tmp_path,
+        method=method,
+        kind=kind,
+        max_steps=3,
+        save_strategy="steps",
+        save_steps=1,
+        max_grad_norm=max_grad_norm,
+    )
+    made.model.lm_head.weight.register_hook(lambda grad: grad * float("nan") if made.state.global_step == 1 else grad)
+    with pytest.raises(NotFiniteError, match="step 2: the gradient's norm is nan"):
+        made.train()
+    assert all(bool(weight.isfinite().all()) for weight in made.model.parameters())
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 # What a teacher's prompt may be long.

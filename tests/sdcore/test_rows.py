@@ -134,7 +134,7 @@ def test_a_run_writes_down_what_it_left_out(tmp_path: Path) -> None:
 
 def test_where_no_row_is_left_the_first_says_why(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"train_dataset must have a row .*, got 12 that cannot; the first: rows, row 0"
+        DataError, match=r"train_dataset must have a row .*, got 12, 12 that cannot; the first: rows, row 0"
     ):
         trainer(tmp_path, train_dataset=data(), max_prompt_length=2, on_bad_row="skip")
 
@@ -262,3 +262,30 @@ def test_nothing_is_sampled_before_every_question_was_measured() -> None:
     odd = read_examples(data("rl", tools={"name": "f"}))
     with pytest.raises(ContextError, match=rf"rows, row {BAD}: column `tools` must be a list"):
         evaluate(torch.nn.Identity(), tokenizer(), odd, sampler=NotAsked(), **options)
+
+
+@pytest.mark.parametrize(
+    ("count", "changes", "least"),
+    [
+        (2, {}, 4),
+        (2, {"max_steps": -1, "num_train_epochs": 1}, 4),
+        (3, {"gradient_accumulation_steps": 2}, 4),
+        (7, {"gradient_accumulation_steps": 2, "num_iterations": 2}, 8),
+    ],
+)
+def test_data_of_which_no_batch_is_whole_is_refused_where_only_such_are_used(
+    count: int, changes: dict[str, Any], least: int, tmp_path: Path
+) -> None:
+    given = rows("sdft", task="luma", count=count, seed=0)
+    with pytest.raises(
+        DataError, match=rf"train_dataset must have {least} rows \(dataloader_drop_last\).* got {count}$"
+    ):
+        trainer(tmp_path, train_dataset=given, dataloader_drop_last=True, **changes)
+    trainer(tmp_path, train_dataset=given, eval_dataset=given[:1], **changes).train()
+    assert [line["step"] for line in lines(tmp_path) if "loss" in line][:1] == [1]
+
+
+def test_rows_that_are_left_out_count_for_a_whole_batch(tmp_path: Path) -> None:
+    given = [*rows("sdft", task="luma", count=3, seed=0), {"prompt": LONG, "privileged_context": "a"}]
+    with pytest.raises(DataError, match=r"must have 4 rows .* got 4, 1 that cannot; the first: rows, row 3"):
+        trainer(tmp_path, train_dataset=given, dataloader_drop_last=True, on_bad_row="skip")

@@ -182,6 +182,28 @@ def test_a_plain_prompt_does_not_end_before_the_answer(make: Any, before: list[s
     assert given == [*tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
+# What comes in front of a text, when a chat template that rendered it, or a hand, has written that already.
+BEGINNINGS = {
+    "one token": (lambda: that_adds("<bos> $A"), "<bos>"),
+    "two tokens": (lambda: that_adds("<bos> <pad> $A"), "<bos><pad>"),
+    "an end too": (lambda: that_adds("<bos> $A <|im_end|>"), "<bos>"),
+    "none": (lambda: that_adds("$A"), "<bos>"),
+    "Llama's add_bos_token": (lambda: llama(add_bos_token=True), "<s>"),
+}
+
+
+@pytest.mark.parametrize(("make", "written"), BEGINNINGS.values(), ids=BEGINNINGS)
+def test_a_text_that_begins_as_texts_do_does_not_begin_twice(make: Any, written: str) -> None:
+    tokenizer = make()
+    row = example(f"{written}a a", "a", completion="a")
+    once = [*tokenizer(written, add_special_tokens=False)["input_ids"]]
+    group = group_of(row, tokenizer)
+    assert group.prompt_ids.tolist()[: 2 * len(once)].count(once[0]) == 1
+    assert group.prompt_ids.tolist() == tokenizer(f"{written}a a", add_special_tokens=False)["input_ids"]
+    (teacher,) = Template("{{ prompt }} {{ privileged_context }}").condition(group, tokenizer).teacher_prompts
+    assert teacher.tolist() == tokenizer(f"{written}a a a", add_special_tokens=False)["input_ids"]
+
+
 def test_of_no_text_what_stands_before_it_is_left() -> None:
     tokenizer = that_adds("<bos> $A <|im_end|>")
     assert student_prompt_ids(example(""), tokenizer).tolist() == [tokenizer.bos_token_id]

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from sdcore.contexts import SuccessOrFeedback, student_prompt_ids
+from sdcore.contexts.templates import unopened
 from sdcore.errors import ArgumentError, DataError
 from sdcore.prefix import generate
 from sdcore.rollouts.rewards import score
@@ -30,6 +33,7 @@ from sdcore.rollouts.samplers import (
 from sdcore.rollouts.window import WindowOrder, given_completion, load_rollouts, save_rollouts
 from sdcore.types import Example, Group, Rollout
 from sdcore.world import CHECKPOINT
+from tests.sdcore.contexts.chats import chat_tokenizer
 
 PROMPTS = [torch.tensor([1, 5, 9, 2]), torch.tensor([1, 7, 2]), torch.tensor([1, 8, 8, 8, 2])]
 
@@ -178,9 +182,56 @@ def test_a_conversations_completion_ends_with_the_templates_end_of_turn(tokenize
     assert rollout.completion_ids.tolist() == other(f"a1 b2 {turn_end}", add_special_tokens=False)["input_ids"]
 
 
-def test_a_row_without_a_completion_is_an_error_that_names_it(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"train.jsonl:3: expected a text in column `completion`, got NoneType"):
-        given(tokenizer, "luma a", None)
+@pytest.mark.parametrize("missing", [None, "", " \n", [{"role": "assistant", "content": "a1"}]])
+def test_a_row_without_a_completion_is_an_error_that_names_it(missing: Any, tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"train.jsonl:3: expected a text in column `completion`, got ") as caught:
+        given(tokenizer, "luma a", missing)
+    assert str(caught.value).endswith(repr(missing)[:60])
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+@pytest.mark.parametrize(("prompt", "completion"), [("2+2=", "4"), ("a", " 4"), ("a=", "22</s>4")])
+def test_a_completion_of_a_plain_prompt_continues_it_as_one_text(scheme: Any, prompt: str, completion: str) -> None:
+    """SentencePiece's tokenizers put a space before a text, which is not there within one."""
+    words = ["<unk>", "<s>", "</s>", "▁", *"a24+=", "▁4", "▁2", "22"]
+    merges = [("▁", "4"), ("▁", "2"), ("2", "2")]
+    model = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    model.add_special_tokens(["</s>"])
+    llama = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="</s>", unk_token="<unk>")
+    rollout = given(llama, prompt, completion, stop_ids=[2])
+    text = completion.split("</s>")[0] + "</s>"  # one that is written already is not learned twice
+    whole = [*student_prompt_ids(Example(prompt=prompt), llama).tolist(), *rollout.completion_ids.tolist()]
+    assert whole == llama(prompt + text)["input_ids"]
+
+
+def test_a_prompts_tokens_stay_what_they_are_where_the_completion_would_change_them(tokenizer: Any) -> None:
+    model = Tokenizer(models.BPE({"2": 0, "22": 1, "</s>": 2}, [("2", "2")]))
+    merging = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="</s>")
+    assert given(merging, "2", "2", stop_ids=[2]).completion_ids.tolist() == [0, 2]
+
+
+# Takes what was thought out of an answer, as the template of DeepSeek-R1 does, so that the data's own text is learned.
+FORGETFUL = (
+    "{% for m in messages %}{{ '<U>' + m.content if m.role == 'user' else '<A>' + m.content.split(END)[-1] + '<eos>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<A>BEGIN\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("begin", "end"), [("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷")])
+@pytest.mark.parametrize("completion", ["BEGIN\nsixENDb2", " BEGINsixENDb2", "sixENDb2"])
+def test_what_the_prompt_has_opened_the_completion_does_not_open_again(begin: str, end: str, completion: str) -> None:
+    chat = chat_tokenizer("qwen")
+    with patch.object(chat, "chat_template", FORGETFUL.replace("END", repr(end)).replace("BEGIN", begin)):
+        text = completion.replace("BEGIN", begin).replace("END", end)
+        learned = given(chat, ({"role": "user", "content": "?"},), text, stop_ids=[chat.eos_token_id], max_length=99)
+    assert chat.decode(learned.completion_ids).startswith(f"six{end}b2")
+    assert learned.text == text
+
+
+def test_a_prompt_that_opens_nothing_leaves_the_tag_to_the_completion() -> None:
+    assert unopened("<think>\nsix</think>", "<think></think>\n") == "<think>\nsix</think>"
+    assert unopened("[THINK]six[/THINK]", "<think>\n") == "[THINK]six[/THINK]"
 
 
 # The order of examples.
