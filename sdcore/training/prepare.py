@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from ..contexts import require_text
 from ..data import read_examples
 from ..errors import ArgumentError, UnsupportedModelError
+from ..models import find_body
 from ..models.body import noise_of
 from ..models.gguf import plain_folder
 from ..presets.method import Method
@@ -235,7 +236,7 @@ def check_model(model: Any) -> None:
             generation.validate(strict=True)
     except ValueError as error:
         raise ArgumentError(f"model must have a generation_config that transformers can save: {error}") from error
-    config = model.config.get_text_config()
+    config = find_body(model).config
     unused = noise_of(model, config)
     unused += ["router_aux_loss_coef"] if getattr(config, "output_router_logits", False) else []
     if unused:

@@ -149,7 +149,7 @@ def test_an_adapter_with_tokens_of_its_own_is_measured_as_it_was_trained(tokens:
     chat, model = tokenizer(), world_model()
     chat.add_tokens(["zork", "blib"])
     model.resize_token_embeddings(len(chat))
-    more = {
+    more: dict[str, Any] = {
         "trained": {"trainable_token_indices": [134, 135]},
         "copied": {"modules_to_save": ["embed_tokens", "lm_head"]},
     }

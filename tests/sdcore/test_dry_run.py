@@ -160,7 +160,7 @@ def test_completions_of_the_data_are_shown_as_they_are_trained_on() -> None:
     some = examples("sft")
     some[1] = replace(some[1], columns={"completion": None, "answer": "a3"})
     shown = " ".join(printed(dry_run(some, TOKENIZER, preset("sft"), CONFIG, max_completion_length=3)).split())
-    assert "rows, row 1: expected a text in column `completion`, got NoneType" in shown
+    assert "rows, row 1: expected a text in column `completion`, got None" in shown
     looked = dry_run(some, TOKENIZER, preset("sft"), CONFIG, max_completion_length=3)
     assert parts(looked.previews[0])["completion, loss"][1] == 3  # cut, as in training
 

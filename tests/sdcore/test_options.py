@@ -238,11 +238,12 @@ def test_float16_weights_are_not_trained(method: Method, tmp_path: Path) -> None
     model.save_pretrained(tmp_path / "half")
     tokenizer().save_pretrained(tmp_path / "half")
     kind: Any = "sft" if isinstance(method, SFT) else "opsd"
-    for given, changes in ((model, {}), (str(tmp_path / "half"), {"model_dtype": "auto"})):
+    by_name: dict[str, Any] = {"model": str(tmp_path / "half"), "model_dtype": "auto"}
+    for options in ({"model": model}, by_name):
         with pytest.raises(
             UnsupportedModelError, match=r"model must have float32 or bfloat16 weights .* got float16 in"
         ):
-            trainer(tmp_path, model=given, method=method, kind=kind, **changes)
+            trainer(tmp_path, method=method, kind=kind, **options)
     model.requires_grad_(False)
     model.lm_head.float().requires_grad_(True)  # what rests may have any
     check_model(model)
@@ -292,11 +293,9 @@ def test_a_best_metric_that_no_evaluation_has_is_refused(metric: str, judged: bo
 def test_every_metric_of_an_evaluation_may_be_the_best(tmp_path: Path) -> None:
     questions = rows("sdft", task="luma", count=2, seed=1)
     made = trainer(tmp_path, reward_funcs=[fraction], eval_dataset=questions)
+    unjudged = trainer(tmp_path, eval_dataset=questions)
     assert {name.removeprefix("eval_") for name in made.evaluate()} == {"epoch", *MEASURED, *JUDGED}
-    assert {name.removeprefix("eval_") for name in trainer(tmp_path, eval_dataset=questions).evaluate()} == {
-        "epoch",
-        *MEASURED,
-    }
+    assert {name.removeprefix("eval_") for name in unjudged.evaluate()} == {"epoch", *MEASURED}
     for metric in ("reward_mean", "eval_dropped", "a_reward_mean"):  # one of several sets
         trainer(tmp_path, metric_for_best_model=metric, reward_funcs=[fraction])
 
