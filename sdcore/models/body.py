@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from threading import get_ident
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -70,8 +72,7 @@ class Body:
         with ExitStack() as hooks:
 
             def hook(module: nn.Module, function: Callable[[Any], Any], *, first: bool = False) -> None:
-                handle = module.register_forward_hook(lambda _module, _args, output: function(output), prepend=first)
-                hooks.callback(handle.remove)
+                hooks.callback(in_this_thread(module, function, first=first).remove)
 
             hook(self.base, lambda output: seen.append(output.last_hidden_state))
             if self.sharded is not None:
@@ -79,6 +80,11 @@ class Body:
                 # become: before its own hook, or DeepSpeed's, and taken up again after it.
                 hook(self.sharded, lambda _: seen[-1], first=True)
                 hook(self.sharded, seen.append)
+            ddp = isinstance(self.through, DistributedDataParallel)
+            if ddp:
+                # A static graph is reduced only after a gradient has arrived at what the wrapper's call returns; where
+                # it looks for unused parameters, it finds the output layer by the logits.
+                hook(cast(nn.Module, self.through.module), lambda output: (seen[-1], output.logits))
             if (head := self._head_of_unit) is not None:
                 # The unit's weights are gathered for backward when a gradient arrives at this last output of it. So
                 # that becomes the states too, while FSDP2 looks at it.
@@ -92,8 +98,8 @@ class Body:
                 hook(head, lambda _: logits[-1])
             # A number of positions of 0 means all of them; a list of no positions means none.
             nowhere = torch.empty(0, dtype=torch.int64, device=input_ids.device)
-            self.through(input_ids=input_ids, use_cache=False, logits_to_keep=nowhere, **kwargs)
-        return seen[-1]
+            output = self.through(input_ids=input_ids, use_cache=False, logits_to_keep=nowhere, **kwargs)
+        return cast(Tensor, output[0] if ddp else seen[-1])
 
     @property
     def name(self) -> str:
@@ -255,6 +261,15 @@ def find_body(model: nn.Module) -> Body:
     if any(hasattr(weight, "ds_id") for weight in base.parameters()):
         sharded = next(cast(nn.Module, module.module) for module in chain if is_deepspeed(module))
     return Body(model, causal_lm, base, through, sharded)
+
+
+def in_this_thread(module: nn.Module, function: Callable[[Any], Any], *, first: bool = False) -> RemovableHandle:
+    """Registers a forward hook, `function` of the output, that other threads' calls of the module pass by."""
+    compiling = torch.compiler.is_compiling()  # which knows nothing of threads
+    thread = None if compiling else get_ident()
+    return module.register_forward_hook(
+        lambda _module, _args, output: function(output) if compiling or get_ident() == thread else None, prepend=first
+    )
 
 
 def head_of(model: nn.Module | Body) -> Head:

@@ -50,7 +50,7 @@ from ..rollouts.window import WindowOrder
 from ..step import StepOutput
 from ..teachers import Teacher, TrustRegion
 from ..types import Example, Group
-from .checkpoints import OwnState, describe_run, is_in, saving_whole, start_of, writing
+from .checkpoints import OwnState, describe_run, is_in, saving_whole, seal, start_of, writing
 from .collect import Collector
 from .config import SelfDistillationConfig
 from .evaluation import evaluate
@@ -383,6 +383,9 @@ class SelfDistillationTrainer(Trainer):
             self._own.save(folder, step, seen=self._seen, window=self._window, run=self._run)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                seal(folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the whole model, also where checkpoints are of FSDP2's shards and transformers writes nothing."""
