@@ -14,7 +14,7 @@ configuration but not believed: the model's own forward is run around a stand-in
 anything else to its logits is refused by name.
 
 Not covered, and refused by name: encoder-decoders, models with an image or audio side (pass their text model), tensor
-parallelism, FSDP1, soft prompts, and output layers that `heads` does not know.
+parallelism, FSDP1, soft prompts, offloaded embeddings and output layers, and output layers that `heads` does not know.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from .heads import Head, count_rows, read_layer, scale_and_softcap, shape_of, ve
 RECURRENT_TYPES = frozenset({"linear_attention", "conv", "mamba", "mamba2", "hybrid", "hybrid_sliding"})
 # What says in a configuration that a token sees those after it (XLM has `causal`, XLNet `attn_type`).
 SEES_AHEAD = (("is_causal", False), ("causal", False), ("attn_type", "bi"), ("model_type", "cpmant"))
+OFFLOADED = "offloaded by accelerate, which loads them for their layer's own call alone: give them a device in device_map"
 WINDOWED_TYPES = frozenset({"sliding_attention", "hybrid_sliding"})
 
 
@@ -231,6 +232,7 @@ def find_body(model: nn.Module) -> Body:
         (base is causal_lm, "has no base model under a language-model head: pass the ForCausalLM class"),
         (causal_lm.get_output_embeddings() is None, "has no output embeddings"),
         (not _embeds(base), "has no input embeddings in its body"),
+        (_embeds(base) and _is_offloaded(base.get_input_embeddings()), f"has its embeddings {OFFLOADED}"),
         (config.get_text_config(decoder=True) is not config, "reads more than text: pass its text model"),
         *(
             (getattr(config, key, None) == value, f"is configured to see tokens ahead ({key}={value!r})")
@@ -285,6 +287,14 @@ def head_of(model: nn.Module | Body) -> Head:
     """
     body = model if isinstance(model, Body) else find_body(model)
     layer = body.causal_lm.get_output_embeddings()
+    if _is_offloaded(layer):
+        raise UnsupportedModelError(f"{body.name} has its output layer {OFFLOADED}")
+    if torch.is_grad_enabled() and any(
+        _is_offloaded(module) and weight.requires_grad
+        for module in body.causal_lm.modules()
+        for weight in module.parameters(recurse=False)
+    ):
+        raise UnsupportedModelError(f"{body.name} has weights that are trained {OFFLOADED}")
     matrix = read_layer(layer, model=body.model, name=body.name, dtype=body.dtype)
     scale, softcap = scale_and_softcap(body.causal_lm.config)
     if _VERIFIED.get(body.causal_lm) != (scale, softcap):
@@ -295,6 +305,11 @@ def head_of(model: nn.Module | Body) -> Head:
 
 # Models whose logits are verified to be what their configuration says.
 _VERIFIED: WeakKeyDictionary[nn.Module, tuple[float, float | None]] = WeakKeyDictionary()
+
+
+def _is_offloaded(layer: nn.Module) -> bool:
+    """True where accelerate's `device_map` has left nothing of the layer's weights but their shapes."""
+    return hasattr(layer, "_hf_hook") and any(weight.is_meta for weight in layer.parameters())
 
 
 def is_deepspeed(module: object) -> bool:

@@ -98,11 +98,6 @@ def read_layer(layer: nn.Module, *, model: nn.Module, name: str, dtype: torch.dt
     layer = in_use(layer)
     base = layer.get_base_layer() if _kind(layer) in LORA_LAYERS else layer  # type: ignore[operator]
     _require_matrix(base, name)
-    if base.weight.is_meta and hasattr(layer, "_hf_hook"):
-        raise UnsupportedModelError(
-            f"{name} has its output layer offloaded by accelerate, which loads it for its own call alone: give it a device "
-            "in device_map, as in {'lm_head': 'cpu'}"
-        )
     adapters = list(_adapters(layer, name))
     weight = _dequantised(base).to(dtype) if _kind(base) in QUANTISED_LAYERS else _whole(base, "weight", model)
     bias = None if base.bias is None else _whole(base, "bias", model)

@@ -28,7 +28,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -82,8 +82,10 @@ def seal(folder: Path) -> None:
     """Notes the files of a checkpoint that has just been written, and their sizes."""
     paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in (STATE, OWN_STATE, SENTINEL)]
     files = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
-    text = json.dumps(_own_file(folder) | {"files": files}, indent=1) + "\n"
-    (folder / OWN_STATE).write_text(text, encoding="utf-8")
+    partial = folder / f".{OWN_STATE}.partial"
+    with suppress(OSError):  # a full disk: it is whole as it is, and earlier ones may be gone
+        partial.write_text(json.dumps(_own_file(folder) | {"files": files}, indent=1) + "\n", encoding="utf-8")
+        partial.replace(folder / OWN_STATE)
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
