@@ -32,6 +32,7 @@ from transformers.utils import ModelOutput
 
 from ..errors import ArgumentError, UnsupportedModelError
 from ..models import Body, find_body
+from ..models.body import in_this_thread
 
 REPLACED = ("forward", "generate")
 # What a causal language model's output has and a patched one's has not.
@@ -191,7 +192,7 @@ class _Patch:
         # A number of positions of 0 means all of them; a list of no positions means none.
         nowhere = torch.empty(0, dtype=torch.int64, device=self.body.device)
         seen: list[Tensor] = []
-        hook = self.body.base.register_forward_hook(lambda _, __, output: seen.append(output.last_hidden_state))
+        hook = in_this_thread(self.body.base, lambda output: seen.append(output.last_hidden_state))
         try:
             output = inner(**kwargs, logits_to_keep=nowhere)
         finally:

@@ -14,7 +14,7 @@ configuration but not believed: the model's own forward is run around a stand-in
 anything else to its logits is refused by name.
 
 Not covered, and refused by name: encoder-decoders, models with an image or audio side (pass their text model), tensor
-parallelism, FSDP1, soft prompts, and output layers that `heads` does not know.
+parallelism, FSDP1, soft prompts, offloaded embeddings and output layers, and output layers that `heads` does not know.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from threading import get_ident
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -46,6 +48,9 @@ RECURRENT_TYPES = frozenset({"linear_attention", "conv", "mamba", "mamba2", "hyb
 SEES_AHEAD = (("is_causal", False), ("causal", False), ("attn_type", "bi"), ("model_type", "cpmant"))
 # What a configuration says of chance in training mode, beside modules of dropout.
 NOISE = ("attention_dropout", "hidden_dropout", "resid_pdrop", "layerdrop", "router_jitter_noise")
+OFFLOADED = (
+    "offloaded by accelerate, which loads them for their layer's own call alone: give them a device in device_map"
+)
 WINDOWED_TYPES = frozenset({"sliding_attention", "hybrid_sliding"})
 
 
@@ -72,8 +77,7 @@ class Body:
         with ExitStack() as hooks:
 
             def hook(module: nn.Module, function: Callable[[Any], Any], *, first: bool = False) -> None:
-                handle = module.register_forward_hook(lambda _module, _args, output: function(output), prepend=first)
-                hooks.callback(handle.remove)
+                hooks.callback(in_this_thread(module, function, first=first).remove)
 
             hook(self.base, lambda output: seen.append(output.last_hidden_state))
             if self.sharded is not None:
@@ -81,6 +85,11 @@ class Body:
                 # become: before its own hook, or DeepSpeed's, and taken up again after it.
                 hook(self.sharded, lambda _: seen[-1], first=True)
                 hook(self.sharded, seen.append)
+            ddp = isinstance(self.through, DistributedDataParallel)
+            if ddp:
+                # A static graph is reduced only after a gradient has arrived at what the wrapper's call returns; where
+                # it looks for unused parameters, it finds the output layer by the logits.
+                hook(cast(nn.Module, self.through.module), lambda output: (seen[-1], output.logits))
             if (head := self._head_of_unit) is not None:
                 # The unit's weights are gathered for backward when a gradient arrives at this last output of it. So
                 # that becomes the states too, while FSDP2 looks at it.
@@ -94,8 +103,8 @@ class Body:
                 hook(head, lambda _: logits[-1])
             # A number of positions of 0 means all of them; a list of no positions means none.
             nowhere = torch.empty(0, dtype=torch.int64, device=input_ids.device)
-            self.through(input_ids=input_ids, use_cache=False, logits_to_keep=nowhere, **kwargs)
-        return seen[-1]
+            output = self.through(input_ids=input_ids, use_cache=False, logits_to_keep=nowhere, **kwargs)
+        return cast(Tensor, output[0] if ddp else seen[-1])
 
     @property
     def name(self) -> str:
@@ -227,6 +236,7 @@ def find_body(model: nn.Module) -> Body:
         (base is causal_lm, "has no base model under a language-model head: pass the ForCausalLM class"),
         (causal_lm.get_output_embeddings() is None, "has no output embeddings"),
         (not _embeds(base), "has no input embeddings in its body"),
+        (_embeds(base) and _is_offloaded(base.get_input_embeddings()), f"has its embeddings {OFFLOADED}"),
         (config.get_text_config(decoder=True) is not config, "reads more than text: pass its text model"),
         *(
             (getattr(config, key, None) == value, f"is configured to see tokens ahead ({key}={value!r})")
@@ -259,6 +269,15 @@ def find_body(model: nn.Module) -> Body:
     return Body(model, causal_lm, base, through, sharded)
 
 
+def in_this_thread(module: nn.Module, function: Callable[[Any], Any], *, first: bool = False) -> RemovableHandle:
+    """Registers a forward hook, `function` of the output, that other threads' calls of the module pass by."""
+    compiling = torch.compiler.is_compiling()  # which knows nothing of threads
+    thread = None if compiling else get_ident()
+    return module.register_forward_hook(
+        lambda _module, _args, output: function(output) if compiling or get_ident() == thread else None, prepend=first
+    )
+
+
 def head_of(model: nn.Module | Body) -> Head:
     """Reads a model's output layer: a weight (V, H), connected to its parameters, and what is done to the product.
 
@@ -272,6 +291,14 @@ def head_of(model: nn.Module | Body) -> Head:
     """
     body = model if isinstance(model, Body) else find_body(model)
     layer = body.causal_lm.get_output_embeddings()
+    if _is_offloaded(layer):
+        raise UnsupportedModelError(f"{body.name} has its output layer {OFFLOADED}")
+    if torch.is_grad_enabled() and any(
+        _is_offloaded(module) and weight.requires_grad
+        for module in body.causal_lm.modules()
+        for weight in module.parameters(recurse=False)
+    ):
+        raise UnsupportedModelError(f"{body.name} has weights that are trained {OFFLOADED}")
     matrix = read_layer(layer, model=body.model, name=body.name, dtype=body.dtype)
     scale, softcap = scale_and_softcap(body.causal_lm.config)
     if _VERIFIED.get(body.causal_lm) != (scale, softcap):
@@ -282,6 +309,11 @@ def head_of(model: nn.Module | Body) -> Head:
 
 # Models whose logits are verified to be what their configuration says.
 _VERIFIED: WeakKeyDictionary[nn.Module, tuple[float, float | None]] = WeakKeyDictionary()
+
+
+def _is_offloaded(layer: nn.Module) -> bool:
+    """True where accelerate's `device_map` has left nothing of the layer's weights but their shapes."""
+    return hasattr(layer, "_hf_hook") and any(weight.is_meta for weight in layer.parameters())
 
 
 def is_deepspeed(module: object) -> bool:

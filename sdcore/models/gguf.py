@@ -37,6 +37,7 @@ from ..errors import ArgumentError, UnsupportedModelError
 logger = logging.getLogger(__name__)
 UNSCALED: Final = ("none", 1.0, 0)  # what `rope.scaling.*` say where they scale nothing
 RECORD: Final = "gguf.json"  # says of which file a folder was made
+TYPE: Final = "general.type"
 STATED: Final = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
 # What `tokenizer.ggml.pre` calls GPT-2's split of text into words, which transformers takes where it knows no other...
 AS_GPT2: Final = frozenset({"gpt-2", "gpt2", "mpt", "olmo", "jais", "trillion", "granite-docling"})
@@ -50,8 +51,8 @@ def plain_folder(model: str, gguf_file: str | None = None) -> str:
     """Returns the folder with a GGUF file's model, made if need be; a name that is of no GGUF file as it is.
 
     `model` is a folder or Hub id that has the file `gguf_file`, or the file's path. Raises `ArgumentError` for a folder
-    with nothing but GGUF files where none is named, `UnsupportedModelError` for a file whose model transformers would
-    read wrong, `ImportError` without gguf, and what transformers raises.
+    with nothing but GGUF files where none is named and for a file that is not a whole model, `UnsupportedModelError` for
+    a file whose model transformers would read wrong, `ImportError` without gguf, and what transformers raises.
     """
     if gguf_file is None:
         path = Path(model)
@@ -103,7 +104,20 @@ def _convert(file: Path, folder: Path) -> None:
         from gguf import GGUFReader
     except ImportError as error:
         raise ImportError("a GGUF file needs gguf: pip install 'sdcore[gguf]'") from error
-    reader = GGUFReader(file)
+    try:
+        reader = GGUFReader(file)
+    except ValueError as error:
+        raise ArgumentError(
+            f"gguf_file must be a whole GGUF file, got {file} of {file.stat().st_size} B: {error}"
+        ) from error
+    parts, kind = (reader.fields[key].contents() if key in reader.fields else None for key in ("split.count", TYPE))
+    if (parts or 1) > 1:
+        raise ArgumentError(
+            f"gguf_file must hold the whole model, got {file}, one of {parts} parts: join them with llama.cpp's "
+            "llama-gguf-split --merge"
+        )
+    if kind not in (None, "model"):
+        raise ArgumentError(f"gguf_file must be of a model, got {file}, which says that it is of type {kind!r}")
     scaling = [
         key for key, field in reader.fields.items() if ".rope.scaling." in key and field.contents() not in UNSCALED
     ]
@@ -120,7 +134,9 @@ def _convert(file: Path, folder: Path) -> None:
     model, info = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
     lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if lacking:
-        raise UnsupportedModelError(f"{file} must have all weights of a {type(model).__name__}, but lacks {lacking}")
+        raise UnsupportedModelError(
+            f"{file} must have all weights of a {type(model).__name__}, but lacks {len(lacking)}: {lacking[:3]}"
+        )
     config = model.config
     config.__dict__.pop("quantization_config", None)
     with torch.device("meta"):

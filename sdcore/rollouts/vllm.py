@@ -43,6 +43,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -171,7 +172,6 @@ class _Engine(BaseSampler):
         What is not asked for is said too: else a server takes it from the model's generation config, which for chat
         models often penalises repetitions, and ends completions at the model's own ends.
         """
-        del model
         asked = {
             "min_p": 0.0,
             "repetition_penalty": 1.0,
@@ -188,7 +188,14 @@ class _Engine(BaseSampler):
         }
         # vLLM takes 31 bits.
         seeded = [asked | {"seed": seed_of(seed, i) % 2**31} for i in range(len(prompts))]
-        return self._drawn([prompt.tolist() for prompt in prompts], seeded, frozenset(sampling.eos_token_id))
+        drawn = self._drawn([prompt.tolist() for prompt in prompts], seeded, frozenset(sampling.eos_token_id))
+        known, ids = find_body(model).vocab_size, [completion.ids for group in drawn for completion in group]
+        if ids and (highest := max(torch.cat(ids).tolist(), default=0)) >= known:
+            raise EngineError(
+                f"the engine must sample ids of the student's vocabulary, below {known}, got {highest}: it has another "
+                "model or tokenizer"
+            )
+        return drawn
 
     @abstractmethod
     def _drawn(

@@ -9,8 +9,10 @@
         trainer.save_model()
 
 What differs from the obvious: `transformers.trainer_utils.get_last_checkpoint` takes the folder with the highest
-number, also one that a killed process was still writing. The trainer writes `trainer_state.json` last, so a folder in
-which that can be read is whole, provided that what is not transformers' is written before it. Nor does it ask whose
+number, also one that a killed process was still writing, and begins anew with the optimizer where its file is missing.
+The trainer writes `trainer_state.json` last, so a folder in which that can be read was written to its end, provided
+that what is not transformers' is written before it; then `seal` notes which files there are and how large, so that one
+which has lost some since (a full disk, a copy that was cut off, a deleted optimizer) is known. Nor does it ask whose
 checkpoints they are: a new run would leave those of an older one in its folder, and resuming take the older one's for
 their higher number. So a folder has the checkpoints of one run, up to the step that it goes on from.
 
@@ -26,7 +28,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -43,6 +45,7 @@ from .config import SelfDistillationConfig
 
 STATE: Final = "trainer_state.json"  # transformers', written last
 OWN_STATE: Final = "sdcore.json"
+SENTINEL: Final = "checkpoint-is-incomplete.txt"  # transformers', around a checkpoint that a signal asked for
 _NUMBERED: Final = re.compile(r"checkpoint-(\d+)$")
 # What torch.save says, as a RuntimeError, when a file cannot be written.
 _UNWRITTEN: Final = re.compile(r"inline_container|PytorchStreamWriter|iostream|File too large|No space")
@@ -59,14 +62,30 @@ class CheckpointError(SdcoreError, OSError):
     """Says that a checkpoint could not be written, or cannot be gone on from."""
 
 
-def whole(folder: Path) -> bool:
-    """True where everything was written."""
+def lacking(folder: Path) -> list[str]:
+    """Names the files of a checkpoint that were not written, or are not all there any more."""
     try:
         json.loads((folder / STATE).read_text(encoding="utf-8"))
-        json.loads((folder / OWN_STATE).read_text(encoding="utf-8"))
+        files = _own_file(folder).get("files", {})  # none: of an earlier version
     except (OSError, ValueError):
-        return False
-    return True
+        return [f"{STATE} or {OWN_STATE}"]
+    there = {name: (folder / name).stat().st_size for name in files if (folder / name).exists()}
+    return [name for name, size in files.items() if there.get(name, -1) < size]
+
+
+def whole(folder: Path) -> bool:
+    """True where everything was written and is still there."""
+    return not lacking(folder)
+
+
+def seal(folder: Path) -> None:
+    """Notes the files of a checkpoint that has just been written, and their sizes."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in (STATE, OWN_STATE, SENTINEL)]
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
+    partial = folder / f".{OWN_STATE}.partial"
+    with suppress(OSError):  # a full disk: it is whole as it is, and earlier ones may be gone
+        partial.write_text(json.dumps(_own_file(folder) | {"files": files}, indent=1) + "\n", encoding="utf-8")
+        partial.replace(folder / OWN_STATE)
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -83,18 +102,18 @@ def to_resume(output_dir: str | Path, asked: str | Path | bool) -> Path:
         for folder in reversed(checkpoints(output_dir)):
             if whole(folder):
                 if torn:
-                    logger.warning("passed over %s, which was not written to its end", ", ".join(torn))
+                    logger.warning("passed over %s", ", ".join(torn))
                 return folder
-            torn.append(str(folder))
+            torn.append(f"{folder} (lacks all or some of {', '.join(lacking(folder)[:3])})")
         raise CheckpointError(
             f"resume_from_checkpoint must find a checkpoint in {output_dir}, got "
             + (f"only torn ones: {', '.join(torn)}" if torn else "none there")
         )
     folder = Path(str(asked))
-    if not whole(folder):
+    if names := lacking(folder):
         raise CheckpointError(
             f"resume_from_checkpoint must be a whole checkpoint of this trainer, got {folder}, which "
-            + (f"lacks {STATE} or {OWN_STATE}" if folder.is_dir() else "is not there")
+            + (f"lacks all or some of {', '.join(names[:3])}" if folder.is_dir() else "is not there")
         )
     return folder
 
@@ -168,12 +187,17 @@ def _step(folder: Path) -> int:
 
 @contextmanager
 def writing(folder: Path, *, main_process: bool) -> Iterator[None]:
-    """Wraps all that writes a checkpoint. Where it could not be written, removes it and raises `CheckpointError`."""
+    """Wraps all that writes a checkpoint, on all ranks, and seals it.
+
+    Where it could not be written, removes it and raises `CheckpointError`.
+    """
     if main_process:
         # A torn one, or one of an earlier run, must not look whole because of what it had.
         (folder / STATE).unlink(missing_ok=True)
     try:
         yield
+        if main_process:
+            seal(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and not _UNWRITTEN.search(str(error)):
             raise

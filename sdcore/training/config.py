@@ -40,6 +40,7 @@ WITHOUT_EFFECT: Final = {
     "batch_eval_metrics": _EVALUATION,
     "bf16_full_eval": "an evaluation samples with the model as it is trained (model_dtype, bf16)",
     "ddp_find_unused_parameters": "all are used",
+    "ddp_static_graph": "every step uses all parameters (and gradients that are accumulated would not be reduced)",
     "eval_accumulation_steps": _EVALUATION,
     "eval_do_concat_batches": _EVALUATION,
     "eval_use_gather_object": _EVALUATION,

@@ -222,11 +222,10 @@ class SelfDistillationTrainer(Trainer):
         self._hand_over_weights()
         # Batches of all ranks are numbered in the order of the data, whatever the number of ranks.
         seeds = [seed_of(args.seed, step, i * args.world_size + args.process_index) for i in range(len(batches))]
-        other = (self.teacher, self.rows)
-        groups, counts, means = self.collector.collect(self.model_wrapped, batches, seeds, other)
-        self._tally.count(counts)
-        self._tally.add(means)
-        return groups
+        drawn = self.collector.collect(self.model_wrapped, batches, seeds, (self.teacher, self.rows))
+        self._tally.count(drawn.counts)
+        self._tally.add(drawn.means)
+        return drawn.groups
 
     def _hand_over_weights(self) -> None:
         if isinstance(self.sampler, FollowsWeights):
@@ -392,6 +391,7 @@ class SelfDistillationTrainer(Trainer):
             self._own.save(folder, step, seen=self._seen, window=self._window, run=self._run)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the whole model, also where checkpoints are of FSDP2's shards and transformers writes nothing."""

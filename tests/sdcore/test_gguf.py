@@ -32,10 +32,21 @@ RNG = np.random.default_rng(0)
 ROWS = [{"prompt": "a", "completion": "b c", "answer": "b"}, {"prompt": "d", "completion": "e", "answer": "e"}] * 2
 
 
-def write(file: Path, *, split: str = "smollm", without: str = "", scaled: bool = False, scale: float = 0.05) -> Path:
+def write(
+    file: Path,
+    *,
+    split: str = "smollm",
+    without: str = "",
+    scaled: bool = False,
+    scale: float = 0.05,
+    parts: int = 1,
+    kind: str = "model",
+) -> Path:
     """Writes a Llama with quantised matrices and a byte-level tokenizer."""
     writer = GGUFWriter(file, "llama")
     writer.add_name("A Title, no Path")
+    writer.add_type(kind)
+    writer.add_uint16("split.count", parts)
     writer.add_context_length(256)
     writer.add_embedding_length(HIDDEN)
     writer.add_block_count(LAYERS)
@@ -223,6 +234,16 @@ def test_what_cannot_be_converted_is_refused(tmp_path: Path, file: Path) -> None
         plain_folder(str(write(tmp_path / "torn.gguf", without="blk.1.ffn_down")))
     with pytest.raises(UnsupportedModelError, match=r"llama\.rope\.scaling\.factor"):
         plain_folder(str(write(tmp_path / "scaled.gguf", scaled=True)))
+    with pytest.raises(ArgumentError, match=r"a-00001-of-00002\.gguf, one of 2 parts: join them"):
+        plain_folder(str(write(tmp_path / "a-00001-of-00002.gguf", parts=2, without="blk.1.ffn_down")))
+    for kind in ("adapter", "mmproj", "imatrix"):
+        with pytest.raises(ArgumentError, match=rf"of a model, got .*other\.gguf, which says .* type '{kind}'"):
+            plain_folder(str(write(tmp_path / "other.gguf", kind=kind)))
+    whole = file.read_bytes()
+    for size in (0, 6, 3000, len(whole) - 1000):
+        (tmp_path / "cut.gguf").write_bytes(whole[:size])
+        with pytest.raises(ArgumentError, match=rf"must be a whole GGUF file, got .*cut\.gguf of {size} B"):
+            plain_folder(str(tmp_path / "cut.gguf"))
     assert [path.name for path in tmp_path.glob("*-transformers")] == []
     file.with_name("tiny-transformers").mkdir()
     with pytest.raises(ArgumentError, match="must not be there"):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor, nn
 from transformers import PhiConfig
 
@@ -409,3 +410,26 @@ def test_reading_a_head_changes_nothing() -> None:
     head_of(model)
     after = model.state_dict()
     assert {name for name, tensor in before.items() if not torch.equal(after[name], tensor)} == set()
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (lambda model: model, "has its embeddings offloaded by accelerate.*give them a device in device_map"),
+        (lambda model: model.lm_head, "has its output layer offloaded by accelerate"),
+        (lambda model: model.model.layers, "has weights that are trained offloaded by accelerate"),
+        (lambda model: model.model.norm, "has weights that are trained offloaded by accelerate"),
+    ],
+)
+def test_what_accelerate_has_offloaded_is_refused_where_it_is_needed(part: Any, message: str) -> None:
+    model, plan = tiny("llama"), random_plan(0)
+    cpu_offload(part(model), torch.device("cpu"))
+    with pytest.raises(UnsupportedModelError, match=message):
+        distill_step(model, plan, teacher=Live(), strategy="naive")
+
+
+def test_a_teacher_whose_layers_are_offloaded_is_the_teacher() -> None:
+    student, teacher, plan = tiny("llama"), tiny("llama", seed=1), random_plan(0)
+    expected = distill_step(student, plan, teacher=Frozen(teacher)).loss
+    cpu_offload(teacher.model.layers, torch.device("cpu"))
+    assert torch.equal(distill_step(student, plan, teacher=Frozen(teacher)).loss, expected)

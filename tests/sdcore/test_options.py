@@ -57,7 +57,7 @@ WITH_EFFECT = """
     num_train_epochs max_steps seed data_seed per_device_train_batch_size per_device_eval_batch_size
     train_sampling_strategy dataloader_drop_last dataloader_num_workers dataloader_persistent_workers
     dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order dataloader_pin_memory
-    ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config
+    ddp_bucket_cap_mb ddp_broadcast_buffers ddp_backend ddp_timeout fsdp fsdp_config
     output_dir logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_on_each_node log_level
     log_level_replica include_num_input_tokens_seen disable_tqdm report_to run_name debug skip_memory_metrics
     eval_strategy eval_steps eval_delay eval_on_start metric_for_best_model greater_is_better load_best_model_at_end

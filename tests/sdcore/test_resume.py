@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -19,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
+from transformers.trainer_jit_checkpoint import CheckpointManager
 
 from sdcore.presets import GRPO, Method, SDFTPaper
 from sdcore.training.checkpoints import CheckpointError, to_resume, whole
@@ -137,13 +139,50 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path: Path) -> None:
     assert whole(torn)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("size", [None, 100])
+def test_a_checkpoint_that_has_lost_a_file_or_part_of_one_is_passed_over(
+    name: str, size: int | None, first_of_three: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers would go on without the optimizer's or the schedule's, and without a word."""
+    shutil.copytree(first_of_three, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoint-2"
+    assert to_resume(folder.parent, True) == folder
+    content = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if size is not None:
+        (folder / name).write_bytes(content[:size])
+    assert to_resume(folder.parent, True) == folder.with_name("checkpoint-1")
+    assert f"passed over {folder} (lacks all or some of {name})" in caplog.text
+    with pytest.raises(CheckpointError, match=rf"checkpoint-2, which lacks all or some of {re.escape(name)}"):
+        to_resume(folder.parent, folder)
+
+
+class Signalled(TrainerCallback):
+    """Has the checkpoint written that transformers writes at a SIGTERM."""
+
+    manager: CheckpointManager
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            self.manager.execute_jit_checkpoint()
+
+
+def test_a_checkpoint_that_a_signal_asked_for_is_whole(tmp_path: Path) -> None:
+    callback = Signalled()
+    made = trainer(tmp_path, method=SDFT_METHOD, count=8, max_steps=4, save_strategy="no", callbacks=[callback])
+    callback.manager = CheckpointManager(made)
+    made.train()
+    assert to_resume(tmp_path, True) == tmp_path / "checkpoint-3"
+
+
 def test_resuming_without_a_whole_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="none there"):
         run("sdft", tmp_path, resume=True)
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(CheckpointError, match="only torn ones"):
         run("sdft", tmp_path, resume=True)
-    with pytest.raises(CheckpointError, match="lacks trainer_state"):
+    with pytest.raises(CheckpointError, match="lacks all or some of trainer_state"):
         to_resume(tmp_path, tmp_path / "checkpoint-3")
 
 

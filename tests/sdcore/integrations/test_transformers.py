@@ -6,6 +6,9 @@ import copy
 import inspect
 import io
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -395,6 +398,28 @@ def test_the_body_of_a_patched_model_is_found() -> None:
     model = tiny("llama")
     with patch(model):
         assert torch.equal(find_body(model)(batch()["input_ids"]), model(batch()["input_ids"]).last_hidden_state)
+
+
+@pytest.mark.parametrize("asked", ["patched", "body"])
+def test_threads_that_share_a_model_get_the_states_of_their_own_ids(asked: str) -> None:
+    """As transformers' issue 42673 has it: each waits, before its states and after them, for the other one."""
+    model, ids = tiny("llama"), batch()["input_ids"]
+    expected = [model.model(input_ids=row[None]).last_hidden_state for row in ids]
+    barrier = threading.Barrier(len(ids), timeout=60)
+
+    def wait(*_: Any) -> None:
+        barrier.wait()
+
+    for module in (model.model.norm, model.lm_head):
+        module.register_forward_pre_hook(wait)
+    if asked == "body":
+        model.forward = model.forward  # somebody's own, which has to be called
+    body = find_body(model)
+    with patch(model) if asked == "patched" else nullcontext(), ThreadPoolExecutor(len(ids)) as pool:
+        call = (lambda row: model(input_ids=row).last_hidden_state) if asked == "patched" else body
+        got = list(pool.map(lambda row: call(row[None]), ids))
+    for states, wanted in zip(got, expected, strict=True):
+        assert torch.equal(states, wanted)
 
 
 # Two ranks.

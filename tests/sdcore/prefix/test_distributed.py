@@ -55,6 +55,15 @@ def ddp(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model)
 
 
+def ddp_static(model: nn.Module) -> nn.Module:
+    """Reduces only after a gradient has arrived at what its call returned."""
+    return DistributedDataParallel(model, static_graph=True)
+
+
+def ddp_looking(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model, find_unused_parameters=True)
+
+
 def fsdp(model: Any) -> nn.Module:
     for layer in (model.get_base_model() if hasattr(model, "get_base_model") else model).model.layers:
         fully_shard(layer)
@@ -142,6 +151,12 @@ def cases() -> dict[str, Callable[[], None]]:
             add(f"{label} {strategy} hybrid", wrap, "unequal", name="qwen3_5", strategy=strategy)
         add(f"{label} auto chooses alike", wrap, "nothing to share", teacher="frozen")
         add(f"{label} two steps", wrap, "unequal", micro_batch=1, steps=2)
+    for strategy in ("naive", "cached", "packed"):
+        add(f"ddp static {strategy}", ddp_static, "equal", strategy=strategy, steps=3)
+        add(f"ddp looking {strategy}", ddp_looking, "unequal", strategy=strategy)
+    add("ddp static checkpointed", ddp_static, "unequal", strategy="cached", prepare=checkpointed)
+    if importlib.util.find_spec("peft"):
+        add("ddp static adapter", ddp_static, "unequal", strategy="cached", prepare=with_adapter, teacher="adapter off")
     add("fsdp packed sharded head", fsdp_throughout, "unequal", strategy="packed")
     add("fsdp two_phase sharded head", fsdp_throughout, "unequal", micro_batch=2)
     for strategy in ("packed", "cached"):
