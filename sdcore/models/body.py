@@ -46,9 +46,7 @@ from .heads import Head, count_rows, read_layer, scale_and_softcap, shape_of, ve
 RECURRENT_TYPES = frozenset({"linear_attention", "conv", "mamba", "mamba2", "hybrid", "hybrid_sliding"})
 # What says in a configuration that a token sees those after it (XLM has `causal`, XLNet `attn_type`).
 SEES_AHEAD = (("is_causal", False), ("causal", False), ("attn_type", "bi"), ("model_type", "cpmant"))
-OFFLOADED = (
-    "offloaded by accelerate, which loads them for their layer's own call alone: keep them on a device (device_map)"
-)
+OFFLOADED = "offloaded by accelerate, which loads them for their layer's own call alone: keep them on a device"
 WINDOWED_TYPES = frozenset({"sliding_attention", "hybrid_sliding"})
 
 
