@@ -137,5 +137,7 @@ def train(
         if eval_data is not None:
             measured = trainer.evaluate()
             screen.print(f"eval: reward {measured.get('eval_reward_mean', float('nan')):.4f}")
+        if (step := trainer.state.global_step) < trainer.state.max_steps:  # a signal, with enable_jit_checkpoint
+            screen.print(f"stopped after step {step} of {trainer.state.max_steps}; --resume goes on from a checkpoint")
         trainer.accelerator.end_training()  # of several processes, none ends under the others' feet
         screen.print(f"model: {args.output_dir}   next: sdcore eval, sdcore report {args.output_dir}")

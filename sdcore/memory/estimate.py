@@ -162,8 +162,14 @@ def predict(
     """Predicts the memory of one step. `parameters` None: counted on the meta device.
 
     `config` is a Hugging Face configuration. Raises `UnsupportedModelError` for one that does not say what a layer
-    costs.
+    costs, and for a quantised one.
     """
+    if quantised := getattr(config, "quantization_config", None):
+        quantised = quantised if isinstance(quantised, dict) else quantised.to_dict()
+        raise UnsupportedModelError(
+            f"config must be of a model that is not quantised, got quant_method={quantised.get('quant_method')!r}: its "
+            "weights have no dtype to be counted by; take the model that it was made of"
+        )
     setting = setting or Setting()
     sizes = model_sizes(config)
     parameters = parameters or count_parameters(config)

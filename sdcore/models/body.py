@@ -48,9 +48,7 @@ RECURRENT_TYPES = frozenset({"linear_attention", "conv", "mamba", "mamba2", "hyb
 SEES_AHEAD = (("is_causal", False), ("causal", False), ("attn_type", "bi"), ("model_type", "cpmant"))
 # What a configuration says of chance in training mode, beside modules of dropout.
 NOISE = ("attention_dropout", "hidden_dropout", "resid_pdrop", "layerdrop", "router_jitter_noise")
-OFFLOADED = (
-    "offloaded by accelerate, which loads them for their layer's own call alone: give them a device in device_map"
-)
+OFFLOADED = "offloaded by accelerate, which loads them for their layer's own call alone: keep them on a device"
 WINDOWED_TYPES = frozenset({"sliding_attention", "hybrid_sliding"})
 
 

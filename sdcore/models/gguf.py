@@ -51,8 +51,8 @@ def plain_folder(model: str, gguf_file: str | None = None) -> str:
     """Returns the folder with a GGUF file's model, made if need be; a name that is of no GGUF file as it is.
 
     `model` is a folder or Hub id that has the file `gguf_file`, or the file's path. Raises `ArgumentError` for a folder
-    with nothing but GGUF files where none is named and for a file that is not a whole model, `UnsupportedModelError`
-    for a file whose model transformers would read wrong, `ImportError` without gguf, and what transformers raises.
+    with nothing but GGUF files where none is named and for a file of no whole model, `UnsupportedModelError` for one whose
+    model transformers would read wrong, `ImportError` without gguf, and what transformers raises.
     """
     if gguf_file is None:
         path = Path(model)
@@ -107,9 +107,7 @@ def _convert(file: Path, folder: Path) -> None:
     try:
         reader = GGUFReader(file)
     except ValueError as error:
-        raise ArgumentError(
-            f"gguf_file must be a whole GGUF file, got {file} of {file.stat().st_size} B: {error}"
-        ) from error
+        raise ArgumentError(f"gguf_file must be a whole file, got {file}, {file.stat().st_size} B: {error}") from error
     parts, kind = (reader.fields[key].contents() if key in reader.fields else None for key in ("split.count", TYPE))
     if (parts or 1) > 1:
         raise ArgumentError(

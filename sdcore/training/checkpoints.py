@@ -10,9 +10,9 @@
 
 What differs from the obvious: `transformers.trainer_utils.get_last_checkpoint` takes the folder with the highest
 number, also one that a killed process was still writing, and begins anew with the optimizer where its file is missing.
-The trainer writes `trainer_state.json` last, so a folder in which that can be read was written to its end, provided
-that what is not transformers' is written before it; then `seal` notes which files there are and how large, so that one
-which has lost some since (a full disk, a copy that was cut off, a deleted optimizer) is known. Nor does it ask whose
+It writes `trainer_state.json` last, so a folder in which that can be read was written to its end, provided that what is
+not transformers' is written before it; then `seal` notes which files there are and how large, so that one which has
+lost some since (to a copy that was cut off, to whoever wanted the space) is known. Nor does it ask whose
 checkpoints they are: a new run would leave those of an older one in its folder, and resuming take the older one's for
 their higher number. So a folder has the checkpoints of one run, up to the step that it goes on from.
 

@@ -14,6 +14,7 @@ import torch
 import yaml
 from click.testing import Result
 from safetensors.torch import load_file
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from typer.testing import CliRunner
 
 from sdcore.cli.main import app
@@ -107,6 +108,22 @@ def test_a_run_goes_on_from_its_last_checkpoint() -> None:
     assert [line["step"] for line in metrics() if "loss" in line] == [1, 2, 3]
     whole, resumed = (load_file(Path(run) / "model.safetensors") for run in ("whole", "run"))
     assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+
+
+def test_a_run_that_a_signal_stops_says_so_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers does it with enable_jit_checkpoint: a checkpoint, and the end of training."""
+
+    def signalled(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.jit_manager.is_checkpoint_requested = state.global_step == 2 and state.max_steps == 3
+        after_step(self, args, state, control, **kwargs)
+
+    after_step = JITCheckpointCallback.on_step_end
+    monkeypatch.setattr(JITCheckpointCallback, "on_step_end", signalled)
+    options = [*prepared("sdft"), "per_device_train_batch_size=2", "save_steps=9", "enable_jit_checkpoint=true"]
+    said = done("train", *options, "--output", "run", "max_steps=3")
+    assert "stopped after step 2 of 3; --resume goes on from a checkpoint" in said
+    assert "stopped" not in done("train", *options, "--output", "run", "max_steps=4", "--resume")
+    assert [line["step"] for line in metrics() if "loss" in line] == [1, 2, 3, 4]
 
 
 def test_a_folder_of_another_run_is_refused_before_anything_in_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -415,7 +415,7 @@ def test_reading_a_head_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        (lambda model: model, "has its embeddings offloaded by accelerate.*give them a device in device_map"),
+        (lambda model: model, "has its embeddings offloaded by accelerate.*keep them on a device"),
         (lambda model: model.lm_head, "has its output layer offloaded by accelerate"),
         (lambda model: model.model.layers, "has weights that are trained offloaded by accelerate"),
         (lambda model: model.model.norm, "has weights that are trained offloaded by accelerate"),

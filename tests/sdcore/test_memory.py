@@ -20,7 +20,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from sdcore.errors import ArgumentError
+from sdcore.errors import ArgumentError, UnsupportedModelError
 from sdcore.memory import (
     PARTS,
     Load,
@@ -336,3 +336,10 @@ def test_a_device_is_a_card_or_a_size(name: str, expected: int) -> None:
 def test_sizes_without_meaning_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         make()
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "awq", "gptq", "fp8"])
+def test_a_quantised_models_weights_are_not_counted_as_if_it_were_none(method: str) -> None:
+    config = LlamaConfig(quantization_config={"quant_method": method, "load_in_4bit": True})
+    with pytest.raises(UnsupportedModelError, match=f"not quantised, got quant_method='{method}'"):
+        predict(config, LOAD)

@@ -114,9 +114,7 @@ def test_prompts_and_completions_are_token_ids_with_log_probabilities(server: An
 
 def test_ids_that_the_student_does_not_have_are_the_servers_fault_and_no_rows(server: Any) -> None:
     server.fake.override = {"token_ids": [5, 5000], "logprobs": {"token_logprobs": [-1.0, -1.0]}}
-    with pytest.raises(
-        EngineError, match=r"ids of the student's vocabulary, below \d+, got 5000: it has another model"
-    ):
+    with pytest.raises(EngineError, match=r"ids of the student's vocabulary, below \d+, got 5000: it has"):
         ask(VLLMServer(server.url, model="policy"))
 
 
