@@ -51,8 +51,8 @@ def plain_folder(model: str, gguf_file: str | None = None) -> str:
     """Returns the folder with a GGUF file's model, made if need be; a name that is of no GGUF file as it is.
 
     `model` is a folder or Hub id that has the file `gguf_file`, or the file's path. Raises `ArgumentError` for a folder
-    with nothing but GGUF files where none is named and for a file of no whole model, `UnsupportedModelError` for one whose
-    model transformers would read wrong, `ImportError` without gguf, and what transformers raises.
+    with nothing but GGUF files where none is named and for a file of no whole model, `UnsupportedModelError` for one
+    whose model transformers would read wrong, `ImportError` without gguf, and what transformers raises.
     """
     if gguf_file is None:
         path = Path(model)

@@ -119,11 +119,11 @@ def test_a_block_takes_the_newest_file_of_a_device_and_the_other_suites_take_non
     assert (newest_results(results) == []) == (name != "divergence")
 
 
-def test_a_page_without_markers_is_refused() -> None:
+def test_a_page_without_markers_is_refused(tmp_path: Path) -> None:
     block, other = readme.BLOCKS[:2]
     for text in ("no markers", "\n".join(other.marks)):
         with pytest.raises(ArgumentError, match=block.marks[0]):
-            block.renewed(text, Path(), Path())
+            block.renewed(text, tmp_path, tmp_path)
 
 
 def _changed(contender: Any, change: Callable[[Outcome], Outcome]) -> Any:
