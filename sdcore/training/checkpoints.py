@@ -159,9 +159,9 @@ def _require_same_run(folder: Path, run: Mapping[str, Any]) -> None:
     if before.get("save_only_model"):
         raise CheckpointError(f"{folder} has no optimizer's state, it was written with save_only_model=True")
     changes = {
-        name: f"{name}={value!r} (was {before.get(name)!r})"
+        name: f"{name}={value!r} (was {before[name]!r})"
         for name, value in run.items()
-        if name not in _PLACES and before.get(name) != value
+        if name in before and name not in _PLACES and before[name] != value  # earlier versions noted less, or nothing
     }
     if run["ignore_data_skip"]:  # the rows begin anew, so they may be others
         changes.pop("data", None)

@@ -331,6 +331,21 @@ def test_what_may_change_is_said(first_of_three: Path, tmp_path: Path) -> None:
     assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("noted", ["less", "nothing"])
+def test_a_checkpoint_of_an_earlier_version_noted_less_of_its_run(
+    noted: str, first_of_three: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(first_of_three, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint-2" / "sdcore.json"
+    record = json.loads(path.read_text())
+    del record["run"]["teacher_samples"]
+    if noted == "nothing":
+        del record["run"], record["files"]
+    path.write_text(json.dumps(record))
+    sdft(tmp_path / "run", resume=True, max_steps=3)
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3]
+
+
 def test_other_rows_are_taken_from_the_first_where_that_is_asked(first_of_three: Path, tmp_path: Path) -> None:
     shutil.copytree(first_of_three, tmp_path / "run")
     others = rows("sdft", task="luma", count=16, seed=1)
