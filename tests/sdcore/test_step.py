@@ -430,8 +430,8 @@ def test_bad_arguments_are_refused_by_name_before_any_pass(
         ),
         (
             lambda _: Frozen(build(LlamaConfig(**COMMON | {"vocab_size": 8}))),
-            PlanError,
-            r"teacher_prompts\[0\] .* V=8.* got id 9",
+            ArgumentError,
+            r"teacher .* 61 .* got 8",
         ),
         (
             lambda _: Frozen(build(LlamaConfig(**COMMON | {"vocab_size": 64}))),
