@@ -129,10 +129,10 @@ def train(
             reward_funcs=reward or [],
             peft_config=lora_config(lora_rank),
         )
-        trainer.start(asked)
+        trainer.start(asked)  # may refuse, before anything is written
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         dump_config(chosen, arguments, Path(args.output_dir) / "config.yaml")
-        trainer.train(resume_from_checkpoint=asked)
+        trainer.train()
         trainer.save_model()
         if eval_data is not None:
             measured = trainer.evaluate()

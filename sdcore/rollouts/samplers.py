@@ -162,9 +162,9 @@ def sample_groups(
     Refuses lengths that the model cannot sample, as `max_completion_length`; another engine knows its own limits.
     """
     if isinstance(sampler, ModelSampler):
+        body, most = find_body(model), sampling.max_new_tokens
         for example, prompt in zip(examples, prompts, strict=True):
-            options = {"name": "max_completion_length", "where": f"{example.source}: "}
-            check_room(find_body(model), len(prompt), sampling.max_new_tokens, **options)
+            check_room(body, len(prompt), most, name="max_completion_length", where=f"{example.source}: ")
     completions_B = sampler.sample(model, prompts, **vars(sampling), seed=seed)
     hidden = _hidden_ids(tokenizer)
     groups = []

@@ -328,8 +328,7 @@ class SelfDistillationTrainer(Trainer):
     # Data order, checkpoints, resuming.
 
     def _get_train_sampler(self, train_dataset: Any = None) -> WindowOrder:
-        args = self.args
-        examples = self.train_dataset if train_dataset is None else train_dataset
+        args, examples = self.args, self.train_dataset if train_dataset is None else train_dataset
         self.order = WindowOrder(
             len(examples),
             window=self._train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -342,16 +341,17 @@ class SelfDistillationTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Trains as in transformers; True goes on from the last whole checkpoint, None is what the arguments say."""
-        self.start(self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint)
+        if not self._run:  # else `start` has been called for it
+            self.start(self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint)
         try:
             return super().train(None if self._resumed is None else str(self._resumed), **kwargs)
         finally:
-            self._resumed = None
+            self._resumed, self._run = None, {}
 
     def start(self, resume_from_checkpoint: str | bool | None = None) -> None:
-        """Finds where `train` begins. Raises `CheckpointError`, as `start_of`."""
-        self._run = describe_run(self.method, self.args, self.model, self.train_dataset or ())
-        self._resumed = start_of(self.args.output_dir, resume_from_checkpoint, self._run)
+        """Finds where the next `train` begins. Raises `CheckpointError`, as `start_of`."""
+        run = describe_run(self.method, self.args, self.model, self.train_dataset or ())
+        self._resumed, self._run = start_of(self.args.output_dir, resume_from_checkpoint, run), run
 
     def begin(self) -> None:
         """Takes up a checkpoint's state of ours and opens the run's log, once model and optimizer are loaded."""
