@@ -5,7 +5,8 @@
 
 `handbook.json` has 30 facts with eight questions each: six to learn from and two others that are held out. The context
 of a question is its fact's section. An answer is right where it has the fact's words in it. What a model has forgotten
-is measured on questions of general knowledge and on a page of prose.
+is measured on questions of general knowledge and on a page of prose; anchors, whose answers shall stay as they are, are
+other questions.
 
 What differs from the obvious: `split` draws anew which two questions of a fact are held out, so that a study's seeds
 differ in their questions too. The demo keeps those of the file.
@@ -48,6 +49,7 @@ class Handbook:
         self.sections: list[tuple[str, list[str]]] = []  # title, and the sentences of its facts
         self.train, self.held_out, self.shown = [], [], []  # the last are held out, with the section in view
         self.general = [row_of(asked["question"], words=asked["answers"]) for asked in data["general"]]
+        self.anchors = [row_of(question, words=()) for question in data["anchors"]]  # other questions than these
         number = 0
         for section in data["sections"]:
             self.sections.append((section["title"], [fact["fact"] for fact in section["facts"]]))
