@@ -140,8 +140,8 @@ class Rows:
         plain = sum(isinstance(example.prompt, str) for example in examples)
         if plain and getattr(self.collector.tokenizer, "chat_template", None) and self.rank == 0:
             logger.warning(
-                "%s: %d prompts are plain text, so the model reads them without its chat template; as `messages`, or as "
-                "`prompt` with a list of messages, they would be the user's turn",
+                "%s: %d prompts are plain text, so the model reads them without its chat template; as `messages`, or "
+                "as `prompt` with a list of messages, they would be the user's turn",
                 *(what, plain),
             )
         refused = {i for i, _, _ in bad}
