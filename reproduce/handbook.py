@@ -5,8 +5,8 @@
 The handbook (`handbook.json`) has 30 facts with six questions each to learn from and two others that are held out. A
 section of it is the teacher's `privileged_context`; the student reads the question alone. What is learned from are the
 teacher's own answers, right or wrong, with its distribution at every token: no fact is anybody's target but as the
-model itself repeats it. Beside it stand the same with anchors (every fourth question is about something else, and its
-answer is to stay what it is), the same on all weights, and SFT on the handbook's own sentences. Each learner starts
+model itself repeats it. Every fourth question is an anchor: about something else, its answer to stay what it is. Beside
+it stand the same on all weights, and SFT on the handbook's own sentences, with anchors and without. Each learner starts
 from the same weights, and is measured three times on its way, so that SFT can be read where it knows as much.
 
 What differs from the obvious: the teacher is frozen, so its answers are drawn once, before training; `sdcore train`
@@ -60,10 +60,10 @@ class Learner(NamedTuple):
 
 
 LEARNERS: Final = (
-    Learner("context distillation", True, True, False, 2e-3, 45),
-    Learner("context distillation with anchors", True, True, True, 2e-3, 60),
-    Learner("context distillation with anchors, all weights", True, False, True, 3e-4, 45),
-    Learner("SFT on the handbook's sentences", False, True, False, 2e-3, 24),
+    Learner("context distillation, LoRA", True, True, True, 2e-3, 75),
+    Learner("context distillation, all weights", True, False, True, 3e-4, 36),
+    Learner("SFT, LoRA", False, True, False, 2e-3, 24),
+    Learner("SFT, LoRA, with anchors", False, True, True, 2e-3, 30),
 )
 
 
@@ -97,6 +97,7 @@ class Learned(NamedTuple):
     """Holds what a learner knew on its way, and what it cost."""
 
     name: str
+    distils: bool
     measured: tuple[Measured, ...]
     tokens: int = 0  # that carried a loss
     seconds: float = 0.0  # of training
@@ -184,7 +185,8 @@ def learn(learner: Learner, run: Run, before: Measured) -> Learned:
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started - way.seconds
-    return Learned(learner.name, tuple(way.points), read_run(str(args.output_dir)).metrics[-1]["tokens"], seconds)
+    tokens = read_run(str(args.output_dir)).metrics[-1]["tokens"]
+    return Learned(learner.name, learner.distils, tuple(way.points), tokens, seconds)
 
 
 def table_of(learned: Sequence[Learned], ceiling: float) -> Table:
@@ -192,15 +194,12 @@ def table_of(learned: Sequence[Learned], ceiling: float) -> Table:
     table = Table(title="Held-out questions about the handbook, answered without it", title_justify="left")
     for heading in ("", "right", "of the way to the ceiling", "general knowledge", "perplexity of prose", "tokens/s"):
         table.add_column(heading, justify="left" if not heading else "right")
-    first, last = learned[0], learned[-1]
-    before = first.measured[0]
-    rows = [
-        ("before", before, "–"),
-        *((each.name, each.measured[-1], f"{each.tokens / each.seconds:.0f}") for each in learned),
-    ]
-    rows.append(
-        (f"the same at step {last.at(first.measured[-1].right).step:.0f}", last.at(first.measured[-1].right), "")
-    )
+    before, level = learned[0].measured[0], learned[0].measured[-1].right
+    rows = [("before", before, "–")]
+    for each in learned:
+        rows.append((each.name, each.measured[-1], f"{each.tokens / each.seconds:.0f}"))
+        if not each.distils and (same := each.at(level)) is not each.measured[-1]:
+            rows.append((f"  at step {same.step:.0f}, which knows as much", same, ""))
     for name, state, speed in rows:
         way = (state.right - before.right) / max(ceiling - before.right, 1e-9)
         right = f"{state.right:.0%} ± {state.stderr:.0%}"
@@ -240,7 +239,7 @@ def main(
         learned = [learn(learner, run, before) for learner in LEARNERS]
         screen.print(table_of(learned, ceiling))
         for i in range(0, len(book.held_out), len(book.held_out) // SHOWN):
-            after = learned[1].measured[-1].answers[i]
+            after = learned[0].measured[-1].answers[i]
             said = f"{question_of(book.held_out[i])}\n  before: {before.answers[i]}\n  after: {after}"
             screen.print(said, markup=False)
         record = {
@@ -251,7 +250,7 @@ def main(
             "seconds": time.perf_counter() - started,
             "learned": [
                 each._asdict() | {"measured": [point._asdict() for point in each.measured[1:]]}
-                for each in [Learned("before", (before, before)), *learned]
+                for each in [Learned("before", False, (before, before)), *learned]
             ],
         }
         output.mkdir(parents=True, exist_ok=True)
