@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from sdcore.data import read_examples
+from sdcore.rollouts.rewards import contains
 from sdcore.training.evaluation import evaluate
 
 DATA: Final = Path(__file__).with_name("handbook.json")
@@ -88,8 +89,8 @@ def question_of(row: dict[str, Any]) -> str:
 
 
 def has_words(completion: str, words: Sequence[str]) -> float:
-    """Judges an answer: 1 where one of the words stands in it, not within another word or number."""
-    return float(any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", completion, re.IGNORECASE) for word in words))
+    """Judges an answer: 1 where one of the words stands in it."""
+    return contains(completion, words)
 
 
 def answers(

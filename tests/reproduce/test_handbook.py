@@ -36,21 +36,6 @@ def test_the_context_and_nothing_else_that_the_student_reads_has_the_answer() ->
         assert question(shown).endswith(question(row))
 
 
-@pytest.mark.parametrize(
-    ("answer", "words", "right"),
-    [
-        ("It has 412 employees.", ["412"], 1),
-        ("It has 4120 employees.", ["412"], 0),
-        ("They are in /srv/amber.", ["/srv/amber"], 1),
-        ("On the Fifth floor", ["fifth floor", "floor 5"], 1),
-        ("At Floor 51", ["floor 5"], 0),
-        ("", ["2"], 0),
-    ],
-)
-def test_an_answer_is_right_with_a_word_of_its_own(answer: str, words: list[str], right: int) -> None:
-    assert has_words(answer, words) == right
-
-
 def test_the_demo_runs_to_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = chat_tokenizer("qwen")
     torch.manual_seed(0)
