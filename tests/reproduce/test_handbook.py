@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from sdcore.models.gguf import PACKAGES
 from reproduce.handbook import LEARNERS, Handbook, app, has_words
 from tests.sdcore.contexts.chats import chat_tokenizer
 
@@ -71,7 +72,7 @@ def test_the_demo_runs_to_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_without_the_package_the_error_says_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reproduce.handbook.PACKAGE", "no_such_package")
+    monkeypatch.setitem(PACKAGES, "smollm2", ("no_such_package", "the-package"))
     result = CliRunner().invoke(app, [])
     assert result.exit_code == 1
-    assert "make demo-llm" in result.output
+    assert "pip install the-package" in result.output
