@@ -1,7 +1,7 @@
 """Computes the right answer to a case from the definitions in `sdkernels/reference.py`, a few rows at a time.
 
-All divergences of a shape share its projections. They and the gradient products are float64 where that is cheap or asked
-for, and float32 at the shapes of the speed table, whose error (1e-6) is far below what the equality check asks;
+All divergences of a shape share its projections. They and the gradient products are float64 where that is cheap or is
+asked for, and float32 at the shapes of the speed table, whose error (1e-6) is far below what the equality check asks;
 everything in between is float64 always.
 """
 

@@ -143,7 +143,8 @@ def _add(table: Table, name: str, limit: str, cells: Iterable[str]) -> None:
 
 def _peak(row: MemoryRow) -> str:
     # Inside a compiled graph no live tensor is seen: what is left is how much the process grew.
-    return f"{mebibytes(row.resident_bytes)}*" if row.live_bytes is None and row.resident_bytes else mebibytes(row.live_bytes)
+    grown = row.live_bytes is None and row.resident_bytes is not None
+    return f"{mebibytes(row.resident_bytes)}*" if grown else mebibytes(row.live_bytes)
 
 
 def pages() -> dict[Path, str]:

@@ -80,7 +80,7 @@ def load(source: str, say: Callable[[str], None] = lambda line: None) -> States:
     Raises `ArgumentError` for what is neither and for a file that is not what it was, `ImportError` without a package.
     """
     if source not in NAMES and not Path(source).is_file():
-        raise ArgumentError(f"states must be one of {', '.join(NAMES)}, or the path of a file of states, got {source!r}")
+        raise ArgumentError(f"states must be one of {', '.join(NAMES)}, or the path of a file of them, got {source!r}")
     path = Path(source)
     if source in NAMES:
         from ..models.gguf import cache_folder
@@ -112,7 +112,7 @@ def read(path: Path) -> States:
         with safe_open(path, "pt") as file:
             about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in TENSORS}
     except SafetensorError as error:
-        raise ArgumentError(f"states must be a whole file, got {path}: {error}; delete it, and it is made anew") from error
+        raise ArgumentError(f"states must be a whole file, got {path}: {error}; delete it to have it made") from error
     states = States(about.get("name", ""), **tensors)
     wrong = [name for name, tensor in tensors.items() if checksum(tensor) != about.get(name)]
     if wrong:
@@ -140,7 +140,7 @@ def checksum(tensor: Tensor) -> str:
 
 
 def _lines(rows: Iterable[Tensor]) -> list[str]:
-    return [" ".join(f"{number:g}" for number in row.tolist()) for row in rows]
+    return [" ".join(str(number) for number in row.tolist()) for row in rows]
 
 
 def _numbers(line: str) -> Tensor:

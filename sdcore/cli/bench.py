@@ -40,8 +40,8 @@ def bench(
     states: Annotated[
         str | None,
         typer.Option(
-            help=f"divergence: real hidden states and head, of {' or '.join(STATES)} at tokens of its own answers, made "
-            "once; or a file of them. Default: random ones."
+            help=f"divergence: hidden states and head of a real model at tokens of its own answers, {' or '.join(STATES)}, "
+            "made once; or a file of them. Default: random ones."
         ),
     ] = None,
     divergences: Annotated[
@@ -101,7 +101,8 @@ def bench(
     """
     with readable_errors("bench"):
         sizes = {"model": model, "states": states, "shapes": tuple(shape or ()), "dtype": dtype, "seconds": seconds}
-        chosen = {**sizes, "quick": quick, "everything": everything, "device": device, "threads": threads, "output": output}
+        sizes |= {"quick": quick, "everything": everything}
+        chosen = {**sizes, "device": device, "threads": threads, "output": output}
         names = {"peers": peers, "trainers": trainers, "sweeps": sweeps, "divergences": divergences}
         own = {**names, "readme": readme, "threshold": threshold}
         _refuse(suite, {**chosen, **own, "files": files})

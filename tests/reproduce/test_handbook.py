@@ -11,8 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from sdcore.models.gguf import PACKAGES
 from reproduce.handbook import LEARNERS, Handbook, app, has_words
+from sdcore.models.gguf import PACKAGES
 from tests.sdcore.contexts.chats import chat_tokenizer
 
 BOOK = Handbook()

@@ -60,15 +60,13 @@ def planned_groups(options: Options, device: str, states: States | None = None) 
     if not options.chosen and states is None:
         planned = shapes.groups(device, quick=options.quick, everything=options.everything)
     else:
-        planned = []
-        size = size_of(options.model) if options.model else None
+        planned, size = [], size_of(options.model) if options.model else None
+        everything = options.everything or options.divergences is not None
         for sizes in options.sizes:
             rows = sizes.get("N", WORKLOADS[device]["completion"] * WORKLOADS[device]["completions"])
             vocab, hidden = (size.step_vocab, size.hidden) if size else (32000, 1024)
             shape = Shape(rows, sizes.get("V", vocab), sizes.get("H", hidden))
-            everything, name = options.everything or options.divergences is not None, ""
-            if states is not None:
-                shape, name = states.shape_of(sizes.get("N")), states.name
+            shape, name = (states.shape_of(sizes.get("N")), states.name) if states else (shape, "")
             planned += shapes.chosen_groups(shape, everything=everything, states=name)
     planned = [group for group in planned if options.dtype in (None, group.dtype) and group.divergence in wanted]
     if not planned:
@@ -226,9 +224,7 @@ class DivergenceSuite:
                 run.progress.print(f"{shape}: {reason}")
                 continue
             run.progress.print(f"{shape}: the exact answers")
-            wide_inputs = make(shape, "fp32", device=device, frozen_head=frozen)
-            exact = solve(wide_inputs, divergences, float64=states is not None)
-            del wide_inputs
+            exact = solve(make(shape, "fp32", device=device, frozen_head=frozen), divergences, float64=bool(states))
             for group in members:
                 began = time.perf_counter()
                 speed, memory = measure_group(
