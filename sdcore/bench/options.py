@@ -83,9 +83,7 @@ class Options:
         if self.quick and (self.model or self.shapes or self.everything or self.states):
             raise ArgumentError("quick runs have sizes of their own: leave out model, shape, states and everything")
         if self.states and (self.model or self.suite != DIVERGENCE):
-            raise ArgumentError(
-                f"states are of {DIVERGENCE} and bring their model: leave out {self.model or self.suite}"
-            )
+            raise ArgumentError(f"states are of {DIVERGENCE} and bring a model: leave out {self.model or self.suite}")
         for shape in self.shapes:
             parse_shape(shape, self.letters)
         if self.suite == "scaling" and len(self.shapes) > 1:

@@ -40,8 +40,8 @@ def bench(
     states: Annotated[
         str | None,
         typer.Option(
-            help=f"divergence: hidden states and head of a real model at tokens of its own answers, {' or '.join(STATES)}, "
-            "made once; or a file of them. Default: random ones."
+            help=f"divergence: hidden states and head of a trained model at its own answers ({' or '.join(STATES)}; "
+            "made once), or a file of them. Default: random ones."
         ),
     ] = None,
     divergences: Annotated[

@@ -175,7 +175,7 @@ def test_divergences_and_a_dtype_can_be_chosen(folder: Path, tmp_path: Path) -> 
     [
         (["--states", "smollm3"], "states must be one of smollm2, gemma"),
         (["--states", "smollm2", "--quick"], "leave out model, shape, states"),
-        (["--states", "smollm2", "--model", "qwen3-8b"], "bring their model: leave out qwen3-8b"),
+        (["--states", "smollm2", "--model", "qwen3-8b"], "bring a model: leave out qwen3-8b"),
         (["--states", "smollm2", "--shape", "V=100"], "of the letters N"),
         (["prefix", "--states", "smollm2"], "states is for divergence, not for prefix"),
         (["--divergences", "backward"], "divergences must be of forward, reverse, jsd, top-100"),
