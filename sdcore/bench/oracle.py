@@ -25,6 +25,9 @@ FLOAT64_PRODUCT = 1 << 29  # N·V·H
 # direction or a mixed-in cross-entropy does not. How exact each one is stands in the accuracy table.
 EQUAL_LOSS = {"fp32": 1e-4, "bf16": 0.02}
 EQUAL_GRADIENT = {"fp32": 1e-3, "bf16": 0.05}
+# A trained model's sides are near on most tokens, where rounded logits cost a peer many times that. The loss is held to
+# the same, and shows what is not the same quantity.
+EQUAL_ON_STATES = {"fp32": 1e-3, "bf16": 0.5}
 
 
 @torch.no_grad()
@@ -85,10 +88,10 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     return (distance / torch.linalg.vector_norm(exact, dtype=torch.float64)).item()
 
 
-def difference(errors: Errors, dtype: str) -> str | None:
+def difference(errors: Errors, dtype: str, *, on_states: bool = False) -> str | None:
     """Says why a result is not the quantity that was asked for; None if it is."""
     if not errors.loss <= EQUAL_LOSS[dtype]:
         return f"loss off by {errors.loss:.1e}"
-    if not errors.gradient <= EQUAL_GRADIENT[dtype]:
+    if not errors.gradient <= (EQUAL_ON_STATES if on_states else EQUAL_GRADIENT)[dtype]:
         return f"gradient off by {errors.gradient:.1e}"
     return None

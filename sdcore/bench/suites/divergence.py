@@ -134,7 +134,7 @@ def built(contender: Contender, inputs: CaseInputs, divergence: Divergence) -> S
 
 def _judge(row: PassRow, outcome: Outcome, exact: Outcome) -> str | None:
     row.errors = compare(outcome, exact)
-    return difference(row.errors, row.group.dtype)
+    return difference(row.errors, row.group.dtype, on_states=bool(row.group.states))
 
 
 def measure_memory(group: Group, contender: Contender, device: str) -> MemoryRow:
