@@ -75,6 +75,7 @@ def packaged_file(name: str) -> str:
     whole = importlib.import_module(module.removesuffix("_part4"))  # joins the parts
     path = cache_folder("gguf") / whole.MODEL_NAME
     if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
         whole.assemble(path.with_suffix(".part"), overwrite=True).rename(path)
     return str(path)
 

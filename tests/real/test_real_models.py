@@ -20,9 +20,14 @@ from gguf import GGUFReader, dequantize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdcore import distill_step
+from sdcore.bench.oracle import compare, solve
+from sdcore.bench.peers import SDCORE, prepare
+from sdcore.bench.shapes import JSD
+from sdcore.bench.states import load
 from sdcore.contexts import student_prompt_ids
 from sdcore.memory import Load, Setting, Tiles, measure
 from sdcore.memory.measured import predictions
+from sdcore.models import gguf
 from sdcore.models.gguf import PACKAGES, packaged_file, plain_folder
 from sdcore.prefix import plan
 from sdcore.presets import preset
@@ -114,6 +119,23 @@ def test_tokens_are_those_of_the_chat_template(smollm2: str) -> None:
         assert given.text == answer
     model = AutoModelForCausalLM.from_pretrained(smollm2)
     assert set(stop_ids(model, tokenizer)) == {2}
+
+
+def test_the_benchmarks_states_are_those_of_the_record(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf, "packaged_file", lambda name: str(file))
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    states = load(file.stem)  # refused where they are not
+    model = AutoModelForCausalLM.from_pretrained(plain_folder(str(file)))
+    assert torch.equal(states.head, model.get_output_embeddings().weight.bfloat16())
+    assert states.shape_of(None).rows == 1024
+    inputs = states.inputs(states.shape_of(16), "bf16")
+    errors = compare(prepare(SDCORE, inputs, JSD)(), solve(inputs, (JSD,), float64=True)[JSD])
+    assert errors.loss < 1e-5
+    assert errors.gradient < 0.005
+    shares = {entry["k"]: entry["teacher"] for entry in states.mass(16)}
+    assert 0.3 < shares[20] < shares[100] < shares[1000] < 1
 
 
 def gradients(model: Any, tokens: Any, strategy: Any) -> tuple[float, torch.Tensor]:

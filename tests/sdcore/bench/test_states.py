@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from typer.testing import CliRunner
 
 from sdcore.bench import readme, states
-from sdcore.bench.options import Options
+from sdcore.bench.options import Options, checkout, newest_results
 from sdcore.bench.rows import MemoryRow, SpeedRow
 from sdcore.bench.states import load, make, states_of
-from sdcore.bench.suite import run
+from sdcore.bench.suite import markdown, run
 from sdcore.bench.suites.divergence import SUITE
 from sdcore.cli.main import app
 from sdcore.contexts import Template, student_prompt_ids
@@ -246,6 +246,13 @@ def test_the_record_has_a_thousand_tokens_of_answers_to_every_question(name: str
     assert sum(map(len, answers)) >= states.ROWS
     assert len(record["answers"]) == sum(len(about["questions"]) for about in records["facts"])
     assert len(record["student"]) == len(record["teacher"]) == states.ROWS // 256
+
+
+def test_every_committed_result_on_states_can_be_read() -> None:
+    root = checkout()
+    assert root is not None
+    for path in newest_results(root / "benchmarks" / "results", "states/*"):
+        assert path.with_suffix(".md").read_text(encoding="utf-8") == markdown(SUITE, SUITE.load(path))
 
 
 def test_the_newest_results_of_states_are_not_those_of_a_choice(tmp_path: Path) -> None:
