@@ -187,8 +187,8 @@ def _for_this_run(contender: Contender, group: Group, options: Options, device: 
         # Its torch path is the plain code once more, and takes the most time of all.
         if contender is peers.ORDA and group.shape != shapes.CPU_SHAPES[0]:
             return skipped(contender, "plain torch code on a CPU; timed at the first shape only")
-        if contender is SDCORE_RECOMPUTE and group.divergence not in (REVERSE_KL, shapes.TOP_K):
-            return skipped(contender, "timed with the reverse KL and the top-k support only")
+        if contender is SDCORE_RECOMPUTE and (group.states or group.divergence not in (REVERSE_KL, shapes.TOP_K)):
+            return skipped(contender, "timed on random rows, with the reverse KL and the top-k support only")
     return contender
 
 
