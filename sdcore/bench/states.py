@@ -62,7 +62,8 @@ class States(NamedTuple):
     @torch.no_grad()
     def mass(self, rows: int) -> list[dict[str, Any]]:
         """Returns the share of probability that the likeliest k of V tokens have, by k and side, mean over the rows."""
-        head, entries = self.head.float(), [{"states": self.name, "k": min(k, len(self.head))} for k in MASS_OF]
+        head = self.head.float()
+        entries: list[dict[str, Any]] = [{"states": self.name, "k": min(k, len(head))} for k in MASS_OF]
         for side in ("student", "teacher"):
             shares = []
             for part in getattr(self, side)[:rows].float().split(64):
@@ -136,7 +137,7 @@ def _require_as_recorded(states: States, record: dict[str, Any], path: str) -> N
 
 
 def checksum(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
 def _lines(rows: Iterable[Tensor]) -> list[str]:
