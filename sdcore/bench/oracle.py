@@ -25,9 +25,9 @@ FLOAT64_PRODUCT = 1 << 29  # N·V·H
 # direction or a mixed-in cross-entropy does not. How exact each one is stands in the accuracy table.
 EQUAL_LOSS = {"fp32": 1e-4, "bf16": 0.02}
 EQUAL_GRADIENT = {"fp32": 1e-3, "bf16": 0.05}
-# A trained model's sides are near on most tokens, where rounded logits cost a peer many times that. The loss is held to
-# the same, and shows what is not the same quantity.
-EQUAL_ON_STATES = {"fp32": 1e-3, "bf16": 0.5}
+# A trained model's sides are near on most tokens, where rounded logits cost a peer 4 to 6 %. The loss is held to the
+# same as elsewhere.
+EQUAL_ON_STATES = {"fp32": 1e-3, "bf16": 0.2}
 
 
 @torch.no_grad()
