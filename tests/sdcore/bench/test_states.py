@@ -140,7 +140,7 @@ def test_the_mass_is_that_of_the_likeliest_tokens(folder: Path, monkeypatch: pyt
 
 
 def measured(tmp_path: Path, **options: Any) -> Any:
-    chosen = {"suite": "divergence", "states": "smollm2", "device": "cpu", "peers": ("naive",), "seconds": 0.0}
+    chosen: dict[str, Any] = {"suite": "divergence", "states": "smollm2", "device": "cpu", "peers": ("naive",), "seconds": 0.0}
     return SUITE.load(run(SUITE, Options(**chosen | {"output": tmp_path / "out"} | options)))
 
 
