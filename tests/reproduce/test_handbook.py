@@ -11,14 +11,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from reproduce.handbook import LEARNERS, Handbook, app, has_words
+from reproduce.book import Handbook, has_words
+from reproduce.book import question_of as question
+from reproduce.handbook import LEARNERS, app
 from tests.sdcore.contexts.chats import chat_tokenizer
 
 BOOK = Handbook()
-
-
-def question(row: dict[str, Any]) -> str:
-    return row["messages"][0]["content"]
 
 
 def test_no_question_is_asked_twice_or_has_its_answer_in_it() -> None:
@@ -59,7 +57,8 @@ def test_the_demo_runs_to_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in ("train", "held_out", "shown", "general"):
         monkeypatch.setattr(BOOK, name, getattr(BOOK, name)[:5])
     monkeypatch.setattr("reproduce.handbook.Handbook", lambda: BOOK)
-    monkeypatch.setattr("reproduce.handbook.MOST_TOKENS", 4)
+    for module in ("book", "handbook"):
+        monkeypatch.setattr(f"reproduce.{module}.MOST_TOKENS", 4)
     output = tmp_path / "out"
     result = CliRunner().invoke(app, ["--model", str(tmp_path), "--output", str(output), "--steps", "1"])
     assert result.exit_code == 0, result.output
@@ -71,7 +70,7 @@ def test_the_demo_runs_to_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_without_the_package_the_error_says_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reproduce.handbook.PACKAGE", "no_such_package")
+    monkeypatch.setattr("reproduce.book.PACKAGE", "no_such_package")
     result = CliRunner().invoke(app, [])
     assert result.exit_code == 1
     assert "make demo-llm" in result.output

