@@ -26,6 +26,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,12 +38,13 @@ from sdcore.cli.running import lora_config
 from sdcore.contexts import student_prompt_ids
 from sdcore.data import read_examples
 from sdcore.errors import ArgumentError
+from sdcore.losses import PolicyTerm
 from sdcore.models.gguf import plain_folder
 from sdcore.prefix import plan
 from sdcore.presets import Method
 from sdcore.rollouts.samplers import stop_ids
 from sdcore.rollouts.window import given_completion
-from sdcore.step import token_logprobs
+from sdcore.step import policy_gradient_step, token_logprobs
 from sdcore.training.config import SelfDistillationConfig
 from sdcore.training.trainer import SelfDistillationTrainer
 
@@ -176,7 +178,7 @@ def word_tokens(tokenizer: Any, ids: Sequence[int], sentence: str, words: Sequen
     ends = [len(tokenizer.decode(ids[:count])) for count in range(len(ids) + 1)]
     text = tokenizer.decode(ids)
     begin = text.index(word)
-    return [end > begin and start < begin + len(word) for start, end in zip(ends, ends[1:], strict=False)]
+    return [end > begin and start < begin + len(word) for start, end in pairwise(ends)]
 
 
 class FixedAdvantage(SelfDistillationTrainer):
@@ -186,9 +188,6 @@ class FixedAdvantage(SelfDistillationTrainer):
     """
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        from sdcore.losses import PolicyTerm
-        from sdcore.step import policy_gradient_step
-
         model.train()
         weights = inputs.policy_weights
         term = PolicyTerm(

@@ -141,7 +141,6 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Runs:
         ],
     )
     monkeypatch.setattr(schedule, "STUDIES", {"fake": study})
-    monkeypatch.setattr(schedule, "CLAIMS", ("fake",))
     return runs
 
 

@@ -1,0 +1,229 @@
+"""Tests context distillation on real models: an invented company's handbook is learned from a teacher that reads it.
+
+Four studies have their runs in common where their arms are the same:
+
+    real_context   the teacher's distributions on its answers, its answers alone, and SFT on the handbook's sentences
+    real_teachers  who teaches (frozen, average, live), who samples, and which way the KL goes
+    real_controls  a wrong handbook, another question's section, no content, and a fixed advantage of -1
+    real_gemma     distillation and SFT on Gemma 3 270M, a base model
+
+Before training each fact has a prediction: by how much the context raises the log-probability of its right answer.
+What was learned of the fact is compared with it (`prediction`).
+
+What differs from the obvious: arms are compared where they know equally much, on the line between checkpoints, since
+what learns faster has forgotten more after equal steps. The fixed advantage and the teacher without content are the
+controls that issue 16 names after arXiv:2609.20612, 2608.31046 and 2608.09228, whose texts could not be read here: they
+are our own reading of the names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Final, Literal
+
+from sdcore.presets import GRPO, SFT, ContextDistillation, Method
+
+from .book import Handbook, question_of, row_of
+from .prediction import fact_table, predicted
+from .real_exam import GENERAL, LEVEL, PROSE, Shown, book_of, keeps_more, shown_to, sit, study, way
+from .real_model import FixedAdvantage, Settings, Subject, base_answers, subject_of, train
+from .records import Arm, Point, Results, Verdict, compare, exceeds, final
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextArm(Arm):
+    learns: Literal["distributions", "answers", "sentences", "fixed advantage"] = "distributions"
+    writer: Literal["teacher", "student"] = "teacher"  # of what is learned from; the student has a quarter from it
+    alpha: float = 0.0  # 0: forward KL, 1: reverse KL
+    teacher: Literal["frozen", "ema", "live"] = "frozen"
+    shown: Shown = "right"  # to the teacher
+
+
+def lesson(subject: Subject, book: Handbook, arm: ContextArm) -> tuple[Method, list[dict[str, Any]]]:
+    """Returns an arm's method and the rows that it learns from."""
+    if arm.learns == "fixed advantage":
+        return GRPO(num_generations=2), [row_of(question_of(row)) for row in book.train]
+    if arm.learns == "sentences":
+        return SFT(), [row_of(question_of(row), completion=row["sentence"]) for row in book.train]
+    rows = [shown_to(book, row, arm.shown) for row in book.train]
+    if arm.writer == "student":
+        method = ContextDistillation(template=book.template, alpha=arm.alpha, teacher=arm.teacher, teacher_samples=0.25)
+        return method, rows
+    texts, _ = base_answers(subject, [book.in_view(row) for row in rows])
+    if arm.learns == "answers":
+        pairs = zip(rows, texts, strict=True)
+        return SFT(), [row_of(question_of(row), completion=text) for row, text in pairs if text.strip()]
+    method = ContextDistillation(template=book.template, alpha=arm.alpha, teacher=arm.teacher, samples="dataset")
+    pairs = zip(rows, texts, strict=True)
+    return method, [row | {"completion": text} for row, text in pairs if text.strip()]
+
+
+def run(arm: ContextArm, settings: Settings, learning_rate: float, seed: int) -> list[Point]:
+    """Trains one arm."""
+    subject, book = subject_of(settings.model), book_of(seed, settings.facts)
+    method, rows = lesson(subject, book, arm)
+    is_fixed = arm.learns == "fixed advantage"
+    learn = partial(train, subject, method, rows, learning_rate=learning_rate, settings=settings, seed=seed)
+    if is_fixed:
+        learn = partial(learn, reward_funcs=[no_reward], kind=FixedAdvantage)
+    return sit(subject, book, settings, lambda measure: learn(measure=measure))
+
+
+def no_reward(completion: str) -> float:
+    """Judges nothing: completions have to be judged to carry a loss."""
+    return 0.0
+
+
+def judge_context(results: Results, level: float = LEVEL) -> list[Verdict]:
+    return [
+        exceeds(
+            results,
+            "Distillation comes more than half of the way from before to what is answered with the handbook in view",
+            *("forward", way, 0.5),
+        ),
+        *keeps_more(results, "Distillation keeps more than SFT on the handbook's sentences", "forward", "sft", level),
+        compare(
+            results,
+            "Distillation answers more right after equal steps than SFT on the handbook's sentences",
+            *("forward", "sft", final("right")),
+        ),
+        predicted(results, "forward"),
+    ]
+
+
+def judge_arms(results: Results) -> list[Verdict]:
+    distributions = "The teacher's distributions keep more than its answers alone"
+    return [*judge_context(results), *keeps_more(results, distributions, "forward", "imitation")]
+
+
+def judge_teachers(results: Results) -> list[Verdict]:
+    say = partial(compare, results)
+    general = partial(say, resolution=GENERAL)
+    return [
+        *keeps_more(results, "Reverse KL keeps more than forward KL", "reverse", "forward"),
+        *keeps_more(results, "The student's samples keep more than the teacher's answers", "student", "forward"),
+        say(
+            "The student's samples, a quarter the teacher's, teach more in equal steps than the teacher's answers",
+            *("student", "forward", final("right")),
+        ),
+        say("A frozen teacher teaches more than a live one in equal steps", "forward", "live", final("right")),
+        general("A frozen teacher keeps more general knowledge than a live one", "forward", "live", final("general")),
+        say("An average as the teacher teaches more than a frozen one", "ema", "forward", final("right")),
+        general("An average as the teacher keeps more than a frozen one", "ema", "forward", final("general")),
+    ]
+
+
+def judge_controls(results: Results) -> list[Verdict]:
+    say = partial(compare, results)
+    taught = partial(say, quantity=final("right"), margin=0.1)
+    return [
+        *(
+            taught(f"The right handbook teaches the facts, {what} does not", "forward", arm)
+            for arm, what in (
+                ("wrong", "a wrong one"),
+                ("other", "another question's section"),
+                ("none", "a section without entries"),
+                ("fixed", "an advantage of -1 for all that is sampled"),
+            )
+        ),
+        say(
+            "A wrong handbook's facts are learned as another question's section does not teach them",
+            *("wrong", "other", final("wrong")),
+        ),
+        say(
+            "A teacher whose section has no entries leaves more general knowledge than the right one, after equal "
+            "steps",
+            *("none", "forward", final("general")),
+            resolution=GENERAL,
+        ),
+        say(
+            "An advantage of -1 raises the perplexity of prose more than the right handbook's teacher",
+            *("fixed", "forward", final("perplexity")),
+            resolution=PROSE,
+            digits=1,
+        ),
+    ]
+
+
+GRID: Final = (5e-4, 1e-3, 2e-3)
+FORWARD: Final = ContextArm(name="forward", title="teacher's answers, forward KL", learning_rates=GRID, quick_rate=2e-3)
+SENTENCES: Final = ContextArm(
+    name="sft", title="SFT on the handbook's sentences", learns="sentences", learning_rates=GRID, quick_rate=2e-3
+)
+
+
+SHARED: Final = replace(FORWARD, runs_of="real_context")
+AS_FORWARD: Final = {"rate_of": "real_context/forward", "quick_rate": 2e-3}
+GEMMA_LEVEL: Final = 0.2
+STUDIES = (
+    study(
+        "real_context",
+        "A handbook by context distillation, against SFT",
+        "A model learns what its teacher reads in a handbook, and forgets less than by SFT on the handbook's sentences "
+        "where both know equally much.",
+        full=Settings(),
+        run=run,
+        arms=(
+            FORWARD,
+            SENTENCES,
+            ContextArm(name="imitation", title="SFT on the teacher's answers", learns="answers", **AS_FORWARD),
+        ),
+        judge=judge_arms,
+        more=partial(fact_table, arm="forward"),
+        notes="All arms read the same questions in the same order, 8 in a step. The teacher's answers are its "
+        "likeliest ones, right or wrong.",
+    ),
+    study(
+        "real_teachers",
+        "Who teaches, who samples, and which way the KL goes",
+        "Reverse KL and the student's own samples keep more; a frozen teacher is better than one that moves.",
+        full=Settings(),
+        run=run,
+        arms=(
+            SHARED,
+            ContextArm(name="reverse", title="teacher's answers, reverse KL", alpha=1.0, learning_rates=GRID),
+            ContextArm(
+                name="student", title="own samples, a quarter the teacher's", writer="student", learning_rates=GRID
+            ),
+            ContextArm(name="ema", title="teacher's answers, EMA teacher", teacher="ema", **AS_FORWARD),
+            ContextArm(name="live", title="teacher's answers, live teacher", teacher="live", **AS_FORWARD),
+        ),
+        judge=judge_teachers,
+        notes="Arms with a moving teacher have the frozen one's rate. All learn by forward KL unless the row says "
+        "otherwise; the moving teachers' answers are those of the model before training too.",
+    ),
+    study(
+        "real_controls",
+        "Controls: what teaches without the facts",
+        "What is learned is the context's content.",
+        full=Settings(),
+        run=run,
+        arms=(
+            SHARED,
+            ContextArm(name="wrong", title="a wrong handbook", shown="wrong", **AS_FORWARD),
+            ContextArm(name="other", title="another question's section", shown="other", **AS_FORWARD),
+            ContextArm(name="none", title="a section without entries", shown="none", **AS_FORWARD),
+            ContextArm(name="fixed", title="advantage -1 on own samples", learns="fixed advantage", **AS_FORWARD),
+        ),
+        judge=judge_controls,
+        notes="The wrong handbook has each fact's value swapped for another's of its kind, or an invented one: *wrong* "
+        "is the share of answers that have it. The last two rows are our reading of a reference-free teacher and of a "
+        "fixed negative advantage (arXiv:2609.20612, 2608.31046, 2608.09228), whose texts could not be read here.",
+    ),
+    study(
+        "real_gemma",
+        "The same on Gemma 3 270M",
+        "A base model without a chat template learns the handbook too.",
+        full=Settings(model="gemma3", steps=30, checkpoints=(10, 20)),
+        level=GEMMA_LEVEL,
+        run=run,
+        arms=(
+            replace(FORWARD, learning_rates=(1e-3, 2e-3)),
+            replace(SENTENCES, learning_rates=(1e-3, 2e-3)),
+        ),
+        judge=partial(judge_context, level=GEMMA_LEVEL),
+        more=partial(fact_table, arm="forward"),
+        notes="Questions are lines of plain text, “Question: …” and “Answer:”, and an answer ends with its line.",
+    ),
+)
