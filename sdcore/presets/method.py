@@ -54,6 +54,7 @@ class Method:
     dont_reprompt_on_self_success: bool = True
     environment_feedback_only_without_solution: bool = True
     remove_thinking: bool = True  # thinking blocks are taken out of attempts that are shown
+    anchor: bool = False  # rows without privileged context are learned to be answered as the teacher does: kept
 
     # Whose weights the teacher has.
     teacher: TeacherKind = "live"
@@ -125,13 +126,14 @@ class Method:
             "max_teacher_prompt_length": self.max_teacher_prompt_length,
             "chat_template_kwargs": dict(chat_template_kwargs or {}),
         }
-        if self.context == "template":
-            return Template(self.template, **common)
         if self.context == "feedback":
             # Its other fields are the method's own, of the same names.
             own = {f.name: getattr(self, f.name) for f in fields(SuccessOrFeedback) if f.name not in common}
             return SuccessOrFeedback(**own, **common)
-        return {"demonstration": Demonstration, "solution": Solution}[self.context](template=self.template, **common)
+        if self.context == "template":
+            return Template(self.template, anchor=self.anchor, **common)
+        of_row = {"demonstration": Demonstration, "solution": Solution}[self.context]
+        return of_row(template=self.template, anchor=self.anchor, **common)
 
     def build_loss(self) -> FusedLinearDivergence:
         """Builds the divergence at each token; for other targets, the one that their diagnostics show."""
@@ -227,6 +229,8 @@ def _context_problems(method: Method) -> Iterator[str]:
             f"num_generations must be at least 2 where only another attempt of the group is shown, got "
             f"{method.num_generations}"
         )
+    if method.anchor and method.teacher == "live":
+        yield "anchor must be False with teacher='live', which without a context is the student itself, got True"
     if method.overflow == "drop_oldest_feedback" and not (shown and method.use_feedback):
         yield "overflow='drop_oldest_feedback' needs context='feedback' with use_feedback=True"
 
@@ -338,6 +342,7 @@ def _idle_problems(method: Method) -> Iterator[str]:
     needed: tuple[tuple[tuple[str, ...], str, bool], ...] = (
         (("overflow", "max_teacher_prompt_length"), "where a context is shown", method.context != "none"),
         (feedback_alone, "with context='feedback'", method.context == "feedback"),
+        (("anchor",), "where a row's context is shown", method.context not in ("none", "feedback")),
         (("teacher",), "where a teacher or a reference is read", reads),
         (("update_rate",), "with teacher='ema'", reads and method.teacher == "ema"),
         (("sync_every",), "with teacher='periodic'", reads and method.teacher == "periodic"),

@@ -190,7 +190,8 @@ def dry_run(
     if step > 1:
         remarks.append(f"one row in {step} was rendered, {len(measured)} in all")
     if missing:
-        remarks.append(f"{missing} rows have no privileged context and carry no loss")
+        fate = "are learned to be answered as the teacher does" if method.anchor else "carry no loss"
+        remarks.append(f"{missing} rows have no privileged context and {fate}")
     extra = [(preview.teacher_tokens or 0) - preview.prompt_tokens for preview in taught]
     load = Load(
         prompt_tokens=max(lengths),

@@ -274,6 +274,28 @@ def test_a_row_without_privileged_context_carries_no_loss_and_the_others_do(tmp_
         trainer(tmp_path, train_dataset=[{k: v for k, v in row.items() if k != "privileged_context"} for row in data])
 
 
+def test_an_anchor_is_held_to_the_frozen_teacher(tmp_path: Path) -> None:
+    """A student that is the teacher has nothing to learn of it; one that has moved is drawn back."""
+    data = rows("sdft", task="luma", count=8, seed=0)
+    for row in data[1:]:
+        del row["privileged_context"]
+    method = SDFTAsRun(template=SHOW, teacher="frozen", anchor=True, skip_first_tokens=0)
+    made = trainer(tmp_path, method=method, train_dataset=data, per_device_train_batch_size=8, max_steps=3)
+    made.train()
+    log = lines(tmp_path)
+    assert [line["context/anchored"] for line in log] == [7, 7, 7]
+    assert all(line["completions/without_loss"] == line["context/missing"] == 0 for line in log)
+    for anchor in (True, False):
+        folder = tmp_path / f"anchor-{anchor}"
+        method = SDFTAsRun(template=SHOW, teacher="frozen", anchor=anchor, skip_first_tokens=0)
+        options = {"per_device_train_batch_size": 1, "max_steps": 1, "train_sampling_strategy": "sequential"}
+        other = trainer(folder, method=method, train_dataset=[*data[1:], data[0]], **options)
+        with torch.no_grad():
+            for weight in other.model.parameters():
+                weight.mul_(1.05)
+        assert moves(other) is anchor
+
+
 def sometimes(*, completion: str, answer: str, **columns: Any) -> float:
     return float("nan") if int(answer[1]) % 2 else 1.0
 

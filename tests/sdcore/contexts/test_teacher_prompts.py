@@ -218,6 +218,27 @@ def test_a_row_without_context_carries_no_loss_and_is_counted(builder: Any) -> N
     assert conditioned.counts["context/prompt_tokens"] == 0
 
 
+@pytest.mark.parametrize("builder", [Template(anchor=True), Demonstration(anchor=True), Solution(anchor=True)])
+def test_an_anchors_teacher_reads_what_the_student_reads(builder: Any) -> None:
+    tokenizer = chat_tokenizer("qwen")
+    for context in (None, " "):
+        group = group_of(example(user(QUESTION), context=context), tokenizer, rollout("a"), rollout("b"))
+        conditioned = builder.condition(group, tokenizer)
+        assert conditioned.active == (True, True)
+        assert all(torch.equal(ids, group.prompt_ids) for ids in conditioned.teacher_prompts)
+        assert conditioned.counts["context/anchored"] == 2
+        assert conditioned.counts["context/missing"] == 0
+        assert conditioned.counts["context/teacher_tokens"] == 2 * len(group.prompt_ids)
+    shown = builder.condition(group_of(example(user(QUESTION), context="a hint"), tokenizer), tokenizer)
+    assert shown.counts["context/anchored"] == 0
+    assert "a hint" in texts(shown, tokenizer)[0]
+
+
+def test_an_anchor_beside_a_template_that_shows_every_row_something_is_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"anchor must be False .* \{\{ privileged_context \}\}"):
+        Template("{{ prompt }}\nBe terse.", anchor=True)
+
+
 def test_a_template_of_other_columns_or_of_fixed_words_needs_no_context() -> None:
     tokenizer = chat_tokenizer("qwen")
     group = group_of(example(user(QUESTION), hint="use a slice"), tokenizer)

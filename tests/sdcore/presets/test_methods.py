@@ -164,6 +164,7 @@ def test_flags_and_text_are_of_their_type(name: str) -> None:
         (lambda: SDPO(use_solution=False, use_feedback=False), "use_solution"),
         (lambda: SDPO(num_generations=1, use_feedback=False), "num_generations"),
         (lambda: SDPO(samples="dataset", importance_clip=None), "samples"),
+        (lambda: ContextDistillation(anchor=True, teacher="live"), "anchor"),
     ],
 )
 def test_combinations_without_sense_are_refused(make: Callable[[], Method], field: str) -> None:
@@ -180,6 +181,7 @@ IDLE: list[tuple[type[Method], dict[str, Any], dict[str, Any]]] = [
     (SDFTPaper, {"dont_reprompt_on_self_success": False}, {"context": "feedback"}),
     (SDFTPaper, {"environment_feedback_only_without_solution": False}, {"context": "feedback"}),
     (ContextDistillation, {"remove_thinking": False}, {"context": "feedback"}),
+    (SDPO, {"anchor": True}, {"context": "solution", "importance_clip": None}),
     (GRPO, {"teacher": "ema"}, {"kl_anchor": 0.1}),
     (OPSD, {"update_rate": 0.5}, {"teacher": "ema"}),
     (SDPO, {"sync_every": 10}, {"teacher": "periodic"}),
