@@ -47,6 +47,7 @@ class Handbook:
         self.company: str = data["company"]
         self.sections: list[tuple[str, list[str]]] = []  # title, and the sentences of its facts
         self.train, self.held_out, self.shown = [], [], []  # the last are held out, with the section in view
+        self.anchors = [row_of(question, words=[]) for question in data["anchors"]]  # to be answered as before
         self.general = [row_of(asked["question"], words=asked["answers"]) for asked in data["general"]]
         number = 0
         for section in data["sections"]:

@@ -2,8 +2,8 @@
 
 Four studies have their runs in common where their arms are the same:
 
-    real_context   the teacher's distributions on its answers, its answers alone, and SFT on the handbook's sentences
-    real_teachers  who teaches (frozen, average, live), who samples, and which way the KL goes
+    real_context   the teacher's distributions on its answers, and SFT on the handbook's sentences; both with anchors
+    real_teachers  who teaches (frozen, average, live), who samples, and which way the KL goes; its answers alone
     real_controls  a wrong handbook, another question's section, no content, and a fixed advantage of -1
     real_gemma     distillation and SFT on Gemma 3 270M, a base model
 
@@ -38,25 +38,35 @@ class ContextArm(Arm):
     alpha: float = 0.0  # 0: forward KL, 1: reverse KL
     teacher: Literal["frozen", "ema", "live"] = "frozen"
     shown: Shown = "right"  # to the teacher
+    anchored: bool = False  # a quarter of the questions is about anything else, answered as the model did before
 
 
 def lesson(subject: Subject, book: Handbook, arm: ContextArm) -> tuple[Method, list[dict[str, Any]]]:
     """Returns an arm's method and the rows that it learns from."""
+    anchors = book.anchors[: len(book.train) // 3]  # a quarter of all
     if arm.learns == "fixed advantage":
         return GRPO(num_generations=2), [row_of(question_of(row)) for row in book.train]
     if arm.learns == "sentences":
-        return SFT(), [row_of(question_of(row), completion=row["sentence"]) for row in book.train]
+        rows = [row_of(question_of(row), completion=row["sentence"]) for row in book.train]
+        return SFT(), rows + (written(subject, anchors, anchors) if arm.anchored else [])
     rows = [shown_to(book, row, arm.shown) for row in book.train]
     if arm.writer == "student":
-        method = ContextDistillation(template=book.template, alpha=arm.alpha, teacher=arm.teacher, teacher_samples=0.25)
-        return method, rows
-    texts, _ = base_answers(subject, [book.in_view(row) for row in rows])
+        changes: dict[str, Any] = {"teacher_samples": 0.25}
+    else:
+        rows, changes = written(subject, rows, [book.in_view(row) for row in rows]), {"samples": "dataset"}
+    if arm.anchored:
+        rows += written(subject, anchors, anchors)
+        changes["anchor"] = True
     if arm.learns == "answers":
-        pairs = zip(rows, texts, strict=True)
-        return SFT(), [row_of(question_of(row), completion=text) for row, text in pairs if text.strip()]
-    method = ContextDistillation(template=book.template, alpha=arm.alpha, teacher=arm.teacher, samples="dataset")
-    pairs = zip(rows, texts, strict=True)
-    return method, [row | {"completion": text} for row, text in pairs if text.strip()]
+        return SFT(), [row_of(question_of(row), completion=row["completion"]) for row in rows]
+    method = ContextDistillation(template=book.template, alpha=arm.alpha, teacher=arm.teacher, **changes)
+    return method, rows
+
+
+def written(subject: Subject, rows: list[dict[str, Any]], read: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns rows with what the model before training answers to what it reads, but where that is nothing."""
+    texts, _ = base_answers(subject, read)
+    return [row | {"completion": text} for row, text in zip(rows, texts, strict=True) if text.strip()]
 
 
 def run(arm: ContextArm, settings: Settings, learning_rate: float, seed: int) -> list[Point]:
@@ -93,14 +103,27 @@ def judge_context(results: Results, level: float = LEVEL) -> list[Verdict]:
 
 
 def judge_arms(results: Results) -> list[Verdict]:
-    distributions = "The teacher's distributions keep more than its answers alone"
-    return [*judge_context(results), *keeps_more(results, distributions, "forward", "imitation")]
+    keeps = partial(keeps_more, results)
+    return [
+        *judge_context(results),
+        *keeps("Distillation with anchors keeps more than without", "anchored", "forward"),
+        *keeps("SFT with anchors keeps more than without", "sft-anchored", "sft"),
+        *keeps("Distillation with anchors keeps more than SFT with anchors", "anchored", "sft-anchored"),
+        *keeps("Distillation without anchors keeps more than SFT with anchors", "forward", "sft-anchored"),
+        compare(
+            results,
+            "Distillation with anchors answers more right after equal steps than SFT with anchors",
+            *("anchored", "sft-anchored", final("right")),
+        ),
+    ]
 
 
 def judge_teachers(results: Results) -> list[Verdict]:
     say = partial(compare, results)
     general = partial(say, resolution=GENERAL)
+    distributions = "The teacher's distributions keep more than its answers alone"
     return [
+        *keeps_more(results, distributions, "forward", "imitation"),
         *keeps_more(results, "Reverse KL keeps more than forward KL", "reverse", "forward"),
         *keeps_more(results, "The student's samples keep more than the teacher's answers", "student", "forward"),
         say(
@@ -146,16 +169,20 @@ def judge_controls(results: Results) -> list[Verdict]:
     ]
 
 
-GRID: Final = (5e-4, 1e-3, 2e-3)
-FORWARD: Final = ContextArm(name="forward", title="teacher's answers, forward KL", learning_rates=GRID, quick_rate=2e-3)
-SENTENCES: Final = ContextArm(
-    name="sft", title="SFT on the handbook's sentences", learns="sentences", learning_rates=GRID, quick_rate=2e-3
+FORWARD: Final = ContextArm(
+    name="forward", title="teacher's answers, forward KL", learning_rates=(1e-3, 2e-3, 4e-3), quick_rate=2e-3
 )
-
-
+SENTENCES: Final = ContextArm(
+    name="sft",
+    title="SFT on the handbook's sentences",
+    learns="sentences",
+    learning_rates=(5e-4, 1e-3, 2e-3),
+    quick_rate=2e-3,
+)
 SHARED: Final = replace(FORWARD, runs_of="real_context")
 AS_FORWARD: Final = {"rate_of": "real_context/forward", "quick_rate": 2e-3}
-GEMMA_LEVEL: Final = 0.2
+GEMMA_LEVEL: Final = 0.3
+TWO: Final = (1e-3, 2e-3)
 STUDIES = (
     study(
         "real_context",
@@ -167,12 +194,26 @@ STUDIES = (
         arms=(
             FORWARD,
             SENTENCES,
-            ContextArm(name="imitation", title="SFT on the teacher's answers", learns="answers", **AS_FORWARD),
+            replace(
+                FORWARD,
+                name="anchored",
+                title="teacher's answers, forward KL, anchors",
+                anchored=True,
+                learning_rates=(2e-3, 4e-3),
+            ),
+            replace(
+                SENTENCES,
+                name="sft-anchored",
+                title="SFT on the sentences, anchors",
+                anchored=True,
+                learning_rates=(1e-3, 2e-3),
+            ),
         ),
         judge=judge_arms,
         more=partial(fact_table, arm="forward"),
-        notes="All arms read the same questions in the same order, 8 in a step. The teacher's answers are its "
-        "likeliest ones, right or wrong.",
+        notes="All arms read the same questions, 8 in a step. The teacher's answers are its likeliest ones, right or "
+        "wrong. Anchors are a quarter of the rows: questions about anything else, with what the model before training "
+        "answers to them, as a distribution or as a target.",
     ),
     study(
         "real_teachers",
@@ -182,9 +223,14 @@ STUDIES = (
         run=run,
         arms=(
             SHARED,
-            ContextArm(name="reverse", title="teacher's answers, reverse KL", alpha=1.0, learning_rates=GRID),
-            ContextArm(
-                name="student", title="own samples, a quarter the teacher's", writer="student", learning_rates=GRID
+            ContextArm(name="imitation", title="SFT on the teacher's answers", learns="answers", **AS_FORWARD),
+            replace(FORWARD, name="reverse", title="teacher's answers, reverse KL", alpha=1.0, learning_rates=TWO),
+            replace(
+                FORWARD,
+                name="student",
+                title="own samples, a quarter the teacher's",
+                writer="student",
+                learning_rates=TWO,
             ),
             ContextArm(name="ema", title="teacher's answers, EMA teacher", teacher="ema", **AS_FORWARD),
             ContextArm(name="live", title="teacher's answers, live teacher", teacher="live", **AS_FORWARD),
@@ -219,7 +265,7 @@ STUDIES = (
         level=GEMMA_LEVEL,
         run=run,
         arms=(
-            replace(FORWARD, learning_rates=(1e-3, 2e-3)),
+            replace(FORWARD, learning_rates=TWO),
             replace(SENTENCES, learning_rates=(1e-3, 2e-3)),
         ),
         judge=partial(judge_context, level=GEMMA_LEVEL),

@@ -72,6 +72,8 @@ class Settings:
     batch: int = 8  # completions in a step
     checkpoints: tuple[int, ...] = (10, 20, 30)  # and the end
     rank: int = 16
+    room: int = MOST_TOKENS  # of a completion
+    temperature: float = 1.0  # of sampling
     facts: int = 30  # of the handbook
     general: int = 40  # questions of general knowledge
     episodes: int = 60  # held-out questions: the least standard error is one answer
@@ -239,7 +241,8 @@ def train(
             max_steps=settings.steps,
             per_device_train_batch_size=settings.batch // method.num_generations,
             warmup_steps=min(4, settings.steps // 2),
-            max_completion_length=MOST_TOKENS,
+            max_completion_length=settings.room,
+            sampling_temperature=settings.temperature,
             stop_token_ids=list(subject.stops),
             bf16=True,
             use_cpu=True,

@@ -10,10 +10,10 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from reproduce import real_context, real_exam, real_model, real_sdft, records, schedule, table
+from reproduce import real_context, real_exam, real_feedback, real_model, real_sdft, records, schedule, table
 from reproduce.book import Handbook, has_words, question_of
 from reproduce.prediction import correlation, ranks
-from reproduce.records import Point, compare, crossing, exceeds, final, matched, sparing
+from reproduce.records import Point, crossing, exceeds, final, matched, sparing
 from tests.reproduce.test_reproduce import results
 from tests.sdcore.contexts.chats import chat_tokenizer
 
@@ -155,21 +155,65 @@ def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     real_model.subject_of.cache_clear()
 
 
-def test_every_study_runs_to_its_page_and_goes_on_where_it_was(subject: Any, tmp_path: Path) -> None:
-    def reproduce() -> list[table.Finding]:
-        quiet = Console(quiet=True)
-        return table.run(tmp_path, seeds=2, quick=True, workers=1, console=quiet, page="real.md")
+def test_a_study_runs_to_its_page_and_goes_on_where_it_was(subject: Any, tmp_path: Path) -> None:
+    def reproduce() -> None:
+        options: dict[str, Any] = {"quick": True, "workers": 1, "console": Console(quiet=True), "page": "real.md"}
+        table.run(tmp_path, seeds=2, claims=["real_context"], **options)
 
     reproduce()
     text = (tmp_path / "real.md").read_text()
-    for study in schedule.studies_of(None, "real.md"):
-        assert study.title in text
+    assert schedule.STUDIES["real_context"].title in text
+    assert "On the small world" not in text
     lines = (tmp_path / "real_context.jsonl").read_text()
     (tmp_path / "real_context.jsonl").write_text(lines[:-10])  # killed as it wrote
     reproduce()
-    assert sorted((tmp_path / "real_context.jsonl").read_text().splitlines()) != []
+    after = (tmp_path / "real_context.jsonl").read_text()
+    for one, other in zip(lines.splitlines(), after.splitlines(), strict=True):
+        assert records.Record.from_json(one) == records.Record.from_json(other)
     record = records.Record.from_json(lines.splitlines()[0])
     assert [point["step"] for point in record.points] == [0.0, 1.0, 2.0]
     assert {"gain 00", "view 00", "taught 00", "ceiling"} <= record.points[0].keys()
     assert "fact 02" in record.points[-1]
     assert "fact 02" not in record.points[1]
+
+
+def test_every_arm_runs(subject: Any) -> None:
+    for study in schedule.studies_of(None, "real.md"):
+        for arm in study.arms:
+            if arm.runs_of is None and study.name != "real_gemma":
+                points = study.run(arm, study.quick, 1e-3, 0)
+                assert points[-1]["step"] == 2.0, arm.name
+                assert 0 < points[-1]["kept"] < 2, arm.name
+
+
+# Feedback
+
+
+@pytest.mark.parametrize(
+    ("answer", "reward", "feedback"),
+    [
+        ("7 + 5 = 12", 1.0, None),
+        (" 7 + 5 = 12, of course", 1.0, None),
+        ("7 + 5 = 13", 0.0, "is 12 and not 13"),
+        ("7 + 5 = 120", 0.0, "not 120"),
+        ("The sum: 7 + 5 = 12", 0.0, "begins with: 7 + 5 ="),
+        ("12", 0.0, "begins with: 7 + 5 ="),
+        ("", 0.0, "begins with: 7 + 5 ="),
+    ],
+)
+def test_the_verifier_says_what_was_wrong(answer: str, reward: float, feedback: str | None) -> None:
+    got, said = real_feedback.about_it(answer, [7, 5])
+    assert got == real_feedback.right_sum(answer, [7, 5]) == reward
+    assert said is None if feedback is None else feedback in str(said)
+    other = real_feedback.about_another(answer, [7, 5], [2, 9])
+    assert other[0] == reward
+    assert other[1] is None if feedback is None else "2 + 9 =" in str(other[1])
+
+
+def test_sums_that_are_held_out_are_not_learned_from() -> None:
+    rows, held_out = real_feedback.sums(3, 48)
+    pairs = [tuple(row["pair"]) for row in [*rows, *held_out]]
+    assert len(held_out) == 48
+    assert len({*pairs}) == len(pairs) == 144
+    assert all(row["pair"] != row["another"] for row in [*rows, *held_out])
+    assert real_feedback.sums(3, 48) == (rows, held_out) != real_feedback.sums(4, 48)
