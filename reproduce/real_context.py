@@ -180,7 +180,7 @@ SENTENCES: Final = ContextArm(
     quick_rate=2e-3,
 )
 SHARED: Final = replace(FORWARD, runs_of="real_context")
-AS_FORWARD: Final = {"rate_of": "real_context/forward", "quick_rate": 2e-3}
+AS_FORWARD: Final[dict[str, Any]] = {"rate_of": "real_context/forward", "quick_rate": 2e-3}
 GEMMA_LEVEL: Final = 0.3
 TWO: Final = (1e-3, 2e-3)
 STUDIES = (

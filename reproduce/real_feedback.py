@@ -97,7 +97,7 @@ def method_of(arm: FeedbackArm, settings: FeedbackSettings) -> Method:
 
 def measure(subject: Subject, held_out: list[dict[str, Any]], settings: FeedbackSettings, model: Any) -> Point:
     """Returns the share of right sums, likeliest answers and samples, and what is kept of the rest."""
-    options = {"max_completion_length": settings.room, "stop_token_ids": subject.stops, "batch_size": 48}
+    options: dict[str, Any] = {"max_completion_length": settings.room, "stop_token_ids": subject.stops}
     examples, book = read_examples(held_out), book_of(0, settings.facts)
     likeliest = evaluate(model, subject.tokenizer, examples, [right_sum], temperature=0.0, **options)
     drawn = evaluate(model, subject.tokenizer, examples, [right_sum], temperature=settings.temperature, **options)
