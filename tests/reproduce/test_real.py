@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from reproduce import real_context, real_exam, real_feedback, real_model, real_sdft, records, schedule, table
-from reproduce.book import Handbook, has_words, question_of
+from reproduce.book import DATA, Handbook, has_words, question_of
 from reproduce.prediction import correlation, ranks
 from reproduce.records import Point, crossing, exceeds, final, matched, sparing
 from tests.reproduce.test_reproduce import results
@@ -97,6 +98,9 @@ def test_a_split_holds_out_two_questions_of_each_fact_and_loses_none() -> None:
         asked = [*map(question_of, [*book.train, *book.held_out])]
         assert len({*asked}) == len(asked) == 240
         assert [row["fact"] for row in book.held_out] == [i for i in range(30) for _ in range(2)]
+    data = json.loads(DATA.read_text())
+    given = [question for section in data["sections"] for fact in section["facts"] for question in fact["held_out"]]
+    assert [*map(question_of, BOOK.held_out)] == given
     assert len(Handbook(split=1, facts=3).train) == 18
 
 
