@@ -71,7 +71,7 @@ PAGES = {
     ),
     "real.md": Page(
         "Reproduction on two real models",
-        "`python -m reproduce.real`",
+        "`make reproduce-real`",
         "A seed draws the questions that are held out or asked, the order of the data and the adapter's start, the "
         f"same for every arm, {COMPARED}where the held-out questions come to the level named, on the line between the "
         "two checkpoints around it. The handbook's facts and the questions of general knowledge are the same for all "
