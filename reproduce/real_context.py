@@ -26,7 +26,7 @@ from sdcore.presets import GRPO, SFT, ContextDistillation, Method
 
 from .book import Handbook, question_of, row_of
 from .prediction import fact_table, predicted
-from .real_exam import GENERAL, LEVEL, PROSE, Shown, book_of, keeps_more, shown_to, sit, study, way
+from .real_exam import GENERAL, LEVEL, PROSE, Shown, book_of, keeps_more, shown_to, sit, study, taught, way
 from .real_model import FixedAdvantage, Settings, Subject, base_answers, subject_of, train
 from .records import Arm, Point, Results, Verdict, compare, exceeds, final
 
@@ -43,29 +43,29 @@ class ContextArm(Arm):
 
 def lesson(subject: Subject, book: Handbook, arm: ContextArm) -> tuple[Method, list[dict[str, Any]]]:
     """Returns an arm's method and the rows that it learns from."""
-    anchors = book.anchors[: len(book.train) // 3]  # a quarter of all
+    # A quarter of all rows.
+    anchors = answered(subject, book.anchors[: len(book.train) // 3]) if arm.anchored else []
     if arm.learns == "fixed advantage":
         return GRPO(num_generations=2), [row_of(question_of(row)) for row in book.train]
     if arm.learns == "sentences":
-        rows = [row_of(question_of(row), completion=row["sentence"]) for row in book.train]
-        return SFT(), rows + (written(subject, anchors, anchors) if arm.anchored else [])
+        return SFT(), [row_of(question_of(row), completion=row["sentence"]) for row in book.train] + anchors
     rows = [shown_to(book, row, arm.shown) for row in book.train]
+    changes: dict[str, Any] = {"anchor": True} if arm.anchored else {}
     if arm.writer == "student":
-        changes: dict[str, Any] = {"teacher_samples": 0.25}
+        changes["teacher_samples"] = 0.25
     else:
-        rows, changes = written(subject, rows, [book.in_view(row) for row in rows]), {"samples": "dataset"}
-    if arm.anchored:
-        rows += written(subject, anchors, anchors)
-        changes["anchor"] = True
+        changes["samples"] = "dataset"
+        texts = taught(subject, book, arm.shown)
+        rows = [row | {"completion": texts[question_of(row)][0]} for row in rows]
+        rows = [row for row in rows if row["completion"].strip()] + anchors  # a base model may say nothing
     if arm.learns == "answers":
         return SFT(), [row_of(question_of(row), completion=row["completion"]) for row in rows]
-    method = ContextDistillation(template=book.template, alpha=arm.alpha, teacher=arm.teacher, **changes)
-    return method, rows
+    return ContextDistillation(template=book.template, alpha=arm.alpha, teacher=arm.teacher, **changes), rows
 
 
-def written(subject: Subject, rows: list[dict[str, Any]], read: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns rows with what the model before training answers to what it reads, but where that is nothing."""
-    texts, _ = base_answers(subject, read)
+def answered(subject: Subject, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns questions with what the model before training answers."""
+    texts = base_answers(subject, rows)[0]
     return [row | {"completion": text} for row, text in zip(rows, texts, strict=True) if text.strip()]
 
 

@@ -64,6 +64,16 @@ def book_of(split: int, facts: int) -> Handbook:
     return Handbook(split=split, facts=facts)
 
 
+def taught(subject: Subject, book: Handbook, shown: Shown) -> dict[str, tuple[str, bool]]:
+    """Returns question → what the teacher of an arm answers, and whether it is right.
+
+    All questions are asked at once and in one order, so that every split of them has the same answers from the cache.
+    """
+    rows = sorted([*book.train, *book.held_out], key=question_of)
+    texts, right = base_answers(subject, [book.in_view(shown_to(book, row, shown)) for row in rows])
+    return {question_of(row): answer for row, answer in zip(rows, zip(texts, right, strict=True), strict=True)}
+
+
 def measure(subject: Subject, book: Handbook, general: int, model: Any) -> Point:
     """Returns what a model knows and what it has kept of what it knew; `fact 00` and so on are shares of a fact."""
     stops = subject.stops
@@ -95,11 +105,11 @@ def before(subject: Subject, book: Handbook, general: int) -> Point:
         said = [[row[name] for row in book.held_out] for name in ("sentence", "words")]
         shown = [book.in_view(row) for row in book.held_out]
         bare, seen = (scored(subject, subject.base, rows, *said) for rows in (book.held_out, shown))
-        taught = base_answers(subject, [book.in_view(row) for row in book.train])[1]
-        point["ceiling"] = sum(base_answers(subject, book.shown)[1]) / len(book.shown)
+        answered = taught(subject, book, "right")
+        point["ceiling"] = sum(answered[question_of(row)][1] for row in book.held_out) / len(book.held_out)
         for number in sorted({row["fact"] for row in book.held_out}):
             own = [i for i, row in enumerate(book.held_out) if row["fact"] == number]
-            learned = [is_right for row, is_right in zip(book.train, taught, strict=True) if row["fact"] == number]
+            learned = [answered[question_of(row)][1] for row in book.train if row["fact"] == number]
             point[f"gain {number:02d}"] = sum(seen[i] - bare[i] for i in own) / len(own)
             point[f"view {number:02d}"] = sum(seen[i] for i in own) / len(own)
             point[f"taught {number:02d}"] = sum(learned) / len(learned)
