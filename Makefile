@@ -13,7 +13,7 @@ PYTEST_WORKERS ?= 2
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-llm test test-random test-real test-gpu lint types compile-check hub-kernel bench reproduce methods clean
+.PHONY: help demo demo-llm test test-random test-real test-gpu lint types compile-check hub-kernel bench reproduce reproduce-real methods clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ bench: $(VENV)/installed-bench  ## compare with the public kernels: tables, JSON
 
 reproduce: $(VENV)/installed-plot  ## run the methods' claims again, with controls: half an hour (REPRODUCE_ARGS="--help" for its options)
 	$(PY) -m reproduce --output docs/reproduction $(REPRODUCE_ARGS)
+
+reproduce-real: $(VENV)/installed-real  ## the claims on SmolLM2 and Gemma 3: an hour or so for each study; a killed run goes on (REPRODUCE_ARGS)
+	$(PY) -m reproduce.real --output docs/reproduction $(REPRODUCE_ARGS)
 
 methods: $(VENV)/installed-dev  ## every method from the command line, against a goal: minutes
 	$(PY) -m reproduce.commands --output docs/reproduction/commands.md

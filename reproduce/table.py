@@ -2,8 +2,8 @@
 
     run(Path("docs/reproduction"), seeds=5, claims=None, quick=False, resume=True, console=Console())
 
-writes into `output`, per study, `<study>.jsonl` (the raw numbers, a line per run) and `<study>.png`, and a `README.md`
-that starts with what did not reproduce.
+writes into `output`, per study, `<study>.jsonl` (the raw numbers, a line per run) and `<study>.png`, and a page,
+`README.md` or `real.md`, that starts with what did not reproduce.
 """
 
 from __future__ import annotations
@@ -44,6 +44,48 @@ HEADINGS = {
 }
 
 
+class Page(NamedTuple):
+    """Says what is the same for all studies of a page."""
+
+    title: str
+    command: str
+    seed: str  # what it is, and how arms are compared
+    tokens: str  # what is counted
+    words: str  # of the tables
+
+
+COMPARED = (
+    "so that arms are compared seed by seed; an effect of three standard errors counts as reproduced. A standard error "
+    "below what one answer changes is raised to that. “Matched” is read "
+)
+PAGES = {
+    "README.md": Page(
+        "Reproduction on the small world",
+        "`make reproduce`",
+        f"A seed is a new task with its own questions, the same for every arm, {COMPARED}at the first checkpoint where "
+        "the new task is at the level named.",
+        "Tokens count all that a model reads or writes in training: sampling, the student's pass and the teacher's.",
+        "*New* is the task that is learned, without help; *prior*, tasks that the model knew before; *in-context*, "
+        "other open names with hints in view. Answers are sampled at temperature 1 and have five digits, all of which "
+        "must be right; *lenient* allows the expert's style, *strict* only the model's own.",
+    ),
+    "real.md": Page(
+        "Reproduction on two real models",
+        "`make reproduce-real`",
+        "A seed draws the questions that are held out or asked, the order of the data and the adapter's start, the "
+        f"same for every arm, {COMPARED}where the held-out questions come to the level named, on the line between the "
+        "two checkpoints around it. The handbook's facts and the questions of general knowledge are the same for all "
+        "seeds: what is found is about them.",
+        "Tokens are those of the completions.",
+        "*Right* is the share of held-out questions that are answered right without any help; *general*, of questions "
+        "of general knowledge; *perplexity* is that of a page of prose. *Kept* is the mean of general knowledge and of "
+        "the prose's perplexity, each as a share of what it was before training: 1 is nothing lost. Answers are the "
+        "likeliest ones, of 24 tokens at most. Both models, SmolLM2-135M-Instruct and the base model Gemma 3 270M, "
+        "learn by LoRA of rank 16.",
+    ),
+}
+
+
 class Finding(NamedTuple):
     """Holds a study with its reported runs and what they say."""
 
@@ -63,12 +105,13 @@ def run(
     console: Console,
     workers: int = 2,
     nice: int = 0,
+    page: str = "README.md",
 ) -> list[Finding]:
-    """Makes the missing runs of these claims (None: all), judges them, and writes tables and plots into `output`.
+    """Makes a page's missing runs of these claims (None: all), judges them, and writes tables and plots into `output`.
 
     `resume=False` makes all runs anew. `quick` is a subset of arms with smaller settings and fixed learning rates: it
     tells whether the code works, not what is true. `workers` processes with one thread each, at priority `nice`; a
-    single worker is this very process. The README covers all claims of which there is every run.
+    single worker is this very process. The page covers all claims of which there is every run.
 
     Raises `ArgumentError` for arguments that do not fit, and `ImportError` without matplotlib, before any work.
     """
@@ -76,7 +119,7 @@ def run(
         raise ArgumentError(f"workers must be at least 1, got {workers}")
     if not 0 <= nice <= 19:
         raise ArgumentError(f"nice must be in [0, 19], got {nice}")
-    scope = Scope(studies=studies_of(claims), seeds=checked_seeds(seeds), quick=quick)
+    scope = Scope(studies=studies_of(claims, page), seeds=checked_seeds(seeds), quick=quick)
     require_matplotlib("a plot")
     archive = Archive(output)
     if not resume:
@@ -85,18 +128,18 @@ def run(
     # Runs with other settings or rates, from before a change, are not what the tables show.
     jobs = [*scope.tuning(), *scope.reported(archive.records)]
     archive.keep([job.key for job in jobs], [study.name for study in scope.studies])
-    whole = Scope(studies=studies_of(None), seeds=scope.seeds, quick=quick)
+    whole = Scope(studies=studies_of(None, page), seeds=scope.seeds, quick=quick)
     findings = [finding for study in whole.studies if (finding := find(study, whole, archive)) is not None]
     for finding in findings:
         if finding.study in scope.studies:
             plot(finding, output / f"{finding.study.name}.png")
-    (output / "README.md").write_text(page(findings, archive, quick=quick), encoding="utf-8")
+    (output / page).write_text(text_of(page, findings, archive, quick=quick), encoding="utf-8")
     for outcome in ORDER:
         for finding in findings:
             for verdict in finding.verdicts:
                 if verdict.outcome == outcome:
                     console.print(f"[bold]{outcome}[/] {verdict.sentence}", highlight=False)
-    console.print(f"tables: {output / 'README.md'}")
+    console.print(f"tables: {output / page}")
     return findings
 
 
@@ -118,9 +161,10 @@ def find(study: Study, scope: Scope, archive: Archive) -> Finding | None:
     return Finding(study, own, results, [] if scope.quick else study.judge(results))
 
 
-def page(findings: Sequence[Finding], archive: Archive, *, quick: bool) -> str:
-    """Writes the README: verdicts, worst first; then how it was measured; then a section per study."""
-    lines = ["# Reproduction on the small world", ""]
+def text_of(name: str, findings: Sequence[Finding], archive: Archive, *, quick: bool) -> str:
+    """Writes a page: verdicts, worst first; then how it was measured; then a section per study."""
+    page = PAGES[name]
+    lines = [f"# {page.title}", ""]
     if quick:
         lines += ["**A quick subset: smaller settings, untuned learning rates, no verdicts.**", ""]
     for outcome in ORDER:
@@ -132,24 +176,20 @@ def page(findings: Sequence[Finding], archive: Archive, *, quick: bool) -> str:
         ]
         if said:
             lines += [f"## {HEADINGS[outcome]}", "", *said, ""]
-    minutes = sum(record.cpu_seconds for record in archive.records.values()) / 60
+    own = {study.name for study in studies_of(None, name)}
+    minutes = sum(record.cpu_seconds for record in archive.records.values() if record.job.study in own) / 60
     seeds = len(findings[0].scope.seeds) if findings else 0
     lines += [
         "## How it was measured",
         "",
-        f"`make reproduce`, {minutes:.0f} CPU minutes, {seeds} seeds; means ± standard errors over the seeds. A seed "
-        "is a new task with its own questions, the same for every arm, so that arms are compared seed by seed; an "
-        "effect of three standard errors counts as reproduced. A standard error below what one answer changes "
-        "is raised to that. “Matched” is read at the first checkpoint where the new task is at the level named.",
+        f"{page.command}, {minutes:.0f} CPU minutes, {seeds} seeds; means ± standard errors over the seeds. "
+        f"{page.seed}",
         "",
         f"Learning rates are chosen per arm on seed {TUNING_SEED}, which is not reported, by the rule of the study; "
         "the grids with their outcomes are at the end of each section. A control has the rate of the arm that it "
-        "controls. Tokens count all that a model reads or writes in training: sampling, the student's pass and the "
-        "teacher's.",
+        f"controls. {page.tokens}",
         "",
-        "*New* is the task that is learned, without help; *prior*, tasks that the model knew before; *in-context*, "
-        "other open names with hints in view. Answers are sampled at temperature 1 and have five digits, all of which "
-        "must be right; *lenient* allows the expert's style, *strict* only the model's own.",
+        page.words,
         "",
     ]
     for finding in findings:
@@ -168,6 +208,7 @@ def section(finding: Finding, archive: Archive) -> list[str]:
     lines = [f"## {study.title}", "", f"Claimed: {study.claimed}", "", *markdown(titles, rows), ""]
     if study.notes:
         lines += [study.notes, ""]
+    lines += study.more(results)
     lines += [f"![{study.title}]({study.name}.png)", ""]
     grid = tuning_rows(finding, archive)
     if grid:

@@ -46,13 +46,14 @@ LAYERS: dict[str, list[set[str]]] = {
         {"__main__"},
     ],
     "reproduce": [
-        {"records"},
-        {"experiment"},
-        {"context", "sdft", "sdpo", "tilt"},
+        {"records", "book"},
+        {"experiment", "prediction", "real_model"},
+        {"real_exam"},
+        {"context", "sdft", "sdpo", "tilt", "real_context", "real_feedback", "real_sdft"},
         {"discovery"},
         {"schedule"},
         {"table"},
-        {"__init__", "__main__", "commands", "handbook", "topk"},
+        {"__init__", "__main__", "commands", "handbook", "real", "topk"},
     ],
 }
 BACKENDS = {"sdkernels.tile.torch_backend", "sdkernels.tile.triton_backend"}

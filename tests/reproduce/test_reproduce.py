@@ -141,7 +141,6 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Runs:
         ],
     )
     monkeypatch.setattr(schedule, "STUDIES", {"fake": study})
-    monkeypatch.setattr(schedule, "CLAIMS", ("fake",))
     return runs
 
 
@@ -189,6 +188,42 @@ def test_runs_with_other_settings_are_not_reused(made: Runs, tmp_path: Path) -> 
     made.clear()
     reproduce(tmp_path)
     assert len(made) == 10
+
+
+def test_runs_of_another_study_are_made_once_and_kept_there(
+    made: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = schedule.STUDIES["fake"]
+    arms = (replace(first.arm("high"), runs_of="fake"), Arm(name="new", title="new", rate_of="fake/high"))
+    second = replace(first, name="second", title="The second", claim="second", arms=arms, judge=lambda reported: [])
+    monkeypatch.setitem(schedule.STUDIES, "second", second)
+    reproduce(tmp_path, claims=["second"])
+    assert sorted(made) == [
+        *(("high", rate, seed) for rate, seed in ((0.1, 1000), (0.3, 0), (0.3, 1), (0.3, 1000))),
+        *(("new", 0.3, seed) for seed in (0, 1)),
+    ]
+    assert len((tmp_path / "fake.jsonl").read_text().splitlines()) == 4
+    assert len((tmp_path / "second.jsonl").read_text().splitlines()) == 2
+    made.clear()
+    findings = reproduce(tmp_path)
+    assert {arm for arm, _, _ in made} == {"low", "control"}
+    assert [*findings[1].results.records] == ["high", "new"]
+    made.clear()
+    reproduce(tmp_path, claims=["second"])
+    assert made == []
+    assert len((tmp_path / "fake.jsonl").read_text().splitlines()) == 10
+
+
+def test_a_page_has_its_own_studies_alone(made: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = replace(schedule.STUDIES["fake"], name="other", title="Elsewhere", claim="other", page="real.md")
+    monkeypatch.setitem(schedule.STUDIES, "other", other)
+    reproduce(tmp_path)
+    assert "Elsewhere" not in (tmp_path / "README.md").read_text()
+    assert len(made) == 10
+    reproduce(tmp_path, page="real.md")
+    assert "A fake study" not in (tmp_path / "real.md").read_text()
+    with pytest.raises(ArgumentError, match="claims must be among other, got fake"):
+        reproduce(tmp_path, page="real.md", claims=["fake"])
 
 
 def test_what_was_done_is_kept_when_a_run_fails(made: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
