@@ -30,8 +30,9 @@ from sdkernels.types import in_float64
 
 from ..errors import UnsupportedModelError
 from ..models import Body, without_dropout
-from .planner import Plan, Tree, plan
+from .planner import Plan, plan
 from .strategies import naive, ranks
+from .tree import Tree, in_order
 
 Verify = Literal["once", "always", "off"]
 
@@ -96,7 +97,7 @@ def _compare(body: Body, strategy: ModuleType, checked: Plan) -> str | None:
     """Runs a plan both ways, its teacher with and without the student's states; the same result on every rank."""
     name = strategy.__name__.rpartition(".")[2]
     with without_dropout(body.model, training=False), refusing(f"{body.name} cannot be run by strategy {name}"):
-        record = [tree.shared for tree in checked.teacher]
+        record = [tree.reads for tree in checked.teacher]
         student, prompts = ranks.hidden_states(body, strategy, checked.student, record=record)
         passes = [(student, checked.student)]
         if checked.teacher:
@@ -150,10 +151,13 @@ def _one_by_one(body: Body, trees: Sequence[Tree]) -> Tensor:
     (wanted,) = ranks.runs_of_all(body, [len(places)])
     rows = []
     for tree, i in places:
-        sequence = tree.sequence(i)
-        rows.append(naive.run_whole(body, [sequence])[0, len(sequence) - tree.rows[i] :])
+        positions = tree.positions[tree.slices[i]].to(body.device)
+        rows.append(naive.run_whole(body, [tree.sequence(i)])[0][positions])
     rows += ranks.idle(body, wanted - len(places))
-    return torch.cat(rows) if rows else torch.empty(0, body.hidden_size, device=body.device, dtype=body.dtype)
+    if not rows:
+        return torch.empty(0, body.hidden_size, device=body.device, dtype=body.dtype)
+    order, states = in_order(trees), torch.cat(rows)
+    return states if order is None else states[order.to(states.device)]
 
 
 def _difference(states: Tensor, exact: Tensor, undecided: float) -> float:

@@ -49,7 +49,7 @@ def checked_scores(plan: Plan, scored: TopKLogprobs) -> TopKLogprobs:
 
 
 def require_teacher_prompts(plan: Plan) -> None:
-    if not plan.teacher:
+    if not plan.teachers:
         raise ArgumentError("plan must have teacher prompts, got a plan of the student's pass alone")
 
 

@@ -91,7 +91,7 @@ def distill_step(
     old_logprobs = checked_rows("old_logprobs", plan, old_logprobs)
     scored: TopKLogprobs | None = None
     if isinstance(teacher, TopKLogprobs):
-        scored, teacher, plan = checked_scores(plan, teacher), None, replace(plan, teacher=())
+        scored, teacher, plan = checked_scores(plan, teacher), None, replace(plan, teachers=())
     else:
         require_teacher_prompts(plan)
     loss = FusedLinearDivergence() if loss is None else loss
@@ -154,7 +154,7 @@ def imitate_step(
     """
     weights = checked_weights(plan, token_weights)
     term = CrossEntropy(weights, total_of(plan, weights, normalizer))
-    plan = replace(plan, teacher=())
+    plan = replace(plan, teachers=())
     planned = passes(model, plan, strategy=strategy, micro_batch=micro_batch, verify=verify, whole=backward is None)
     loss, rows = run_parts(model, plan, planned, term=term, backward=backward)
     return StepOutput(loss, rows.metrics(weights, MEANS), planned.report, rows.by_name)

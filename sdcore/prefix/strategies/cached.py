@@ -20,11 +20,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ...models import Body
-from ..planner import Tree, buckets, row_slices
-from .caches import TrunkStates, far, require_readable, run_reading, run_recording
-from .naive import FREE_PADDING, in_order, length_buckets, run_whole
-
-Piece = tuple[slice, Tensor]  # where rows are among all, and their states (R, H)
+from ..planner import buckets
+from ..tree import Tree
+from .caches import OneLevel, TrunkStates, far, one_level, require_readable, run_reading, run_recording
+from .naive import FREE_PADDING, Piece, in_order, length_buckets, run_whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +32,7 @@ class PromptStates:
 
     groups: tuple[tuple[TrunkStates, ...], ...]  # B of: after the whole prompt, and maybe after less of it
 
-    def start_of(self, group: int, tree: Tree, body: Body) -> TrunkStates | None:
+    def start_of(self, group: int, tree: OneLevel, body: Body) -> TrunkStates | None:
         """Returns the states after the first `tree.shared` tokens of a group, or after as many as there are."""
         candidates = [
             states.up_to(tree.shared, body)
@@ -50,14 +49,14 @@ def hidden_states(
     trees: Sequence[Tree],
     *,
     prompts: PromptStates | None = None,
-    record: bool | Sequence[int] = False,
+    record: bool | Sequence[Sequence[tuple[int, int]]] = False,
     micro_batch: int | None = None,
 ) -> tuple[Tensor, PromptStates | None]:
-    """Returns the (N, H) states that predict each completion token, in the order group, completion, position.
+    """Returns the (N, H) asked-for states, in the order of the plan's rows.
 
     With a graph if gradients are enabled. `record` also returns the trunks' states, detached, for a teacher's pass:
-    True, or per group how many tokens of its trunk that pass will read, which recurrent layers have to know beforehand.
-    With `prompts`, from such a pass under the same weights, the first `tree.shared` tokens of each trunk are read and
+    True, or per group what that pass will read (`Tree.reads`), which recurrent layers have to know beforehand. With
+    `prompts`, from such a pass under the same weights, the first `tree.shared` tokens of each trunk are read and
     not computed. At most `micro_batch` branches run at a time (None: any number).
 
     Raises `UnsupportedModelError` for models whose prefix cannot be shared, and for reentrant checkpointing.
@@ -65,16 +64,21 @@ def hidden_states(
     require_readable(body, trees)
     pieces: list[Piece] = []
     recorded: list[tuple[TrunkStates, ...]] = []
-    for g, (tree, slices) in enumerate(zip(trees, row_slices(trees), strict=True)):
+    for g, tree in enumerate(one_level(body, tree) for tree in trees):
         kept: tuple[TrunkStates, ...] = ()
         if tree.active:
             start = None if prompts is None else prompts.start_of(g, tree, body)
-            trunk = run_trunk(body, tree, start, split_at=0 if isinstance(record, bool) else record[g])
+            trunk = run_trunk(body, tree, start, split_at=split_of(record, g))
             kept = () if record is False else trunk.detached()
             for batch in branch_batches(body, tree, micro_batch=micro_batch):
-                pieces += run_branches(body, tree, batch, trunk.whole, trunk.last, slices)
+                pieces += run_branches(body, tree, batch, trunk.whole, trunk.last)
         recorded.append(kept)
-    return in_order(body, pieces, trees), None if record is False else PromptStates(tuple(recorded))
+    return in_order(body, pieces), None if record is False else PromptStates(tuple(recorded))
+
+
+def split_of(record: bool | Sequence[Sequence[tuple[int, int]]], group: int) -> int:
+    """Says after how many tokens of a group's trunk a teacher's pass goes on from it."""
+    return 0 if isinstance(record, bool) or not record[group] else record[group][-1][1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +96,7 @@ class Trunk:
         return tuple(states.detach() for states in self.states)
 
 
-def run_trunk(body: Body, tree: Tree, start: TrunkStates | None = None, *, split_at: int = 0) -> Trunk:
+def run_trunk(body: Body, tree: OneLevel, start: TrunkStates | None = None, *, split_at: int = 0) -> Trunk:
     """Runs what `start` does not hold of a trunk. Recurrent layers' states are kept after `split_at` tokens too."""
     if len(tree.trunk) == 0:
         return Trunk((), None)
@@ -110,7 +114,7 @@ def run_trunk(body: Body, tree: Tree, start: TrunkStates | None = None, *, split
     return Trunk((whole, *kept), torch.cat([*unread, hidden[-1:]])[0])
 
 
-def branch_batches(body: Body, tree: Tree, *, micro_batch: int | None = None) -> list[list[int]]:
+def branch_batches(body: Body, tree: OneLevel, *, micro_batch: int | None = None) -> list[list[int]]:
     """Batches completions with rows: at most `micro_batch` branches of similar length, the longest first.
 
     A completion with nothing to run, since its only row is the trunk's last state, is no burden to the last batch.
@@ -128,11 +132,10 @@ def branch_batches(body: Body, tree: Tree, *, micro_batch: int | None = None) ->
 
 def run_branches(
     body: Body,
-    tree: Tree,
+    tree: OneLevel,
     batch: Sequence[int],
     prefix: TrunkStates | None,
     last: Tensor | None,
-    slices: Sequence[slice],
 ) -> list[Piece]:
     """Runs these completions' branches after a prefix. `last` (H,) is the trunk's last hidden state, a row of some."""
     running = [i for i in batch if len(tree.branches[i])]
@@ -150,10 +153,10 @@ def run_branches(
         states = dict(zip(running, hidden, strict=True))
     pieces = []
     for i in batch:
-        rows, length, place = tree.rows[i], len(tree.branches[i]), slices[i]
+        rows, length, places = tree.rows[i], len(tree.branches[i]), tree.places[i]
         if rows > length and last is not None:
-            pieces.append((slice(place.start, place.start + 1), last[None]))
+            pieces.append((places[:1], last[None]))
         if length:
             own = min(rows, length)
-            pieces.append((slice(place.stop - own, place.stop), states[i][length - own : length]))
+            pieces.append((places[len(places) - own :], states[i][length - own : length]))
     return pieces

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCach
 
 from ...errors import UnsupportedModelError
 from ...models import Body
-from ..planner import Tree
+from ..tree import Tree
 
 ATTENTION_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
@@ -82,6 +82,41 @@ def unreadable(body: Body) -> str | None:
     return None
 
 
+class OneLevel(NamedTuple):
+    """Is a tree of one level: what model reads for sequence i is `trunk + branches[i]`, whose last states are rows."""
+
+    trunk: Tensor  # (T,)
+    branches: tuple[Tensor, ...]  # per sequence (B_i,)
+    rows: tuple[int, ...]  # per sequence, at most B_i, or B_i + 1 where there is a trunk
+    shared: int  # tokens that the trunk begins with and the student's prompt has too
+    places: tuple[Tensor, ...]  # per sequence which of the plan's rows
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        return tuple(i for i, rows in enumerate(self.rows) if rows)
+
+
+def one_level(body: Body, tree: Tree) -> OneLevel:
+    """Reads a tree as a trunk and its branches. Raises `UnsupportedModelError` for a deeper one."""
+    alone = tree.alone
+    roots = alone.children[-1]
+    trunk = alone.spans[0] if len(roots) == 1 else torch.empty(0, dtype=torch.int64, device=body.device)
+    branches = tuple(alone.sequence(i)[len(trunk) :] if count else trunk[:0] for i, count in enumerate(alone.counts))
+    at_the_end = all(
+        alone.lengths[i] - int(alone.positions[alone.slices[i].start]) == alone.counts[i]
+        and alone.counts[i] <= len(branches[i]) + (1 if len(trunk) else 0)
+        for i in alone.active
+    )
+    own = sum(len(branch) for branch in branches) == alone.starts[-1] - len(trunk) or not alone.active
+    if alone.depth > 1 or not at_the_end or not own:
+        raise UnsupportedModelError(
+            "cached and two_phase run a prompt and its completions; these trees are deeper, or ask for states before "
+            "the last branching: take packed or naive"
+        )
+    places = tuple(alone.places[of_sequence] for of_sequence in alone.slices)
+    return OneLevel(trunk, branches, alone.counts, tree.shared, places)
+
+
 def require_readable(body: Body, trees: Sequence[Tree]) -> None:
     """Refuses a model whose trunks cannot be recorded and read, or cannot be for these trees.
 
@@ -90,11 +125,11 @@ def require_readable(body: Body, trees: Sequence[Tree]) -> None:
     if (reason := unreadable(body)) is not None:
         raise UnsupportedModelError(reason)
     for tree in trees:
-        end = max((len(tree.branches[i]) for i in tree.active), default=0) + len(tree.trunk)
-        if len(tree.trunk) and far(body, len(tree.trunk)) != far(body, end):
+        trunk, end = one_level(body, tree).trunk, max(tree.lengths, default=0)
+        if len(trunk) and end and far(body, len(trunk)) != far(body, end):
             raise UnsupportedModelError(
                 f"{body.name} encodes every position otherwise in sequences of more than {body.rotary_switch} tokens "
-                f"(LongRoPE), so that one of {end} cannot share a prefix of {len(tree.trunk)}"
+                f"(LongRoPE), so that one of {end} cannot share a prefix of {len(trunk)}"
             )
 
 

@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ...models import Body
-from ..planner import Tree
+from ..tree import Tree
 from . import cached, naive, packed
+from .caches import OneLevel, one_level
 
 
 def together(body: Body) -> bool:
@@ -89,27 +90,27 @@ def _one_broadcast(body: Body) -> Iterator[None]:
         wrapper.require_forward_param_sync = wrapper.require_backward_grad_sync
 
 
-def trunk_runs(body: Body, tree: Tree, split_at: int) -> int:
+def trunk_runs(body: Body, tree: OneLevel, split_at: int) -> int:
     """Counts how often `cached.run_trunk` runs the model, from the start."""
     if len(tree.trunk) == 0:
         return 0
     return 2 if body.recurrent and min(split_at, len(tree.trunk) - 2) > 0 else 1
 
 
-def _runs(body: Body, strategy: ModuleType, trees: Sequence[Tree], record: bool | Sequence[int]) -> int:
+def _runs(body: Body, strategy: ModuleType, trees: Sequence[Tree], record: bool | Sequence[Any]) -> int:
     """Counts how often a strategy runs the model."""
     if strategy is packed:
         return 1
     if strategy is naive:
-        lengths = [len(tree.trunk) + len(tree.branches[i]) for tree in trees for i in tree.active]
+        lengths = [length for tree in trees for length in tree.lengths if length]
         return max(1, len(naive.length_buckets(body, lengths)))
     runs = 0
     for g, tree in enumerate(trees):
         if tree.active:
-            split_at = 0 if isinstance(record, bool) else record[g]
-            batches = cached.branch_batches(body, tree, micro_batch=getattr(strategy, "MICRO_BATCH", None))
+            level = one_level(body, tree)
+            batches = cached.branch_batches(body, level, micro_batch=getattr(strategy, "MICRO_BATCH", None))
             # A batch with no branch to run only takes the trunk's last state.
-            runs += trunk_runs(body, tree, split_at) + sum(
-                any(len(tree.branches[i]) for i in batch) for batch in batches
+            runs += trunk_runs(body, level, cached.split_of(record, g)) + sum(
+                any(len(level.branches[i]) for i in batch) for batch in batches
             )
     return max(1, runs)

@@ -34,10 +34,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import ArgumentError, SdcoreError, UnsupportedModelError
 from ...models import Body
-from ..planner import Tree, row_slices
+from ..tree import Tree
 from . import cached, ranks
-from .cached import PromptStates, Trunk, branch_batches, run_branches, run_trunk
-from .caches import require_readable
+from .cached import PromptStates, Trunk, branch_batches, run_branches, run_trunk, split_of
+from .caches import OneLevel, one_level, require_readable
 
 # Branches at a time where there is no gradient.
 MICRO_BATCH = 4
@@ -89,7 +89,7 @@ class _Attached(torch.autograd.Function):
 
 
 def micro_batches(
-    body: Body, trees: Sequence[Tree], *, micro_batch: int, record: bool | Sequence[int] = False
+    body: Body, trees: Sequence[Tree], *, micro_batch: int, record: bool | Sequence[Sequence[tuple[int, int]]] = False
 ) -> Iterator[MicroBatch]:
     """Yields the student's rows, group by group, at most `micro_batch` completions at a time.
 
@@ -107,21 +107,21 @@ def micro_batches(
     require_readable(body, trees)
     if isinstance(body.through, DistributedDataParallel) and body.through.static_graph:
         raise UnsupportedModelError("DistributedDataParallel with static_graph=True allows one backward per step only")
+    levels = [one_level(body, tree) for tree in trees]
     active = [g for g, tree in enumerate(trees) if tree.active]
-    splits = [0 if isinstance(record, bool) else record[g] for g in active]
-    batches = [branch_batches(body, trees[g], micro_batch=micro_batch) for g in active]
+    splits = [split_of(record, g) for g in active]
+    batches = [branch_batches(body, levels[g], micro_batch=micro_batch) for g in active]
     parts = ranks.runs_of_all(body, [len(of_group) for of_group in batches])
     trunks = ranks.runs_of_all(
-        body, [ranks.trunk_runs(body, trees[g], at) for g, at in zip(active, splits, strict=True)]
+        body, [ranks.trunk_runs(body, levels[g], at) for g, at in zip(active, splits, strict=True)]
     )
     if not parts:
         hidden, _ = cached.hidden_states(body, trees)
         yield MicroBatch(hidden, torch.empty(0, dtype=torch.int64, device=hidden.device), 0, None, True, body)
-    slices = row_slices(trees)
     for k, g in enumerate(active):
         last_group = g == active[-1]
         yield from _group(
-            body, g, trees[g], slices[g], batches[k], record is not False, splits[k], last_group, parts[k], trunks[k]
+            body, g, levels[g], batches[k], record is not False, splits[k], last_group, parts[k], trunks[k]
         )
     for k in range(len(active), len(parts)):
         trunk = ranks.idle(body, trunks[k])
@@ -136,7 +136,7 @@ def hidden_states(
     trees: Sequence[Tree],
     *,
     prompts: PromptStates | None = None,
-    record: bool | Sequence[int] = False,
+    record: bool | Sequence[Sequence[tuple[int, int]]] = False,
     micro_batch: int = MICRO_BATCH,
 ) -> tuple[Tensor, PromptStates | None]:
     """Runs `cached.hidden_states` with few branches at a time: without gradient, no second phase is needed."""
@@ -152,8 +152,7 @@ def unsynchronised(body: Body) -> AbstractContextManager[Any]:
 def _group(
     body: Body,
     group: int,
-    tree: Tree,
-    slices: Sequence[slice],
+    tree: OneLevel,
     batches: Sequence[Sequence[int]],
     record: bool,
     split_at: int,
@@ -177,7 +176,7 @@ def _group(
     reduces = isinstance(body.through, DistributedDataParallel) or body.sharded is not None
     for batch in batches[:-1] if reduces else batches:
         with unsynchronised(body):
-            part = _part(body, group, tree, batch, slices, leaves, prompts, synchronises=False)
+            part = _part(body, group, tree, batch, leaves, prompts, synchronises=False)
         states = part.hidden
         if not reduces:
             part.hidden = states.detach().requires_grad_(states.requires_grad)
@@ -196,7 +195,7 @@ def _group(
             torch.autograd.backward(roots, gradients)
         return
     with nullcontext() if last_group else unsynchronised(body):
-        part = _part(body, group, tree, batches[-1], slices, trunk, prompts, synchronises=last_group)
+        part = _part(body, group, tree, batches[-1], trunk, prompts, synchronises=last_group)
     if body.sharded is not None:
         # Every part runs the model once, on every rank.
         idle += ranks.idle(body, 0 if runs_branches else 1)
@@ -209,18 +208,17 @@ def _group(
 def _part(
     body: Body,
     group: int,
-    tree: Tree,
+    tree: OneLevel,
     batch: Sequence[int],
-    slices: Sequence[slice],
     trunk: Trunk,
     prompts: PromptStates | None,
     *,
     synchronises: bool,
 ) -> MicroBatch:
-    pieces = run_branches(body, tree, batch, trunk.whole, trunk.last, slices)
-    rows = [torch.arange(where.start, where.stop, device=tree.trunk.device) for where, _ in pieces]
+    pieces = run_branches(body, tree, batch, trunk.whole, trunk.last)
+    rows = torch.cat([places for places, _ in pieces]).to(body.device)
     hidden = torch.cat([states for _, states in pieces])
-    return MicroBatch(hidden, torch.cat(rows), group, prompts, synchronises, body)
+    return MicroBatch(hidden, rows, group, prompts, synchronises, body)
 
 
 def _idle_part(body: Body, group: int, *others: Tensor, prompts: PromptStates | None = None) -> MicroBatch:

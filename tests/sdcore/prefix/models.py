@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from sdcore.models import Body
-from sdcore.prefix.planner import Tree
+from sdcore.prefix.tree import Tree
 
 VOCAB = 61
 WINDOW = 6  # shorter than most sequences of the tests, longer than some
