@@ -154,12 +154,9 @@ class Tree:
 
     @property
     def reads(self) -> tuple[tuple[int, int], ...]:
-        """Lists the spans (start, stop) of the student's tree, flat, that can be borrowed from it."""
-        spans: list[tuple[int, int]] = []
-        for start, ids in sorted((p, ids) for p, ids in zip(self.borrowed, self.spans, strict=True) if p >= 0):
-            first = spans.pop()[0] if spans and spans[-1][1] == start else start
-            spans.append((first, start + len(ids)))
-        return tuple(spans)
+        """Lists the spans (start, stop) of the student's tree, flat, that can be borrowed from it: one a node."""
+        pairs = zip(self.borrowed, self.spans, strict=True)
+        return tuple(sorted((place, place + len(ids)) for place, ids in pairs if place >= 0))
 
     @property
     def depth(self) -> int:
