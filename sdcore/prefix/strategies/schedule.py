@@ -9,9 +9,9 @@ A stretch is a piece of one path without a branching. So at any time the states 
 done with the batch after which all its rows have been computed.
 
 What differs from the obvious: recurrent layers keep states only where a stretch ends, so one is cut where a teacher
-will go on from the student's states. And after a state such layers never run a single token, which would be computed
-as in decoding, for which fused kernels have no backward: a node of one token is run again by all its children but the
-first. What a teacher's pass will read is entered, though nothing of the student's goes on from it.
+will go on from the student's states. And with gradient such layers never run a single token after a state, which would
+be computed as in decoding, for which fused kernels have no backward: a node of one token is run again by all its
+children but the first. What a teacher will read is entered, though nothing of the student's goes on from it.
 """
 
 from __future__ import annotations
@@ -205,8 +205,8 @@ def _stretches(body: Body, tree: Tree, known: Recorded | None) -> list[Stretch]:
             continue
         if own.again == own.start - 1 >= 0:  # the first child
             own.start, own.again = own.again, -1
-        follows_state = own.before >= 0 or own.given is not None
-        if body.recurrent and follows_state and own.length == 1 and len(tree.children[i]) > 1:
+        single = own.length == 1 and (own.before >= 0 or own.given is not None)
+        if single and body.recurrent and torch.is_grad_enabled() and len(tree.children[i]) > 1:
             after[i] = replace(own, again=own.start)
             continue
         stretches.append(own)

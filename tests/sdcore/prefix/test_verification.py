@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sdcore.errors import UnsupportedModelError
 from sdcore.models import Body, find_body
-from sdcore.prefix.attention.segments import Block, Row, pack
+from sdcore.prefix.attention.segments import BORROWED, ROW, Block, Node, Row, pack
 from sdcore.prefix.choice import STRATEGIES
 from sdcore.prefix.runner import run
 from sdcore.prefix.strategies import cached, caches, packed
@@ -33,8 +33,9 @@ def position_off_by_one(patch: pytest.MonkeyPatch) -> None:
 
     def row_of(*args: Any) -> Any:
         row = of_row(*args)
-        for group in row.row.groups:
-            row.position_ids[group.all_branches.start : group.all_branches.stop] += 1
+        for node in row.row.nodes:
+            if node.parent >= 0:
+                row.position_ids[node.span.start : node.span.stop] += 1
         return row
 
     patch.setattr(caches, "positions", positions)
@@ -49,10 +50,10 @@ def first_prefix_token_missing(patch: pytest.MonkeyPatch) -> None:
         return caches._run(body, tokens, PrefixCache(body, short, batch=len(tokens), recording=False), prefix.length)
 
     def without_first(self: Row, *args: Any, **kwargs: Any) -> list[Block]:
-        trunks = {group.trunk.start for group in self.groups if group.trunk.length > 1}
+        trunks = {node.span.start for node in self.nodes if node.after.length and node.span.length > 1}
         return [
             block._replace(key=block.key + 1, keys=block.keys - 1, offset=block.offset - 1)
-            if block.key in trunks and block.query not in trunks and block.source < 0
+            if block.key in trunks and block.query not in trunks and block.source == ROW
             else block
             for block in blocks(self, *args, **kwargs)
         ]
@@ -74,8 +75,24 @@ def completions_not_isolated(patch: pytest.MonkeyPatch) -> None:
 
     def row_of(*args: Any) -> Any:
         row = of_row(*args)
-        shapes = [(group.prefix, group.trunk.length, [group.all_branches.length]) for group in row.row.groups]
-        return row._replace(row=pack(shapes))
+        nodes: list[Node] = []
+        became = {-1: -1}
+        for i, node in enumerate(row.row.nodes):
+            if (
+                nodes
+                and not node.after.length
+                and not nodes[-1].after.length
+                and nodes[-1].parent == became[node.parent]
+            ):
+                # The leaves behind a node are one.
+                nodes[-1] = nodes[-1]._replace(
+                    span=nodes[-1].span._replace(length=node.span.stop - nodes[-1].span.start)
+                )
+            else:
+                nodes.append(node._replace(parent=became[node.parent]))
+            became[i] = len(nodes) - 1
+        places = [node.span.start if node.source == BORROWED else -1 for node in nodes]
+        return row._replace(row=pack([node.parent for node in nodes], [node.span.length for node in nodes], places))
 
     patch.setattr(cached, "run_reading", run_reading)
     patch.setattr(packed, "_row_of", row_of)
@@ -128,7 +145,7 @@ def long_trunks_go_wrong(patch: pytest.MonkeyPatch) -> None:
 
     def hidden_states(body: Body, trees: Any, **kwargs: Any) -> Any:
         states, prompts = original(body, trees, **kwargs)
-        return states * (2.0 if len(trees[0].trunk) > 18 else 1.0), prompts
+        return states * (2.0 if len(trees[0].spans[0]) > 18 else 1.0), prompts
 
     patch.setattr(packed, "hidden_states", hidden_states)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sdcore.prefix.planner import Plan, plan
+from sdcore.prefix.tree import Tree
 
 VOCAB = 61  # as the models of `models.py` have
 # Completion lengths per group: one token, none, one completion alone, all of them empty.
@@ -82,6 +83,20 @@ def random_plan(
     return plan(
         *random_ids(seed, teacher=teacher, prompts=prompts, sizes=sizes, context=context, vocab=vocab, device=device)
     )
+
+
+class Level(NamedTuple):
+    """A tree of one level, read as a trunk and a branch per sequence."""
+
+    trunk: Tensor
+    branches: list[Tensor]
+
+
+def level(tree: Tree) -> Level:
+    assert tree.depth <= 1
+    tree = tree.alone
+    trunk = tree.spans[0] if len(tree.children[-1]) == 1 else torch.empty(0, dtype=torch.int64)
+    return Level(trunk, [tree.sequence(i)[len(trunk) :] if n else trunk[:0] for i, n in enumerate(tree.counts)])
 
 
 def short_plan(*, teacher: bool = True) -> Plan:
