@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sdcore.errors import UnsupportedModelError
 from sdcore.models import Body, find_body
 from sdcore.prefix import Plan
 from sdcore.prefix.choice import STRATEGIES as MODULES
-from sdcore.prefix.strategies import cached, packed, two_phase
-from sdcore.prefix.strategies.schedule import schedule
+from sdcore.prefix.strategies import cached
 from sdcore.prefix.strategies.two_phase import micro_batches
 from sdcore.prefix.trajectories import View, plan_trajectories
-from sdcore.prefix.tree import Tree
 from sdkernels.live_bytes import LiveBytes
 from tests.sdcore.prefix.models import (
     CONFIGS,
@@ -187,3 +183,30 @@ def test_each_token_is_computed_once_at_any_depth(name: str, seed: int) -> None:
         # A leaf of one token is padded by one, and a state may be kept a token or two before it is wanted.
         assert wanted[0] <= student <= wanted[0] + sum(len(ids) == 1 for tree in planned.student for ids in tree.spans)
         assert wanted[1] <= teacher <= wanted[1] + 3 * sum(len(tree.spans) for tree in planned.teacher)
+
+
+def search_tree(depth: int, branching: int, length: int) -> Plan:
+    """Every node has `branching` children of so many tokens; each path is a trajectory, all of it with loss."""
+    paths = [[1] * length]
+    for level in range(depth):
+        paths = [[*path, child] + [level] * (length - 1) for path in paths for child in range(branching)]
+    return plan_trajectories(paths, [[False] + [True] * (len(path) - 1) for path in paths])
+
+
+def test_two_phase_keeps_a_path_alive_and_not_the_tree() -> None:
+    planned = search_tree(6, 3, 4)
+    assert planned.student[0].depth == 6
+
+    def peak(strategy: str) -> int:
+        model = tiny("llama")
+        body = find_body(model)
+        with LiveBytes(uncounted_bytes=[weight.nbytes for weight in model.parameters()]) as probe:
+            if strategy == "two_phase":
+                for part in micro_batches(body, planned.student, micro_batch=3):
+                    part.attach(part.hidden.sum()).backward()
+            else:
+                hidden, _ = MODULES[strategy].hidden_states(body, planned.student)
+                hidden.sum().backward()
+        return probe.peak_bytes
+
+    assert peak("two_phase") < peak("packed") / 4
