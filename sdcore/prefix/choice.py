@@ -26,7 +26,8 @@ from .costs import Cost, cost
 from .planner import Plan, check_against
 from .report import Choice, Fallback
 from .strategies import cached, naive, packed, ranks, two_phase
-from .strategies.caches import one_level, require_readable
+from .strategies.caches import require_readable
+from .strategies.schedule import schedule
 from .tree import Tree
 from .verification import Verify, disagreement
 
@@ -167,14 +168,12 @@ def _chosen(body: Body, plan: Plan, strategy: str, reason: str) -> Choice:
     padded = filled = 0
     for tree in (*plan.student, *plan.teacher) if strategy != "packed" else ():
         if strategy == "naive":
-            batches = naive.length_buckets(body, lengths := [length for length in tree.lengths if length])
+            buckets = naive.length_buckets(body, lengths := [length for length in tree.lengths if length])
+            runs = [[lengths[i] for i in bucket] for bucket in buckets]
         else:
-            level = one_level(body, tree)
-            batches, lengths = cached.branch_batches(body, level), [len(branch) for branch in level.branches]
-            padded, filled = padded + len(level.trunk), filled + len(level.trunk)
-        for batch in batches:
-            padded += len(batch) * max((lengths[i] for i in batch), default=0)
-            filled += sum(lengths[i] for i in batch)
+            runs = schedule(body, tree).lengths
+        padded += sum(len(run) * max(run) for run in runs)
+        filled += sum(sum(run) for run in runs)
     return Choice(strategy, reason, 1 - filled / padded if padded else 0.0)
 
 
