@@ -1,9 +1,9 @@
 """Verifies, before a strategy is first used on a kind of model, that it computes what naive computes.
 
-A few short made-up sequences run both ways, without gradient: two groups, completions of one token and of several, a
-teacher that reads the student's prompt states and one that does not. Before the first trees of turns it is trajectories
-that fork twice, of which tokens in between are asked for, and views that leave them at inner nodes. A strategy that
-disagrees is not used, and the caller says so with the numbers.
+A few short made-up sequences run both ways, without gradient: answers of one token and of several, conversations that
+fork twice, with a tool's output that carries no loss, and a teacher with a view of each turn, which leaves the student's
+tree at the root and at inner nodes, and which reads the student's states or does not. A strategy that disagrees is not
+used, and the caller says so with the numbers.
 
 How much may differ is not a constant: it is four times what naive itself differs by between a padded batch and one
 sequence at a time, and never less than eps^(2/3) of the dtype (2e-5 in float32, 4 % in bfloat16), which rounding does
@@ -31,7 +31,7 @@ from sdkernels.types import in_float64
 
 from ..errors import UnsupportedModelError
 from ..models import Body, without_dropout
-from .planner import Plan, plan
+from .planner import Plan
 from .strategies import naive, ranks
 from .trajectories import View, plan_trajectories
 from .tree import Tree, in_order
@@ -46,10 +46,7 @@ def disagreement(body: Body, strategy: ModuleType, own_plan: Plan, verify: Verif
     """Says how much the strategy's module differs from naive; None where it computes the same."""
     if verify == "always":
         return _compare(body, strategy, own_plan)
-    trees = [*own_plan.student, *(tree for of_teacher in own_plan.teachers for tree in of_teacher)]
-    deep = bool(ranks.most(body, max((tree.depth for tree in trees), default=0) > 1)[0])
-    name = strategy.__name__ + (", trees of turns" if deep else "")
-    return once(body, name, lambda: _compare(body, strategy, (short_tree if deep else short_plan)(body)), together=True)
+    return once(body, strategy.__name__, lambda: _compare(body, strategy, short_plan(body)), together=True)
 
 
 def once(body: Body, what: str, check: Callable[[], str | None], *, together: bool) -> str | None:
@@ -80,42 +77,27 @@ def forget() -> None:
     _VERDICTS.clear()
 
 
-def _seeded(body: Body) -> Callable[[int], Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return lambda length: torch.randint(body.vocab_size, (length,), generator=generator).to(body.device)
-
-
-def short_tree(body: Body) -> Plan:
-    """Makes seeded trajectories that fork twice, with a view of each turn; tool outputs carry no loss."""
-    ids, turns = _seeded(body), (9, 6, 7, 5)
-    prompt, first, tool = ids(turns[0]), ids(turns[1]), ids(3)
-    seconds = [ids(turns[2]) for _ in range(3)]
-    trajectories = [torch.cat([prompt, first, tool, second, ids(turns[3])]) for second in (*seconds, seconds[-1])]
-    masks, views = [], []
-    for i, trajectory in enumerate(trajectories):
-        mask = torch.ones(len(trajectory), dtype=torch.bool)
-        mask[: turns[0]] = mask[turns[0] + turns[1] : turns[0] + turns[1] + len(tool)] = False
-        masks.append(mask)
-        # A view of each turn leaves the trajectory in the middle of the turn before it.
-        starts = (turns[0], turns[0] + turns[1] + len(tool), len(trajectory) - turns[3])
-        for start, length in zip(starts, turns[1:], strict=True):
-            context, tokens = ids(4), torch.arange(start, start + length)
-            read = torch.cat([trajectory[: start - 2], context, trajectory[start - 2 : start + length]])
-            views.append(View(ids=read, trajectory=i, tokens=tokens, positions=tokens + len(context)))
-    return plan_trajectories(trajectories, masks, views)
-
-
 def short_plan(body: Body) -> Plan:
     """Makes seeded sequences that have one of everything, short enough to cost nothing."""
-    ids = _seeded(body)
-    prompts = [ids(11), ids(6)]
-    completions = [[ids(length) for length in (1, 5, 9)], [ids(length) for length in (4, 4)]]
-    context, feedback = ids(7), [ids(3), ids(5)]
-    teachers: list[Tensor | list[Tensor]] = [
-        torch.cat([prompts[0][:8], context, prompts[0][8:]]),
-        [torch.cat([prompts[1][:4], text, prompts[1][4:]]) for text in feedback],
-    ]
-    return plan(prompts, completions, teachers)
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(length: int) -> Tensor:
+        return torch.randint(body.vocab_size, (length,), generator=generator).to(body.device)
+
+    question, answer, tool, other = ids(11), ids(6), ids(3), ids(6)
+    forked = [question, answer, tool, ids(7), tool]
+    # Every second part carries loss.
+    conversations = [[question, ids(1)], [question, ids(9)], [other, ids(4)], [other, ids(4)]]
+    conversations += [[question, answer, tool, ids(5)], [*forked, ids(5)], [*forked, ids(4)]]
+    masks, views = [], []
+    for i, parts in enumerate(conversations):
+        masks.append(torch.cat([torch.full((len(part),), j % 2 == 1) for j, part in enumerate(parts)]))
+        for j in range(1, len(parts), 2):
+            before, context = torch.cat(parts[:j]), ids(4)
+            read = torch.cat([before[:-2], context, before[-2:], parts[j]])
+            tokens = torch.arange(len(before), len(before) + len(parts[j]))
+            views.append(View(ids=read, trajectory=i, tokens=tokens, positions=tokens + len(context)))
+    return plan_trajectories([torch.cat(parts) for parts in conversations], masks, views)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sdcore.errors import ArgumentError, PlanError, PlanTypeError, UnsupportedModelError
+from sdcore.errors import ArgumentError, PlanError, PlanTypeError
 from sdcore.losses import PolicyTerm, Tilted
 from sdcore.models import Body, find_body
 from sdcore.prefix.choice import STRATEGIES
@@ -33,11 +33,10 @@ from tests.sdcore.prefix.models import (
     tiny,
     tokens_of,
 )
-from tests.sdcore.prefix.trees import VOCAB, Conversations, conversations, random_ids, turns
+from tests.sdcore.prefix.trees import VOCAB, Conversations, conversations, random_ids
 
-# Strategies that take trees of any depth, and the models that they refuse.
-DEEP = ["packed"]
-REFUSED = {"packed": HYBRIDS}
+DEEP = ["packed", "cached"]
+REFUSED = {"packed": HYBRIDS}  # models that a strategy refuses
 CASES = [
     pytest.param(strategy, name, id=f"{strategy}-{name}")
     for strategy in DEEP
@@ -192,18 +191,17 @@ def test_drawn_trees_are_exact(strategy: str, name: str) -> None:
     check()
 
 
-@pytest.mark.parametrize("strategy", DEEP)
-def test_the_model_is_given_the_tries_tokens_and_no_other(strategy: str) -> None:
+def test_packed_gives_the_model_the_tries_tokens_and_no_other() -> None:
     model, frozen = tiny("llama"), tiny("llama", seed=1)
     seen, of_frozen = tokens_of(model), tokens_of(frozen)
     for depth in range(1, 7):
         given_ = conversations(Random(depth), depth)
         made, read = given_.plan, read_of(given_)
-        counted = cost(made, model.config, strategy=strategy)
+        counted = cost(made, model.config)
         for live in (True, False):
             seen.clear()
             of_frozen.clear()
-            run(model, made, Live() if live else Frozen(frozen), strategy=strategy, verify="off")
+            run(model, made, Live() if live else Frozen(frozen), strategy="packed", verify="off")
             student = len(prefixes(read))
             teacher = sum(tree.tokens(read_shared=live) for tree in made.teacher)
             assert sum(seen) + sum(of_frozen) == student + teacher
@@ -372,12 +370,6 @@ def test_what_the_model_has_no_positions_or_ids_for_is_refused_by_name() -> None
         check_against(made, vocab_size=9, max_positions=None, device="cpu")
 
 
-@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name not in ("naive", *DEEP)])
-def test_strategies_of_one_level_refuse_deeper_trees(strategy: str) -> None:
-    with pytest.raises(UnsupportedModelError, match="deeper"):
-        distill_step(tiny("llama"), turns(), strategy=strategy, verify="off")  # type: ignore[arg-type]
-
-
 def logits_of(model: Any, sequences: list[list[int]], rows: list[tuple[int, int]]) -> Tensor:
     """(n, V) what predicts the token at each (sequence, position), of the whole model, one sequence at a time."""
     logits = [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in sequences]
@@ -405,7 +397,7 @@ def assert_step(model: Any, out: Any, loss: Tensor, expected: dict[str, Tensor])
     assert_same_gradients(gradients(model), expected, 1e-8)
 
 
-@pytest.mark.parametrize("strategy", ["naive", *DEEP])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_step_of_distillation_is_that_of_its_scored_tokens(strategy: Any) -> None:
     given_ = conversations(Random(3), 3)
     made = given_.plan
@@ -426,7 +418,7 @@ def test_a_step_of_distillation_is_that_of_its_scored_tokens(strategy: Any) -> N
     assert not out.rows["per_token"][unscored].any()
 
 
-@pytest.mark.parametrize("strategy", ["naive", *DEEP])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_teachers_read_views_of_their_own(strategy: Any) -> None:
     """A trust region mixes the logits of what its reference reads with those of what the student itself reads."""
     given_ = conversations(Random(8), 2, teachers=2, unscored=0.1)
@@ -448,7 +440,7 @@ def test_two_teachers_read_views_of_their_own(strategy: Any) -> None:
         distill_step(model, made, strategy=strategy, verify="off")
 
 
-@pytest.mark.parametrize("strategy", ["naive", *DEEP])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_other_steps_take_trees_of_turns(strategy: Any) -> None:
     given_ = conversations(Random(5), 3)
     made = plan_trajectories(given_.trajectories, given_.masks, groups=[3, len(given_.trajectories) - 3])
