@@ -96,5 +96,5 @@ def _runs(body: Body, strategy: ModuleType, trees: Sequence[Tree], options: Mapp
     if strategy is naive:
         lengths = [length for tree in trees for length in tree.lengths if length]
         return max(1, len(naive.length_buckets(body, lengths)))
-    options = {"micro_batch": getattr(strategy, "MICRO_BATCH", None)} | options
+    options = {"micro_batch": getattr(strategy, "MICRO_BATCH", None), **options}
     return max(1, sum(plan.runs for plan in cached.schedules(body, trees, **options)))

@@ -151,14 +151,22 @@ def schedule(
         if stretch.before >= 0:
             stretches[stretch.before].inner = True
     ending: list[list[int]] = [[] for _ in stretches]
-    of_rows = [bisect_right(starts, flat) - 1 for flat in tree.rows.tolist()]
+    flats = tree.rows.tolist()
+    of_rows = [bisect_right(starts, flat) - 1 for flat in flats]
     for i in tree.active:
         at, stop = tree.slices[i].start, tree.slices[i].stop
-        ending[of_rows[stop - 1]].append(i)
+        k = of_rows[stop - 1]
+        ending[k].append(i)
+        while k >= 0:  # a token that is run again is another one's, too
+            of_rows[at:stop] = [
+                k if flat == stretches[k].again else of
+                for flat, of in zip(flats[at:stop], of_rows[at:stop], strict=True)
+            ]
+            k = stretches[k].before
         while at < stop:
             end = bisect_right(of_rows, of_rows[at], at, stop)
             stretch = stretches[of_rows[at]]
-            offsets = tree.rows[at:end] - stretch.start + (stretch.again >= 0)
+            offsets = (tree.rows[at:end] - stretch.start + (stretch.again >= 0)).clamp(min=0)
             stretch.rows.append((i, slice(at, end), offsets))
             at = end
     for stretch in stretches:
