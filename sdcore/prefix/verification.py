@@ -1,8 +1,8 @@
 """Verifies, before a strategy is first used on a kind of model, that it computes what naive computes.
 
 A few short made-up sequences run both ways, without gradient: answers of one token and of several, conversations that
-fork twice, with a tool's output that carries no loss, and a teacher with a view of each turn, which leaves the student's
-tree at the root and at inner nodes, and which reads the student's states or does not. A strategy that disagrees is not
+fork twice, with a tool's output that carries no loss, and a teacher with a view of each turn. The views leave the
+student's tree at its root and at inner nodes, and read the student's states or do not. A strategy that disagrees is not
 used, and the caller says so with the numbers.
 
 How much may differ is not a constant: it is four times what naive itself differs by between a padded batch and one

@@ -47,7 +47,8 @@ def first_prefix_token_missing(patch: pytest.MonkeyPatch) -> None:
     blocks = Row.blocks
 
     def run_reading(body: Body, tokens: Tensor, prefix: TrunkStates) -> Tensor:
-        short = replace(prefix.map(lambda state: state[:, :, 1:]), length=prefix.length - 1)
+        layers = tuple(tuple(state[:, :, 1:] for state in layer) for layer in prefix.layers)
+        short = replace(prefix, layers=layers, length=prefix.length - 1)
         return caches._run(body, tokens, PrefixCache(body, short, batch=len(tokens), recording=False), prefix.length)
 
     def without_first(self: Row, *args: Any, **kwargs: Any) -> list[Block]:
