@@ -80,8 +80,11 @@ def plan_trajectories(
         _Wanted(i, tokens - 1, torch.arange(firsts[i], firsts[i + 1]), named[i][0])
         for i, tokens in enumerate(supervised)
     ]
-    scored = [_scored(v, view, host, supervised, firsts) for v, view in enumerate(given_views)]
-    _check_apart(given_views, scored, firsts[-1])
+    teachers = sorted({view.teacher for view in given_views})
+    if teachers != list(range(len(teachers))):
+        raise PlanError(f"views must have teachers counted from 0, got {teachers}")
+    scorers = torch.full((len(teachers), firsts[-1]), -1)
+    scored = [_scored(v, view, host, supervised, firsts, scorers) for v, view in enumerate(given_views)]
     trie = _Trie(host)
     for sequence in (*wanted, *scored):
         trie.add(sequence.index, sequence.length)
@@ -100,7 +103,7 @@ def plan_trajectories(
 
     return Plan(
         student=trees(-1),
-        teachers=tuple(trees(teacher) for teacher in sorted({view.teacher for view in given_views})),
+        teachers=tuple(trees(teacher) for teacher in teachers),
         target_ids=torch.cat([ids[i][tokens.to(ids[i].device)] for i, tokens in enumerate(supervised)]),
         counts=tuple(tuple(counts[a:b]) for a, b in pairwise(ends)),
         given=tuple((name, own) for (name, _), own in zip(named, ids, strict=True)),
@@ -226,13 +229,18 @@ def _supervised(i: int, mask: object, length: int) -> Tensor:
     return with_loss.nonzero()[:, 0]
 
 
-def _scored(v: int, view: View, host: Sequence[Tensor], supervised: Sequence[Tensor], firsts: Sequence[int]) -> _Wanted:
+def _scored(
+    v: int,
+    view: View,
+    host: Sequence[Tensor],
+    supervised: Sequence[Tensor],
+    firsts: Sequence[int],
+    scorers: Tensor,  # (teachers, N) which view scores a row, -1: none yet
+) -> _Wanted:
     """Checks a view, and returns the states that it asks for."""
     i, count, name = view.trajectory, len(supervised), f"views[{v}]"
     if type(i) is not int or not 0 <= i < count:
         raise PlanError(f"{name} must have a trajectory in [0, {count}), got {i!r}")
-    if type(view.teacher) is not int or view.teacher < 0:
-        raise PlanError(f"{name} must have a teacher of 0 or more, got {view.teacher!r}")
     tokens, positions = (torch.as_tensor(x, dtype=torch.int64).cpu() for x in (view.tokens, view.positions))
     if tokens.dim() != 1 or tokens.shape != positions.shape:
         shapes = f"{tuple(tokens.shape)} and {tuple(positions.shape)}"
@@ -250,21 +258,11 @@ def _scored(v: int, view: View, host: Sequence[Tensor], supervised: Sequence[Ten
             f"{name} must have at position {position} token {token} of trajectories[{i}], which is id "
             f"{int(host[i][token])}, got id {int(ids[position])}"
         )
-    return _Wanted(count + v, positions - 1, torch.searchsorted(supervised[i], tokens) + firsts[i], name)
-
-
-def _check_apart(views: Sequence[View], scored: Sequence[_Wanted], rows: int) -> None:
-    """Refuses two views of one teacher that score one token, and teachers that are counted with gaps."""
-    teachers = sorted({view.teacher for view in views})
-    if teachers != list(range(len(teachers))):
-        raise PlanError(f"views must have teachers counted from 0, got {teachers}")
-    scorers = torch.full((len(teachers), rows), -1)
-    for v, (view, wanted) in enumerate(zip(views, scored, strict=True)):
-        others = scorers[view.teacher][wanted.places]
-        for at in (others >= 0).nonzero()[:1, 0].tolist():
-            raise PlanError(
-                f"views[{v}] must not score token {int(torch.as_tensor(view.tokens)[at])} of "
-                f"trajectories[{view.trajectory}], as views[{int(others[at])}] of the same teacher does: give one of "
-                "them another teacher"
-            )
-        scorers[view.teacher][wanted.places] = v
+    places = torch.searchsorted(supervised[i], tokens) + firsts[i]
+    for at in (scorers[view.teacher][places] >= 0).nonzero()[:1, 0].tolist():
+        raise PlanError(
+            f"{name} must not score token {int(tokens[at])} of trajectories[{i}], as "
+            f"views[{int(scorers[view.teacher][places[at]])}] of the same teacher does: give one another teacher"
+        )
+    scorers[view.teacher][places] = v
+    return _Wanted(count + v, positions - 1, places, name)

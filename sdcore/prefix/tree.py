@@ -45,11 +45,9 @@ class Tree:
                 raise PlanError(
                     f"spans[{i}] must be 1-D int64 of at least one token, got shape {tuple(ids.shape)} and {ids.dtype}"
                 )
-        if not len(self.spans) == len(self.parents) == len(self.borrowed):
-            raise PlanError(
-                f"parents and borrowed must have one entry per node, {len(self.spans)}, got {self.parents} and "
-                f"{self.borrowed}"
-            )
+        nodes, rows = len(self.spans), len(self.rows)
+        if not nodes == len(self.parents) == len(self.borrowed):
+            raise PlanError(f"parents and borrowed must be {nodes} nodes', got {self.parents} and {self.borrowed}")
         path: list[int] = []
         for i, parent in enumerate(self.parents):
             while path and path[-1] != parent:
@@ -57,9 +55,9 @@ class Tree:
             if parent != -1 and not path:
                 raise PlanError(f"parents[{i}] must be -1 or an open node, as depth first has them, got {parent}")
             path.append(i)
-        if not sum(self.counts) == len(self.rows) == len(self.places) or min(self.counts, default=0) < 0:
-            raise PlanError(f"counts must say whose the {len(self.rows)} rows are, got {self.counts}")
-        if bool(((self.rows < 0) | (self.rows >= self.starts[-1])).any()):
+        if not sum(self.counts) == rows == len(self.places) or min(self.counts, default=0) < 0:
+            raise PlanError(f"counts must say whose the {rows} rows are, got {self.counts}")
+        if rows and not 0 <= int(self.rows.min()) <= int(self.rows.max()) < self.starts[-1]:
             raise PlanError(f"rows must be in [0, {self.starts[-1]}), the tree's tokens, got {self.rows.tolist()}")
         stops, lent = (torch.tensor([*of_nodes, 0])[self.row_nodes] for of_nodes in (self.stops, self.borrowed))
         for i, of in enumerate(self.slices):

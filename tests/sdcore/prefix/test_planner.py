@@ -332,8 +332,8 @@ def tree(**changed: Any) -> Tree:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: tree(parents=(-1, 0)), r"parents and borrowed must have one entry per node, 3, got \(-1, 0\)"),
-        (lambda: tree(borrowed=(0,)), r"parents and borrowed must have one entry per node, 3, got .* and \(0,\)"),
+        (lambda: tree(parents=(-1, 0)), r"parents and borrowed must be 3 nodes', got \(-1, 0\)"),
+        (lambda: tree(borrowed=(0,)), r"parents and borrowed must be 3 nodes', got .* and \(0,\)"),
         (lambda: tree(parents=(-1, -1, 0)), r"parents\[2\] must be -1 or an open node, as depth first .*, got 0"),
         (lambda: tree(parents=(-1, 2, 0)), r"parents\[1\] must be -1 or an open node, as depth first .*, got 2"),
         (lambda: tree(counts=(2, 2)), r"counts must say whose the 3 rows are, got \(2, 2\)"),

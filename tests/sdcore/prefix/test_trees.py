@@ -319,7 +319,7 @@ def view(**changed: Any) -> list[View]:
         (call(masks=[[True] * 4, [False] * 3]), r"masks\[0\] must not be true at position 0"),
         (call(groups=[1, 2]), r"groups must add up to the 2 trajectories, got \[1, 2\]"),
         (call(views=view(trajectory=2)), r"views\[0\] must have a trajectory in \[0, 2\), got 2"),
-        (call(views=view(teacher=-1)), r"views\[0\] must have a teacher of 0 or more, got -1"),
+        (call(views=view(teacher=-1)), r"views must have teachers counted from 0, got \[-1\]"),
         (call(views=view(teacher=1)), r"views must have teachers counted from 0, got \[1\]"),
         (call(views=view(positions=[3])), r"views\[0\] must have as many positions as tokens, .* \(2,\) and \(1,\)"),
         (call(views=view(tokens=[3, 2])), r"views\[0\] must have tokens in \[1, 4\), ascending, got \[3, 2\]"),
