@@ -17,9 +17,10 @@ Sequences are compared whole, span by span: plans of thousands of tokens a seque
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -65,47 +66,44 @@ def plan_trajectories(
         given_views.append(view)
         named.append((f"views[{v}]", view.ids))
     ids, host = (list(of_name.values()) for of_name in collect_ids(named, may_be_empty=frozenset()))
-    supervised = [_supervised(i, mask, len(host[i])) for i, mask in enumerate(_masks(masks, len(trajectories)))]
+    given_masks = [mask for _, mask in entries("masks", masks)]
+    if len(given_masks) != len(trajectories):
+        raise PlanError(f"masks must have one entry per trajectory, {len(trajectories)}, got {len(given_masks)}")
+    supervised = [_supervised(i, mask, len(host[i])) for i, mask in enumerate(given_masks)]
     counts = [len(tokens) for tokens in supervised]
     firsts = list(accumulate(counts, initial=0))
-    if groups is not None and (sum(groups) != len(counts) or min(groups, default=0) < 0):
-        raise PlanError(f"groups must add up to the {len(counts)} trajectories, got {list(groups)}")
+    ends = list(accumulate([len(counts)] if groups is None else groups, initial=0))
+    if ends[-1] != len(counts) or min(groups or [0]) < 0:
+        raise PlanError(f"groups must add up to the {len(counts)} trajectories, got {groups}")
 
-    student = _Trie(host)
     wanted = [
         _Wanted(i, tokens - 1, torch.arange(firsts[i], firsts[i + 1]), named[i][0])
         for i, tokens in enumerate(supervised)
-        if len(tokens)
     ]
-    for sequence in wanted:
-        student.add(sequence)
-    # A tree for each root; one, without a node, where there is nothing to compute.
-    roots = list(student.top.children) or [-1]
-    group_of = {sequence.index: roots.index(int(host[sequence.index][0])) for sequence in wanted}
-    by_group: list[list[_Wanted]] = [[] for _ in roots]
-    for sequence in wanted:
-        by_group[group_of[sequence.index]].append(sequence)
-    trees = tuple(student.tree(root, of_group, ids) for root, of_group in zip(roots, by_group, strict=True))
+    teachers = sorted({view.teacher for view in given_views})
+    if teachers != list(range(len(teachers))):
+        raise PlanError(f"views must have teachers counted from 0, got {teachers}")
+    scorers = torch.full((len(teachers), firsts[-1]), -1)
+    scored = [_scored(v, view, host, supervised, firsts, scorers) for v, view in enumerate(given_views)]
+    trie = _Trie(host)
+    for sequence in (*wanted, *scored):
+        trie.add(sequence.index, sequence.length)
+    for sequence in scored:
+        # What is before the first state that is asked for may be borrowed.
+        trie.add(sequence.index, int(sequence.rows[0]) if len(sequence.rows) else 0)
+    # A tree for each first token; one, without a node, where there is nothing to compute.
+    roots = list(dict.fromkeys(int(host[i][0]) for i, count in enumerate(counts) if count)) or [-1]
 
-    scored = [_scored(v, view, host, supervised, firsts) for v, view in enumerate(given_views)]
-    _check_apart(given_views, scored, firsts[-1])
-    teachers = []
-    for teacher in range(max((view.teacher for view in given_views), default=-1) + 1):
-        own = [v for v, view in enumerate(given_views) if view.teacher == teacher]
-        of_teacher = []
-        for g, root in enumerate(roots):
-            here = [scored[v] for v in own if group_of.get(given_views[v].trajectory) == g and len(scored[v].rows)]
-            trie = _Trie(host)
-            for sequence in here:
-                trie.add(sequence)
-            for sequence in here:
-                trie.lend(sequence, student, root)
-            of_teacher.append(trie.tree(None, here, ids))
-        teachers.append(tuple(of_teacher))
-    ends = list(accumulate([len(counts)] if groups is None else groups, initial=0))
+    def trees(teacher: int) -> tuple[Tree, ...]:
+        by_root: dict[int, list[_Wanted]] = {root: [] for root in roots}
+        for i, sequence in enumerate(wanted if teacher < 0 else scored):
+            if len(sequence.rows) and (teacher < 0 or given_views[i].teacher == teacher):
+                by_root[int(host[i if teacher < 0 else given_views[i].trajectory][0])].append(sequence)
+        return tuple(trie.tree((root, teacher), of_root, ids) for root, of_root in by_root.items())
+
     return Plan(
-        student=trees,
-        teachers=tuple(teachers),
+        student=trees(-1),
+        teachers=tuple(trees(teacher) for teacher in teachers),
         target_ids=torch.cat([ids[i][tokens.to(ids[i].device)] for i, tokens in enumerate(supervised)]),
         counts=tuple(tuple(counts[a:b]) for a, b in pairwise(ends)),
         given=tuple((name, own) for (name, _), own in zip(named, ids, strict=True)),
@@ -123,7 +121,11 @@ class _Wanted:
 
     @property
     def length(self) -> int:
-        return int(self.rows[-1]) + 1
+        """Counts the tokens that are read."""
+        return int(self.rows[-1]) + 1 if len(self.rows) else 0
+
+
+_Reader: TypeAlias = tuple[int, int]  # the root of a student's tree, and whose: a teacher's, or the student's (-1)
 
 
 @dataclass(eq=False)
@@ -134,115 +136,81 @@ class _Node:
     begin: int
     end: int
     children: dict[int, _Node] = field(default_factory=dict)  # by their first id
-    flat: int = -1  # where its tokens start in the tree
-    # Of a teacher's: the sequences through it begin like the student's for so many tokens, which are there: (begin,
-    # end, flat) each.
-    lent: int | None = None
-    lenders: Sequence[tuple[int, int, int]] = ()
+    flats: dict[_Reader, int] = field(default_factory=dict)  # of whoever reads it: where its tokens are in the tree
+    asked: set[_Reader] = field(default_factory=set)  # who asks for states in it
 
 
 class _Trie:
-    """Merges sequences that begin alike."""
+    """Merges all sequences that begin alike, whoever reads them."""
 
     def __init__(self, host: Sequence[Tensor]) -> None:
         self.host = host
         self.top = _Node(-1, 0, 0)
 
-    def add(self, wanted: _Wanted) -> None:
-        ids, node, at = self.host[wanted.index][: wanted.length], self.top, 0
-        while at < len(ids):
-            first = int(ids[at])
-            child = node.children.get(first)
-            if child is None:
-                if node is not self.top and not node.children:
-                    node.sequence, node.end = wanted.index, len(ids)  # it goes on where another one ended
-                else:
-                    node.children[first] = _Node(wanted.index, at, len(ids))
-                return
-            own = self.host[child.sequence][child.begin : child.end]
-            at += (alike := common_prefix(own, ids[at:]))
-            if alike < len(own) and at < len(ids):
-                upper = _Node(child.sequence, child.begin, child.begin + alike, {int(own[alike]): child})
-                child.begin, node.children[first], child = upper.end, upper, upper
-            node = child
-
-    def walk(self, ids: Tensor) -> Iterator[tuple[_Node, int]]:
-        """Yields the nodes that these ids go through, and up to which position they are alike."""
-        node, at = self.top, 0
-        while at < len(ids) and (child := node.children.get(int(ids[at]))) is not None:
+    def walk(self, ids: Tensor) -> list[tuple[_Node, int]]:
+        """Lists the nodes that these ids go through, and up to which position they are alike."""
+        path, node, at = [], self.top, 0
+        while at == node.end and at < len(ids) and (child := node.children.get(int(ids[at]))) is not None:
             at += common_prefix(self.host[child.sequence][child.begin : child.end], ids[at:])
-            yield child, at
-            if at < child.end:
-                return
+            path.append((child, at))
             node = child
+        return path
 
-    def lend(self, wanted: _Wanted, student: _Trie, root: int) -> None:
-        """Notes what a teacher's sequence can borrow of the student's tree of this root: all before its first row."""
-        ids, most = self.host[wanted.index][: wanted.length], int(wanted.rows[0])
-        lenders = []
-        if int(ids[0]) == root:
-            lenders = [(node.begin, min(end, most), node.flat) for node, end in student.walk(ids) if node.begin < most]
-        reach = lenders[-1][1] if lenders else 0
-        for node, _ in self.walk(ids):
-            node.lent = reach if node.lent is None else min(node.lent, reach)
-            node.lenders = lenders
+    def add(self, index: int, length: int) -> None:
+        """Lets a node end behind so many ids of a sequence."""
+        ids = self.host[index][:length]
+        node, at = (self.walk(ids) or [(self.top, 0)])[-1]
+        if at < node.end:
+            rest = _Node(node.sequence, at, node.end, node.children)
+            node.end, node.children = at, {int(self.host[node.sequence][at]): rest}
+        if at < length:
+            node.children[int(ids[at])] = _Node(index, at, length)
 
-    def tree(self, root: int | None, wanted: Sequence[_Wanted], ids: Sequence[Tensor]) -> Tree:
-        """Lays out the nodes below one root, or all, depth first, cut where a node is borrowed from several."""
-        spans: list[Tensor] = []
+    def tree(self, reader: _Reader, wanted: Sequence[_Wanted], ids: Sequence[Tensor]) -> Tree:
+        """Lays out depth first what one reads, who may borrow what the student reads below the same root."""
+        # Of each sequence its nodes, and in which of them each row is.
+        paths = [[node for node, _ in self.walk(self.host[s.index][: s.length])] for s in wanted]
+        rows_in = []
+        for sequence, path in zip(wanted, paths, strict=True):
+            rows_in.append(torch.bucketize(sequence.rows, torch.tensor([node.end for node in path]), right=True))
+            for node in path:
+                node.flats[reader] = -1
+            for n in rows_in[-1].unique().tolist():
+                path[n].asked.add(reader)
+        lender = (reader[0], -1)
+        spans: list[list[Tensor]] = []
         parents: list[int] = []
         borrowed: list[int] = []
-        flat = 0
-        roots: Iterable[_Node] = (
-            self.top.children.values() if root is None else [self.top.children[root]] if wanted else []
-        )
-        stack = [(node, -1) for node in reversed(list(roots))]
+        flat = after = 0  # where the next token is, and where it would be in the lender's tree if it went on
+        stack = [(self.top, -1, False)]
         while stack:
-            node, parent = stack.pop()
-            node.flat = flat
-            at, reach = node.begin, min(node.lent or 0, node.end)
-            if parent >= 0 and borrowed[parent] < 0:
-                reach = 0
-            pieces = [
-                (max(begin, at), min(end, reach), place + max(begin, at) - begin)
-                for begin, end, place in node.lenders
-                if max(begin, at) < min(end, reach)
-            ]
-            rest = max(at, reach)
-            for begin, end, place in [*pieces, *([(rest, node.end, -1)] if rest < node.end else [])]:
-                spans.append(ids[node.sequence][begin:end])
-                parents.append(parent)
-                borrowed.append(place)
-                parent = len(spans) - 1
-            flat += node.end - node.begin
-            stack += [(child, parent) for child in reversed(node.children.values())]
+            node, at, only = stack.pop()
+            if node is not self.top:
+                node.flats[reader], length = flat, node.end - node.begin
+                lends = reader != lender and (at < 0 or borrowed[at] >= 0) and reader not in node.asked
+                place = node.flats.get(lender, -1) if lends else -1
+                # A cut that someone else needed, or that only told what is borrowed from what is borrowed, is none.
+                if not (only and (place == after if place >= 0 else borrowed[at] < 0)):
+                    spans.append([])
+                    parents.append(at)
+                    borrowed.append(place)
+                    at = len(spans) - 1
+                spans[at].append(ids[node.sequence][node.begin : node.end])
+                flat, after = flat + length, place + length
+            below = [child for child in node.children.values() if reader in child.flats]
+            stack += [(child, at, node is not self.top and len(below) == 1) for child in reversed(below)]
+        nothing = torch.empty(0, dtype=torch.int64)
+        flats = [torch.tensor([node.flats[reader] - node.begin for node in path]) for path in paths]
+        rows = [sequence.rows + flats[i][rows_in[i]] for i, sequence in enumerate(wanted)]
         return Tree(
-            spans=tuple(spans),
+            spans=tuple(torch.cat(pieces) for pieces in spans),
             parents=tuple(parents),
             counts=tuple(len(sequence.rows) for sequence in wanted),
-            rows=_joined(self._flat(sequence) for sequence in wanted),
-            places=_joined(sequence.places for sequence in wanted),
+            rows=torch.cat([nothing, *rows]),
+            places=torch.cat([nothing, *(sequence.places for sequence in wanted)]),
             borrowed=tuple(borrowed),
             names=tuple(sequence.name for sequence in wanted),
         )
-
-    def _flat(self, wanted: _Wanted) -> Tensor:
-        """Returns (n,) where in the tree the rows of a sequence are."""
-        path = [node for node, _ in self.walk(self.host[wanted.index][: wanted.length])]
-        begins, flats = (torch.tensor(numbers) for numbers in zip(*((n.begin, n.flat) for n in path), strict=True))
-        of_path = torch.bucketize(wanted.rows, begins, right=True) - 1
-        return wanted.rows + (flats - begins)[of_path]
-
-
-def _joined(parts: Iterable[Tensor]) -> Tensor:
-    return torch.cat([*parts, torch.empty(0, dtype=torch.int64)])
-
-
-def _masks(masks: object, count: int) -> list[object]:
-    given = [mask for _, mask in entries("masks", masks)]
-    if len(given) != count:
-        raise PlanError(f"masks must have one entry per trajectory, {count}, got {len(given)}")
-    return given
 
 
 def _supervised(i: int, mask: object, length: int) -> Tensor:
@@ -261,13 +229,18 @@ def _supervised(i: int, mask: object, length: int) -> Tensor:
     return with_loss.nonzero()[:, 0]
 
 
-def _scored(v: int, view: View, host: Sequence[Tensor], supervised: Sequence[Tensor], firsts: Sequence[int]) -> _Wanted:
+def _scored(
+    v: int,
+    view: View,
+    host: Sequence[Tensor],
+    supervised: Sequence[Tensor],
+    firsts: Sequence[int],
+    scorers: Tensor,  # (teachers, N) which view scores a row, -1: none yet
+) -> _Wanted:
     """Checks a view, and returns the states that it asks for."""
     i, count, name = view.trajectory, len(supervised), f"views[{v}]"
     if type(i) is not int or not 0 <= i < count:
         raise PlanError(f"{name} must have a trajectory in [0, {count}), got {i!r}")
-    if type(view.teacher) is not int or view.teacher < 0:
-        raise PlanError(f"{name} must have a teacher of 0 or more, got {view.teacher!r}")
     tokens, positions = (torch.as_tensor(x, dtype=torch.int64).cpu() for x in (view.tokens, view.positions))
     if tokens.dim() != 1 or tokens.shape != positions.shape:
         shapes = f"{tuple(tokens.shape)} and {tuple(positions.shape)}"
@@ -285,21 +258,11 @@ def _scored(v: int, view: View, host: Sequence[Tensor], supervised: Sequence[Ten
             f"{name} must have at position {position} token {token} of trajectories[{i}], which is id "
             f"{int(host[i][token])}, got id {int(ids[position])}"
         )
-    return _Wanted(count + v, positions - 1, torch.searchsorted(supervised[i], tokens) + firsts[i], name)
-
-
-def _check_apart(views: Sequence[View], scored: Sequence[_Wanted], rows: int) -> None:
-    """Refuses two views of one teacher that score one token, and teachers that are counted with gaps."""
-    teachers = sorted({view.teacher for view in views})
-    if teachers != list(range(len(teachers))):
-        raise PlanError(f"views must have teachers counted from 0, got {teachers}")
-    scorers = torch.full((len(teachers), rows), -1)
-    for v, (view, wanted) in enumerate(zip(views, scored, strict=True)):
-        others = scorers[view.teacher][wanted.places]
-        for at in (others >= 0).nonzero()[:1, 0].tolist():
-            raise PlanError(
-                f"views[{v}] must not score token {int(torch.as_tensor(view.tokens)[at])} of "
-                f"trajectories[{view.trajectory}], as views[{int(others[at])}] of the same teacher does: give one of "
-                "them another teacher"
-            )
-        scorers[view.teacher][wanted.places] = v
+    places = torch.searchsorted(supervised[i], tokens) + firsts[i]
+    for at in (scorers[view.teacher][places] >= 0).nonzero()[:1, 0].tolist():
+        raise PlanError(
+            f"{name} must not score token {int(tokens[at])} of trajectories[{i}], as "
+            f"views[{int(scorers[view.teacher][places[at]])}] of the same teacher does: give one another teacher"
+        )
+    scorers[view.teacher][places] = v
+    return _Wanted(count + v, positions - 1, places, name)

@@ -36,54 +36,34 @@ class Tree:
     counts: tuple[int, ...]  # of each sequence its R_i >= 0 rows; of one without, nothing is computed
     rows: Tensor  # (R,) int64 on the CPU: the tokens whose states are asked for, flat; in order sequence, position
     places: Tensor  # (R,) int64 on the CPU: which of the plan's rows these are
-    borrowed: tuple[int, ...] = ()  # of each node where in the student's tree its tokens are, flat; -1: nowhere
-    names: tuple[str, ...] = ()  # of each sequence what errors call it
+    borrowed: tuple[int, ...]  # of each node where in the student's tree its tokens are, flat; -1: nowhere
+    names: tuple[str, ...]  # of each sequence what errors call it
 
     def __post_init__(self) -> None:
-        for name, default in (
-            ("borrowed", (-1,) * len(self.spans)),
-            ("names", tuple(f"sequence {i}" for i in range(len(self.counts)))),
-        ):
-            if not getattr(self, name):
-                object.__setattr__(self, name, default)
         for i, ids in enumerate(self.spans):
             if ids.dim() != 1 or ids.dtype != torch.int64 or len(ids) == 0:
                 raise PlanError(
                     f"spans[{i}] must be 1-D int64 of at least one token, got shape {tuple(ids.shape)} and {ids.dtype}"
                 )
-        for name in ("parents", "borrowed"):
-            if len(getattr(self, name)) != len(self.spans):
-                raise PlanError(f"{name} must have one entry per node, {len(self.spans)}, got {getattr(self, name)}")
+        nodes, rows = len(self.spans), len(self.rows)
+        if not nodes == len(self.parents) == len(self.borrowed):
+            raise PlanError(f"parents and borrowed must be {nodes} nodes', got {self.parents} and {self.borrowed}")
         path: list[int] = []
         for i, parent in enumerate(self.parents):
             while path and path[-1] != parent:
                 path.pop()
             if parent != -1 and not path:
                 raise PlanError(f"parents[{i}] must be -1 or an open node, as depth first has them, got {parent}")
-            if self.borrowed[i] >= 0 and parent >= 0 and self.borrowed[parent] < 0:
-                raise PlanError(f"borrowed[{i}] must be -1 where the parent is not borrowed, got {self.borrowed[i]}")
             path.append(i)
-        if not sum(self.counts) == len(self.rows) == len(self.places) or min(self.counts, default=0) < 0:
-            raise PlanError(
-                f"counts must be how many rows each sequence has, {len(self.rows)} together, got {self.counts}"
-            )
-        self._check_rows()
-
-    def _check_rows(self) -> None:
-        if not len(self.rows):
-            return
-        if not 0 <= int(self.rows.min()) <= int(self.rows.max()) < self.starts[-1]:
+        if not sum(self.counts) == rows == len(self.places) or min(self.counts, default=0) < 0:
+            raise PlanError(f"counts must say whose the {rows} rows are, got {self.counts}")
+        if rows and not 0 <= int(self.rows.min()) <= int(self.rows.max()) < self.starts[-1]:
             raise PlanError(f"rows must be in [0, {self.starts[-1]}), the tree's tokens, got {self.rows.tolist()}")
-        ends = torch.tensor([self.rows[of].max() if self.counts[i] else 0 for i, of in enumerate(self.slices)])
-        end = ends.repeat_interleave(torch.tensor(self.counts))
-        stops, lent = torch.tensor(self.stops)[self.row_nodes], torch.tensor(self.borrowed)[self.row_nodes]
-        later = torch.ones_like(self.rows, dtype=torch.bool)
-        later[1:] = self.rows[1:] > self.rows[:-1]
-        later[[of.start for of in self.slices if of.start < len(later)]] = True
-        if not bool((later & (end < stops) & (lent < 0)).all()):
-            raise PlanError(
-                f"rows must go down one path for each sequence, and not be borrowed, got {self.rows.tolist()}"
-            )
+        stops, lent = (torch.tensor([*of_nodes, 0])[self.row_nodes] for of_nodes in (self.stops, self.borrowed))
+        for i, of in enumerate(self.slices):
+            own = self.rows[of]
+            if bool((own.diff() <= 0).any() | (stops[of] <= own[-1:]).any() | (lent[of] >= 0).any()):
+                raise PlanError(f"rows of sequence {i} must go down one path, not borrowed, got {own.tolist()}")
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -129,8 +109,8 @@ class Tree:
     @cached_property
     def positions(self) -> Tensor:
         """Says, (R,), which position each row has in its sequence."""
-        moved = torch.tensor([begin - start for begin, start in zip(self.begins, self.starts, strict=False)] or [0])
-        return self.rows + moved[self.row_nodes] if len(self.rows) else self.rows
+        moved = [begin - start for begin, start in zip(self.begins, self.starts, strict=False)]
+        return self.rows + torch.tensor([*moved, 0])[self.row_nodes]
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -181,7 +161,7 @@ class Tree:
                 spans.append([self.spans[i]])
             became[i] = len(spans) - 1
         joined = tuple(torch.cat(pieces) for pieces in spans)
-        return replace(self, spans=joined, parents=tuple(parents), borrowed=())
+        return replace(self, spans=joined, parents=tuple(parents), borrowed=(-1,) * len(joined))
 
     def path(self, node: int) -> list[int]:
         """Lists the nodes from the root down to this one."""

@@ -323,6 +323,8 @@ def tree(**changed: Any) -> Tree:
         "counts": (2, 1),
         "rows": tensors([1, 3, 4]),
         "places": tensors([0, 1, 2]),
+        "borrowed": (-1, -1, -1),
+        "names": ("first", "second"),
     }
     return Tree(**(good | changed))
 
@@ -330,17 +332,22 @@ def tree(**changed: Any) -> Tree:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: tree(parents=(-1, 0)), r"parents must have one entry per node, 3, got \(-1, 0\)"),
-        (lambda: tree(borrowed=(0,)), r"borrowed must have one entry per node, 3, got \(0,\)"),
+        (lambda: tree(parents=(-1, 0)), r"parents and borrowed must be 3 nodes', got \(-1, 0\)"),
+        (lambda: tree(borrowed=(0,)), r"parents and borrowed must be 3 nodes', got .* and \(0,\)"),
         (lambda: tree(parents=(-1, -1, 0)), r"parents\[2\] must be -1 or an open node, as depth first .*, got 0"),
         (lambda: tree(parents=(-1, 2, 0)), r"parents\[1\] must be -1 or an open node, as depth first .*, got 2"),
-        (lambda: tree(borrowed=(-1, 4, -1)), r"borrowed\[1\] must be -1 where the parent is not borrowed, got 4"),
-        (lambda: tree(counts=(2, 2)), r"counts must be how many rows each sequence has, 3 together, got \(2, 2\)"),
-        (lambda: tree(places=tensors([0])), r"counts must be how many rows each sequence has"),
+        (lambda: tree(counts=(2, 2)), r"counts must say whose the 3 rows are, got \(2, 2\)"),
+        (lambda: tree(places=tensors([0])), r"counts must say whose the 3 rows are, got \(2, 1\)"),
         (lambda: tree(rows=tensors([1, 3, 5])), r"rows must be in \[0, 5\), the tree's tokens, got \[1, 3, 5\]"),
-        (lambda: tree(rows=tensors([3, 4, 4])), r"rows must go down one path for each sequence"),
-        (lambda: tree(rows=tensors([3, 1, 4])), r"rows must go down one path for each sequence"),
-        (lambda: tree(borrowed=(7, -1, -1)), r"rows must go down one path .*, and not be borrowed, got \[1, 3, 4\]"),
+        (
+            lambda: tree(rows=tensors([3, 4, 4])),
+            r"rows of sequence 0 must go down one path, not borrowed, got \[3, 4\]",
+        ),
+        (
+            lambda: tree(rows=tensors([3, 1, 4])),
+            r"rows of sequence 0 must go down one path, not borrowed, got \[3, 1\]",
+        ),
+        (lambda: tree(borrowed=(7, -1, -1)), r"rows of sequence 0 must go down one path, not borrowed, got \[1, 3\]"),
         (
             lambda: tree(spans=(torch.ones(2), tensors([2, 3]), tensors([4]))),
             r"spans\[0\] must be 1-D int64 of at least one token, got shape \(2,\) and torch.float32",

@@ -17,10 +17,11 @@ from sdcore.prefix.choice import STRATEGIES
 from sdcore.prefix.runner import run
 from sdcore.prefix.strategies import cached, caches, packed
 from sdcore.prefix.strategies.caches import PrefixCache, TrunkStates
+from sdcore.prefix.strategies.packed import PackedRow, PromptStates
 from sdcore.prefix.verification import departure, disagreement, forget
 from sdcore.teachers import Frozen
 from tests.sdcore.prefix.models import CONFIGS, HYBRIDS, tiny, tokens_of
-from tests.sdcore.prefix.trees import random_plan, short_plan
+from tests.sdcore.prefix.trees import random_plan, short_plan, turns
 
 pytestmark = pytest.mark.usefixtures("first_use")
 
@@ -46,7 +47,8 @@ def first_prefix_token_missing(patch: pytest.MonkeyPatch) -> None:
     blocks = Row.blocks
 
     def run_reading(body: Body, tokens: Tensor, prefix: TrunkStates) -> Tensor:
-        short = replace(prefix.map(lambda state: state[:, :, 1:]), length=prefix.length - 1)
+        layers = tuple(tuple(state[:, :, 1:] for state in layer) for layer in prefix.layers)
+        short = replace(prefix, layers=layers, length=prefix.length - 1)
         return caches._run(body, tokens, PrefixCache(body, short, batch=len(tokens), recording=False), prefix.length)
 
     def without_first(self: Row, *args: Any, **kwargs: Any) -> list[Block]:
@@ -78,16 +80,10 @@ def completions_not_isolated(patch: pytest.MonkeyPatch) -> None:
         nodes: list[Node] = []
         became = {-1: -1}
         for i, node in enumerate(row.row.nodes):
-            if (
-                nodes
-                and not node.after.length
-                and not nodes[-1].after.length
-                and nodes[-1].parent == became[node.parent]
-            ):
+            last = nodes[-1] if nodes else node
+            if nodes and not node.after.length and not last.after.length and last.parent == became[node.parent]:
                 # The leaves behind a node are one.
-                nodes[-1] = nodes[-1]._replace(
-                    span=nodes[-1].span._replace(length=node.span.stop - nodes[-1].span.start)
-                )
+                nodes[-1] = last._replace(span=last.span._replace(length=node.span.stop - last.span.start))
             else:
                 nodes.append(node._replace(parent=became[node.parent]))
             became[i] = len(nodes) - 1
@@ -128,6 +124,66 @@ def test_planted_faults_are_caught_on_first_use(
         report = run(model, short_plan()).report
     assert report.student.strategy == "naive"
     assert [fallback.strategy for fallback in report.fallbacks] == ["packed", "cached"]
+
+
+def below(row: PackedRow) -> list[Node]:
+    """The nodes of a row behind a node that is itself behind another one."""
+    nodes = row.row.nodes
+    return [node for node in nodes if node.parent >= 0 and nodes[node.parent].parent >= 0]
+
+
+def position_off_by_one_at_an_inner_node(patch: pytest.MonkeyPatch) -> None:
+    of_row = packed._row_of
+
+    def row_of(*args: Any) -> Any:
+        row = of_row(*args)
+        for node in [node for node in below(row) if node.source == ROW and node.after.length][:1]:
+            row.position_ids[node.span.start : node.span.stop] += 1
+        return row
+
+    patch.setattr(packed, "_row_of", row_of)
+
+
+def an_inner_node_unseen(patch: pytest.MonkeyPatch) -> None:
+    """Of the nodes in the middle what comes after them sees all but the first token."""
+    blocks = Row.blocks
+
+    def without_first(self: Row, *args: Any, **kwargs: Any) -> list[Block]:
+        inner = {node.span.start for node in self.nodes if node.parent >= 0 and node.source == ROW}
+        return [
+            block._replace(key=block.key + 1, keys=block.keys - 1, offset=block.offset - 1)
+            if not block.opens and block.source == ROW and block.key in inner and block.keys > 1
+            else block
+            for block in blocks(self, *args, **kwargs)
+        ]
+
+    patch.setattr(Row, "blocks", without_first)
+
+
+def borrowed_from_the_token_before(patch: pytest.MonkeyPatch) -> None:
+    place_of = PromptStates.place_of
+
+    def before(self: PromptStates, tree: int, start: int, length: int) -> int | None:
+        place = place_of(self, tree, start, length)
+        return place if place is None or start < 9 else place - 1
+
+    patch.setattr(PromptStates, "place_of", before)
+
+
+@pytest.mark.parametrize(
+    "plant", [position_off_by_one_at_an_inner_node, an_inner_node_unseen, borrowed_from_the_token_before]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_faults_at_inner_nodes_are_caught_on_first_use(
+    plant: Callable[[pytest.MonkeyPatch], None], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama").to(dtype)
+    body = find_body(model)
+    assert disagreement(body, packed, turns(), "once") is None
+    forget()
+    plant(monkeypatch)
+    with pytest.raises(UnsupportedModelError, match=r"strategy 'packed' disagrees with naive: .* differ by"):
+        run(model, turns(), strategy="packed")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
