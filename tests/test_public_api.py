@@ -33,7 +33,7 @@ PUBLIC: dict[str, str] = {
     "sdcore.models": "Body Head Matrix find_body head_of lifted without_dropout",
     "sdcore.prefix": (
         "Cost ModelSizes Part PassCost PassReport Passes Plan PrefixOutput Report Sampled Strategy TeacherRows "
-        "Tree buckets check_against cost cost_of_sizes generate passes plan row_slices run"
+        "Tree View buckets check_against cost cost_of_sizes generate passes plan plan_trajectories run"
     ),
     "sdcore.presets": (
         "ContextDistillation GRPO Method OPSD PRESETS RLTilt SDFTAsRun SDFTPaper SDPO SDPOCode SFT dump_config "

@@ -21,7 +21,7 @@ from torch import Tensor
 from sdkernels.types import float64_device, in_float64
 
 from ..errors import ArgumentError
-from ..prefix import Plan, row_slices
+from ..prefix import Plan
 from ..prefix.planner import common_prefix
 from ..step import StepOutput
 from ..types import Conditioned, Group
@@ -160,7 +160,7 @@ def _tokens(output: StepOutput, plan: Plan, token_weights: Tensor | None) -> dic
     divergence = in_float64(torch.where(active, per_token / torch.where(active, weights, 1), 0.0))
     active = in_float64(active)
     values = {"loss/active_fraction": active.sum() / max(1, plan.num_rows)}
-    slices = [rows for group in row_slices(plan.student) for rows in group]
+    slices = [rows for group in plan.rows for rows in group]
     for position in range(FIRST_TOKENS):
         starts = [rows.start + position for rows in slices if rows.start + position < rows.stop]
         if starts:

@@ -35,7 +35,7 @@ from ..contexts import ContextBuilder
 from ..errors import ArgumentError, SdcoreError, require_positive
 from ..models import Body, Head, find_body, head_of
 from ..models.heads import logits_at
-from ..prefix import Plan, TeacherRows, passes, row_slices
+from ..prefix import Plan, TeacherRows, passes
 from ..prefix import plan as plan_of
 from ..prefix.choice import Strategy
 from ..teachers import Teacher, TrustRegion
@@ -282,7 +282,7 @@ def _few(groups: Sequence[Group], wanted: Sequence[Sequence[bool]], most: int) -
 
 def _counted(plan: Plan, chosen: Sequence[_Chosen]) -> Tensor:
     """Returns (n,) int64, the rows of the first pass over the completions that count."""
-    slices = row_slices(plan.student)[: len(chosen)]
+    slices = plan.rows[: len(chosen)]
     ranges = [torch.arange(at.start, at.stop) for (at,), picked in zip(slices, chosen, strict=True) if picked.counts]
     return torch.cat(ranges) if ranges else torch.zeros(0, dtype=torch.int64)
 

@@ -75,7 +75,7 @@ def sequences(plan: Plan) -> list[Scored]:
     for g, (tree, slices) in enumerate(zip(plan.teacher or plan.student, plan.rows, strict=True)):
         for i in tree.active:
             ids = [*tree.sequence(i).tolist(), int(plan.target_ids[slices[i].stop - 1])]
-            asked.append(Scored(f"completions[{g}][{i}]", ids, tree.rows[i]))
+            asked.append(Scored(f"completions[{g}][{i}]", ids, tree.counts[i]))
     return asked
 
 

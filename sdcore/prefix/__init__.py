@@ -3,10 +3,12 @@
 from .choice import Strategy
 from .costs.count import Cost, PassCost, cost, cost_of_sizes
 from .costs.sizes import ModelSizes
-from .planner import Plan, Tree, buckets, check_against, plan, row_slices
+from .planner import Plan, buckets, check_against, plan
 from .report import PassReport, Report
 from .runner import Part, Passes, PrefixOutput, TeacherRows, passes, run
 from .sampling import Sampled, generate
+from .trajectories import View, plan_trajectories
+from .tree import Tree
 
 __all__ = [
     "Cost",
@@ -22,6 +24,7 @@ __all__ = [
     "Strategy",
     "TeacherRows",
     "Tree",
+    "View",
     "buckets",
     "check_against",
     "cost",
@@ -29,6 +32,6 @@ __all__ = [
     "generate",
     "passes",
     "plan",
-    "row_slices",
+    "plan_trajectories",
     "run",
 ]

@@ -23,10 +23,12 @@ from ..errors import ArgumentError, UnsupportedModelError
 from ..models import Body, find_body
 from ..teachers import Snapshot, Teacher
 from .costs import Cost, cost
-from .planner import Plan, Tree, check_against
+from .planner import Plan, check_against
 from .report import Choice, Fallback
 from .strategies import cached, naive, packed, ranks, two_phase
 from .strategies.caches import require_readable
+from .strategies.schedule import schedule
+from .tree import Tree
 from .verification import Verify, disagreement
 
 Strategy = Literal["auto", "packed", "cached", "two_phase", "naive"]
@@ -46,7 +48,7 @@ def choose(
     `shares`: a teacher reads the student's states. `whole`: all rows are asked for in one part. Raises
     `UnsupportedModelError` where a strategy was asked for by name and is not right for this model.
     """
-    trees = [*plan.student, *plan.teacher]
+    trees = [*plan.student, *(tree for trees in plan.teachers for tree in trees)]
     if strategy != "auto":
         if (obstacle := _obstacle(body, trees, strategy)) is not None:
             raise UnsupportedModelError(obstacle)
@@ -166,13 +168,12 @@ def _chosen(body: Body, plan: Plan, strategy: str, reason: str) -> Choice:
     padded = filled = 0
     for tree in (*plan.student, *plan.teacher) if strategy != "packed" else ():
         if strategy == "naive":
-            batches = naive.length_buckets(body, lengths := [len(tree.sequence(i)) for i in tree.active])
+            buckets = naive.length_buckets(body, lengths := [length for length in tree.lengths if length])
+            runs = [[lengths[i] for i in bucket] for bucket in buckets]
         else:
-            batches, lengths = cached.branch_batches(body, tree), [len(branch) for branch in tree.branches]
-            padded, filled = padded + len(tree.trunk), filled + len(tree.trunk)
-        for batch in batches:
-            padded += len(batch) * max((lengths[i] for i in batch), default=0)
-            filled += sum(lengths[i] for i in batch)
+            runs = schedule(body, tree).lengths
+        padded += sum(len(run) * max(run) for run in runs)
+        filled += sum(sum(run) for run in runs)
     return Choice(strategy, reason, 1 - filled / padded if padded else 0.0)
 
 

@@ -1,88 +1,40 @@
 """Plans what has to be computed, from token ids alone: which tokens have the same past, which states are asked for.
 
-A group is a prompt and the completions sampled from it. Under the student's weights it is a `Tree`: the prompt is
-the trunk, a completion a branch. Under the teacher's it is another one, whose trunk starts with the tokens that both
-prompts begin with. A strategy computes every token of a tree once; which weights do it, and whether the teacher may
-read the student's states of the `shared` tokens, is not a plan's business.
+A group is a prompt and the completions sampled from it. Under the student's weights it is a `Tree` of one level: the
+prompt is its root, the completions are its leaves. Under the teacher's it is another one, whose root is what the
+teacher's prompts begin with alike. A strategy computes every token of a tree once; which weights do it, and whether the
+teacher may borrow the student's states of the `shared` tokens, is not a plan's business.
 
 What differs from the obvious: the last token of a completion is predicted and never read, so a completion of R tokens
 has R rows but reads R - 1 tokens, and its first row is the last state of the prompt. Sharing is by equal ids only: what
 the templates did is neither known nor needed.
 
-Not covered: prefixes that some, but not all, completions of a group share beyond the trunk, and prefixes shared
-between groups.
+Not covered: prefixes that some, but not all, completions of a group share beyond the prompt, and prefixes shared
+between groups. `plan_trajectories` finds these.
 
-Letters: N completion rows, B groups, G completions of a group, P prompt, T trunk, R completion length.
+Letters: N rows, B groups, G completions of a group, P prompt, T what the teacher's prompts have in common, R completion
+length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, PlanError, PlanTypeError
+from .tree import Tree
 
 TokenIds: TypeAlias = Tensor | Sequence[int]
 
 ID_DTYPES = (torch.int64, torch.int32)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Tree:
-    """Is one group of completions under one set of weights: a trunk, computed once, and a branch per completion.
-
-    What a model reads for completion i is `trunk + branches[i]`. The last `rows[i]` states of that sequence predict the
-    completion's tokens: `rows[i]` is at most `len(branches[i]) + 1`, and where it is that, the first of them is the
-    trunk's last state.
-    """
-
-    trunk: Tensor  # (T,) int64; empty only where every branch that has rows is non-empty
-    branches: tuple[Tensor, ...]  # G of (B_i,) int64, B_i may be 0
-    rows: tuple[int, ...]  # G of R_i >= 0; a completion of 0 tokens has no rows, and nothing of it is computed
-    shared: int = 0  # of a teacher's tree: so many tokens the trunk and the student's prompt begin with alike, < T
-
-    def __post_init__(self) -> None:
-        for name, ids in [("trunk", self.trunk), *((f"branches[{i}]", ids) for i, ids in enumerate(self.branches))]:
-            if ids.dim() != 1 or ids.dtype != torch.int64:
-                raise PlanError(f"{name} must be 1-D int64, got shape {tuple(ids.shape)} and {ids.dtype}")
-        length = len(self.trunk)
-        if len(self.branches) != len(self.rows):
-            raise PlanError(f"rows must have one entry per branch, {len(self.branches)}, got {len(self.rows)}")
-        for i, (branch, rows) in enumerate(zip(self.branches, self.rows, strict=True)):
-            most = len(branch) + (1 if length else 0)
-            if not 0 <= rows <= most:
-                raise PlanError(f"rows[{i}] must be in [0, {most}], the states that its branch can reach, got {rows}")
-        if not 0 <= self.shared <= max(0, length - 1):
-            raise PlanError(f"shared must be in [0, {max(0, length - 1)}], less than the trunk, got {self.shared}")
-
-    @property
-    def num_rows(self) -> int:
-        return sum(self.rows)
-
-    @property
-    def active(self) -> tuple[int, ...]:
-        """Lists the completions that have rows; nothing needs computing for the others, and none if this is empty."""
-        return tuple(i for i, rows in enumerate(self.rows) if rows)
-
-    def sequence(self, completion: int) -> Tensor:
-        """Returns (T + B_i,) what a model reads for one completion when nothing is shared."""
-        return torch.cat([self.trunk, self.branches[completion]])
-
-    def tokens(self, *, read_shared: bool) -> int:
-        """Counts each token once, and the `shared` ones only unless they are read."""
-        if not self.active:
-            return 0
-        trunk = len(self.trunk) - (self.shared if read_shared else 0)
-        return trunk + sum(len(self.branches[i]) for i in self.active)
-
-    def naive_tokens(self) -> int:
-        """Counts the tokens that are computed when each completion is its own sequence."""
-        return sum(len(self.trunk) + len(self.branches[i]) for i in self.active)
+# What errors call the ids that only teachers read begins so.
+OF_TEACHERS = ("teacher_prompts", "views")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,8 +42,16 @@ class Plan:
     """Holds the trees of both passes, and the tokens that their rows predict: in order group, completion, position."""
 
     student: tuple[Tree, ...]  # B
-    teacher: tuple[Tree, ...]  # B, or none at all where no teacher's prompts were given
+    # Of each teacher that is told apart, B, which may borrow from the student's; none where there is no teacher's pass.
+    teachers: tuple[tuple[Tree, ...], ...]
     target_ids: Tensor  # (N,) int64
+    counts: tuple[tuple[int, ...], ...]  # per group of attempts at one task: of each completion how many of the N rows
+    given: tuple[tuple[str, Tensor], ...]  # the ids as they were given, with what errors call them
+
+    @property
+    def teacher(self) -> tuple[Tree, ...]:
+        """Are the trees of the only teacher, or of the first; none without."""
+        return self.teachers[0] if self.teachers else ()
 
     @property
     def num_rows(self) -> int:
@@ -103,21 +63,20 @@ class Plan:
         return self.target_ids.device
 
     @cached_property
+    def scored(self) -> Tensor | None:
+        """Says, (N,) bool, which rows all teachers have; None: all of them."""
+        places = [torch.cat([tree.places for tree in trees]) for trees in self.teachers]
+        if all(len(of_teacher) == self.num_rows for of_teacher in places):
+            return None
+        counts = torch.bincount(torch.cat(places), minlength=self.num_rows)
+        return (counts == len(self.teachers)).to(self.device)
+
+    @cached_property
     def rows(self) -> tuple[tuple[slice, ...], ...]:
-        """Says, as `rows[g][i]`, where the rows of completion i of group g are among the N, in both passes."""
-        return row_slices(self.student)
-
-
-def row_slices(trees: Sequence[Tree]) -> tuple[tuple[slice, ...], ...]:
-    """Says, as `[g][i]`, where the rows of branch i of tree g are among all. The one place that defines their order."""
-    slices, start = [], 0
-    for tree in trees:
-        group = []
-        for rows in tree.rows:
-            group.append(slice(start, start + rows))
-            start += rows
-        slices.append(tuple(group))
-    return tuple(slices)
+        """Says, as `rows[g][i]`, where the rows of completion i of group g are among the N."""
+        ends = list(accumulate((count for group in self.counts for count in group), initial=0))
+        slices = iter(map(slice, ends, ends[1:]))
+        return tuple(tuple(next(slices) for _ in group) for group in self.counts)
 
 
 def plan(
@@ -150,29 +109,68 @@ def plan(
     given = [*prompts_B, *(pair for group in [*completions_B_G, *teachers_B_G] for pair in group)]
     ids, host = collect_ids(given, may_be_empty=frozenset(name for group in completions_B_G for name, _ in group))
 
-    student, teacher = [], []
+    student, teacher, first = [], [], 0
+    asked_names = [name for name, _ in prompts_B] + [name for group in completions_B_G for name, _ in group]
     for g, (prompt_name, _) in enumerate(prompts_B):
         names = [name for name, _ in completions_B_G[g]]
         read = [ids[name][:-1] for name in names]  # the last token is predicted, never read
-        rows = tuple(len(ids[name]) for name in names)
-        student.append(Tree(trunk=ids[prompt_name], branches=tuple(read), rows=rows))
-        if not teachers_B_G:
-            continue
-        prompts = [name for name, _ in teachers_B_G[g]]
-        if len(prompts) == 1:
-            prompts *= len(names)
-        # A completion without rows is not computed, so its prompt has no say in what the others share.
-        asked = [name for name, count in zip(prompts, rows, strict=True) if count] or prompts
-        first = host[asked[0]]
-        length = min(common_prefix(first, host[name]) for name in asked)
-        branches = tuple(
-            torch.cat([ids[name][length:], branch]) if count else branch
-            for name, branch, count in zip(prompts, read, rows, strict=True)
-        )
-        shared = min(common_prefix(first[:length], host[prompt_name]), max(0, length - 1))
-        teacher.append(Tree(trunk=ids[asked[0]][:length], branches=branches, rows=rows, shared=shared))
-    target_ids = torch.cat([ids[name] for group in completions_B_G for name, _ in group])
-    return Plan(student=tuple(student), teacher=tuple(teacher), target_ids=target_ids)
+        counts = [len(ids[name]) for name in names]
+        student.append(_one_level(ids[prompt_name], read, counts, first, name=prompt_name))
+        if teachers_B_G:
+            prompts = [name for name, _ in teachers_B_G[g]]
+            if len(prompts) == 1:
+                prompts *= len(names)
+            # A completion without rows is not computed, so its prompt has no say in what the others share.
+            asked = [name for name, count in zip(prompts, counts, strict=True) if count] or prompts
+            asked_names += dict.fromkeys(asked)
+            prompt = host[asked[0]]
+            length = min(common_prefix(prompt, host[name]) for name in asked)
+            branches = [
+                torch.cat([ids[name][length:], branch]) if count else branch
+                for name, branch, count in zip(prompts, read, counts, strict=True)
+            ]
+            # The last of what is common is computed in any case: its state may be asked for.
+            shared = min(common_prefix(prompt[:length], host[prompt_name]), max(0, length - 1))
+            trunk = ids[asked[0]][:length]
+            teacher.append(_one_level(trunk, branches, counts, first, shared=shared, name=f"teacher_prompts[{g}]"))
+        first += sum(counts)
+    return Plan(
+        student=tuple(student),
+        teachers=(tuple(teacher),) if teachers_B_G else (),
+        target_ids=torch.cat([ids[name] for group in completions_B_G for name, _ in group]),
+        counts=tuple(tree.counts for tree in student),
+        given=tuple((name, ids[name]) for name in asked_names),
+    )
+
+
+def _one_level(
+    trunk: Tensor, branches: Sequence[Tensor], counts: Sequence[int], first: int, *, shared: int = 0, name: str
+) -> Tree:
+    """Makes the tree of sequences `trunk + branches[i]`, whose last `counts[i]` states are the rows from `first` on.
+
+    Of the trunk the first `shared` tokens are the student's too.
+    """
+    spans = [piece for piece in (trunk[:shared], trunk[shared:]) if len(piece)]
+    parents, borrowed = list(range(-1, len(spans) - 1)), [0 if i == 0 and shared else -1 for i in range(len(spans))]
+    last, start, rows = len(spans) - 1, len(trunk), [torch.empty(0, dtype=torch.int64)]
+    for branch, count in zip(branches, counts, strict=True):
+        end = len(trunk) + len(branch)
+        positions = torch.arange(end - count, end)
+        rows.append(torch.where(positions < len(trunk), positions, positions + start - len(trunk)))
+        if len(branch):
+            spans.append(branch)
+            parents.append(last)
+            borrowed.append(-1)
+        start += len(branch)
+    return Tree(
+        spans=tuple(spans),
+        parents=tuple(parents),
+        counts=tuple(counts),
+        rows=torch.cat(rows),
+        places=torch.arange(first, first + sum(counts)),
+        borrowed=tuple(borrowed),
+        names=(f"{name} and its completions",) * len(counts),
+    )
 
 
 def check_against(plan: Plan, *, vocab_size: int, max_positions: int | None, device: torch.device | str) -> None:
@@ -184,15 +182,15 @@ def check_against(plan: Plan, *, vocab_size: int, max_positions: int | None, dev
     want, have = torch.device(device), plan.device
     if want.type != have.type or (None not in (want.index, have.index) and want.index != have.index):
         raise PlanError(f"the plan's ids must be on the model's device, {want}, got ids on {have}")
-    for kind, trees in (("student", plan.student), ("teacher", plan.teacher)):
-        for g, tree in enumerate(trees):
-            longest = max((len(tree.trunk) + len(tree.branches[i]) for i in tree.active), default=0)
-            if max_positions is not None and longest > max_positions:
-                raise PlanError(
-                    f"{kind}_prompts[{g}] and its completions must have at most {max_positions} tokens, which is what "
-                    f"the model has positions for, got {longest} (without the last one, which is not read)"
-                )
-    named = list(_plan_ids(plan))
+    for trees in (plan.student, *plan.teachers):
+        for tree in trees:
+            for name, length in zip(tree.names, tree.lengths, strict=True):
+                if max_positions is not None and length > max_positions:
+                    raise PlanError(
+                        f"{name} must have at most {max_positions} tokens, which is what the model has positions for, "
+                        f"got {length} (without the last one, which is not read)"
+                    )
+    named = [(name, ids) for name, ids in plan.given if plan.teachers or not name.startswith(OF_TEACHERS)]
     # One synchronisation where all is well; which of them it was is only asked when it is not.
     if bool((torch.cat([ids for _, ids in named]) < vocab_size).all()):
         return
@@ -310,19 +308,6 @@ def _check_ids(name: str, ids: object) -> None:
     for position, token in enumerate(ids):
         if type(token) is not int:
             raise PlanTypeError(f"{name} must be a sequence of ints, got {_describe(token)} at position {position}")
-
-
-def _plan_ids(plan: Plan) -> Iterator[tuple[str, Tensor]]:
-    """Yields every id of a plan under the name of the argument that it came from."""
-    for g, tree in enumerate(plan.student):
-        yield f"student_prompts[{g}]", tree.trunk
-        for i, rows in enumerate(plan.rows[g]):
-            yield f"completions[{g}][{i}]", plan.target_ids[rows]
-    for g, tree in enumerate(plan.teacher):
-        yield f"teacher_prompts[{g}]", tree.trunk
-        for i in tree.active:
-            # A branch is the rest of the completion's own prompt, if it has one, and the completion but for its end.
-            yield f"teacher_prompts[{g}][{i}]", tree.branches[i][: len(tree.branches[i]) - tree.rows[i] + 1]
 
 
 def _describe(value: object) -> str:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .costs.count import Cost, PassCost
-from .planner import Plan, Tree
+from .planner import Plan
+from .tree import Tree
 
 # Below this share of a student's prompt, a teacher that could read its states hardly does: say so.
 LITTLE_SHARED = 0.5
@@ -40,6 +41,7 @@ class PassReport:
     padding: float  # share of the batches' tokens that are padding
     tokens: int
     naive_tokens: int
+    depth: int  # of the trees: how many branchings come before the last tokens
     flops: int | None  # None where the model's configuration does not say what a layer costs
     naive_flops: int | None
 
@@ -50,6 +52,8 @@ class PassReport:
             text += ", as many as a naive pass computes"
         else:
             text += f" where a naive pass computes {self.naive_tokens:,}"
+        if self.depth > 1:
+            text += f" (trees of depth {self.depth})"
         if self.flops and self.naive_flops and self.tokens != self.naive_tokens:
             text += f", {_times(self.naive_flops / self.flops)} fewer FLOPs"
         if self.padding > 0:
@@ -65,7 +69,7 @@ class Report:
     teacher: PassReport | None  # None for a plan without a teacher
     teacher_shares: bool  # the teacher has the student's weights and read its states
     shared_tokens: tuple[int, ...]  # per group: tokens that the student's and the teacher's prompts begin with alike
-    prompt_tokens: tuple[int, ...]  # per group: tokens of the student's prompt
+    prompt_tokens: tuple[int, ...]  # per group: tokens of the student's prompt; of trees of turns all tokens
     fallbacks: tuple[Fallback, ...]
     speedup: float | None  # naive FLOPs over FLOPs, both passes, without the lm_head; None where FLOPs are not known
     step_speedup: float | None  # the same with the lm_head, which sharing does not change
@@ -97,7 +101,7 @@ class Report:
             teacher=passes[1] if plan.teacher else None,
             teacher_shares=teacher_shares,
             shared_tokens=tuple(tree.shared for tree in plan.teacher),
-            prompt_tokens=tuple(len(tree.trunk) for tree in plan.student),
+            prompt_tokens=tuple(map(_prompt_tokens, plan.student)),
             fallbacks=tuple(fallbacks),
             speedup=naive / flops if naive and flops else None,
             step_speedup=(naive + head) / (flops + head) if naive and flops else None,
@@ -140,6 +144,8 @@ class Report:
         fractions = self.shared_fractions
         mean = sum(self.shared_tokens) / sum(self.prompt_tokens)
         text = f"The teacher's prompts begin with {_percent(mean)} of the student's"
+        if self.student.depth > 1:
+            text = f"The teacher's views begin with {_percent(mean)} of the student's tokens"
         if max(fractions) - min(fractions) > 0.01:
             text += f" ({_percent(min(fractions))} to {_percent(max(fractions))} over {len(fractions)} groups)"
         if not self.teacher_shares:
@@ -160,9 +166,17 @@ def _pass_report(choice: Choice, trees: Sequence[Tree], cost: PassCost | None, *
         padding=choice.padding,
         tokens=naive_tokens if naive else sum(tree.tokens(read_shared=read_shared) for tree in trees),
         naive_tokens=naive_tokens,
+        depth=max((tree.depth for tree in trees), default=0),
         flops=cost.flops if cost and not naive else naive_flops,
         naive_flops=naive_flops,
     )
+
+
+def _prompt_tokens(tree: Tree) -> int:
+    """Counts the tokens of a prompt, of which no state but the last is asked for; else those of the whole tree."""
+    if len(tree.children[-1]) == 1 and not bool((tree.rows < len(tree.spans[0]) - 1).any()):
+        return len(tree.spans[0])
+    return tree.starts[-1]
 
 
 def _times(factor: float) -> str:

@@ -6,7 +6,7 @@
 `passes` is the same for a training step: it gives the rows in parts, one for most strategies, many for `two_phase`,
 each of which goes backward before the next one is computed.
 
-What differs from the obvious: whether the teacher may read the student's prompt states is asked of the teacher, once,
+What differs from the obvious: whether the teacher may read the student's states is asked of the teacher, once,
 here. Dropout is off in both passes, but modules that need training mode for gradient checkpointing keep it.
 """
 
@@ -28,9 +28,10 @@ from ..models.body import noise_of
 from ..teachers import Live, Teacher, TrustRegion
 from ..teachers.weights import checked_teacher
 from .choice import STRATEGIES, Strategy, choose, choose_for_teacher, counted_cost, require_fits
-from .planner import Plan, Tree, check_against
+from .planner import Plan, check_against
 from .report import Report
 from .strategies import ranks, two_phase
+from .tree import Tree
 from .verification import Verify
 
 
@@ -51,7 +52,7 @@ class PrefixOutput(NamedTuple):
     """Is what `run` returns; rows are in the order group, completion, position."""
 
     student_hidden: Tensor  # (N, H) with gradient: the state that predicts each completion token
-    teacher_hidden: Tensor | None  # (N, H) without; None for a plan without teacher
+    teacher_hidden: Tensor | None  # (N, H) without; 0 in rows that no view scores; None for a plan without teacher
     report: Report
 
 
@@ -135,9 +136,11 @@ def passes(
         raise ArgumentError(f"micro_batch must be positive, for 'two_phase', got {micro_batch} and {strategy!r}")
     check_against(plan, vocab_size=body.vocab_size, max_positions=body.max_positions, device=body.device)
     teachers: tuple[Teacher, ...] = ()
-    if plan.teacher:
+    if plan.teachers:
         own = Live() if teacher is None else teacher
         teachers = (own.reference, Live()) if isinstance(own, TrustRegion) else (own,)
+        if len(plan.teachers) not in (1, len(teachers)):
+            raise ArgumentError(f"plan must have views of one teacher or {len(teachers)}, got {len(plan.teachers)}")
     for weights in teachers:
         checked_teacher("teacher", weights)
         require_fits(body, weights, plan)
@@ -180,38 +183,57 @@ def _parts(
     A teacher with weights of its own runs ahead of all parts. A live one, of which there is at most one, the last, runs
     after the student, whose prompt states it reads.
     """
+    sides = plan.teachers if len(plan.teachers) == len(teachers) else plan.teachers * len(teachers)
+    everything = torch.arange(plan.num_rows)
     ahead = [
-        teacher_rows(body, teacher, plan.teacher, of_teacher)
-        for teacher, of_teacher in zip(teachers, teachers_strategies, strict=True)
+        _among(everything, trees, teacher_rows(body, teacher, trees, of_teacher))
+        for teacher, trees, of_teacher in zip(teachers, sides, teachers_strategies, strict=True)
         if not teacher.shares_weights
     ]
-    live = teachers[len(ahead) :]
-    record: bool | list[int] = [tree.shared for tree in plan.teacher] if live else False
+    live = list(zip(teachers, sides, strict=True))[len(ahead) :]
+    record: Any = [tree.reads for _, trees in live for tree in trees] if live else False
     if strategy != "two_phase":
         with without_dropout(body.model, training=torch.is_grad_enabled()):
             module = STRATEGIES[strategy]
             student_hidden, prompts = ranks.hidden_states(body, module, plan.student, record=record)
-            after = [teacher_rows(body, teacher, plan.teacher, strategy, prompts) for teacher in live]
+            after = [
+                _among(everything, trees, teacher_rows(body, teacher, trees, strategy, prompts))
+                for teacher, trees in live
+            ]
             # Inside: a checkpointed layer runs once more in backward.
             yield Part(slice(None), student_hidden, (*ahead, *after))
         return
-    slices, group, after = plan.rows, -1, []
+    group, after, places = -1, [], everything
     with without_dropout(body.model, training=torch.is_grad_enabled()):
         for micro in two_phase.micro_batches(body, plan.student, micro_batch=micro_batch or 1, record=record):
-            if live and micro.group != group:
-                group, trees = micro.group, plan.teacher[micro.group : micro.group + 1]
-                after = [teacher_rows(body, teacher, trees, strategy, micro.prompts) for teacher in live]
-            start = slices[micro.group][0].start if micro.group < len(slices) else 0
+            if micro.group != group:
+                group = micro.group
+                here = slice(group, group + 1)
+                places = torch.cat([everything[:0], *(tree.places for tree in plan.student[here])]).sort().values
+                after = [
+                    _among(places, trees[here], teacher_rows(body, teacher, trees[here], strategy, micro.prompts))
+                    for teacher, trees in live
+                ]
             taken = [rows._replace(hidden=rows.hidden[micro.rows]) for rows in ahead]
-            taken += [rows._replace(hidden=rows.hidden[micro.rows - start]) for rows in after]
+            among = torch.searchsorted(places.to(micro.rows.device), micro.rows)
+            taken += [rows._replace(hidden=rows.hidden[among]) for rows in after]
             yield Part(micro.rows, micro.hidden, tuple(taken), micro)
+
+
+def _among(places: Tensor, trees: Sequence[Tree], rows: TeacherRows) -> TeacherRows:
+    """Puts a teacher's rows where they belong among these of the plan's, (n,) ascending; 0 where it has none."""
+    own = torch.cat([places[:0], *(tree.places for tree in trees)]).sort().values
+    if len(own) == len(places):
+        return rows
+    whole = rows.hidden.new_zeros(len(places), rows.hidden.shape[1])
+    return rows._replace(hidden=whole.index_copy(0, torch.searchsorted(places, own).to(whole.device), rows.hidden))
 
 
 @torch.no_grad()
 def teacher_rows(
     body: Body, teacher: Teacher, trees: Sequence[Tree], strategy: str, prompts: Any = None
 ) -> TeacherRows:
-    """Runs one teacher over these trees; `prompts` are the student's states, for a teacher that shares its weights."""
+    """Runs one teacher over these trees; `prompts` are the student's states, for a teacher of its weights."""
     if teacher.shares_weights:
         with without_dropout(body.model, training=False):
             hidden, _ = ranks.hidden_states(body, STRATEGIES[strategy], trees, prompts=prompts)

@@ -1,8 +1,9 @@
 """Verifies, before a strategy is first used on a kind of model, that it computes what naive computes.
 
-A few short made-up sequences run both ways, without gradient: two groups, completions of one token and of several, a
-teacher that reads the student's prompt states and one that does not. A strategy that disagrees is not used, and the
-caller says so with the numbers.
+A few short made-up sequences run both ways, without gradient: answers of one token and of several, conversations that
+fork twice, with a tool's output that carries no loss, and a teacher with a view of each turn. The views leave the
+student's tree at its root and at inner nodes, and read the student's states or do not. A strategy that disagrees is not
+used, and the caller says so with the numbers.
 
 How much may differ is not a constant: it is four times what naive itself differs by between a padded batch and one
 sequence at a time, and never less than eps^(2/3) of the dtype (2e-5 in float32, 4 % in bfloat16), which rounding does
@@ -30,8 +31,10 @@ from sdkernels.types import in_float64
 
 from ..errors import UnsupportedModelError
 from ..models import Body, without_dropout
-from .planner import Plan, Tree, plan
+from .planner import Plan
 from .strategies import naive, ranks
+from .trajectories import View, plan_trajectories
+from .tree import Tree, in_order
 
 Verify = Literal["once", "always", "off"]
 
@@ -81,14 +84,20 @@ def short_plan(body: Body) -> Plan:
     def ids(length: int) -> Tensor:
         return torch.randint(body.vocab_size, (length,), generator=generator).to(body.device)
 
-    prompts = [ids(11), ids(6)]
-    completions = [[ids(length) for length in (1, 5, 9)], [ids(length) for length in (4, 4)]]
-    context, feedback = ids(7), [ids(3), ids(5)]
-    teachers: list[Tensor | list[Tensor]] = [
-        torch.cat([prompts[0][:8], context, prompts[0][8:]]),
-        [torch.cat([prompts[1][:4], text, prompts[1][4:]]) for text in feedback],
-    ]
-    return plan(prompts, completions, teachers)
+    question, answer, tool, other = ids(11), ids(6), ids(3), ids(6)
+    forked = [question, answer, tool, ids(7), tool]
+    # Every second part carries loss.
+    conversations = [[question, ids(1)], [question, ids(9)], [other, ids(4)], [other, ids(4)]]
+    conversations += [[question, answer, tool, ids(5)], [*forked, ids(5)], [*forked, ids(4)]]
+    masks, views = [], []
+    for i, parts in enumerate(conversations):
+        masks.append(torch.cat([torch.full((len(part),), j % 2 == 1) for j, part in enumerate(parts)]))
+        for j in range(1, len(parts), 2):
+            before, context = torch.cat(parts[:j]), ids(4)
+            read = torch.cat([before[:-2], context, before[-2:], parts[j]])
+            tokens = torch.arange(len(before), len(before) + len(parts[j]))
+            views.append(View(ids=read, trajectory=i, tokens=tokens, positions=tokens + len(context)))
+    return plan_trajectories([torch.cat(parts) for parts in conversations], masks, views)
 
 
 @torch.no_grad()
@@ -96,7 +105,7 @@ def _compare(body: Body, strategy: ModuleType, checked: Plan) -> str | None:
     """Runs a plan both ways, its teacher with and without the student's states; the same result on every rank."""
     name = strategy.__name__.rpartition(".")[2]
     with without_dropout(body.model, training=False), refusing(f"{body.name} cannot be run by strategy {name}"):
-        record = [tree.shared for tree in checked.teacher]
+        record = [tree.reads for tree in checked.teacher]
         student, prompts = ranks.hidden_states(body, strategy, checked.student, record=record)
         passes = [(student, checked.student)]
         if checked.teacher:
@@ -150,10 +159,13 @@ def _one_by_one(body: Body, trees: Sequence[Tree]) -> Tensor:
     (wanted,) = ranks.runs_of_all(body, [len(places)])
     rows = []
     for tree, i in places:
-        sequence = tree.sequence(i)
-        rows.append(naive.run_whole(body, [sequence])[0, len(sequence) - tree.rows[i] :])
+        positions = tree.positions[tree.slices[i]].to(body.device)
+        rows.append(naive.run_whole(body, [tree.sequence(i)])[0][positions])
     rows += ranks.idle(body, wanted - len(places))
-    return torch.cat(rows) if rows else torch.empty(0, body.hidden_size, device=body.device, dtype=body.dtype)
+    if not rows:
+        return torch.empty(0, body.hidden_size, device=body.device, dtype=body.dtype)
+    order, states = in_order(trees), torch.cat(rows)
+    return states if order is None else states[order.to(states.device)]
 
 
 def _difference(states: Tensor, exact: Tensor, undecided: float) -> float:

@@ -49,8 +49,15 @@ def checked_scores(plan: Plan, scored: TopKLogprobs) -> TopKLogprobs:
 
 
 def require_teacher_prompts(plan: Plan) -> None:
-    if not plan.teacher:
-        raise ArgumentError("plan must have teacher prompts, got a plan of the student's pass alone")
+    if not plan.teachers:
+        raise ArgumentError("plan must have teacher prompts or views, got a plan of the student's pass alone")
+
+
+def scored_weights(plan: Plan, weights: Tensor | None) -> Tensor | None:
+    """Takes the weight of rows that no view scores: they carry no loss."""
+    if plan.scored is None:
+        return weights
+    return plan.scored.float() if weights is None else torch.where(plan.scored, weights, 0.0)
 
 
 def checked_tilt(plan: Plan, tilt: TokenTilt, loss: FusedLinearDivergence, scored: TopKLogprobs | None) -> TokenTilt:

@@ -40,6 +40,7 @@ from .checks import (
     checked_tilt,
     checked_weights,
     require_teacher_prompts,
+    scored_weights,
     total_of,
 )
 from .parts import MEANS, POLICY_MEANS, Backward, Divergence, StepOutput, run_parts
@@ -65,7 +66,8 @@ def distill_step(
 
     Args:
         model: a transformers causal language model; may be wrapped by PEFT, DistributedDataParallel or FSDP2.
-        plan: from `sdcore.prefix.plan`, with the teacher's prompts.
+        plan: from `sdcore.prefix.plan` with the teacher's prompts, or `plan_trajectories` with views. A token that no
+            view scores carries no loss, and the metric "loss/unscored_tokens" counts it.
         loss: None for reverse KL over the full vocabulary.
         teacher: whose weights; None for `Live()`, the model itself. `TopKLogprobs` of (N, K), in the order of
             `plan.target_ids`, for a teacher that has scored the completions already, such as a server
@@ -91,9 +93,10 @@ def distill_step(
     old_logprobs = checked_rows("old_logprobs", plan, old_logprobs)
     scored: TopKLogprobs | None = None
     if isinstance(teacher, TopKLogprobs):
-        scored, teacher, plan = checked_scores(plan, teacher), None, replace(plan, teacher=())
+        scored, teacher, plan = checked_scores(plan, teacher), None, replace(plan, teachers=())
     else:
         require_teacher_prompts(plan)
+        weights = scored_weights(plan, weights)
     loss = FusedLinearDivergence() if loss is None else loss
     loss.check(old_logprobs)
     tilt = None if tilt is None else checked_tilt(plan, tilt, loss, scored)
@@ -127,6 +130,8 @@ def distill_step(
         backward=backward,
     )
     metrics = rows.metrics(weights, MEANS)
+    if plan.scored is not None:
+        metrics["loss/unscored_tokens"] = (~plan.scored).sum().float()
     if policy is not None:
         metrics |= rows.metrics(policy.token_weights, POLICY_MEANS) | {
             "loss/active_tokens": metrics["loss/active_tokens"],
@@ -154,7 +159,7 @@ def imitate_step(
     """
     weights = checked_weights(plan, token_weights)
     term = CrossEntropy(weights, total_of(plan, weights, normalizer))
-    plan = replace(plan, teacher=())
+    plan = replace(plan, teachers=())
     planned = passes(model, plan, strategy=strategy, micro_batch=micro_batch, verify=verify, whole=backward is None)
     loss, rows = run_parts(model, plan, planned, term=term, backward=backward)
     return StepOutput(loss, rows.metrics(weights, MEANS), planned.report, rows.by_name)

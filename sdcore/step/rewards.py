@@ -54,7 +54,7 @@ def token_logprobs(
     `teacher` says under whose weights; None: the model's own, as they are. `strategy` is for the model itself, and
     "two_phase", which only bounds the memory of a backward, is "auto" here. Raises what `run` raises.
     """
-    plan = replace(plan, teacher=())
+    plan = replace(plan, teachers=())
     around = nullcontext(model)
     if teacher is not None and not checked_teacher("teacher", teacher).shares_weights:
         around, strategy = teacher.weights(model), "auto"
@@ -92,10 +92,10 @@ def policy_gradient_step(
     """
     policy = checked_policy(plan, policy, reference, kl_estimator)
     divergence = None
-    plan = replace(plan, teacher=())
+    plan = replace(plan, teachers=())
     if policy.kl_anchor and kl_estimator == "exact":
         # The reference reads what the student reads.
-        plan = replace(plan, teacher=plan.student)
+        plan = replace(plan, teachers=(plan.student,))
         divergence = Divergence(
             FusedLinearDivergence(temperature=policy.temperature), policy.token_weights, policy.total, policy.kl_anchor
         )
@@ -165,8 +165,8 @@ def tilt_step(
 
     Accumulates gradients. Raises `ArgumentError` and `PlanError` before any pass.
     """
-    sizes = [len(tree.rows) for tree in plan.student]
-    lengths = [rows for tree in plan.student for rows in tree.rows]
+    sizes = [len(group) for group in plan.counts]
+    lengths = [count for group in plan.counts for count in group]
     check_tilt_step(plan, rewards, len(lengths), reference, reference_logprobs, completion_mask, normalizer)
     student_logprobs = checked_rows("student_logprobs", plan, student_logprobs)
     reference_logprobs = checked_rows("reference_logprobs", plan, reference_logprobs)
@@ -188,7 +188,7 @@ def tilt_step(
 
     nothing = torch.zeros(len(lengths), device=plan.device)
     loss_of(nothing, nothing)  # refuses what does not fit, before any pass
-    plan = replace(plan, teacher=())
+    plan = replace(plan, teachers=())
     if reference_logprobs is None:
         reference_logprobs = token_logprobs(
             model, plan, teacher=checked_reference(reference), temperature=temperature, verify=verify

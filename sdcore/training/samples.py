@@ -21,7 +21,6 @@ from rich.table import Table
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..prefix import row_slices
 from ..prefix.planner import common_prefix
 from ..step import StepOutput
 from ..types import Example
@@ -42,7 +41,7 @@ def sample_rows(batch: Batch, out: StepOutput, tokenizer: Any, *, limit: int) ->
     if per_token is not None:
         weights = torch.where(weights != 0, weights, batch.policy_weights)
         per_token = torch.where(weights != 0, per_token / torch.where(weights != 0, weights, 1), 0).cpu()
-    slices = row_slices(batch.plan.student)
+    slices = batch.plan.rows
     places = [(i, g) for g, group in enumerate(batch.groups) for i in range(len(group.rollouts))]
     taught = dict(zip(places, batch.taught.tolist(), strict=True))
     rows = []

@@ -471,7 +471,7 @@ def test_log_probabilities_are_those_after_the_students_prompt(teacher: Any, str
 
 
 def steps(planned: Plan, **how: Any) -> dict[str, Callable[[Any], StepOutput]]:
-    count, completions = planned.num_rows, sum(len(tree.rows) for tree in planned.student)
+    count, completions = planned.num_rows, sum(len(tree.counts) for tree in planned.student)
     zeros = torch.zeros(count)
     term = PolicyTerm(advantages=torch.ones(count), token_weights=zeros)
     return {

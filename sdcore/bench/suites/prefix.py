@@ -207,7 +207,7 @@ def _naive_loop(setup: Setup, contender: PassContender) -> Step:
         setup.model.zero_grad()
         hidden = torch.empty_like(setup.direction)
         for i, rows in enumerate(setup.plan.rows[0]):
-            states = naive.run_whole(setup.body, [tree.sequence(i)])[0, -tree.rows[i] :]
+            states = naive.run_whole(setup.body, [tree.sequence(i)])[0, -tree.counts[i] :]
             hidden[rows] = states.detach()
             (states * setup.direction[rows]).sum().backward()
         return Outcome(hidden, gradients_of(setup.model))
@@ -222,22 +222,23 @@ def _expanded(setup: Setup, contender: PassContender) -> Step:
     prompt a call, in the graph. The published code has an attention function of its own.
     """
     tree = setup.plan.student[0]
-    count, length = len(tree.branches), len(tree.trunk)
+    prompt_ids, *branches = tree.spans
+    count, length = len(branches), len(prompt_ids)
 
     def step() -> Outcome:
         setup.model.zero_grad()
         cache = DynamicCache(config=setup.body.config)
-        prompt = setup.body.base(input_ids=tree.trunk[None], past_key_values=cache, use_cache=True)
+        prompt = setup.body.base(input_ids=prompt_ids[None], past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(count)
-        tokens = pad_sequence(list(tree.branches), batch_first=True)  # (G, L)
+        tokens = pad_sequence(branches, batch_first=True)  # (G, L)
         mask = torch.ones(count, length + tokens.shape[1], dtype=torch.int64, device=tokens.device)
-        for i, branch in enumerate(tree.branches):
+        for i, branch in enumerate(branches):
             mask[i, length + len(branch) :] = 0
         states = setup.body.base(
             input_ids=tokens, past_key_values=cache, attention_mask=mask, use_cache=True
         ).last_hidden_state
         last = prompt.last_hidden_state[0, -1:]
-        hidden = torch.cat([torch.cat([last, states[i, : len(b)]]) for i, b in enumerate(tree.branches)])
+        hidden = torch.cat([torch.cat([last, states[i, : len(b)]]) for i, b in enumerate(branches)])
         (hidden * setup.direction).sum().backward()
         return Outcome(hidden.detach(), gradients_of(setup.model))
 
@@ -248,7 +249,7 @@ def _teacher(setup: Setup, contender: PassContender) -> Step:
     prompts = None
     if contender.live:
         with torch.no_grad():
-            record = [tree.shared for tree in setup.plan.teacher]
+            record = [tree.reads for tree in setup.plan.teacher]
             _, prompts = STRATEGIES[contender.strategy].hidden_states(setup.body, setup.plan.student, record=record)
     teacher = Live() if contender.live else Frozen(copy.deepcopy(setup.model))
 

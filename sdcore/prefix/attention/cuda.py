@@ -4,7 +4,8 @@ UNTESTED on a GPU: written without one at hand, after the signatures of torch 2.
 put plain arithmetic in the place of the flash kernels, and run FlexAttention without a gradient.
 
 `varlen_*` does what `blockwise_*` in function.py does with a handful of launches whatever the number of branches is:
-one for every span of the row against itself, one for all branches against their trunks, and two for a borrowed prefix.
+one for every node of the row against itself, and at each depth of the trees one for the nodes there against what comes
+after them, and one for those that are borrowed.
 
 Not covered: head sizes above 256 or not a multiple of 8, float32 and float64; function.py's plain kernel does those.
 """
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from .segments import Call, Row, Span
+from .segments import BORROWED, ROW, Call, Row, Span
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -35,30 +36,30 @@ class Launch(NamedTuple):
     """Describes one call of a varlen kernel: the i-th span of queries against the i-th span of keys."""
 
     queries: Tensor | None  # (n,) which tokens of the row; None: all of them, in order
-    keys: Tensor | None  # (m,) which tokens of the row, or of all prefixes one after the other; None: all
+    keys: Tensor | None  # (m,) which tokens of the row, or of what is borrowed; None: all
     query_bounds: Tensor  # (spans + 1,) int32
     key_bounds: Tensor
     longest_query: int
     longest_key: int
     causal: bool
-    from_prefix: bool
+    from_borrowed: bool
 
 
 def launches(row: Row, device: torch.device) -> list[Launch]:
     """Lists the calls; the first has every token of the row among its queries, in order, and the others add to it."""
-    spans = [span for group in row.groups for span in (group.trunk, *group.branches) if span.length]
+    spans = [span for span in row.own if span.length]
     calls = [_launch([(span, span) for span in spans], row.length, device, causal=True)]
-    pairs = [(g.all_branches, g.trunk) for g in row.groups if g.all_branches.length and g.trunk.length]
-    if pairs:
-        calls.append(_launch(pairs, row.length, device))
-    pairs, start = [], 0
-    for group in row.groups:
-        length = group.trunk.length + group.all_branches.length
-        if group.prefix and length:
-            pairs.append((Span(group.trunk.start, length, 0), Span(start, group.prefix, 0)))
-        start += group.prefix
-    if pairs:
-        calls.append(_launch(pairs, start, device, from_prefix=True))
+    everything = max((node.span.stop for node in row.nodes if node.source == BORROWED), default=0)
+    # Nodes of one depth have nothing after them in common.
+    levels: dict[tuple[int, int], list[tuple[Span, Span]]] = {}
+    depths: list[int] = []
+    for node in row.nodes:
+        depths.append(depths[node.parent] + 1 if node.parent >= 0 else 0)
+        if node.span.length and node.after.length:
+            levels.setdefault((depths[-1], node.source), []).append((node.after, node.span))
+    for (_, source), pairs in levels.items():
+        borrowed = source == BORROWED
+        calls.append(_launch(pairs, everything if borrowed else row.length, device, from_borrowed=borrowed))
     return calls
 
 
@@ -68,7 +69,7 @@ def _launch(
     device: torch.device,
     *,
     causal: bool = False,
-    from_prefix: bool = False,
+    from_borrowed: bool = False,
 ) -> Launch:
     queries, keys = [query for query, _ in pairs], [key for _, key in pairs]
     return Launch(
@@ -79,7 +80,7 @@ def _launch(
         max(span.length for span in queries),
         max(span.length for span in keys),
         causal,
-        from_prefix,
+        from_borrowed,
     )
 
 
@@ -96,21 +97,13 @@ def _rows(states: Tensor, index: Tensor | None) -> Tensor:
     return states if index is None else states.index_select(0, index)
 
 
-def _prefix_states(call: Call) -> tuple[Tensor, Tensor]:
-    """Returns keys and values (tokens, Hkv, D) of all prefixes, one after the other."""
-    states = [prefix for prefix in call.prefixes if prefix is not None]
-    keys, values = (torch.cat([state[i][0] for state in states], 1).transpose(0, 1) for i in (0, 1))
-    return keys.contiguous(), values.contiguous()
-
-
 def _sources(call: Call, key: Tensor, value: Tensor) -> Iterator[tuple[Launch, Tensor, Tensor]]:
-    name, prefix = ("launches", key.device), None
+    name = ("launches", key.device)
     if name not in call.shared:
         call.shared[name] = launches(call.row, key.device)
+    borrowed = [states[0].transpose(0, 1) for states in call.borrowed or ()]  # (tokens, Hkv, D)
     for launch in call.shared[name]:
-        if launch.from_prefix:
-            prefix = prefix or _prefix_states(call)
-        keys, values = prefix if launch.from_prefix and prefix else (key, value)
+        keys, values = borrowed if launch.from_borrowed else (key, value)
         yield launch, _rows(keys, launch.keys), _rows(values, launch.keys)
 
 
@@ -147,7 +140,7 @@ def varlen_backward(
             grads = list(parts)
             continue
         grads[0].index_add_(0, rows, parts[0])  # no index occurs twice: the order of additions is fixed
-        if launch.keys is not None and not launch.from_prefix:  # among a row's keys are never those of branches
+        if launch.keys is not None and not launch.from_borrowed:  # among a row's keys are never those of leaves
             for total, part in zip(grads[1:], parts[1:], strict=True):
                 total.index_add_(0, launch.keys, part)
     grad_query, grad_key, grad_value = (x.transpose(0, 1).unsqueeze(0) for x in grads)
@@ -209,9 +202,8 @@ def _compiled_flex() -> Any:
 
 def flex(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
     """Returns (1, L, Hq, Dv): the same attention, windows and soft-caps included, by FlexAttention."""
-    prefixes = [prefix for prefix in call.prefixes if prefix is not None]
-    if prefixes:
-        key, value = (torch.cat([*(p[i] for p in prefixes), x], 2) for i, x in enumerate((key, value)))
+    if call.borrowed is not None:
+        key, value = (torch.cat([lent, own], 2) for lent, own in zip(call.borrowed, (key, value), strict=True))
     softcap = call.softcap or 1.0
 
     def soft_capped(score: Tensor, *_: Tensor) -> Tensor:
@@ -234,20 +226,22 @@ def _block_mask(call: Call, device: torch.device) -> BlockMask:
     name = ("block mask", call.window, device)
     if name in call.shared:
         return call.shared[name]
-    # Per token: its group, its span in the group (0: prefix or trunk, which all branches see), its position.
-    prefix, row = [], []
-    for index, group in enumerate(call.row.groups):
-        prefix += [(index, 0, position) for position in range(group.prefix)]
-        for branch, span in enumerate((group.trunk, *group.branches)):
-            row += [(index, branch, span.position + i) for i in range(span.length)]
-    q_group, q_span, q_position = torch.tensor(row).to(device).unbind(1)
-    k_group, k_span, k_position = torch.tensor(prefix + row).to(device).unbind(1)
-    window = call.window or len(prefix + row)
+    # Per key: its position, and the interval of the row whose tokens see it; they are all at or behind it.
+    lent = call.borrowed[0].shape[2] if call.borrowed is not None else 0
+    keys = torch.zeros(lent + call.row.length, 3, dtype=torch.int64)
+    for node in call.row.nodes:
+        span, start = node.span, node.span.start + (0 if node.source == BORROWED else lent)
+        own = torch.arange(span.length)
+        first = span.start + own if node.source == ROW else torch.full_like(own, node.after.start)
+        keys[start : start + span.length] = torch.stack(
+            [span.position + own, first, torch.full_like(own, node.after.stop)], 1
+        )
+    k_position, k_first, k_stop = keys.to(device).unbind(1)
+    q_position = k_position[lent:]
+    window = call.window or len(keys)
 
     def visible(_: Tensor, __: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        distance = q_position[q] - k_position[k]
-        related = (k_span[k] == 0) | (k_span[k] == q_span[q])
-        return (q_group[q] == k_group[k]) & related & (distance >= 0) & (distance < window)
+        return (k_first[k] <= q) & (q < k_stop[k]) & (q_position[q] - k_position[k] < window)
 
-    call.shared[name] = create_block_mask(visible, None, None, len(row), len(prefix + row), device=str(device))
+    call.shared[name] = create_block_mask(visible, None, None, call.row.length, len(keys), device=str(device))
     return call.shared[name]

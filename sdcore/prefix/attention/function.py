@@ -1,13 +1,13 @@
-"""Attends over one packed row of trunks and branches, by a function that a transformers model can be told to use.
+"""Attends over one packed row of trees, by a function that a transformers model can be told to use.
 
     scores = query @ key.mT * scaling                          # (heads, L, L), never formed for the whole row
     scores = softcap * tanh(scores / softcap)                  # where the model does so
-    visible[i, j] = j is in the prefix, trunk or own branch of i, and 0 <= position[i] - position[j] < window
+    visible[i, j] = j is on the path to i, borrowed or not, and 0 <= position[i] - position[j] < window
     out = softmax(scores.where(visible, -inf)) @ value
 
 The row is cut into rectangles (`segments.py`), each done by a dense kernel; where a query has several, their outputs
-are merged by log-sum-exp. Keys and values are read where they are, once for all branches; heads that share keys and
-values are not repeated.
+are merged by log-sum-exp. Keys and values are read where they are, once for all that comes after them; heads that share
+keys and values are not repeated.
 
 What differs from the obvious: the backward is written by hand. A kernel's log-sum-exp carries no gradient, so letting
 autograd differentiate the merge is wrong. But a kernel's own backward only uses the output and log-sum-exp to recover
@@ -34,7 +34,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ...errors import UnsupportedModelError
 from . import cuda
-from .segments import ROW, Block, Call, KeyValue, Row, cut
+from .segments import BORROWED, ROW, Block, Call, KeyValue, Row, cut
 
 NAME = "sdcore_packed"
 
@@ -47,18 +47,17 @@ class RowContext:
     """Holds what one pass over one row needs in every layer."""
 
     row: Row
-    # Per group of the row: the layers' keys and values of the prefix, at least `group.prefix` tokens; None without one.
-    prefixes: tuple[dict[int, KeyValue] | None, ...]
+    # The layers' keys and values that nodes of the row are borrowed from; None where none is.
+    borrowed: dict[int, KeyValue] | None
     # Layers' keys and values of the row are put here; None: nothing is recorded.
     recorded: dict[int, KeyValue] | None = None
     # Masks of rectangles and the like, which layers have in common.
     shared: dict[Any, Any] = field(default_factory=dict)
 
-    def prefix_of(self, group: int, layer: int) -> KeyValue:
-        layers = self.prefixes[group]
-        if layers is None or layer not in layers:
+    def borrowed_in(self, layer: int) -> KeyValue:
+        if self.borrowed is None or layer not in self.borrowed:
             raise ValueError(f"prompts must hold the states of layer {layer}, recorded by a packed pass of this model")
-        return layers[layer]
+        return self.borrowed[layer]
 
 
 class RowMask:
@@ -150,15 +149,10 @@ def packed_attention(
     layer = getattr(module, "layer_idx", None)
     if context.recorded is not None:
         context.recorded[_index(module, layer)] = key.detach(), value.detach()
-    prefixes = tuple(
-        tuple(states[:, :, : group.prefix] for states in context.prefix_of(index, _index(module, layer)))
-        if group.prefix
-        else None
-        for index, group in enumerate(context.row.groups)
-    )
+    borrows = any(node.source == BORROWED for node in context.row.nodes)
     call = Call(
         context.row,
-        prefixes,
+        context.borrowed_in(_index(module, layer)) if borrows else None,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         None if window is None or window >= context.row.longest else window,
         softcap,
@@ -226,7 +220,7 @@ def blockwise_forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> 
     _, heads, length, _ = query.shape
     out = query.new_empty(1, length, heads, value.shape[-1])
     lse = query.new_empty(1, length, heads, dtype=torch.promote_types(query.dtype, torch.float32))
-    for block in call.row.blocks(call.window, at_most=kernel.at_most):
+    for block in call.blocks(kernel.at_most):
         keys, values = call.keys_of(block, key, value)
         part, part_lse = kernel.forward(_queries(query, block), keys, values, block, call)
         block_out, block_lse = _queries(out.transpose(1, 2), block), _queries(lse.transpose(1, 2), block)
@@ -249,7 +243,7 @@ def blockwise_backward(
     grad_query, grad_key, grad_value = (_empty_like(x) for x in (query, key, value))
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     grad, out, lse = grad.transpose(1, 2), out.transpose(1, 2), lse.transpose(1, 2)
-    blocks = call.row.blocks(call.window, at_most=kernel.at_most)
+    blocks = call.blocks(kernel.at_most)
     # Where every span opens as one rectangle, these also hold each key once: nothing needs to be zero before.
     squares = all(block.causal for block in blocks if block.opens)
     if not squares:

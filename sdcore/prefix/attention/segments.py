@@ -1,15 +1,16 @@
 """Says which part of one packed row attends to which, as integers, and cuts the tensors of one attention accordingly.
 
-A row holds groups one after the other, a group is `[trunk | branch 0 | branch 1 | ...]`. A trunk may continue a prefix
-that is not in the row: keys and values from another pass, `prefix` tokens of them. A token sees the prefix and the
-trunk of its group, and its own branch, up to its own position; with a sliding window only the last `window` of these.
+A row holds the nodes of trees in depth-first order, so that the descendants of a node are one block behind it. Nodes
+may be borrowed: then their tokens are not in the row, but keys and values of another pass. A token sees its own node up
+to its own position and the nodes above it; with a sliding window only the last `window` tokens of these.
 
-`Row.blocks` cuts that into rectangles of queries and keys that a dense attention kernel can do. Every visible pair of
-tokens is in exactly one rectangle, and every query of a rectangle sees at least one of its keys: kernels disagree on
-what the softmax over nothing is.
+`Row.blocks` cuts that into rectangles of queries and keys that a dense attention kernel can do: each node against
+itself, and each node against all of its descendants (with a window against each of them that reaches it). Every visible
+pair of tokens is in exactly one rectangle, and every query of a rectangle sees at least one of its keys: kernels
+disagree on what the softmax over nothing is.
 
-`Call` goes from these integers to tensors: it gives each rectangle's keys and values (`cut`), from the row or from a
-prefix, and its mask. The kernels that take them are in `function` and `cuda`.
+`Call` goes from these integers to tensors: it gives each rectangle's keys and values (`cut`), from the row or from what
+is borrowed, and its mask. The kernels that take them are in `function` and `cuda`.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from torch import Tensor
 
 KeyValue: TypeAlias = tuple[Tensor, Tensor]  # (1, kv heads, tokens, head size) each, rotated
 
-# `Block.source` of keys that are in the row.
-ROW = -1
+# `Block.source` of keys: they are in the row, or in what is borrowed.
+ROW, BORROWED = 0, 1
 
 
 class Span(NamedTuple):
-    """Names neighbouring tokens of the row, and the absolute position of the first in its sequence."""
+    """Names neighbouring tokens of the row, or of what is borrowed, and the first's absolute position."""
 
     start: int
     length: int
@@ -40,28 +41,24 @@ class Span(NamedTuple):
         return self.start + self.length
 
 
-class Group(NamedTuple):
-    """Names a trunk, what it continues, and its branches. Spans of length 0 are allowed."""
+class Node(NamedTuple):
+    """Names the tokens that some sequences have in common, and what comes after them. Lengths of 0 are allowed."""
 
-    prefix: int  # tokens before the trunk whose keys and values are not in the row
-    trunk: Span
-    branches: tuple[Span, ...]
-
-    @property
-    def all_branches(self) -> Span:
-        start, position = self.trunk.stop, self.trunk.position + self.trunk.length
-        return Span(start, sum(branch.length for branch in self.branches), position)
+    span: Span
+    parent: int  # index of the node before it; -1: none
+    after: Span  # all of the row's tokens that come after it
+    source: int = ROW
 
 
 class Block(NamedTuple):
-    """Puts queries `query .. query + queries` of the row against keys `key .. key + keys` of it or of a prefix."""
+    """Puts queries `query .. query + queries` against keys `key .. key + keys`, which may be borrowed."""
 
     query: int
     queries: int
     key: int
     keys: int
     offset: int  # position of the first query minus position of the first key
-    source: int = ROW  # ROW, or the index of the group whose prefix holds the keys
+    source: int = ROW
     causal: bool = False  # equally many queries and keys, the i-th query sees the first i + 1 keys
     masked: bool = False  # some pairs are not visible: query i sees key j where 0 <= offset + i - j < window
     copies: int = 1  # so many blocks of this size follow each other along the diagonal
@@ -70,51 +67,74 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """Lists the groups of one packed row, in order and without gaps."""
+    """Lists the nodes of one packed row, depth first; those in the row without gaps."""
 
-    groups: tuple[Group, ...]
+    nodes: tuple[Node, ...]
+
+    @property
+    def own(self) -> list[Span]:
+        """Lists the nodes that are in the row."""
+        return [node.span for node in self.nodes if node.source == ROW]
 
     @property
     def length(self) -> int:
-        return self.groups[-1].all_branches.stop if self.groups else 0
+        return max((span.stop for span in self.own), default=0)
 
     @property
     def longest(self) -> int:
         """Counts the tokens of the longest sequence in the row, from position 0."""
-        spans = [span for group in self.groups for span in (group.trunk, *group.branches)]
-        return max((span.position + span.length for span in spans), default=0)
+        return max((span.position + span.length for span in self.own), default=0)
 
     def blocks(self, window: int | None = None, *, at_most: int | None = None) -> list[Block]:
         """Returns the rectangles, first those that open their queries. `at_most` bounds the queries of each."""
         if window is not None and window >= self.longest:
             window = None
         rectangles: list[Block] = []
-        for group in self.groups:
-            for span, copies in _runs([group.trunk, *group.branches]):
-                rectangles += _own(span, copies, window, at_most)
-        for index, group in enumerate(self.groups):
-            trunk, prefix = group.trunk, Span(0, group.prefix, 0)
-            # Without a window the branches see all of it: one rectangle for all of them, however long each is.
-            branches = [group.all_branches] if window is None else group.branches
-            for span in branches:
-                rectangles += _across(span, trunk, ROW, window, at_most)
-            for span in (trunk, *branches):
-                rectangles += _across(span, prefix, index, window, at_most)
+        for span, copies in _runs(self.own):
+            rectangles += _own(span, copies, window, at_most)
+        for node in self.nodes:
+            if window is None:
+                # All that comes after it sees all of it: one rectangle, however long each branch is.
+                rectangles += _across(node.after, node.span, node.source, None, at_most)
+                continue
+            above = node.parent if node.source == ROW else -1
+            while above >= 0:
+                keys = self.nodes[above]
+                if node.span.position >= keys.after.position - 1 + window:
+                    break  # what is above it is further away
+                rectangles += _across(node.span, keys.span, keys.source, window, at_most)
+                above = keys.parent
         return rectangles
 
 
-def pack(groups: Sequence[tuple[int, int, Sequence[int]]]) -> Row:
-    """Lays out a row of these groups, each given as (prefix tokens, trunk tokens, tokens of each branch)."""
-    packed, start = [], 0
-    for prefix, trunk_length, branch_lengths in groups:
-        trunk = Span(start, trunk_length, prefix)
-        start += trunk_length
-        branches = []
-        for length in branch_lengths:
-            branches.append(Span(start, length, prefix + trunk_length))
-            start += length
-        packed.append(Group(prefix, trunk, tuple(branches)))
-    return Row(tuple(packed))
+def pack(parents: Sequence[int], lengths: Sequence[int], borrowed: Sequence[int] | None = None) -> Row:
+    """Lays out a row of nodes, depth first: of each its parent's index (-1: none) and its tokens.
+
+    `borrowed` says of each where its keys and values are in what is borrowed; -1: they are in the row.
+    """
+    spans: list[Span] = []
+    stop, stops = 0, [0] * len(parents)  # of each node where the row had got to behind it
+    for i, (parent, length) in enumerate(zip(parents, lengths, strict=True)):
+        position = spans[parent].position + spans[parent].length if parent >= 0 else 0
+        place = -1 if borrowed is None else borrowed[i]
+        spans.append(Span(stop if place < 0 else place, length, position))
+        stop += length if place < 0 else 0
+        stops[i] = stop
+    ends = list(stops)
+    for i in reversed(range(len(parents))):
+        if parents[i] >= 0:
+            ends[parents[i]] = max(ends[parents[i]], ends[i])
+    return Row(
+        tuple(
+            Node(
+                span,
+                parents[i],
+                Span(stops[i], ends[i] - stops[i], span.position + span.length),
+                ROW if borrowed is None or borrowed[i] < 0 else BORROWED,
+            )
+            for i, span in enumerate(spans)
+        )
+    )
 
 
 def _runs(spans: Sequence[Span]) -> Iterator[tuple[Span, int]]:
@@ -180,15 +200,21 @@ class Call:
     """Describes one attention over a row: what it borrows, scales, bounds and remembers."""
 
     row: Row
-    prefixes: tuple[Any, ...]  # per group KeyValue or None
+    borrowed: KeyValue | None
     scaling: float
     window: int | None  # None also where no sequence of the row is longer
     softcap: float | None
     shared: dict[Any, Any]
 
+    def blocks(self, at_most: int | None) -> list[Block]:
+        name = ("blocks", self.window, at_most)
+        if name not in self.shared:
+            self.shared[name] = self.row.blocks(self.window, at_most=at_most)
+        return self.shared[name]
+
     def keys_of(self, block: Block, key: Tensor, value: Tensor) -> KeyValue:
-        if block.source != ROW:
-            key, value = self.prefixes[block.source]
+        if block.source == BORROWED and self.borrowed is not None:
+            key, value = self.borrowed
         return cut(key, block.key, block.keys, block.copies), cut(value, block.key, block.keys, block.copies)
 
     def mask_of(self, block: Block, like: Tensor) -> Tensor | None:

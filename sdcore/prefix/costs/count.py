@@ -17,10 +17,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from ...errors import ArgumentError
-from ..planner import Plan, Tree
+from ..planner import Plan
+from ..tree import Tree
 from .sizes import LINEAR_CHUNK, LayerSizes, ModelSizes, model_sizes
 
 # Branches at a time in a two-phase pass without gradient.
@@ -38,7 +39,7 @@ class PassCost:
     naive_flops: int
     kept_bytes: int  # activations that backward needs at once; 0 for a pass without gradient
     naive_kept_bytes: int
-    prompt_bytes: int  # keys, values and states of the trunks, for the completions or the teacher's pass; 0 for naive
+    prompt_bytes: int  # keys, values and states of nodes with children, of each tree's longest path; 0 for naive
     working_bytes: int  # of a pass without gradient: what its largest layer holds while it runs; 0 for one with
 
     @property
@@ -84,22 +85,43 @@ class Cost:
         return _ratio(self.naive_flops + self.head_flops, self.flops + self.head_flops)
 
 
-class TreeSizes(NamedTuple):
-    """Holds the lengths of a `Tree`, of the completions that have rows only."""
+Span: TypeAlias = tuple[int, int]  # tokens at positions [start, end) of a sequence whose earlier tokens are known
 
-    trunk: int
-    branches: tuple[int, ...]
-    rows: tuple[int, ...]
-    shared: int = 0
+
+class TreeSizes(NamedTuple):
+    """Holds the lengths of what is computed of a `Tree`; nothing where no state is asked for."""
+
+    spans: tuple[Span, ...]  # of each node, depth first
+    parents: tuple[int, ...]  # of each node; -1: none, or one that is borrowed
+    sequences: tuple[int, ...]  # tokens of each sequence that has rows
 
     @classmethod
-    def of(cls, tree: Tree) -> TreeSizes:
+    def of(cls, tree: Tree, *, read_shared: bool) -> TreeSizes:
+        tree = tree if read_shared else tree.alone
+        if not tree.num_rows:
+            return cls((), (), ())
+        became = {i: n for n, i in enumerate(i for i, place in enumerate(tree.borrowed) if place < 0)}
         return cls(
-            len(tree.trunk) if tree.active else 0,
-            tuple(len(tree.branches[i]) for i in tree.active),
-            tuple(tree.rows[i] for i in tree.active),
-            tree.shared if tree.active else 0,
+            tuple((tree.begins[i], tree.begins[i] + len(tree.spans[i])) for i in became),
+            tuple(became.get(tree.parents[i], -1) for i in became),
+            tuple(length for length in tree.lengths if length),
         )
+
+    @property
+    def naive(self) -> list[Span]:
+        return [(0, end) for end in self.sequences]
+
+    def families(self) -> list[tuple[list[Span], list[Span]]]:
+        """Lists what is in memory at a time, depth first: a path of nodes with children, and the leaves at its end."""
+        inner = set(self.parents) - {-1} or ({0} if self.parents.count(-1) == 1 else set())
+        leaves: dict[int, list[Span]] = {node: [] for node in sorted({-1, *inner})}
+        for i, (span, parent) in enumerate(zip(self.spans, self.parents, strict=True)):
+            if i not in inner:
+                leaves[parent].append(span)
+        paths: dict[int, list[Span]] = {-1: []}
+        for node in sorted(inner):
+            paths[node] = [*paths[self.parents[node]], self.spans[node]]
+        return [(paths[node], sorted(ends, key=lambda end: end[0] - end[1])) for node, ends in leaves.items()]
 
 
 def cost(
@@ -123,8 +145,9 @@ def cost(
     say what a layer costs.
     """
     options = _Options(strategy, teacher_shares, training, checkpointing, micro_batch, dtype_bytes)
-    student, teacher = ([TreeSizes.of(tree) for tree in trees] for trees in (plan.student, plan.teacher))
-    return _cost(student, teacher, model_sizes(config), options)
+    student = [TreeSizes.of(tree, read_shared=False) for tree in plan.student]
+    teacher = [TreeSizes.of(tree, read_shared=teacher_shares) for tree in plan.teacher]
+    return _cost(student, teacher, plan.num_rows, model_sizes(config), options)
 
 
 def cost_of_sizes(
@@ -161,15 +184,21 @@ def cost_of_sizes(
         raise ArgumentError(f"tail_tokens must be at most prompt_tokens={prompt_tokens}, got {tail_tokens}")
     options = _Options(strategy, teacher_shares, training, checkpointing, micro_batch, dtype_bytes)
     alike = prompt_tokens - tail_tokens
-    read = (completion_tokens - 1,) * completions  # the last token is predicted, never read
-    rows = (completion_tokens,) * completions
+    read = completion_tokens - 1  # the last token is predicted, never read
+
+    def of_group(trunk: int, branch: int, shared: int) -> TreeSizes:
+        """Sizes a trunk, whose first tokens are read, and equal branches."""
+        spans = [(min(shared, max(0, trunk - 1)) if teacher_shares else 0, trunk)] if trunk else []
+        branches = [(trunk, trunk + branch)] * (completions if branch else 0)
+        parents = [-1] * len(spans) + [len(spans) - 1] * len(branches)
+        return TreeSizes((*spans, *branches), tuple(parents), (trunk + branch,) * completions)
+
     if context_per_completion and completions > 1:
-        own = tuple(context_tokens + tail_tokens + tokens for tokens in read)
-        teacher = TreeSizes(alike, own, rows, max(0, alike - 1))
+        teacher = of_group(alike, context_tokens + tail_tokens + read, alike)
     else:
-        trunk = prompt_tokens + context_tokens
-        teacher = TreeSizes(trunk, read, rows, min(alike, trunk - 1))
-    return _cost([TreeSizes(prompt_tokens, read, rows)], [teacher], model_sizes(config), options)
+        teacher = of_group(prompt_tokens + context_tokens, read, alike)
+    student = of_group(prompt_tokens, read, 0)
+    return _cost([student], [teacher], completion_tokens * completions, model_sizes(config), options)
 
 
 class _Options(NamedTuple):
@@ -181,30 +210,25 @@ class _Options(NamedTuple):
     dtype_bytes: int
 
 
-def _cost(student: Sequence[TreeSizes], teacher: Sequence[TreeSizes], sizes: ModelSizes, options: _Options) -> Cost:
+def _cost(
+    student: Sequence[TreeSizes], teacher: Sequence[TreeSizes], rows: int, sizes: ModelSizes, options: _Options
+) -> Cost:
     if options.strategy not in STRATEGIES:
         raise ArgumentError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {options.strategy!r}")
     if options.micro_batch is not None and options.micro_batch < 1:
         raise ArgumentError(f"micro_batch must be at least 1, or None for all, got {options.micro_batch}")
-    rows = sum(sum(tree.rows) for tree in student)
     projections = (2 if teacher else 1) + (2 if options.training else 0)
     return Cost(
         strategy=options.strategy,
-        student=_pass_cost(student, sizes, options, gradient=options.training, read_shared=False),
-        teacher=_pass_cost(teacher, sizes, options, gradient=False, read_shared=options.teacher_shares)
-        if teacher
-        else None,
+        student=_pass_cost(student, sizes, options, gradient=options.training),
+        teacher=_pass_cost(teacher, sizes, options, gradient=False) if teacher else None,
         head_flops=2 * rows * sizes.hidden * sizes.vocab * projections,
     )
 
 
-def _pass_cost(
-    trees: Sequence[TreeSizes], sizes: ModelSizes, options: _Options, *, gradient: bool, read_shared: bool
-) -> PassCost:
-    naive = [(0, tree.trunk + branch) for tree in trees for branch in tree.branches]
-    branches = [(tree.trunk, tree.trunk + branch) for tree in trees for branch in tree.branches]
-    shared = [(tree.shared if read_shared else 0, tree.trunk) for tree in trees] + branches
-    spans = naive if options.strategy == "naive" else shared
+def _pass_cost(trees: Sequence[TreeSizes], sizes: ModelSizes, options: _Options, *, gradient: bool) -> PassCost:
+    naive = [span for tree in trees for span in tree.naive]
+    spans = naive if options.strategy == "naive" else [span for tree in trees for span in tree.spans]
     times = (4 if options.checkpointing else 3) if gradient else 1
     prompts = [] if options.strategy == "naive" else [_prompt_bytes(tree, sizes, options) for tree in trees]
     return PassCost(
@@ -215,15 +239,15 @@ def _pass_cost(
         kept_bytes=_kept_bytes(trees, naive, sizes, options) if gradient else 0,
         naive_kept_bytes=_bytes_of_layers(naive, sizes, options, strategy="naive") if gradient else 0,
         prompt_bytes=sum(prompts),
-        working_bytes=0 if gradient else _working_bytes(trees, read_shared, sizes, options),
+        working_bytes=0 if gradient else _working_bytes(trees, sizes, options),
     )
 
 
-def _tokens(spans: Sequence[tuple[int, int]]) -> int:
+def _tokens(spans: Sequence[Span]) -> int:
     return sum(end - start for start, end in spans)
 
 
-def _flops(spans: Sequence[tuple[int, int]], sizes: ModelSizes) -> int:
+def _flops(spans: Sequence[Span], sizes: ModelSizes) -> int:
     """Counts forward FLOPs of the tokens at positions [start, end) of sequences whose earlier tokens are known."""
     tokens = _tokens(spans)
     windows = {layer.window for layer in sizes.layers}
@@ -242,48 +266,48 @@ def _pairs(start: int, end: int, window: int | None) -> int:
 
 
 def _prompt_bytes(tree: TreeSizes, sizes: ModelSizes, options: _Options) -> int:
-    """Counts what the layers remember of a trunk."""
-    if not tree.branches:
-        return 0
+    """Counts what the layers remember of the longest path of nodes with children."""
+    return max((_remembered(path[-1][1], sizes, options) for path, _ in tree.families() if path), default=0)
+
+
+def _remembered(tokens: int, sizes: ModelSizes, options: _Options) -> int:
     return options.dtype_bytes * sum(
-        min(tree.trunk, layer.window or tree.trunk) * layer.kv_entries + layer.state_entries for layer in sizes.layers
+        min(tokens, layer.window or tokens) * layer.kv_entries + layer.state_entries for layer in sizes.layers
     )
 
 
-def _kept_bytes(
-    trees: Sequence[TreeSizes], naive: Sequence[tuple[int, int]], sizes: ModelSizes, options: _Options
-) -> int:
+def _kept_bytes(trees: Sequence[TreeSizes], naive: Sequence[Span], sizes: ModelSizes, options: _Options) -> int:
     """Counts what a strategy keeps for backward at its peak; `naive` are the spans of whole sequences."""
     if options.strategy == "naive":
         return _bytes_of_layers(naive, sizes, options, strategy="naive")
     if options.strategy != "two_phase":
-        return sum(_bytes_of_tree(tree, tree.branches, sizes, options) for tree in trees)
-    # One group at a time, and few of its completions; beside them the gradient of the prompt's keys and values, which
-    # the micro-batches add to.
+        return sum(_bytes_of_layers(tree.spans, sizes, options, strategy=options.strategy) for tree in trees)
+    # One path at a time, and few of the leaves at its end; beside them the gradient of the path's keys and values,
+    # which the micro-batches add to.
     return max(
         (
-            _bytes_of_tree(tree, sorted(tree.branches, reverse=True)[: options.micro_batch], sizes, options)
-            + _prompt_bytes(tree, sizes, options)
+            _bytes_of_layers([*path, *leaves[: options.micro_batch]], sizes, options, strategy="two_phase")
+            + (_remembered(path[-1][1], sizes, options) if path else 0)
             for tree in trees
+            for path, leaves in tree.families()
         ),
         default=0,
     )
 
 
-def _working_bytes(trees: Sequence[TreeSizes], read_shared: bool, sizes: ModelSizes, options: _Options) -> int:
+def _working_bytes(trees: Sequence[TreeSizes], sizes: ModelSizes, options: _Options) -> int:
     """Counts what the largest layer holds; without a gradient its tensors are gone when the next one runs."""
-    first = [(tree.shared if read_shared else 0, tree.trunk) for tree in trees if tree.branches]
-    rest = [sorted(((tree.trunk, tree.trunk + n) for n in tree.branches), reverse=True) for tree in trees]
     if options.strategy == "naive":
-        batches = [[(0, end) for spans in rest for _, end in spans]]
+        batches = [[span for tree in trees for span in tree.naive]]
     elif options.strategy == "packed":
-        batches = [[*first, *(span for spans in rest for span in spans)]]
-    else:  # a trunk, then its branches, of which two_phase runs few at a time
+        batches = [[span for tree in trees for span in tree.spans]]
+    else:  # a node, then the leaves behind it, of which two_phase runs few at a time
         at_a_time = BRANCHES if options.strategy == "two_phase" else None
-        batches = [*([span] for span in first), *(spans[:at_a_time] for spans in rest)]
+        families = [family for tree in trees for family in tree.families()]
+        batches = [*(path[-1:] for path, _ in families), *(leaves[:at_a_time] for _, leaves in families)]
     own, wide = options.dtype_bytes, max(4, options.dtype_bytes)
 
-    def held(layer: LayerSizes, batch: Sequence[tuple[int, int]]) -> int:
+    def held(layer: LayerSizes, batch: Sequence[Span]) -> int:
         kept = layer.kept * own + (layer.kept_float32 + layer.kept_chunked) * wide
         # Attention and feed-forward layer take turns: about two thirds of what backward would need is there at a time.
         held_bytes = _tokens(batch) * kept * 2 // 3
@@ -295,12 +319,7 @@ def _working_bytes(trees: Sequence[TreeSizes], read_shared: bool, sizes: ModelSi
     return max((held(layer, batch) for layer in set(sizes.layers) for batch in batches), default=0)
 
 
-def _bytes_of_tree(tree: TreeSizes, branches: Sequence[int], sizes: ModelSizes, options: _Options) -> int:
-    spans = [(0, tree.trunk), *((tree.trunk, tree.trunk + branch) for branch in branches)]
-    return _bytes_of_layers(spans, sizes, options, strategy=options.strategy)
-
-
-def _bytes_of_layers(spans: Sequence[tuple[int, int]], sizes: ModelSizes, options: _Options, *, strategy: str) -> int:
+def _bytes_of_layers(spans: Sequence[Span], sizes: ModelSizes, options: _Options, *, strategy: str) -> int:
     """Counts what is kept of the tokens at positions [start, end) of sequences whose earlier tokens are read."""
     tokens, counted = _tokens(spans), Counter(spans)
     kinds = {layer: _bytes_of_layer(layer, counted, options, strategy) for layer in set(sizes.layers)}
@@ -313,7 +332,7 @@ def _bytes_of_layers(spans: Sequence[tuple[int, int]], sizes: ModelSizes, option
     return ends + sum(of_layers)
 
 
-def _bytes_of_layer(layer: LayerSizes, spans: Counter[tuple[int, int]], options: _Options, strategy: str) -> int:
+def _bytes_of_layer(layer: LayerSizes, spans: Counter[Span], options: _Options, strategy: str) -> int:
     own, wide = options.dtype_bytes, max(4, options.dtype_bytes)
     kept_bytes = 0
     for (start, end), count in spans.items():

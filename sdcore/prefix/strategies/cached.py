@@ -1,48 +1,70 @@
-"""Runs the trunk once, into a cache; then its branches as a batch that reads it. One backward goes through all.
+"""Runs a tree depth first: what is shared once, into a cache; what ends there as batches that read it.
 
-    states, trunk_hidden = run_recording(body, tree.trunk)
-    branch_hidden = run_reading(body, pad(tree.branches), states)
+    states, hidden = run_recording(body, node, states_of_parent)
+    leaf_hidden = run_reading(body, pad(leaves), states)
 
-Works with whatever attention a model uses, and with linear-attention hybrids. What it costs beside each token once:
-the trunk's keys and values are copied in front of each branch's, layer by layer. A live teacher starts from the
-student's states (`record=`, `prompts=`), as far as its trunk begins with the student's prompt.
+One backward goes through all. Works with whatever attention a model uses, and with linear-attention hybrids. What it
+costs beside each token once: the keys and values of a path are copied in front of those of each leaf, layer by layer. A
+live teacher starts from the student's states (`record=`, `prompts=`), wherever its tree leaves the student's.
 
-Not covered: groups are computed one after the other, so many small ones cost many small passes.
+Not covered: only leaves of one parent are batched, and groups are computed one after the other, so many small ones
+cost many small passes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ...models import Body
-from ..planner import Tree, buckets, row_slices
-from .caches import TrunkStates, far, require_readable, run_reading, run_recording
-from .naive import FREE_PADDING, in_order, length_buckets, run_whole
-
-Piece = tuple[slice, Tensor]  # where rows are among all, and their states (R, H)
+from ..tree import Tree
+from .caches import TrunkStates, require_readable, run_reading, run_recording
+from .naive import Piece, in_order, run_whole
+from .schedule import Recorded, Schedule, Step, schedule
 
 
 @dataclass(frozen=True, eq=False)
 class PromptStates:
-    """Holds what a student's pass leaves to a teacher's of the same weights: detached states of each group's prompt."""
+    """Holds what a student's pass leaves to a teacher's of the same weights: detached states of each group's tree."""
 
-    groups: tuple[tuple[TrunkStates, ...], ...]  # B of: after the whole prompt, and maybe after less of it
+    groups: tuple[Recorded, ...]  # B
 
-    def start_of(self, group: int, tree: Tree, body: Body) -> TrunkStates | None:
-        """Returns the states after the first `tree.shared` tokens of a group, or after as many as there are."""
-        candidates = [
-            states.up_to(tree.shared, body)
-            for states in self.groups[group]
-            if tree.shared and far(body, states.length) == far(body, len(tree.trunk))
-        ]
-        return max(
-            (states for states in candidates if states is not None), key=lambda states: states.length, default=None
-        )
+
+class Ran(NamedTuple):
+    """Is a stretch that has been run."""
+
+    states: TrunkStates
+    kept: Tensor  # (n, H) its states that are asked for
+
+    def tensors(self) -> list[Tensor]:
+        """Lists what others may read of it, in a fixed order."""
+        return [*self.states.tensors(), self.kept]
+
+
+class Recorder:
+    """Gathers the states of one tree that a teacher will read, without a graph."""
+
+    def __init__(self, record: bool | Sequence[tuple[int, int]]) -> None:
+        self.record = record
+        self.detached: dict[int, TrunkStates] = {}
+        self.stretches: list[tuple[int, int, TrunkStates]] = []
+
+    def add(self, plan: Schedule, k: int, states: TrunkStates) -> None:
+        """Keeps the states of a stretch, and of those before it, if they are wanted."""
+        if self.record is False:
+            return
+        start, stop, before = plan.stretches[k].start, plan.stretches[k].stop, plan.stretches[k].before
+        self.detached[k] = states.map(Tensor.detach, self.detached.get(before, states.before))
+        if self.record is True or any(a < stop and start < b for a, b in self.record):
+            self.stretches.append((start, stop, self.detached[k]))
+
+    def recorded(self) -> Recorded:
+        return Recorded(tuple(self.stretches))
 
 
 def hidden_states(
@@ -50,110 +72,103 @@ def hidden_states(
     trees: Sequence[Tree],
     *,
     prompts: PromptStates | None = None,
-    record: bool | Sequence[int] = False,
+    record: bool | Sequence[Sequence[tuple[int, int]]] = False,
     micro_batch: int | None = None,
 ) -> tuple[Tensor, PromptStates | None]:
-    """Returns the (N, H) states that predict each completion token, in the order group, completion, position.
+    """Returns the (N, H) asked-for states, in the order of the plan's rows.
 
-    With a graph if gradients are enabled. `record` also returns the trunks' states, detached, for a teacher's pass:
-    True, or per group how many tokens of its trunk that pass will read, which recurrent layers have to know beforehand.
-    With `prompts`, from such a pass under the same weights, the first `tree.shared` tokens of each trunk are read and
-    not computed. At most `micro_batch` branches run at a time (None: any number).
+    With a graph if gradients are enabled. `record` also returns states, detached, for a teacher's pass: True, those of
+    what is shared, or per group what that pass will read (`Tree.reads`), which recurrent layers have to know
+    beforehand. With `prompts`, from such a pass under the same weights, what a tree borrows is read and not computed,
+    as far as it is there. At most `micro_batch` leaves run at a time (None: any number).
 
     Raises `UnsupportedModelError` for models whose prefix cannot be shared, and for reentrant checkpointing.
     """
     require_readable(body, trees)
     pieces: list[Piece] = []
-    recorded: list[tuple[TrunkStates, ...]] = []
-    for g, (tree, slices) in enumerate(zip(trees, row_slices(trees), strict=True)):
-        kept: tuple[TrunkStates, ...] = ()
-        if tree.active:
-            start = None if prompts is None else prompts.start_of(g, tree, body)
-            trunk = run_trunk(body, tree, start, split_at=0 if isinstance(record, bool) else record[g])
-            kept = () if record is False else trunk.detached()
-            for batch in branch_batches(body, tree, micro_batch=micro_batch):
-                pieces += run_branches(body, tree, batch, trunk.whole, trunk.last, slices)
-        recorded.append(kept)
-    return in_order(body, pieces, trees), None if record is False else PromptStates(tuple(recorded))
-
-
-@dataclass(frozen=True, eq=False)
-class Trunk:
-    """Is a trunk that has been run."""
-
-    states: tuple[TrunkStates, ...]  # after all of it, and maybe after less; none where the trunk is empty
-    last: Tensor | None  # (H,) the hidden state of its last token; None where the trunk is empty
-
-    @property
-    def whole(self) -> TrunkStates | None:
-        return self.states[0] if self.states else None
-
-    def detached(self) -> tuple[TrunkStates, ...]:
-        return tuple(states.detach() for states in self.states)
-
-
-def run_trunk(body: Body, tree: Tree, start: TrunkStates | None = None, *, split_at: int = 0) -> Trunk:
-    """Runs what `start` does not hold of a trunk. Recurrent layers' states are kept after `split_at` tokens too."""
-    if len(tree.trunk) == 0:
-        return Trunk((), None)
-    done = 0 if start is None else start.length
-    kept: tuple[TrunkStates, ...] = ()
+    recorded: list[Recorded] = []
     unread: list[Tensor] = []
-    # A rest of one token would be computed as in decoding, for which fused kernels have no backward.
-    split_at = min(split_at, len(tree.trunk) - 2)
-    if body.recurrent and done < split_at:
-        start, first = run_recording(body, tree.trunk[done:split_at], start)
-        kept, done = (start,), split_at
-        # FSDP2 gathers a layer's weights for backward when a gradient arrives at its output, not at its states.
-        unread = [first[:0]] if body.sharded is not None else []
-    whole, hidden = run_recording(body, tree.trunk[done:], start)
-    return Trunk((whole, *kept), torch.cat([*unread, hidden[-1:]])[0])
+    plans = schedules(body, trees, prompts=prompts, record=record, micro_batch=micro_batch)
+    for g, plan in enumerate(plans):
+        alive: dict[int, Ran] = {}
+        recorder = Recorder(wanted_of(record, g))
+        for step in plan.steps:
+            k = step.stretch
+            if step.kind == "enter":
+                before = plan.stretches[k].before
+                alive[k] = enter(body, plan, k, alive[before].states if before >= 0 else None)
+                pieces += plan.pieces(k, alive[k].kept)
+                # FSDP2 gathers a layer's weights for backward when a gradient arrives at its output, not at its states.
+                unread += [alive[k].kept] if body.sharded is not None and not len(alive[k].kept) else []
+                recorder.add(plan, k, alive[k].states)
+            elif step.kind == "batch":
+                pieces += run_batch(body, plan, step, alive[k].states if k >= 0 else None)
+            else:
+                del alive[k]
+        recorded.append(recorder.recorded())
+    hidden = in_order(body, pieces)
+    if unread:
+        hidden = torch.cat([hidden, *unread])
+    return hidden, None if record is False else PromptStates(tuple(recorded))
 
 
-def branch_batches(body: Body, tree: Tree, *, micro_batch: int | None = None) -> list[list[int]]:
-    """Batches completions with rows: at most `micro_batch` branches of similar length, the longest first.
-
-    A completion with nothing to run, since its only row is the trunk's last state, is no burden to the last batch.
-    """
-    running = [i for i in tree.active if len(tree.branches[i])]
-    lengths = [len(tree.branches[i]) for i in running]
-    alike = buckets(lengths, free_padding=FREE_PADDING) if len(tree.trunk) else length_buckets(body, lengths)
-    step = micro_batch or max(1, len(running))
-    batches = [[running[i] for i in bucket[at : at + step]] for bucket in alike for at in range(0, len(bucket), step)]
-    standing = [i for i in tree.active if not len(tree.branches[i])]
-    if not batches:
-        return [standing] if standing else []
-    return [*batches[:-1], batches[-1] + standing]
-
-
-def run_branches(
+def schedules(
     body: Body,
-    tree: Tree,
-    batch: Sequence[int],
-    prefix: TrunkStates | None,
-    last: Tensor | None,
-    slices: Sequence[slice],
-) -> list[Piece]:
-    """Runs these completions' branches after a prefix. `last` (H,) is the trunk's last hidden state, a row of some."""
-    running = [i for i in batch if len(tree.branches[i])]
-    states: dict[int, Tensor] = {}
-    if running:
-        branches = [tree.branches[i] for i in running]
-        if prefix is None:
-            hidden = run_whole(body, branches)  # (B, L, H)
-        else:
-            tokens = pad_sequence(branches, batch_first=True)
-            # As in `run_trunk`: never a single token after a recurrent layer's state.
-            if body.recurrent and tokens.shape[1] == 1:
-                tokens = torch.nn.functional.pad(tokens, (0, 1))
-            hidden = run_reading(body, tokens, prefix)
-        states = dict(zip(running, hidden, strict=True))
-    pieces = []
-    for i in batch:
-        rows, length, place = tree.rows[i], len(tree.branches[i]), slices[i]
-        if rows > length and last is not None:
-            pieces.append((slice(place.start, place.start + 1), last[None]))
-        if length:
-            own = min(rows, length)
-            pieces.append((slice(place.stop - own, place.stop), states[i][length - own : length]))
-    return pieces
+    trees: Sequence[Tree],
+    *,
+    prompts: PromptStates | None = None,
+    record: bool | Sequence[Sequence[tuple[int, int]]] = False,
+    micro_batch: int | None = None,
+) -> list[Schedule]:
+    """Plans how `hidden_states` runs the trees."""
+    return [
+        schedule(
+            body,
+            tree,
+            known=None if prompts is None else prompts.groups[g],
+            record=_spans(tree, wanted_of(record, g)),
+            micro_batch=micro_batch,
+        )
+        for g, tree in enumerate(trees)
+    ]
+
+
+def wanted_of(record: bool | Sequence[Sequence[tuple[int, int]]], group: int) -> bool | Sequence[tuple[int, int]]:
+    """Says what of a group's tree a teacher's pass goes on from."""
+    return record if isinstance(record, bool) else record[group]
+
+
+def _spans(tree: Tree, record: bool | Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+    """Lists what is to be recorded of a tree. All of it is all that is shared, or the one sequence that there is."""
+    if isinstance(record, bool):
+        return [(0, len(tree.spans[0]))] if record and len(tree.children[-1]) == 1 else []
+    return record
+
+
+def enter(body: Body, plan: Schedule, k: int, before: TrunkStates | None) -> Ran:
+    """Runs a stretch by itself and keeps its states."""
+    stretch = plan.stretches[k]
+    states, hidden = run_recording(body, plan.tokens(k), before if stretch.given is None else stretch.given)
+    return Ran(states, stretch.kept(hidden))
+
+
+def run_batch(body: Body, plan: Schedule, step: Step, before: TrunkStates | None) -> list[Piece]:
+    """Runs a step's batch, and returns its rows."""
+    if not step.batch:
+        return []
+    sequences = [plan.tokens(k) for k in step.batch]
+    given = plan.stretches[step.batch[0]].given
+    prefix = before if given is None else given
+    if prefix is None:
+        hidden = run_whole(body, sequences)  # (B, L, H)
+    else:
+        tokens = pad_sequence(sequences, batch_first=True)
+        # Never a single token after a recurrent layer's state.
+        if body.recurrent and tokens.shape[1] == 1:
+            tokens = torch.nn.functional.pad(tokens, (0, 1))
+        hidden = run_reading(body, tokens, prefix)
+    return [
+        piece
+        for states, k in zip(hidden, step.batch, strict=True)
+        for piece in plan.pieces(k, plan.stretches[k].kept(states))
+    ]

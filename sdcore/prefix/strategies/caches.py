@@ -28,27 +28,40 @@ from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCach
 
 from ...errors import UnsupportedModelError
 from ...models import Body
-from ..planner import Tree
+from ..tree import Tree
 
 ATTENTION_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
 @dataclass(frozen=True, eq=False)
 class TrunkStates:
-    """Holds what every layer remembers after `length` tokens of one sequence.
+    """Holds what every layer remembers after `length` tokens of one sequence, beside what is held `before`.
 
-    A layer with attention has (keys, values), each (1, heads, length or less, head size); a recurrent one
-    (convolution inputs, state) of each of its states, (1, channels, kernel) and (1, ...).
+    A layer with attention has (keys, values), each (1, heads, tokens or less, head size), of the tokens that are not
+    before; a recurrent one (convolution inputs, state) after all tokens, (1, channels, kernel) and (1, ...).
     """
 
     length: int
     layers: tuple[tuple[Tensor, ...], ...]
+    before: TrunkStates | None = None  # those that these tokens were run after; None: from the start
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> TrunkStates:
-        return replace(self, layers=tuple(tuple(function(state) for state in layer) for layer in self.layers))
+    @property
+    def start(self) -> int:
+        """Counts the tokens before."""
+        return 0 if self.before is None else self.before.length
 
-    def detach(self) -> TrunkStates:
-        return self.map(Tensor.detach)
+    def path(self) -> list[TrunkStates]:
+        """Lists all that is held, from the start."""
+        path, states = [self], self.before
+        while states is not None:
+            path.append(states)
+            states = states.before
+        return path[::-1]
+
+    def map(self, function: Callable[[Tensor], Tensor], before: TrunkStates | None = None) -> TrunkStates:
+        """Applies a function to every state, and puts the result after other states."""
+        layers = tuple(tuple(function(state) for state in layer) for layer in self.layers)
+        return TrunkStates(self.length, layers, before)
 
     def tensors(self) -> list[Tensor]:
         return [state for layer in self.layers for state in layer]
@@ -65,9 +78,12 @@ class TrunkStates:
         """Returns the states after at most `length` tokens; None where a recurrent layer, or a window, is past them."""
         if length >= self.length:
             return self
-        if body.recurrent or any(keys.shape[2] < self.length for keys, _ in self.layers):
+        if self.before is not None and (length <= self.start or body.recurrent):
+            return self.before.up_to(length, body)
+        if body.recurrent or any(keys.shape[2] < self.length - self.start for keys, _ in self.layers):
             return None
-        return TrunkStates(length, tuple(tuple(state[:, :, :length] for state in layer) for layer in self.layers))
+        layers = tuple(tuple(state[:, :, : length - self.start] for state in layer) for layer in self.layers)
+        return TrunkStates(length, layers, self.before)
 
 
 def unreadable(body: Body) -> str | None:
@@ -83,19 +99,27 @@ def unreadable(body: Body) -> str | None:
 
 
 def require_readable(body: Body, trees: Sequence[Tree]) -> None:
-    """Refuses a model whose trunks cannot be recorded and read, or cannot be for these trees.
+    """Refuses a model whose prefixes cannot be recorded and read, or cannot be for these trees.
 
     Raises `UnsupportedModelError`.
     """
     if (reason := unreadable(body)) is not None:
         raise UnsupportedModelError(reason)
-    for tree in trees:
-        end = max((len(tree.branches[i]) for i in tree.active), default=0) + len(tree.trunk)
-        if len(tree.trunk) and far(body, len(tree.trunk)) != far(body, end):
-            raise UnsupportedModelError(
-                f"{body.name} encodes every position otherwise in sequences of more than {body.rotary_switch} tokens "
-                f"(LongRoPE), so that one of {end} cannot share a prefix of {len(tree.trunk)}"
-            )
+    for tree in trees if body.rotary_switch is not None else ():
+        alone = tree.alone
+        for root in alone.children[-1]:
+            block = range(alone.starts[root], alone.stops[root])
+            inner = [
+                alone.begins[i] + len(ids)
+                for i, ids in enumerate(alone.spans)
+                if alone.starts[i] in block and alone.children[i]
+            ]
+            ends = [alone.lengths[i] for i in alone.active if int(alone.rows[alone.slices[i].start]) in block]
+            if ends and far(body, least := min(ends + inner)) != far(body, most := max(ends)):
+                raise UnsupportedModelError(
+                    f"{body.name} encodes every position otherwise in sequences of more than {body.rotary_switch} "
+                    f"tokens (LongRoPE), so that one of {most} cannot share a prefix of {least}"
+                )
 
 
 def far(body: Body, length: int) -> bool:
@@ -106,13 +130,13 @@ def far(body: Body, length: int) -> bool:
 def run_recording(body: Body, tokens: Tensor, prefix: TrunkStates | None = None) -> tuple[TrunkStates, Tensor]:
     """Runs (L,) tokens after a prefix, or from the start, and keeps the states after all of them.
 
-    Returns the states, of prefix and tokens, and the tokens' last hidden states (L, H). Both carry gradient where
+    Returns the states, put after the prefix's, and the tokens' last hidden states (L, H). Both carry gradient where
     gradients are enabled. L is at least 1.
     """
     cache = PrefixCache(body, prefix, batch=1, recording=True)
     start = 0 if prefix is None else prefix.length
     states = _run(body, tokens[None], cache, start)[0]
-    return TrunkStates(start + len(tokens), cache.recorded()), states
+    return TrunkStates(start + len(tokens), cache.recorded(), prefix), states
 
 
 def run_reading(body: Body, tokens: Tensor, prefix: TrunkStates) -> Tensor:
@@ -137,11 +161,12 @@ class PrefixCache(Cache):
 
     def __init__(self, body: Body, prefix: TrunkStates | None, *, batch: int, recording: bool) -> None:
         layers: list[Any] = []
+        path = [] if prefix is None else prefix.path()
+        length = 0 if prefix is None else prefix.length
         for index, (kind, window) in enumerate(zip(body.layer_types, body.windows, strict=True)):
-            states = None if prefix is None else prefix.layers[index]
-            length = 0 if prefix is None else prefix.length
+            states = [held.layers[index] for held in path]
             if kind == "linear_attention":
-                layers.append(RecurrentLayer(states, batch=batch, recording=recording))
+                layers.append(RecurrentLayer(states[-1] if states else None, batch=batch, recording=recording))
             else:
                 sliding = kind != "full_attention"
                 layers.append(AttentionLayer(states, length, window, sliding=sliding, recording=recording))
@@ -164,7 +189,7 @@ class AttentionLayer(CacheLayerMixin):
     """Puts keys and values of a prefix in front of those of the batch."""
 
     def __init__(
-        self, prefix: Sequence[Tensor] | None, length: int, window: int | None, *, sliding: bool, recording: bool
+        self, prefix: Sequence[Sequence[Tensor]], length: int, window: int | None, *, sliding: bool, recording: bool
     ) -> None:
         super().__init__()
         self.prefix = prefix
@@ -178,16 +203,15 @@ class AttentionLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.used = True
-        keys, values = key_states, value_states
-        if self.prefix is not None:
-            # What is recorded is not cut to the window: a shorter prefix may be asked for.
-            reach = None if self.recording or self.window is None else self.window - 1
-            keys, values = (
-                torch.cat([_last(old, reach).expand(len(new), -1, -1, -1), new], dim=2)
-                for old, new in zip(self.prefix, (keys, values), strict=True)
-            )
         if self.recording and self.first is None:
-            self.first = keys, values
+            self.first = key_states, value_states
+        keys, values = key_states, value_states
+        if self.prefix:
+            reach = None if self.window is None else self.window - 1
+            keys, values = (
+                torch.cat([*(old.expand(len(new), -1, -1, -1) for old in _tail(olds, reach)), new], dim=2)
+                for olds, new in zip(zip(*self.prefix, strict=True), (keys, values), strict=True)
+            )
         visible = self.get_mask_sizes(key_states.shape[2])[0]
         return _last(keys, visible), _last(values, visible)
 
@@ -252,3 +276,14 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
 def _last(states: Tensor, count: int | None) -> Tensor:
     """Returns the last `count` of a state's tokens, dimension 2; None for all of them."""
     return states if count is None else states[:, :, max(0, states.shape[2] - count) :]
+
+
+def _tail(states: Sequence[Tensor], count: int | None) -> list[Tensor]:
+    """Returns the last `count` tokens of states that follow each other; None for all of them."""
+    tail: list[Tensor] = []
+    for state in reversed(states):
+        if count is not None and count <= 0:
+            break
+        tail.append(_last(state, count))
+        count = None if count is None else count - tail[-1].shape[2]
+    return tail[::-1]

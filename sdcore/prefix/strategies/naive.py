@@ -1,7 +1,7 @@
-"""Runs each completion as a sequence of its own, prompt included: the reference, and the fallback for every model.
+"""Runs each sequence by itself, from its first token: the reference, and the fallback for every model.
 
-Nothing is shared. Sequences of similar length are batched and padded on the right, where no earlier token sees it, so
-no mask is passed and attention stays on its causal path.
+Nothing is shared: of a tree only the sequences are read. Those of similar length are batched and padded on the right,
+where no earlier token sees it, so no mask is passed and attention stays on its causal path.
 
 Not covered: models that see tokens ahead; `find_body` refuses those that say so.
 """
@@ -9,15 +9,18 @@ Not covered: models that see tokens ahead; `find_body` refuses those that say so
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ...models import Body
-from ..planner import Tree, buckets, row_slices
+from ..planner import buckets
+from ..tree import Tree
 from .caches import far, positions
+
+Piece: TypeAlias = tuple[Tensor, Tensor]  # which of the plan's rows, (n,) on the CPU, and their states (n, H)
 
 # A batch more costs about as much as this much padding.
 FREE_PADDING = 16
@@ -26,22 +29,26 @@ FREE_PADDING = 16
 def hidden_states(
     body: Body, trees: Sequence[Tree], *, prompts: Any = None, record: Any = False
 ) -> tuple[Tensor, None]:
-    """Returns the (N, H) states that predict each completion token, in the order group, completion, position.
+    """Returns the (N, H) asked-for states, in the order of the plan's rows.
 
     `prompts` and `record` are other strategies' ways to share; here nothing is read and nothing recorded. With a graph
     if gradients are enabled.
     """
-    slices = row_slices(trees)
-    pieces: list[tuple[slice, Tensor]] = []
-    places = [(g, i) for g, tree in enumerate(trees) for i in tree.active]
-    sequences = [trees[g].sequence(i) for g, i in places]
+    pieces: list[Piece] = []
+    wanted = [(tree, i) for tree in trees for i in tree.active]
+    sequences = [tree.sequence(i) for tree, i in wanted]
     for bucket in length_buckets(body, [len(ids) for ids in sequences]):
         states = run_whole(body, [sequences[index] for index in bucket])  # (B, L, H)
-        for row, index in enumerate(bucket):
-            g, i = places[index]
-            end = len(sequences[index])
-            pieces.append((slices[g][i], states[row, end - trees[g].rows[i] : end]))
-    return in_order(body, pieces, trees), None
+        for row, (tree, i) in enumerate(wanted[index] for index in bucket):
+            of_sequence = tree.slices[i]
+            pieces.append((tree.places[of_sequence], taken(states[row], tree.positions[of_sequence])))
+    return in_order(body, pieces), None
+
+
+def taken(states: Tensor, positions: Tensor) -> Tensor:
+    """Returns (n, H) of (L, H) at these positions; a slice, which is not copied, where they follow each other."""
+    start, stop = int(positions[0]), int(positions[-1]) + 1
+    return states[start:stop] if stop - start == len(positions) else states[positions.to(states.device)]
 
 
 def length_buckets(body: Body, lengths: Sequence[int]) -> list[list[int]]:
@@ -60,14 +67,14 @@ def run_whole(body: Body, sequences: Sequence[Tensor]) -> Tensor:
     return body(input_ids, position_ids=positions(0, input_ids))
 
 
-def in_order(body: Body, pieces: Sequence[tuple[slice, Tensor]], trees: Sequence[Tree]) -> Tensor:
-    """Joins pieces with their places among the N rows to (N, H).
+def in_order(body: Body, pieces: Sequence[Piece]) -> Tensor:
+    """Joins pieces to the (N, H) states in the order of their places.
 
     Without rows the result has none, but is connected to the model, so that a rank without completions takes part in
     what the ranks do together.
     """
-    ordered = [states for _, states in sorted(pieces, key=lambda piece: piece[0].start) if len(states)]
-    if ordered:
-        return torch.cat(ordered)
-    device = trees[0].trunk.device if trees else body.device
-    return body(torch.zeros(1, 1, dtype=torch.int64, device=device))[0, :0]
+    if not pieces:
+        return body(torch.zeros(1, 1, dtype=torch.int64, device=body.device))[0, :0]
+    pieces = sorted(pieces, key=lambda piece: int(piece[0][0]))
+    places, states = torch.cat([places for places, _ in pieces]), torch.cat([states for _, states in pieces])
+    return states if bool((places[1:] > places[:-1]).all()) else states[places.argsort().to(states.device)]

@@ -1,15 +1,15 @@
-"""Runs all completions in one row `[trunk 0 | branch 0,0 | branch 0,1 | ... | trunk 1 | ...]`.
+"""Runs all trees in one row, depth first: `[prompt 0 | completion 0,0 | completion 0,1 | ... | prompt 1 | ...]`.
 
     for tree in trees:                                            # the same as this, but each token is computed once
-        for branch, rows in zip(tree.branches, tree.rows):
-            states = body(torch.cat([tree.trunk, branch])[None])  # (1, T + B, H)
-            yield states[0, len(states[0]) - rows :]
+        for i in tree.active:
+            states = body(tree.sequence(i)[None])                 # (1, L, H)
+            yield states[0, tree.positions[tree.slices[i]]]
 
 The model's linear layers see a row without padding; what a token attends to is `attention`'s business. For the time
 of the call the model's configuration names that function as its attention implementation; afterwards, and after an
 error, everything is as before. A layer that gradient checkpointing runs anew in backward gets it once more.
 
-A teacher with the student's weights does not compute what its trunk begins with: the student's pass records each
+A teacher with the student's weights does not compute the nodes that it can borrow: the student's pass records each
 layer's keys and values, and the teacher's row attends to them.
 
 Not covered: layers that carry a state from token to token (linear attention, convolutions, state spaces), attention
@@ -33,7 +33,7 @@ from ...errors import ArgumentError, UnsupportedModelError
 from ...models import Body
 from ..attention.function import NAME, RowContext, row_context
 from ..attention.segments import KeyValue, Row, pack
-from ..planner import Tree
+from ..tree import Tree, in_order
 from .caches import far
 
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
@@ -43,11 +43,17 @@ CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 @dataclass(frozen=True, eq=False)
 class PromptStates:
-    """Holds keys and values of each tree's first tokens in each layer, without a graph. Opaque to others."""
+    """Holds keys and values of some tokens of a student's trees, without a graph. Opaque to others."""
 
-    trunks: tuple[dict[int, KeyValue] | None, ...]  # per tree; None where it has no rows
-    lengths: tuple[int, ...]  # tokens of each tree
+    layers: dict[int, KeyValue]
+    # Per tree which of its tokens, flat from `start` to `stop`, are there, and where; () where it has no rows.
+    kept: tuple[tuple[tuple[int, int, int], ...], ...]
     long: bool  # whether LongRoPE's factors for long sequences are in them
+
+    def place_of(self, tree: int, start: int, length: int) -> int | None:
+        """Says where these tokens of a tree are in the layers; None if they are not."""
+        places = (place + start - a for a, b, place in self.kept[tree] if a <= start and start + length <= b)
+        return next(places, None)
 
 
 class PackedRow(NamedTuple):
@@ -56,7 +62,7 @@ class PackedRow(NamedTuple):
     row: Row
     input_ids: Tensor  # (L,)
     position_ids: Tensor  # (L,)
-    rows: Tensor  # (n,) where in the row the asked-for states are
+    rows: Tensor  # (n,) where in the row the asked-for states are, in the order of their places
 
 
 def supports(body: Body) -> str | None:
@@ -90,27 +96,31 @@ def hidden_states(
     trees: Sequence[Tree],
     *,
     prompts: PromptStates | None = None,
-    record: bool | Sequence[int] = False,
+    record: bool | Sequence[Sequence[tuple[int, int]]] = False,
 ) -> tuple[Tensor, PromptStates | None]:
-    """Returns the (N, H) states that predict each completion token, in the order group, completion, position.
+    """Returns the (N, H) asked-for states, in the order of the plan's rows.
 
-    With a graph where gradients are enabled. `record` also returns the trunks' states, detached: True, or of each tree
-    so many first tokens. With `prompts`, which such a pass over trees with the same prompts returned, the first
-    `tree.shared` tokens of each trunk are read from there. Ids are expected to be on the model's device.
+    With a graph where gradients are enabled. `record` also returns the keys and values, detached: True for those of all
+    tokens, or of each tree the spans that are wanted, as `Tree.reads` gives them. With `prompts`, which such a pass
+    over the student's trees returned, `borrowed` nodes are read from there. Ids are expected to be on the model's
+    device.
 
     Raises `ArgumentError` for prompts that do not fit, `UnsupportedModelError` where `supports` gives a reason, or the
     model asks its attention for what packed rows do not do.
     """
-    if prompts is not None:
-        _check_prompts(trees, prompts)
+    if prompts is None:
+        trees = [tree.alone for tree in trees]
+    elif not isinstance(prompts, PromptStates):
+        raise ArgumentError(f"prompts must be what a packed pass with record=True returned, got {type(prompts)}")
+    elif len(prompts.kept) != len(trees):
+        raise ArgumentError(f"prompts must hold {len(trees)} trees, got {len(prompts.kept)}")
     reason = supports(body)
     if reason is not None:
         raise UnsupportedModelError(reason)
     long = _is_long(body, trees, prompts)
     active = [i for i, tree in enumerate(trees) if tree.active]
-    packed = _row_of(trees, active, prompts is not None) if active else _row_of_nothing(trees)
-    prefixes = tuple(prompts.trunks[tree] if prompts else None for tree in active)
-    context = RowContext(packed.row, prefixes, recorded=None if record is False else {})
+    packed = _row_of(trees, active, prompts) if active else _row_of_nothing(body)
+    context = RowContext(packed.row, prompts.layers if prompts else None, recorded=None if record is False else {})
     with _packed_mode(body, context) as checkpointed:
         states = body(packed.input_ids.unsqueeze(0), position_ids=packed.position_ids.unsqueeze(0))  # (1, L, H)
     hidden = states[0][packed.rows]
@@ -118,66 +128,75 @@ def hidden_states(
         return hidden, None
     # Layers that run anew in backward must not record: their keys and values would stay until its end.
     layers, context.recorded = context.recorded, None
-    kept = [len(tree.trunk) for tree in trees] if isinstance(record, bool) else list(record)
-    trunks: list[dict[int, KeyValue] | None] = [None] * len(trees)
-    for tree, group in zip(active, packed.row.groups, strict=False):
-        place = slice(group.trunk.start, group.trunk.start + kept[tree])
-        # The graph keeps the row's keys and values; where there is none, a view would keep all of them.
-        trunks[tree] = _part(layers, place, copy=checkpointed or not torch.is_grad_enabled())
-    return hidden, PromptStates(tuple(trunks), tuple(kept), long)
+    # The graph keeps the row's keys and values; where there is none, a view would keep all of them.
+    copied = checkpointed or not torch.is_grad_enabled()
+    kept: list[tuple[tuple[int, int, int], ...]] = [()] * len(trees)
+    parts: list[Tensor] = []
+    start = place = 0
+    for i in active:
+        wanted = [(0, trees[i].starts[-1])] if isinstance(record, bool) else record[i]
+        of_tree = []
+        for first, stop in wanted:
+            of_tree.append((first, stop, place if copied else start + first))
+            parts.append(torch.arange(start + first, start + stop))
+            place += stop - first
+        kept[i], start = tuple(of_tree), start + trees[i].starts[-1]
+    if copied:
+        index = torch.cat([*parts, torch.empty(0, dtype=torch.int64)]).to(body.device)
+        layers = {i: (key[:, :, index], value[:, :, index]) for i, (key, value) in layers.items()}
+    return hidden, PromptStates(layers, tuple(kept), long)
 
 
-def _row_of_nothing(trees: Sequence[Tree]) -> PackedRow:
+def _row_of_nothing(body: Body) -> PackedRow:
     """Makes a row of a single token, of which no state is asked for, so that the result still has a graph."""
-    token = torch.zeros(1, dtype=torch.int64, device=trees[0].trunk.device if trees else None)
-    return PackedRow(pack([(0, 1, [])]), token, token, token[:0])
+    token = torch.zeros(1, dtype=torch.int64, device=body.device)
+    return PackedRow(pack([-1], [1]), token, token, token[:0])
 
 
-def _row_of(trees: Sequence[Tree], which: Sequence[int], read_shared: bool) -> PackedRow:
-    shapes, ids, rows = [], [], []
-    for tree in (trees[i] for i in which):
-        prefix = tree.shared if read_shared else 0
-        branches = [tree.branches[i] for i in tree.active]
-        shapes.append((prefix, len(tree.trunk) - prefix, [len(branch) for branch in branches]))
-        ids += [tree.trunk[prefix:], *branches]
-    row = pack(shapes)
-    for g, group in zip(which, row.groups, strict=True):
-        for i, branch in zip(trees[g].active, group.branches, strict=True):
-            own = min(trees[g].rows[i], branch.length)
-            # A row that no token of the branch gives is the trunk's last state.
-            rows += [group.trunk.stop - 1] * (trees[g].rows[i] - own) + list(range(branch.stop - own, branch.stop))
-    spans = [span for group in row.groups for span in (group.trunk, *group.branches)]
-    positions = [torch.arange(span.position, span.position + span.length) for span in spans]
-    input_ids = torch.cat(ids)
+def _row_of(trees: Sequence[Tree], which: Sequence[int], prompts: PromptStates | None) -> PackedRow:
+    """Lays out these trees. Raises `ArgumentError` for prompts without what is to be borrowed from them."""
+    parents: list[int] = []
+    lengths: list[int] = []
+    borrowed: list[int] = []
+    ids: list[Tensor] = []
+    for t in which:
+        first = len(parents)
+        for i, span in enumerate(trees[t].spans):
+            place = None
+            if trees[t].borrowed[i] >= 0 and prompts is not None:
+                place = prompts.place_of(t, trees[t].borrowed[i], len(span))
+                if place is None:
+                    raise ArgumentError(
+                        f"prompts must hold the {trees[t].shared} shared tokens of trees[{t}], got "
+                        f"{sum(stop - start for start, stop, _ in prompts.kept[t])}"
+                    )
+            parents.append(trees[t].parents[i] + first if trees[t].parents[i] >= 0 else -1)
+            lengths.append(len(span))
+            borrowed.append(-1 if place is None else place)
+            if place is None:
+                ids.append(span)
+    row = pack(parents, lengths, borrowed)
+    rows, first = [], 0
+    for t in which:
+        tree = trees[t]
+        own = row.nodes[first : first + len(tree.spans)]
+        moved = torch.tensor([node.span.start - start for node, start in zip(own, tree.starts, strict=False)])
+        rows.append(tree.rows + moved[tree.row_nodes])
+        first += len(tree.spans)
+    order = in_order([trees[t] for t in which])
+    positions = [torch.arange(span.position, span.position + span.length) for span in row.own]
+    input_ids, at = torch.cat(ids), torch.cat(rows)
     return PackedRow(
         row,
         input_ids,
         torch.cat(positions).to(input_ids.device),
-        torch.tensor(rows, dtype=torch.int64).to(input_ids.device),
+        (at if order is None else at[order]).to(input_ids.device),
     )
-
-
-def _part(layers: dict[int, KeyValue], place: slice, *, copy: bool) -> dict[int, KeyValue]:
-    def part(states: Tensor) -> Tensor:
-        return states[:, :, place].clone() if copy else states[:, :, place]
-
-    return {layer: (part(key), part(value)) for layer, (key, value) in layers.items()}
-
-
-def _check_prompts(trees: Sequence[Tree], prompts: PromptStates) -> None:
-    if not isinstance(prompts, PromptStates):
-        raise ArgumentError(f"prompts must be what a packed pass with record=True returned, got {type(prompts)}")
-    if len(prompts.trunks) != len(trees):
-        raise ArgumentError(f"prompts must hold {len(trees)} trees, got {len(prompts.trunks)}")
-    for i, (tree, states, length) in enumerate(zip(trees, prompts.trunks, prompts.lengths, strict=True)):
-        if tree.active and tree.shared and (states is None or length < tree.shared):
-            got = "none: that tree had no rows" if states is None else f"{length}"
-            raise ArgumentError(f"prompts must hold the {tree.shared} shared tokens of trees[{i}], got {got}")
 
 
 def _is_long(body: Body, trees: Sequence[Tree], prompts: PromptStates | None) -> bool:
     """True where the sequences get LongRoPE's factors for long ones: the longest decides for the whole row."""
-    lengths = {len(tree.trunk) + len(tree.branches[i]) for tree in trees for i in tree.active}
+    lengths = {length for tree in trees for length in tree.lengths if length}
     regimes = {far(body, length) for length in lengths} | ({prompts.long} if prompts else set())
     if len(regimes) > 1:
         raise UnsupportedModelError(

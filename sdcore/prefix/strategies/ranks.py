@@ -13,7 +13,7 @@ Not covered: meshes on which not all ranks hold the same model, since what is as
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ...models import Body
-from ..planner import Tree
+from ..tree import Tree
 from . import cached, naive, packed
 
 
@@ -64,7 +64,7 @@ def hidden_states(body: Body, strategy: ModuleType, trees: Sequence[Tree], **opt
     if body.sharded is None or not together(body):
         with _one_broadcast(body):
             return strategy.hidden_states(body, trees, **options)
-    own = _runs(body, strategy, trees, options.get("record", False))
+    own = _runs(body, strategy, trees, options)
     (wanted,) = runs_of_all(body, [own])
     hidden, prompts = strategy.hidden_states(body, trees, **options)
     return torch.cat([hidden, *idle(body, wanted - own)]), prompts
@@ -89,27 +89,12 @@ def _one_broadcast(body: Body) -> Iterator[None]:
         wrapper.require_forward_param_sync = wrapper.require_backward_grad_sync
 
 
-def trunk_runs(body: Body, tree: Tree, split_at: int) -> int:
-    """Counts how often `cached.run_trunk` runs the model, from the start."""
-    if len(tree.trunk) == 0:
-        return 0
-    return 2 if body.recurrent and min(split_at, len(tree.trunk) - 2) > 0 else 1
-
-
-def _runs(body: Body, strategy: ModuleType, trees: Sequence[Tree], record: bool | Sequence[int]) -> int:
+def _runs(body: Body, strategy: ModuleType, trees: Sequence[Tree], options: Mapping[str, Any]) -> int:
     """Counts how often a strategy runs the model."""
     if strategy is packed:
         return 1
     if strategy is naive:
-        lengths = [len(tree.trunk) + len(tree.branches[i]) for tree in trees for i in tree.active]
+        lengths = [length for tree in trees for length in tree.lengths if length]
         return max(1, len(naive.length_buckets(body, lengths)))
-    runs = 0
-    for g, tree in enumerate(trees):
-        if tree.active:
-            split_at = 0 if isinstance(record, bool) else record[g]
-            batches = cached.branch_batches(body, tree, micro_batch=getattr(strategy, "MICRO_BATCH", None))
-            # A batch with no branch to run only takes the trunk's last state.
-            runs += trunk_runs(body, tree, split_at) + sum(
-                any(len(tree.branches[i]) for i in batch) for batch in batches
-            )
-    return max(1, runs)
+    options = {"micro_batch": getattr(strategy, "MICRO_BATCH", None), **options}
+    return max(1, sum(plan.runs for plan in cached.schedules(body, trees, **options)))

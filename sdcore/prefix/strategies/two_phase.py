@@ -1,24 +1,27 @@
-"""Runs the student's pass in bounded memory: a trunk, then few branches at a time, each with its own backward.
+"""Runs the student's pass in bounded memory: one path of a tree, then few leaves at a time, each with its own backward.
 
     for part in micro_batches(body, plan.student, micro_batch=4):
         loss = loss_of(part.hidden, part.rows)
         with part.no_sync():                  # DistributedDataParallel: only the last backward synchronises
             backward(part.attach(loss))       # loss.backward(), or accelerator.backward
 
-At any time there are the trunk's graph and one micro-batch's. A micro-batch reads the trunk's keys and values as
-leaves, where the gradients of all of them add up. Its own states are a leaf too: `backward` ends there, and goes on
-into the body, at last into the trunk, when the next part is asked for. So the output layer's gradient has been added to
+At any time there are the graphs of one path from a root and of one micro-batch. Whatever goes on from a node reads its
+keys and values as leaves, where the gradients of all descendants add up; after the last of them the node's own backward
+runs, and adds to those of its ancestors. A micro-batch's own states are a leaf too: `backward` ends there, and goes on
+into the body, at last into the nodes, when the next part is asked for. So the output layer's gradient has been added to
 its `.grad`, and is gone, before the body makes gradients of that size (the embedding's, once for each pass).
 
-Where ranks reduce their gradients, the last micro-batch of a step reads the trunk itself, and its backward goes on into
-it with what has been added up: one backward that reaches every parameter, which `DistributedDataParallel` has to see.
+Where ranks reduce their gradients, the last micro-batch below a node reads the node itself, and its backward goes on
+into it with what has been added up: so the last backward of a step reaches every parameter, which
+`DistributedDataParallel` has to see.
 
 What differs from the obvious: `attach` returns the same loss, and what `backward` multiplies it with (a loss scale, the
 share of an accumulation step) need not be known: the added up gradients were multiplied already, and are passed on as
-they are.
+they are. A live teacher reads what the student has run until the first part of a tree: one path.
 
 Not covered: `DistributedDataParallel(static_graph=True)`, which aborts here, is refused. FSDP2 reduces every
-micro-batch's gradients, so ranks must have equally many: who has fewer is given some without rows.
+micro-batch's gradients, so ranks must have equally many: who has fewer is given some without rows. And ranks must go
+forward and backward in the same order, so that trees which branch at several depths are refused there.
 """
 
 from __future__ import annotations
@@ -34,10 +37,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import ArgumentError, SdcoreError, UnsupportedModelError
 from ...models import Body
-from ..planner import Tree, row_slices
+from ..tree import Tree
 from . import cached, ranks
-from .cached import PromptStates, Trunk, branch_batches, run_branches, run_trunk
-from .caches import require_readable
+from .cached import PromptStates, Ran, Recorder, enter, run_batch, schedules, wanted_of
+from .caches import TrunkStates, require_readable
+from .schedule import Schedule, Step
 
 # Branches at a time where there is no gradient.
 MICRO_BATCH = 4
@@ -53,12 +57,12 @@ class MicroBatch:
 
     hidden: Tensor  # (n, H)
     rows: Tensor  # (n,) int64: which of the N rows these are
-    group: int  # of whose completions they are
-    # The detached states of this group's prompt, as those of a single group; None unless `record` was given.
+    group: int  # of whose tree they are
+    # Detached states of this group's first path, as those of a single group; None unless `record` was given.
     prompts: PromptStates | None
     _synchronises: bool
     _body: Body
-    # Of the part whose backward goes on into the trunk: where to, and the gradients that belong there.
+    # Of a part whose backward goes on into nodes: where to, and the gradients that belong there.
     _roots: list[Tensor] = field(default_factory=list)
     _gradients: list[Tensor] = field(default_factory=list)
     _done: bool = False
@@ -89,18 +93,20 @@ class _Attached(torch.autograd.Function):
 
 
 def micro_batches(
-    body: Body, trees: Sequence[Tree], *, micro_batch: int, record: bool | Sequence[int] = False
+    body: Body, trees: Sequence[Tree], *, micro_batch: int, record: bool | Sequence[Sequence[tuple[int, int]]] = False
 ) -> Iterator[MicroBatch]:
-    """Yields the student's rows, group by group, at most `micro_batch` completions at a time.
+    """Yields the student's rows, group by group, at most `micro_batch` leaves of a tree at a time.
 
     Equivalent to one backward through `cached.hidden_states`, if the losses of the parts add up to its loss and all
-    parts are taken, until there is none. `record` is that of `cached.hidden_states`: each part then has its group's
-    `prompts` for a live teacher. Trees without rows give no parts; where there is no row at all, one part without rows
-    does, so that a rank without completions takes part in what ranks do together. Under FSDP2 a rank may get more parts
-    without rows, also of groups that it does not have, which are counted on from the last.
+    parts are taken, until there is none. A sequence's rows are all in one part. `record` is that of
+    `cached.hidden_states`: each part then has its group's `prompts` for a live teacher. Trees without rows give no
+    parts; where there is no row at all, one part without rows does, so that a rank without completions takes part in
+    what ranks do together. Under FSDP2 a rank may get more parts without rows, also of groups that it does not have,
+    which are counted on from the last.
 
     Raises `BackwardError` if a part is taken before the backward of the one before it has run, `ArgumentError` for a
-    bad `micro_batch`, `UnsupportedModelError` where `cached` does and for a static graph.
+    bad `micro_batch`, `UnsupportedModelError` where `cached` does, for a static graph, and under FSDP2 where the tree
+    of some rank branches at several depths.
     """
     if micro_batch < 1:
         raise ArgumentError(f"micro_batch must be at least 1, got {micro_batch}")
@@ -108,27 +114,25 @@ def micro_batches(
     if isinstance(body.through, DistributedDataParallel) and body.through.static_graph:
         raise UnsupportedModelError("DistributedDataParallel with static_graph=True allows one backward per step only")
     active = [g for g, tree in enumerate(trees) if tree.active]
-    splits = [0 if isinstance(record, bool) else record[g] for g in active]
-    batches = [branch_batches(body, trees[g], micro_batch=micro_batch) for g in active]
-    parts = ranks.runs_of_all(body, [len(of_group) for of_group in batches])
-    trunks = ranks.runs_of_all(
-        body, [ranks.trunk_runs(body, trees[g], at) for g, at in zip(active, splits, strict=True)]
-    )
+    plans = schedules(body, trees, record=record, micro_batch=micro_batch)
+    if body.sharded is not None and ranks.most(body, any(not plan.one_path for plan in plans))[0]:
+        raise UnsupportedModelError(
+            "under FSDP2 two_phase runs trees that branch at one depth only: take packed or cached, or a tree for each "
+            "of the branches"
+        )
+    parts = ranks.runs_of_all(body, [len(plans[g].batches) for g in active])
+    entered = ranks.runs_of_all(body, [plans[g].entered for g in active])
     if not parts:
         hidden, _ = cached.hidden_states(body, trees)
         yield MicroBatch(hidden, torch.empty(0, dtype=torch.int64, device=hidden.device), 0, None, True, body)
-    slices = row_slices(trees)
     for k, g in enumerate(active):
-        last_group = g == active[-1]
-        yield from _group(
-            body, g, trees[g], slices[g], batches[k], record is not False, splits[k], last_group, parts[k], trunks[k]
-        )
+        yield from _group(body, g, plans[g], wanted_of(record, g), g == active[-1], parts[k], entered[k])
     for k in range(len(active), len(parts)):
-        trunk = ranks.idle(body, trunks[k])
+        runs = ranks.idle(body, entered[k])
         for _ in range(parts[k] - 1):
             yield from _to_be_done(_idle_part(body, len(trees) + k))
-        yield from _to_be_done(_idle_part(body, len(trees) + k, *trunk))
-        del trunk
+        yield from _to_be_done(_idle_part(body, len(trees) + k, *runs))
+        del runs
 
 
 def hidden_states(
@@ -136,10 +140,10 @@ def hidden_states(
     trees: Sequence[Tree],
     *,
     prompts: PromptStates | None = None,
-    record: bool | Sequence[int] = False,
+    record: bool | Sequence[Sequence[tuple[int, int]]] = False,
     micro_batch: int = MICRO_BATCH,
 ) -> tuple[Tensor, PromptStates | None]:
-    """Runs `cached.hidden_states` with few branches at a time: without gradient, no second phase is needed."""
+    """Runs `cached.hidden_states` with few leaves at a time: without gradient, no second phase is needed."""
     return cached.hidden_states(body, trees, prompts=prompts, record=record, micro_batch=micro_batch)
 
 
@@ -152,75 +156,91 @@ def unsynchronised(body: Body) -> AbstractContextManager[Any]:
 def _group(
     body: Body,
     group: int,
-    tree: Tree,
-    slices: Sequence[slice],
-    batches: Sequence[Sequence[int]],
-    record: bool,
-    split_at: int,
+    plan: Schedule,
+    record: bool | Sequence[tuple[int, int]],
     last_group: bool,
     parts: int,
-    trunk_runs: int,
+    entered: int,
 ) -> Iterator[MicroBatch]:
     """Yields the parts of one tree: as many as asked for, of which its batches are the last."""
-    # Forwards are run unsynchronised too, all but the last before the last backward: that one arms the reduction.
-    runs_branches = any(len(tree.branches[i]) for i in batches[-1])
-    with nullcontext() if last_group and not runs_branches else unsynchronised(body):
-        trunk = run_trunk(body, tree, split_at=split_at)
-    idle = ranks.idle(body, trunk_runs - ranks.trunk_runs(body, tree, split_at))
-    prompts = PromptStates((trunk.detached(),)) if record else None
-    if trunk.whole is not None:  # what no branch can see is dropped
-        trunk = Trunk((trunk.whole.reachable(body),), trunk.last)
-    leaves = _leaves(trunk)
-    for _ in range(parts - len(batches)):
-        yield from _to_be_done(_idle_part(body, group, prompts=prompts))
     # Where ranks reduce their gradients, the last backward has to reach every parameter by itself.
     reduces = isinstance(body.through, DistributedDataParallel) or body.sharded is not None
-    for batch in batches[:-1] if reduces else batches:
-        with unsynchronised(body):
-            part = _part(body, group, tree, batch, slices, leaves, prompts, synchronises=False)
-        states = part.hidden
-        if not reduces:
-            part.hidden = states.detach().requires_grad_(states.requires_grad)
-        yield from _to_be_done(part)
-        if not reduces and part.hidden.grad is not None:
-            states.backward(part.hidden.grad)
-        # Its graph is gone; what is left of it must not outlive the next forward.
-        del part, states
-    roots, gradients = [], []
-    for root, leaf in zip(_tensors(trunk), _tensors(leaves), strict=True):
-        if leaf.grad is not None:
-            roots.append(root)
-            gradients.append(leaf.grad)
-    if not reduces:
-        if roots:
-            torch.autograd.backward(roots, gradients)
-        return
-    with nullcontext() if last_group else unsynchronised(body):
-        part = _part(body, group, tree, batches[-1], slices, trunk, prompts, synchronises=last_group)
-    if body.sharded is not None:
-        # Every part runs the model once, on every rank.
-        idle += ranks.idle(body, 0 if runs_branches else 1)
-        part.hidden = torch.cat([part.hidden, *idle])
-    part._roots, part._gradients = roots, gradients
-    del trunk, leaves, idle, roots, gradients
-    yield from _to_be_done(part)
+    batches = [at for at, step in enumerate(plan.steps) if step.kind == "batch"]
+    # Of each node the last batch below it.
+    lasts = {
+        step.stretch: max(b for b in batches if b < at) for at, step in enumerate(plan.steps) if step.kind == "leave"
+    }
+    # Forwards are run unsynchronised too, all but the last before the last backward: that one arms the reduction.
+    arming = max(at for at, step in enumerate(plan.steps) if step.runs) if last_group else -1
+    recorder, prompts, idle = Recorder(record), None, list[Tensor]()
+    nodes: dict[int, Ran] = {}  # on the path, with their graphs
+    leaves: dict[int, Ran] = {}  # the same as leaves
+
+    def read_by(batch: int, node: int) -> Ran:
+        return nodes[node] if reduces and lasts[node] == batch else leaves[node]
+
+    for at, step in enumerate(plan.steps):
+        k, before = step.stretch, plan.stretches[step.stretch].before
+        if step.kind == "enter":
+            with nullcontext() if at == arming else unsynchronised(body):
+                ran = enter(body, plan, k, read_by(lasts[k], before).states if before >= 0 else None)
+            recorder.add(plan, k, ran.states)
+            nodes[k] = ran._replace(states=ran.states.reachable(body))  # what no other can see is dropped
+            leaves[k] = _leaves(nodes[k], leaves[before].states if before >= 0 else None)
+            del ran
+        elif step.kind == "leave":
+            if not reduces:
+                _go_on(nodes[k], leaves[k])
+            nodes.pop(k, None)
+            leaves.pop(k, None)
+        else:
+            if at == batches[0]:
+                prompts = None if record is False else PromptStates((recorder.recorded(),))
+                idle = ranks.idle(body, entered - plan.entered)
+                for _ in range(parts - len(batches)):
+                    yield from _to_be_done(_idle_part(body, group, prompts=prompts))
+            with nullcontext() if at == arming else unsynchronised(body):
+                part = _part(body, group, plan, step, {node: read_by(at, node) for node in nodes}, prompts)
+            if not reduces:
+                states = part.hidden
+                part.hidden = states.detach().requires_grad_(states.requires_grad)
+                yield from _to_be_done(part)
+                if part.hidden.grad is not None:
+                    states.backward(part.hidden.grad)
+                del states
+            else:
+                part._synchronises = last_group and at == batches[-1]
+                others = []
+                for node in [node for node in nodes if lasts[node] == at]:
+                    others.append(nodes[node].kept[:0])
+                    roots, gradients = _gathered(nodes.pop(node), leaves.pop(node))
+                    part._roots += roots
+                    part._gradients += gradients
+                if body.sharded is not None:
+                    # Every part runs the model once, on every rank, and the last goes on into all that was run before.
+                    others += [*(idle if at == batches[-1] else ()), *ranks.idle(body, 0 if step.batch else 1)]
+                    part.hidden = torch.cat([part.hidden, *others])
+                del others
+                yield from _to_be_done(part)
+            # Its graph is gone; what is left of it must not outlive the next forward.
+            del part
 
 
 def _part(
     body: Body,
     group: int,
-    tree: Tree,
-    batch: Sequence[int],
-    slices: Sequence[slice],
-    trunk: Trunk,
+    plan: Schedule,
+    step: Step,
+    nodes: dict[int, Ran],
     prompts: PromptStates | None,
-    *,
-    synchronises: bool,
 ) -> MicroBatch:
-    pieces = run_branches(body, tree, batch, trunk.whole, trunk.last, slices)
-    rows = [torch.arange(where.start, where.stop, device=tree.trunk.device) for where, _ in pieces]
+    """Runs a batch after these nodes, the path to it, and takes the rows of the sequences that are done with it."""
+    pieces = run_batch(body, plan, step, nodes[step.stretch].states if step.batch and step.stretch >= 0 else None)
+    done = frozenset(step.sequences)
+    pieces += [piece for node, ran in nodes.items() for piece in plan.pieces(node, ran.kept, done)]
+    rows = torch.cat([places for places, _ in pieces]).to(body.device)
     hidden = torch.cat([states for _, states in pieces])
-    return MicroBatch(hidden, torch.cat(rows), group, prompts, synchronises, body)
+    return MicroBatch(hidden, rows, group, prompts, False, body)
 
 
 def _idle_part(body: Body, group: int, *others: Tensor, prompts: PromptStates | None = None) -> MicroBatch:
@@ -229,19 +249,26 @@ def _idle_part(body: Body, group: int, *others: Tensor, prompts: PromptStates | 
     return MicroBatch(hidden, torch.empty(0, dtype=torch.int64, device=hidden.device), group, prompts, False, body)
 
 
-def _leaves(trunk: Trunk) -> Trunk:
-    """Copies a trunk with a leaf for every tensor that gathers gradient, where the original has any."""
+def _leaves(node: Ran, before: TrunkStates | None) -> Ran:
+    """Copies a node with a leaf for every tensor that gathers gradient, where the original has any."""
 
     def leaf(state: Tensor) -> Tensor:
         return state.detach().requires_grad_(state.requires_grad)
 
-    return Trunk(tuple(states.map(leaf) for states in trunk.states), None if trunk.last is None else leaf(trunk.last))
+    return Ran(node.states.map(leaf, before), leaf(node.kept))
 
 
-def _tensors(trunk: Trunk) -> list[Tensor]:
-    """Lists what a branch may read of a trunk, in a fixed order."""
-    states = [state for whole in trunk.states for state in whole.tensors()]
-    return states if trunk.last is None else [*states, trunk.last]
+def _gathered(node: Ran, leaves: Ran) -> tuple[list[Tensor], list[Tensor]]:
+    """Lists the tensors of a node whose leaves have gathered gradient, and what they have."""
+    pairs = [(root, leaf.grad) for root, leaf in zip(node.tensors(), leaves.tensors(), strict=True)]
+    return [root for root, grad in pairs if grad is not None], [grad for _, grad in pairs if grad is not None]
+
+
+def _go_on(node: Ran, leaves: Ran) -> None:
+    """Goes backward into a node with what its descendants have added up."""
+    roots, gradients = _gathered(node, leaves)
+    if roots:
+        torch.autograd.backward(roots, gradients)
 
 
 def _to_be_done(part: MicroBatch) -> Iterator[MicroBatch]:

@@ -55,7 +55,7 @@ def padded(rows: dict[str, list[list[int]]]) -> dict[str, Tensor]:
 
 def lengths_of(planned: PaddedPlan) -> list[int]:
     """How many tokens of each completion are computed."""
-    return [count for tree in planned.plan.student for count in tree.rows]
+    return [count for tree in planned.plan.student for count in tree.counts]
 
 
 @given(batches())
@@ -65,7 +65,7 @@ def test_each_row_of_the_plan_reads_and_predicts_what_its_padded_row_does(rows: 
     assert len(lengths) == len(rows["prompts"])
     row = 0
     for tree, taught in zip(planned.plan.student, planned.plan.teacher, strict=True):
-        for i, count in enumerate(tree.rows):
+        for i, count in enumerate(tree.counts):
             completion, losses = rows["completions"][row], rows["losses"][row]
             assert count == lengths[row] == (max((j + 1 for j, on in enumerate(losses) if on), default=0))
             if count:
@@ -79,7 +79,7 @@ def test_each_row_of_the_plan_reads_and_predicts_what_its_padded_row_does(rows: 
 @given(batches())
 def test_neighbours_with_equal_prompts_are_one_group(rows: dict[str, list[list[int]]]) -> None:
     planned = plan_padded(**padded(rows))
-    starts = [0, *accumulate(len(tree.rows) for tree in planned.plan.student)][:-1]
+    starts = [0, *accumulate(len(tree.counts) for tree in planned.plan.student)][:-1]
     changes = [r for r in range(len(rows["prompts"])) if r == 0 or rows["prompts"][r] != rows["prompts"][r - 1]]
     assert starts == changes
 

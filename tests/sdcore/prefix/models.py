@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from sdcore.models import Body
-from sdcore.prefix.planner import Tree
+from sdcore.prefix.tree import Tree
 
 VOCAB = 61
 WINDOW = 6  # shorter than most sequences of the tests, longer than some
@@ -209,9 +209,13 @@ def one_by_one(body: Body, trees: Sequence[Tree]) -> Tensor:
     rows = []
     for tree in trees:
         for i in tree.active:
-            states = body(tree.sequence(i)[None])[0]
-            rows.append(states[len(states) - tree.rows[i] :])
-    return torch.cat(rows)
+            rows.append(body(tree.sequence(i)[None])[0][tree.positions[tree.slices[i]]])
+    return torch.cat(rows)[in_places(trees)]
+
+
+def in_places(trees: Sequence[Tree]) -> Tensor:
+    """(N,) how the rows of trees, one tree after the other, are put in the plan's order."""
+    return torch.cat([tree.places for tree in trees]).argsort()
 
 
 def plain_rows(model: nn.Module, trees: Sequence[Tree]) -> tuple[Tensor, Tensor]:
@@ -220,10 +224,10 @@ def plain_rows(model: nn.Module, trees: Sequence[Tree]) -> tuple[Tensor, Tensor]
     for tree in trees:
         for i in tree.active:
             out = model(input_ids=tree.sequence(i)[None], output_hidden_states=True, use_cache=False)
-            start = len(tree.sequence(i)) - tree.rows[i]
-            hidden.append(out.hidden_states[-1][0, start:])
-            logits.append(out.logits[0, start:])
-    return torch.cat(hidden), torch.cat(logits)
+            positions = tree.positions[tree.slices[i]]
+            hidden.append(out.hidden_states[-1][0, positions])
+            logits.append(out.logits[0, positions])
+    return torch.cat(hidden)[in_places(trees)], torch.cat(logits)[in_places(trees)]
 
 
 def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:

@@ -18,11 +18,12 @@ from sdcore.models import find_body
 from sdcore.prefix.choice import STRATEGIES as RUNNERS
 from sdcore.prefix.costs.count import STRATEGIES, Cost, TreeSizes, cost, cost_of_sizes
 from sdcore.prefix.costs.sizes import LayerSizes, ModelSizes, model_sizes
-from sdcore.prefix.planner import Tree, plan
+from sdcore.prefix.planner import plan
 from sdcore.prefix.strategies.two_phase import micro_batches
+from sdcore.prefix.tree import Tree
 from sdkernels.live_bytes import LiveBytes
 from tests.sdcore.prefix.models import CONFIGS, HYBRIDS, WINDOW, tiny
-from tests.sdcore.prefix.trees import random_plan
+from tests.sdcore.prefix.trees import level, random_plan
 
 LLAMA_8B = ModelSizes.dense(
     layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8, head_dim=128, vocab=128256
@@ -49,9 +50,9 @@ def flops_token_by_token(positions: list[int]) -> int:
 def positions(trees: tuple[Tree, ...], *, shared: bool, read_shared: bool) -> list[int]:
     read: list[int] = []
     for tree in trees:
-        trunk = len(tree.trunk)
+        trunk, branches = len(level(tree).trunk), level(tree).branches
         for i in tree.active:
-            read += range(trunk if shared else 0, trunk + len(tree.branches[i]))
+            read += range(trunk if shared else 0, trunk + len(branches[i]))
         if shared and tree.active:
             read += range(tree.shared if read_shared else 0, trunk)
     return read
@@ -299,7 +300,9 @@ def test_the_bytes_of_a_prompt_are_its_keys_values_and_states() -> None:
 
 def test_the_sizes_of_a_tree_are_those_of_its_active_branches() -> None:
     tree = random_plan(0, teacher="one").teacher[0]
-    assert TreeSizes.of(tree) == (15, (3, 0, 6), (4, 1, 7), 7)
+    spans = ((15, 18), (15, 21))  # of the completions one has no token to read, and one none at all
+    assert TreeSizes.of(tree, read_shared=True) == (((7, 15), *spans), (-1, 0, 0), (18, 15, 21))
+    assert TreeSizes.of(tree, read_shared=False) == (((0, 15), *spans), (-1, 0, 0), (18, 15, 21))
 
 
 def of_sizes(**changed: int) -> Callable[[], Cost]:

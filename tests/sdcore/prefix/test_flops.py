@@ -24,9 +24,10 @@ from sdcore.models import Body, find_body
 from sdcore.prefix.choice import STRATEGIES
 from sdcore.prefix.costs.count import Cost, cost
 from sdcore.prefix.costs.sizes import ModelSizes, model_sizes
-from sdcore.prefix.planner import Plan, Tree, plan
+from sdcore.prefix.planner import Plan, plan
 from sdcore.prefix.strategies.cached import PromptStates
 from sdcore.prefix.strategies.two_phase import micro_batches
+from sdcore.prefix.tree import Tree
 from tests.sdcore.prefix.models import VOCAB, tiny
 from tests.sdcore.prefix.trees import random_plan
 

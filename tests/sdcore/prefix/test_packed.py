@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sdcore.errors import ArgumentError, UnsupportedModelError
 from sdcore.models import Body, find_body
-from sdcore.prefix.planner import Plan, Tree
+from sdcore.prefix.planner import Plan
 from sdcore.prefix.strategies import packed
+from sdcore.prefix.tree import Tree
 from sdkernels.testing import LiveBytes
 
 from .models import CONFIGS, HEADS, HYBRIDS, VOCAB, build, one_by_one, tiny
@@ -78,16 +80,14 @@ def test_a_teacher_pass_is_exact_with_and_without_the_students_prompt(name: str,
 def test_a_shared_prompt_is_read_and_not_computed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     body, trees = body_of(name), random_plan(3, vocab=VOCAB)
     tokens = count_tokens(monkeypatch)
-    _, recorded = packed.hidden_states(body, trees.student, record=[tree.shared for tree in trees.teacher])
+    _, recorded = packed.hidden_states(body, trees.student, record=[tree.reads for tree in trees.teacher])
     with torch.no_grad():
         packed.hidden_states(body, trees.teacher, prompts=recorded)
     assert tokens == [
         sum(tree.tokens(read_shared=False) for tree in trees.student),
         sum(tree.tokens(read_shared=True) for tree in trees.teacher),
     ]
-    damaged = packed.PromptStates(
-        tuple(t and {i: (k + 1, v) for i, (k, v) in t.items()} for t in recorded.trunks), recorded.lengths, False
-    )
+    damaged = replace(recorded, layers={i: (k + 1, v) for i, (k, v) in recorded.layers.items()})
     with torch.no_grad():
         other, _ = packed.hidden_states(body, trees.teacher, prompts=damaged)
         assert (other - one_by_one(body, trees.teacher)).abs().max() > 1e-3
@@ -127,7 +127,7 @@ def test_checkpointing_changes_nothing(name: str, checkpointing: Callable[[PreTr
     runs = count_attention_calls(model)
     actual, recorded = packed.hidden_states(body, trees.student, record=True)
     forward = len(runs)
-    kept = [{layer: (k.clone(), v.clone()) for layer, (k, v) in trunk.items()} for trunk in recorded.trunks if trunk]
+    kept = {layer: (k.clone(), v.clone()) for layer, (k, v) in recorded.layers.items()}
     # In flight at the same time: a teacher's pass, and another student's.
     with torch.no_grad():
         live, _ = packed.hidden_states(body, trees.teacher, prompts=recorded)
@@ -138,8 +138,9 @@ def test_checkpointing_changes_nothing(name: str, checkpointing: Callable[[PreTr
     assert_same_gradients(gradients(body, actual), expected)
     assert len(runs) == forward, "no layer ran again: nothing was checkpointed"
     # Running a layer again did not touch what was recorded.
-    for before, after in zip(kept, [trunk for trunk in recorded.trunks if trunk], strict=True):
-        assert all(torch.equal(a, b) for layer in before for a, b in zip(before[layer], after[layer], strict=True))
+    assert kept
+    for layer, before in kept.items():
+        assert all(torch.equal(a, b) for a, b in zip(before, recorded.layers[layer], strict=True))
     plain = body_of(name)
     assert_same_gradients(gradients(body, other), gradients(plain, one_by_one(plain, another)))
 
@@ -152,7 +153,7 @@ def test_layers_that_run_again_do_not_record() -> None:
     checkpoint_layers(model)
     body = find_body(model)
     trees = random_plan(3, prompts=[3], sizes=[[100] * 4], vocab=VOCAB, teacher="none").student
-    plain, recording = packed_peak(body, trees), packed_peak(body, trees, record=True)
+    plain, recording = packed_peak(body, trees), packed_peak(body, trees, record=[[(0, 3)]])
     assert recording.peak_bytes < plain.peak_bytes + 2 * 400 * 16 * 8  # less than one layer's keys and values
 
 
@@ -219,7 +220,7 @@ def test_bytes_do_not_grow_by_a_prompt_per_completion(branches: int) -> None:
     assert many.largest_numel <= 48 * tokens, many.largest_origin
 
 
-def packed_peak(body: Body, trees: Sequence[Tree], *, record: bool = False) -> LiveBytes:
+def packed_peak(body: Body, trees: Sequence[Tree], *, record: Any = False) -> LiveBytes:
     with LiveBytes() as probe:
         hidden, _ = packed.hidden_states(body, trees, record=record)
         hidden.sum().backward()
@@ -291,11 +292,9 @@ def test_prompts_that_do_not_fit_are_refused() -> None:
     body, trees = body_of("llama"), random_plan(3, vocab=VOCAB)
     _, recorded = packed.hidden_states(body, trees.student, record=True)
     with pytest.raises(ArgumentError, match="5 trees, got 4"):
-        packed.hidden_states(
-            body, trees.teacher, prompts=packed.PromptStates(recorded.trunks[1:], recorded.lengths[1:], False)
-        )
+        packed.hidden_states(body, trees.teacher, prompts=replace(recorded, kept=recorded.kept[1:]))
     with pytest.raises(ArgumentError, match="record=True"):
         packed.hidden_states(body, trees.teacher, prompts={})
-    _, short = packed.hidden_states(body, trees.student, record=[1] * 5)
+    _, short = packed.hidden_states(body, trees.student, record=[[(0, 1)]] * 5)
     with pytest.raises(ArgumentError, match=r"trees\[0\], got 1"):
         packed.hidden_states(body, trees.teacher, prompts=short)

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdcore.errors import ArgumentError, PlanError, PlanTypeError, SdcoreError
-from sdcore.prefix.planner import Plan, Tree, buckets, check_against, plan, row_slices
-from tests.sdcore.prefix.trees import VOCAB, random_ids, random_plan
+from sdcore.prefix.planner import Plan, buckets, check_against, plan
+from sdcore.prefix.tree import Tree
+from tests.sdcore.prefix.trees import VOCAB, level, random_ids, random_plan
 
 ids = st.lists(st.integers(0, 1), max_size=5)  # few ids, so that prefixes are often shared
 prompt_ids = ids.filter(bool)
@@ -54,13 +55,13 @@ def test_a_branch_after_its_trunk_is_what_the_model_would_read(given_: Any) -> N
     for g, group in enumerate(completions):
         for i, completion in enumerate(group):
             if not completion:
-                assert made.student[g].rows[i] == made.teacher[g].rows[i] == 0
+                assert made.student[g].counts[i] == made.teacher[g].counts[i] == 0
                 assert i not in made.student[g].active
                 continue
             read = completion[:-1]
             assert made.student[g].sequence(i).tolist() == prompts[g] + read
             assert made.teacher[g].sequence(i).tolist() == teacher_prompt(teachers, g, i) + read
-            assert made.student[g].rows[i] == made.teacher[g].rows[i] == len(completion)
+            assert made.student[g].counts[i] == made.teacher[g].counts[i] == len(completion)
             # Both models' last states predict the completion: the first is the last prompt token's.
             assert len(made.student[g].sequence(i)) - len(completion) == len(prompts[g]) - 1
 
@@ -74,7 +75,9 @@ def test_rows_are_in_the_order_of_group_completion_and_position(given_: Any) -> 
     for g, group in enumerate(completions):
         for i, completion in enumerate(group):
             assert made.target_ids[made.rows[g][i]].tolist() == completion
-    assert row_slices(made.teacher) == made.rows
+    for trees in (made.student, made.teacher):
+        for tree, slices in zip(trees, made.rows, strict=True):
+            assert [tree.places[of].tolist() for of in tree.slices] == [list(range(s.start, s.stop)) for s in slices]
 
 
 @given(arguments())
@@ -84,8 +87,8 @@ def test_trunks_are_as_long_as_they_can_be(given_: Any) -> None:
     for g, group in enumerate(completions):
         asked = [teacher_prompt(teachers, g, i) for i, completion in enumerate(group) if completion]
         if asked:
-            assert len(made.student[g].trunk) == len(prompts[g])
-            assert len(made.teacher[g].trunk) == common(*asked)
+            assert len(level(made.student[g]).trunk) == len(prompts[g])
+            assert len(level(made.teacher[g]).trunk) == common(*asked)
             # A trunk computes its last token whatever is shared: its state may be asked for.
             assert made.teacher[g].shared == max(0, min(common(*asked, prompts[g]), common(*asked) - 1))
         assert made.student[g].shared == 0
@@ -97,10 +100,8 @@ def test_lists_int32_and_int64_plan_alike(given_: Any) -> None:
     as_int32 = plan([torch.tensor(p, dtype=torch.int32) for p in given_[0]], *(tensors(v) for v in given_[1:]))
     for made in (as_tensors, as_int32):
         for mine, other in zip((*as_lists.student, *as_lists.teacher), (*made.student, *made.teacher), strict=True):
-            assert mine.trunk.tolist() == other.trunk.tolist()
-            assert other.trunk.dtype == torch.int64
-            assert [b.tolist() for b in mine.branches] == [b.tolist() for b in other.branches]
-            assert (mine.rows, mine.shared) == (other.rows, other.shared)
+            assert all(ids.dtype == torch.int64 for ids in other.spans)
+            assert_same_tree(mine, other)
 
 
 @given(arguments())
@@ -109,10 +110,11 @@ def test_tokens_count_what_is_computed(given_: Any) -> None:
     for tree in (*made.student, *made.teacher):
         sequences = [tree.sequence(i).tolist() for i in tree.active]
         assert tree.naive_tokens() == sum(map(len, sequences))
-        distinct = len(tree.trunk) + sum(len(s) - len(tree.trunk) for s in sequences) if sequences else 0
+        trunk = len(level(tree).trunk)
+        distinct = trunk + sum(len(s) - trunk for s in sequences) if sequences else 0
         assert tree.tokens(read_shared=False) == distinct
         assert tree.tokens(read_shared=True) == (distinct - tree.shared if sequences else 0)
-        assert tree.num_rows == sum(tree.rows)
+        assert tree.num_rows == sum(tree.counts)
 
 
 def test_one_prompt_for_all_completions_is_the_same_prompt_for_each() -> None:
@@ -125,9 +127,15 @@ def test_one_prompt_for_all_completions_is_the_same_prompt_for_each() -> None:
         [[p] * len(c) for p, c in zip(arguments.teacher_prompts, arguments.completions, strict=True)],  # type: ignore[list-item]
     )
     for mine, other in zip(one.teacher, each.teacher, strict=True):
-        assert torch.equal(mine.trunk, other.trunk)
-        assert all(torch.equal(a, b) for a, b in zip(mine.branches, other.branches, strict=True))
-        assert mine.shared == other.shared
+        assert_same_tree(mine, other)
+
+
+def assert_same_tree(mine: Tree, other: Tree) -> None:
+    assert [ids.tolist() for ids in mine.spans] == [ids.tolist() for ids in other.spans]
+    for name in ("parents", "counts", "borrowed"):
+        assert getattr(mine, name) == getattr(other, name)
+    assert torch.equal(mine.rows, other.rows)
+    assert torch.equal(mine.places, other.places)
 
 
 def test_without_teacher_prompts_there_are_no_teacher_trees() -> None:
@@ -146,7 +154,7 @@ def test_a_plan_of_nothing_but_empty_completions_has_no_rows() -> None:
 
 def test_the_prompt_of_an_empty_completion_does_not_shorten_the_trunk() -> None:
     made = plan([[1, 2]], [[[5], [], [6]]], [[[1, 2, 3], [9], [1, 2, 4]]])
-    assert made.teacher[0].trunk.tolist() == [1, 2]
+    assert level(made.teacher[0]).trunk.tolist() == [1, 2]
 
 
 def test_a_plan_keeps_copies() -> None:
@@ -164,12 +172,13 @@ def test_the_test_plans_have_every_odd_shape() -> None:
     shares = [tree.shared for tree in one.teacher]
     assert min(shares) == 0
     assert max(shares) >= 7
-    assert {0, 1} < {rows for tree in one.student for rows in tree.rows}
-    assert 1 in [len(tree.rows) for tree in one.student]
+    assert {0, 1} < {rows for tree in one.student for rows in tree.counts}
+    assert 1 in [len(tree.counts) for tree in one.student]
     assert () in [tree.active for tree in one.student]
-    assert 0 in [len(tree.trunk) for tree in each.teacher]
+    assert 0 in [len(level(tree).trunk) for tree in each.teacher]
     # In one tree some completions' first state is the trunk's last and others' is not.
-    assert [rows - len(b) for rows, b in zip(each.teacher[4].rows, each.teacher[4].branches, strict=True)][-1] < 1
+    tree = each.teacher[4]
+    assert [rows - len(b) for rows, b in zip(tree.counts, level(tree).branches, strict=True)][-1] < 1
 
 
 def call(**changed: Any) -> Callable[[], Plan]:
@@ -306,25 +315,46 @@ def test_a_plan_on_another_device_than_the_model_is_refused() -> None:
         check_against(random_plan(0), vocab_size=VOCAB, max_positions=None, device="cuda:0")
 
 
-def tree(trunk: list[int], branches: list[list[int]], rows: list[int], shared: int = 0) -> Tree:
-    return Tree(trunk=tensors(trunk), branches=tuple(map(tensors, branches)), rows=tuple(rows), shared=shared)
+def tree(**changed: Any) -> Tree:
+    """Of two sequences, `0 1 2 3` and `0 1 4`, with the named fields replaced."""
+    good: dict[str, Any] = {
+        "spans": (tensors([0, 1]), tensors([2, 3]), tensors([4])),
+        "parents": (-1, 0, 0),
+        "counts": (2, 1),
+        "rows": tensors([1, 3, 4]),
+        "places": tensors([0, 1, 2]),
+        "borrowed": (-1, -1, -1),
+        "names": ("first", "second"),
+    }
+    return Tree(**(good | changed))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: tree([1], [[2]], [1, 1]), "rows must have one entry per branch, 1, got 2"),
-        (lambda: tree([1], [[2]], [3]), r"rows\[0\] must be in \[0, 2\], .*, got 3"),
-        (lambda: tree([], [[2]], [2]), r"rows\[0\] must be in \[0, 1\], .*, got 2"),
-        (lambda: tree([1], [[2]], [-1]), r"rows\[0\] must be in \[0, 2\], .*, got -1"),
-        (lambda: tree([1, 2], [[2]], [1], shared=2), r"shared must be in \[0, 1\], less than the trunk, got 2"),
+        (lambda: tree(parents=(-1, 0)), r"parents and borrowed must be 3 nodes', got \(-1, 0\)"),
+        (lambda: tree(borrowed=(0,)), r"parents and borrowed must be 3 nodes', got .* and \(0,\)"),
+        (lambda: tree(parents=(-1, -1, 0)), r"parents\[2\] must be -1 or an open node, as depth first .*, got 0"),
+        (lambda: tree(parents=(-1, 2, 0)), r"parents\[1\] must be -1 or an open node, as depth first .*, got 2"),
+        (lambda: tree(counts=(2, 2)), r"counts must say whose the 3 rows are, got \(2, 2\)"),
+        (lambda: tree(places=tensors([0])), r"counts must say whose the 3 rows are, got \(2, 1\)"),
+        (lambda: tree(rows=tensors([1, 3, 5])), r"rows must be in \[0, 5\), the tree's tokens, got \[1, 3, 5\]"),
         (
-            lambda: Tree(trunk=torch.ones(1), branches=(), rows=()),
-            r"trunk must be 1-D int64, got shape \(1,\) and torch.float32",
+            lambda: tree(rows=tensors([3, 4, 4])),
+            r"rows of sequence 0 must go down one path, not borrowed, got \[3, 4\]",
         ),
         (
-            lambda: Tree(trunk=tensors([1]), branches=(torch.ones(1, 1, dtype=torch.int64),), rows=(1,)),
-            r"branches\[0\] must be 1-D int64, got shape \(1, 1\)",
+            lambda: tree(rows=tensors([3, 1, 4])),
+            r"rows of sequence 0 must go down one path, not borrowed, got \[3, 1\]",
+        ),
+        (lambda: tree(borrowed=(7, -1, -1)), r"rows of sequence 0 must go down one path, not borrowed, got \[1, 3\]"),
+        (
+            lambda: tree(spans=(torch.ones(2), tensors([2, 3]), tensors([4]))),
+            r"spans\[0\] must be 1-D int64 of at least one token, got shape \(2,\) and torch.float32",
+        ),
+        (
+            lambda: tree(spans=(tensors([0, 1]), tensors([]), tensors([4]))),
+            r"spans\[1\] must be 1-D int64 of at least one token, got shape \(0,\)",
         ),
     ],
 )

@@ -30,8 +30,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sdcore.models import Body, find_body
-from sdcore.prefix.planner import Plan, Tree
+from sdcore.prefix.planner import Plan
 from sdcore.prefix.strategies import two_phase
+from sdcore.prefix.tree import Tree
 from sdkernels.testing import relative_error
 
 from .models import CONFIGS, HEADS, HYBRIDS, build, double_precision, one_by_one
@@ -176,7 +177,7 @@ def teacher_pass(strategy: str, body: Body, passes: Plan, *, live: bool) -> Tens
     module, _, micro_batch = strategy.partition("-")
     options: Any = {"micro_batch": int(micro_batch)} if micro_batch else {}
     run = importlib.import_module(f"sdcore.prefix.strategies.{module}").hidden_states
-    record = [tree.shared for tree in passes.teacher]
+    record = [tree.reads for tree in passes.teacher]
     prompts = run(body, passes.student, record=record, **options)[1] if live else None
     with torch.no_grad():
         return run(body, passes.teacher, prompts=prompts, **options)[0]

@@ -26,7 +26,7 @@ def test_a_report_has_the_numbers_of_its_cost() -> None:
     assert report.step_speedup == counted.step_speedup
     assert report.shared_tokens == tuple(tree.shared for tree in made.teacher)
     assert report.shared_fractions == tuple(
-        t.shared / len(s.trunk) for t, s in zip(made.teacher, made.student, strict=True)
+        t.shared / len(s.spans[0]) for t, s in zip(made.teacher, made.student, strict=True)
     )
     assert math.isclose(report.metrics["prefix/shared_fraction"], sum(report.shared_tokens) / (9 + 12 + 1 + 4 + 17))
     assert report.metrics["prefix/student_tokens"] == counted.student.tokens

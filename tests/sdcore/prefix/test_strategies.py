@@ -14,9 +14,10 @@ from transformers import Phi3Config, PreTrainedModel
 from sdcore.errors import ArgumentError, UnsupportedModelError
 from sdcore.models import Body, find_body
 from sdcore.prefix.choice import STRATEGIES as MODULES
-from sdcore.prefix.planner import Tree, plan
+from sdcore.prefix.planner import plan
 from sdcore.prefix.strategies import two_phase
 from sdcore.prefix.strategies.two_phase import BackwardError, micro_batches
+from sdcore.prefix.tree import Tree
 from sdkernels.live_bytes import LiveBytes
 from tests.sdcore.prefix.models import (
     COMMON,
@@ -79,7 +80,7 @@ def student_pass(strategy: str, body: Body, trees: Sequence[Tree]) -> Tensor:
 def live_teacher(strategy: str, body: Body, student: Sequence[Tree], teacher: Sequence[Tree]) -> Tensor:
     """(N, H) of a teacher that starts from the student's states."""
     module = MODULES[strategy]
-    record: Any = True if strategy == "packed" else [tree.shared for tree in teacher]
+    record: Any = True if strategy == "packed" else [tree.reads for tree in teacher]
     _, prompts = module.hidden_states(body, student, record=record)
     return module.hidden_states(body, teacher, prompts=prompts)[0]
 
@@ -195,7 +196,7 @@ def test_recording_for_a_teacher_changes_no_gradient(strategy: str, name: str) -
     passes = random_plan(SEED)
     model = tiny(name)
     body = find_body(model)
-    record: Any = True if strategy == "packed" else [tree.shared for tree in passes.teacher]
+    record: Any = True if strategy == "packed" else [tree.reads for tree in passes.teacher]
     with double_precision():
         if strategy == "two_phase":
             teacher = torch.full_like(hidden, torch.nan)
@@ -313,8 +314,9 @@ def test_micro_batches_cover_each_row_once_and_are_no_larger_than_asked(micro_ba
         assert first <= int(part.rows.min())
         assert int(part.rows.max()) < first + trees[part.group].num_rows
         # Completions of one token are read off the trunk, so they are free.
-        longer = [rows for rows in trees[part.group].rows if rows > 1]
-        assert len(part.rows) <= sum(sorted(longer)[-micro_batch:]) + trees[part.group].rows.count(1)
+        counts = trees[part.group].counts
+        longer = [rows for rows in counts if rows > 1]
+        assert len(part.rows) <= sum(sorted(longer)[-micro_batch:]) + counts.count(1)
         rows.append(part.rows)
         part.attach(part.hidden.sum()).backward()
     assert sorted(torch.cat(rows).tolist()) == list(range(sum(tree.num_rows for tree in trees)))

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from sdcore.errors import UnsupportedModelError
 from sdcore.models import Body, find_body
-from sdcore.prefix.attention.segments import Block, Row, pack
+from sdcore.prefix.attention.segments import BORROWED, ROW, Block, Node, Row, pack
 from sdcore.prefix.choice import STRATEGIES
 from sdcore.prefix.runner import run
 from sdcore.prefix.strategies import cached, caches, packed
 from sdcore.prefix.strategies.caches import PrefixCache, TrunkStates
+from sdcore.prefix.strategies.packed import PackedRow, PromptStates
 from sdcore.prefix.verification import departure, disagreement, forget
 from sdcore.teachers import Frozen
 from tests.sdcore.prefix.models import CONFIGS, HYBRIDS, tiny, tokens_of
-from tests.sdcore.prefix.trees import random_plan, short_plan
+from tests.sdcore.prefix.trees import random_plan, short_plan, turns
 
 pytestmark = pytest.mark.usefixtures("first_use")
 
@@ -33,8 +34,9 @@ def position_off_by_one(patch: pytest.MonkeyPatch) -> None:
 
     def row_of(*args: Any) -> Any:
         row = of_row(*args)
-        for group in row.row.groups:
-            row.position_ids[group.all_branches.start : group.all_branches.stop] += 1
+        for node in row.row.nodes:
+            if node.parent >= 0:
+                row.position_ids[node.span.start : node.span.stop] += 1
         return row
 
     patch.setattr(caches, "positions", positions)
@@ -45,14 +47,15 @@ def first_prefix_token_missing(patch: pytest.MonkeyPatch) -> None:
     blocks = Row.blocks
 
     def run_reading(body: Body, tokens: Tensor, prefix: TrunkStates) -> Tensor:
-        short = replace(prefix.map(lambda state: state[:, :, 1:]), length=prefix.length - 1)
+        layers = tuple(tuple(state[:, :, 1:] for state in layer) for layer in prefix.layers)
+        short = replace(prefix, layers=layers, length=prefix.length - 1)
         return caches._run(body, tokens, PrefixCache(body, short, batch=len(tokens), recording=False), prefix.length)
 
     def without_first(self: Row, *args: Any, **kwargs: Any) -> list[Block]:
-        trunks = {group.trunk.start for group in self.groups if group.trunk.length > 1}
+        trunks = {node.span.start for node in self.nodes if node.after.length and node.span.length > 1}
         return [
             block._replace(key=block.key + 1, keys=block.keys - 1, offset=block.offset - 1)
-            if block.key in trunks and block.query not in trunks and block.source < 0
+            if block.key in trunks and block.query not in trunks and block.source == ROW
             else block
             for block in blocks(self, *args, **kwargs)
         ]
@@ -74,8 +77,18 @@ def completions_not_isolated(patch: pytest.MonkeyPatch) -> None:
 
     def row_of(*args: Any) -> Any:
         row = of_row(*args)
-        shapes = [(group.prefix, group.trunk.length, [group.all_branches.length]) for group in row.row.groups]
-        return row._replace(row=pack(shapes))
+        nodes: list[Node] = []
+        became = {-1: -1}
+        for i, node in enumerate(row.row.nodes):
+            last = nodes[-1] if nodes else node
+            if nodes and not node.after.length and not last.after.length and last.parent == became[node.parent]:
+                # The leaves behind a node are one.
+                nodes[-1] = last._replace(span=last.span._replace(length=node.span.stop - last.span.start))
+            else:
+                nodes.append(node._replace(parent=became[node.parent]))
+            became[i] = len(nodes) - 1
+        places = [node.span.start if node.source == BORROWED else -1 for node in nodes]
+        return row._replace(row=pack([node.parent for node in nodes], [node.span.length for node in nodes], places))
 
     patch.setattr(cached, "run_reading", run_reading)
     patch.setattr(packed, "_row_of", row_of)
@@ -113,6 +126,66 @@ def test_planted_faults_are_caught_on_first_use(
     assert [fallback.strategy for fallback in report.fallbacks] == ["packed", "cached"]
 
 
+def below(row: PackedRow) -> list[Node]:
+    """The nodes of a row behind a node that is itself behind another one."""
+    nodes = row.row.nodes
+    return [node for node in nodes if node.parent >= 0 and nodes[node.parent].parent >= 0]
+
+
+def position_off_by_one_at_an_inner_node(patch: pytest.MonkeyPatch) -> None:
+    of_row = packed._row_of
+
+    def row_of(*args: Any) -> Any:
+        row = of_row(*args)
+        for node in [node for node in below(row) if node.source == ROW and node.after.length][:1]:
+            row.position_ids[node.span.start : node.span.stop] += 1
+        return row
+
+    patch.setattr(packed, "_row_of", row_of)
+
+
+def an_inner_node_unseen(patch: pytest.MonkeyPatch) -> None:
+    """Of the nodes in the middle what comes after them sees all but the first token."""
+    blocks = Row.blocks
+
+    def without_first(self: Row, *args: Any, **kwargs: Any) -> list[Block]:
+        inner = {node.span.start for node in self.nodes if node.parent >= 0 and node.source == ROW}
+        return [
+            block._replace(key=block.key + 1, keys=block.keys - 1, offset=block.offset - 1)
+            if not block.opens and block.source == ROW and block.key in inner and block.keys > 1
+            else block
+            for block in blocks(self, *args, **kwargs)
+        ]
+
+    patch.setattr(Row, "blocks", without_first)
+
+
+def borrowed_from_the_token_before(patch: pytest.MonkeyPatch) -> None:
+    place_of = PromptStates.place_of
+
+    def before(self: PromptStates, tree: int, start: int, length: int) -> int | None:
+        place = place_of(self, tree, start, length)
+        return place if place is None or start < 9 else place - 1
+
+    patch.setattr(PromptStates, "place_of", before)
+
+
+@pytest.mark.parametrize(
+    "plant", [position_off_by_one_at_an_inner_node, an_inner_node_unseen, borrowed_from_the_token_before]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_faults_at_inner_nodes_are_caught_on_first_use(
+    plant: Callable[[pytest.MonkeyPatch], None], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama").to(dtype)
+    body = find_body(model)
+    assert disagreement(body, packed, turns(), "once") is None
+    forget()
+    plant(monkeypatch)
+    with pytest.raises(UnsupportedModelError, match=r"strategy 'packed' disagrees with naive: .* differ by"):
+        run(model, turns(), strategy="packed")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_is_right_passes_the_check(name: str, dtype: torch.dtype) -> None:
@@ -128,7 +201,7 @@ def long_trunks_go_wrong(patch: pytest.MonkeyPatch) -> None:
 
     def hidden_states(body: Body, trees: Any, **kwargs: Any) -> Any:
         states, prompts = original(body, trees, **kwargs)
-        return states * (2.0 if len(trees[0].trunk) > 18 else 1.0), prompts
+        return states * (2.0 if len(trees[0].spans[0]) > 18 else 1.0), prompts
 
     patch.setattr(packed, "hidden_states", hidden_states)
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from random import Random
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sdcore.models import Body
 from sdcore.prefix.planner import Plan, plan
+from sdcore.prefix.trajectories import View, plan_trajectories
+from sdcore.prefix.tree import Tree
 
 VOCAB = 61  # as the models of `models.py` have
 # Completion lengths per group: one token, none, one completion alone, all of them empty.
@@ -82,6 +87,100 @@ def random_plan(
     return plan(
         *random_ids(seed, teacher=teacher, prompts=prompts, sizes=sizes, context=context, vocab=vocab, device=device)
     )
+
+
+class Level(NamedTuple):
+    """A tree of one level, read as a trunk and a branch per sequence."""
+
+    trunk: Tensor
+    branches: list[Tensor]
+
+
+def level(tree: Tree) -> Level:
+    assert tree.depth <= 1
+    tree = tree.alone
+    trunk = tree.spans[0] if len(tree.children[-1]) == 1 else torch.empty(0, dtype=torch.int64)
+    return Level(trunk, [tree.sequence(i)[len(trunk) :] if n else trunk[:0] for i, n in enumerate(tree.counts)])
+
+
+class Conversations(NamedTuple):
+    """The arguments of `plan_trajectories`."""
+
+    trajectories: list[list[int]]
+    masks: list[list[bool]]
+    views: list[View]
+
+    @property
+    def plan(self) -> Plan:
+        return plan_trajectories(*self)
+
+    def rows(self) -> list[tuple[int, int]]:
+        """(trajectory, position) of each token with loss."""
+        return [(i, p) for i, mask in enumerate(self.masks) for p, on in enumerate(mask) if on]
+
+    def student(self, body: Body) -> Tensor:
+        """(N, H) by definition: each trajectory a sequence alone."""
+        states = [body(torch.tensor([ids]))[0] for ids in self.trajectories]
+        rows = [states[i][position - 1] for i, position in self.rows()]
+        return torch.stack(rows) if rows else torch.empty(0, body.hidden_size)
+
+    def teacher(self, body: Body, teacher: int = 0) -> tuple[Tensor, Tensor]:
+        """(N, H) of each view alone, 0 where there is none, and (N,) bool where there is one."""
+        rows = {row: n for n, row in enumerate(self.rows())}
+        hidden = torch.zeros(len(rows), body.hidden_size, dtype=body.dtype)
+        scored = torch.zeros(len(rows), dtype=torch.bool)
+        for view in self.views:
+            if view.teacher == teacher:
+                states = body(torch.tensor([view.ids]))[0]
+                for token, position in zip(view.tokens, view.positions, strict=True):
+                    n = rows[view.trajectory, int(token)]
+                    hidden[n], scored[n] = states[position - 1], True
+        return hidden, scored
+
+
+def conversations(draw: Random, depth: int, *, teachers: int = 1, unscored: float = 0.2) -> Conversations:
+    """Trees of turns of this depth, some of which end early or begin elsewhere; masks with holes, views of stretches.
+
+    A view puts up to 4 tokens in somewhere before the tokens that it scores, and goes on a little behind them.
+    """
+    most = 3 if depth < 3 else 2
+
+    def ids(least: int, most: int) -> list[int]:
+        return [draw.randrange(VOCAB) for _ in range(draw.randint(least, most))]
+
+    def grow(before: list[int], levels: int) -> list[list[int]]:
+        here = before + ids(1, 6)
+        if not levels:
+            return [here]
+        grown = [ids for _ in range(draw.randint(1, most)) for ids in grow(here, levels - 1)]
+        return [*grown, here] if draw.random() < 0.2 else grown
+
+    trajectories = [ids for _ in range(draw.randint(1, 2)) for ids in grow([], depth)]
+    draw.shuffle(trajectories)
+    masks = [[False, *(draw.random() < 0.4 for _ in ids[1:])] for ids in trajectories]
+    views = []
+    for i, (own, mask) in enumerate(zip(trajectories, masks, strict=True)):
+        for teacher in range(teachers):
+            left = [position for position, on in enumerate(mask) if on]
+            while left:
+                count = draw.randint(1, len(left))
+                tokens, left = left[:count], left[count:]
+                if draw.random() < unscored:
+                    continue
+                place, context = draw.randint(0, tokens[0]), ids(0, 4)
+                read = [*own[:place], *context, *own[place : tokens[-1] + 1 + draw.randint(0, 2)]]
+                if place + len(context):
+                    positions = [token + len(context) for token in tokens]
+                    views.append(View(ids=read, trajectory=i, tokens=tokens, positions=positions, teacher=teacher))
+    draw.shuffle(views)
+    used = sorted({view.teacher for view in views})
+    views = [replace(view, teacher=used.index(view.teacher)) for view in views]
+    return Conversations(trajectories, masks, views)
+
+
+def turns() -> Plan:
+    """Trees of depth 4 with views that leave them at inner nodes."""
+    return conversations(Random(5), 4).plan
 
 
 def short_plan(*, teacher: bool = True) -> Plan:

@@ -1,0 +1,212 @@
+"""Trees of any depth: `cached` and `two_phase` give the states and gradients of naive, and compute each token once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sdcore.models import Body, find_body
+from sdcore.prefix import Plan
+from sdcore.prefix.choice import STRATEGIES as MODULES
+from sdcore.prefix.strategies import cached
+from sdcore.prefix.strategies.two_phase import micro_batches
+from sdcore.prefix.trajectories import View, plan_trajectories
+from sdkernels.live_bytes import LiveBytes
+from tests.sdcore.prefix.models import (
+    CONFIGS,
+    HYBRIDS,
+    VOCAB,
+    assert_same_gradients,
+    checkpointed,
+    double_precision,
+    gradients,
+    tiny,
+    tokens_of,
+)
+
+MICRO_BATCH = 2
+
+
+class Draw:
+    """Random trees, and views of what is in them."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def number(self, least: int, most: int) -> int:
+        return int(torch.randint(least, most + 1, (), generator=self.generator))
+
+    def ids(self, length: int, first: int | None = None) -> list[int]:
+        ids = torch.randint(VOCAB, (length,), generator=self.generator).tolist()
+        return ids if first is None or not ids else [first, *ids[1:]]
+
+    def paths(self, depth: int) -> list[list[int]]:
+        """Sequences that begin alike: one to three branches at a node, of which some end early, or go on from there."""
+        if depth == 0:
+            return [[]]
+        out = []
+        for branch in range(self.number(1, 3)):
+            node = self.ids(self.number(1, 7), first=branch)
+            ends = self.paths(depth - 1) if branch == 0 or self.number(0, 2) else [[]]
+            out += [node + rest for rest in ends]
+            out += [node] if self.number(0, 4) == 0 else []
+        return out
+
+    def mask(self, length: int) -> list[bool]:
+        """With holes, and the last token most of the time."""
+        mask = [bool(self.number(0, 2) == 0) for _ in range(length)]
+        mask[0], mask[-1] = False, length > 1 and self.number(0, 3) > 0
+        return mask
+
+
+def random_trajectories(seed: int, depth: int, *, roots: int = 2, views: bool = True) -> Plan:
+    """Trees of this depth, with views that leave them at any place, of which several may begin alike."""
+    draw = Draw(seed)
+    trajectories = []
+    for root in range(roots):
+        prompt = draw.ids(draw.number(1, 9), first=50 + root)
+        trajectories += [prompt + path for path in draw.paths(depth)]
+    masks = [draw.mask(len(ids)) for ids in trajectories]
+    made = []
+    last = max(at for mask in masks for at, wanted in enumerate(mask) if wanted)
+    earliest = draw.number(0, min(25, last))  # a node in which a view has rows is not borrowed by any
+    for i, (ids, mask) in enumerate(zip(trajectories, masks, strict=True)):
+        tokens = [at for at, wanted in enumerate(mask) if wanted and at >= earliest]
+        turns = draw.number(1, 3)
+        for own in (tokens[turn * len(tokens) // turns : (turn + 1) * len(tokens) // turns] for turn in range(turns)):
+            if own:
+                leaves = max(0, own[0] - draw.number(0, 3))  # after how many tokens of the student's
+                hint = draw.ids(draw.number(0, 3))
+                seen = ids[:leaves] + hint + ids[leaves:]
+                made.append(View(ids=seen, trajectory=i, tokens=own, positions=[at + len(hint) for at in own]))
+    return plan_trajectories(trajectories, masks, made if views else None)
+
+
+def weights_of(count: int, width: int) -> Tensor:
+    return torch.randn(count, width, dtype=torch.float64, generator=torch.Generator().manual_seed(count))
+
+
+def student_pass(
+    strategy: str, body: Body, planned: Plan, *, record: Any = False
+) -> tuple[Tensor, list[tuple[int, Any]]]:
+    """(N, H) of a pass whose backward has been run, and what a teacher reads, by group."""
+    weights = weights_of(planned.num_rows, body.hidden_size)
+    if strategy == "two_phase":
+        hidden, read = torch.full_like(weights, torch.nan), {}
+        for part in micro_batches(body, planned.student, micro_batch=MICRO_BATCH, record=record):
+            assert hidden[part.rows].isnan().all()
+            hidden[part.rows] = part.hidden.detach()
+            part.attach((part.hidden * weights[part.rows]).sum()).backward()
+            read.setdefault(part.group, part.prompts)
+        return hidden, list(read.items())
+    hidden, prompts = MODULES[strategy].hidden_states(body, planned.student, record=record)
+    (hidden * weights).sum().backward()
+    return hidden.detach(), [(-1, prompts)]
+
+
+def assert_same_states(hidden: Tensor, expected: Tensor) -> None:
+    assert hidden.shape == expected.shape
+    assert float((hidden - expected).abs().max()) < 1e-10
+
+
+def cases(names: Any = CONFIGS) -> list[Any]:
+    """Every model runs two trees, of which the depths are 1 to 6 over all of them."""
+    return [pytest.param(name, seed, id=f"{name}-{seed}") for seed, name in enumerate(names)]
+
+
+def plans_of(seed: int, **options: Any) -> list[Plan]:
+    return [random_trajectories(seed + more, depth=1 + (seed + more) % 6, **options) for more in (0, 3)]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize(("name", "seed"), cases())
+@pytest.mark.parametrize("strategy", ["cached", "two_phase"])
+def test_trees_of_any_depth_give_naives_states_and_gradients(
+    strategy: str, name: str, seed: int, checkpointing: bool
+) -> None:
+    for planned in plans_of(seed + checkpointing, views=False):
+        expected, model = tiny(name), tiny(name)
+        with double_precision():
+            wanted, _ = student_pass("naive", find_body(expected), planned)
+            hidden, _ = student_pass(strategy, find_body(checkpointed(model) if checkpointing else model), planned)
+        assert_same_states(hidden, wanted)
+        assert_same_gradients(gradients(model), gradients(expected))
+
+
+@pytest.mark.parametrize(("name", "seed"), cases())
+@pytest.mark.parametrize("strategy", ["cached", "two_phase"])
+def test_a_live_teacher_reads_the_students_states_at_any_node(strategy: str, name: str, seed: int) -> None:
+    """And the student's gradients stay what they are."""
+    for planned in plans_of(seed):
+        expected, model = tiny(name), tiny(name)
+        body = find_body(model)
+        record = [tree.reads for tree in planned.teacher]
+        with double_precision():
+            wanted, _ = student_pass("naive", find_body(expected), planned)
+            hidden, read = student_pass(strategy, body, planned, record=record)
+            with torch.no_grad():
+                teacher, _ = MODULES["naive"].hidden_states(body, planned.teacher)
+                other, _ = MODULES[strategy].hidden_states(body, planned.teacher)
+                own = []
+                for group, prompts in read:
+                    trees = planned.teacher if group < 0 else planned.teacher[group : group + 1]
+                    own.append(MODULES[strategy].hidden_states(body, trees, prompts=prompts)[0])
+        assert_same_states(hidden, wanted)
+        assert_same_gradients(gradients(model), gradients(expected))
+        assert_same_states(other, teacher)
+        order = torch.cat([tree.places.sort().values for tree in planned.teacher]).argsort()
+        assert_same_states(torch.cat(own) if strategy == "cached" else torch.cat(own)[order], teacher)
+
+
+@pytest.mark.parametrize(("name", "seed"), cases())
+def test_each_token_is_computed_once_at_any_depth(name: str, seed: int) -> None:
+    """Of a teacher those that the student does not have. Leaves run singly, or there would be padding."""
+    for planned in plans_of(seed):
+        model = tiny(name)
+        body, seen = find_body(model), tokens_of(model)
+        record = [tree.reads for tree in planned.teacher]
+        with torch.no_grad():
+            _, prompts = cached.hidden_states(body, planned.student, record=record, micro_batch=1)
+            student = sum(seen)
+            cached.hidden_states(body, planned.teacher, prompts=prompts, micro_batch=1)
+        teacher = sum(seen) - student
+        wanted = [
+            sum(tree.tokens(read_shared=shared) for tree in trees)
+            for trees, shared in ((planned.student, False), (planned.teacher, True))
+        ]
+        if name not in HYBRIDS:
+            assert [student, teacher] == wanted
+            continue
+        # A leaf of one token is padded by one, and a state may be kept a token or two before it is wanted.
+        assert wanted[0] <= student <= wanted[0] + sum(len(ids) == 1 for tree in planned.student for ids in tree.spans)
+        assert wanted[1] <= teacher <= wanted[1] + 3 * sum(len(tree.spans) for tree in planned.teacher)
+
+
+def search_tree(depth: int, branching: int, length: int) -> Plan:
+    """Every node has `branching` children of so many tokens; each path is a trajectory, all of it with loss."""
+    paths = [[1] * length]
+    for level in range(depth):
+        paths = [[*path, child] + [level] * (length - 1) for path in paths for child in range(branching)]
+    return plan_trajectories(paths, [[False] + [True] * (len(path) - 1) for path in paths])
+
+
+def test_two_phase_keeps_a_path_alive_and_not_the_tree() -> None:
+    planned = search_tree(6, 3, 4)
+    assert planned.student[0].depth == 6
+
+    def peak(strategy: str) -> int:
+        model = tiny("llama")
+        body = find_body(model)
+        with LiveBytes(uncounted_bytes=[weight.nbytes for weight in model.parameters()]) as probe:
+            if strategy == "two_phase":
+                for part in micro_batches(body, planned.student, micro_batch=3):
+                    part.attach(part.hidden.sum()).backward()
+            else:
+                hidden, _ = MODULES[strategy].hidden_states(body, planned.student)
+                hidden.sum().backward()
+        return probe.peak_bytes
+
+    assert peak("two_phase") < peak("packed") / 4
