@@ -69,8 +69,11 @@ class SGLangServer(Server):
 def sequences(plan: Plan) -> list[Scored]:
     """Lists every completion behind the teacher's prompt, or the student's for a plan without; leaves out empty ones.
 
-    `from_vllm` and the others expect an answer to each of them, in this order.
+    `from_vllm` and the others expect an answer to each of them, in this order. Raises `ArgumentError` for a plan of
+    trajectories, whose tokens with loss are not the last of a sequence.
     """
+    if not plan.given[0][0].startswith("student_prompts"):
+        raise ArgumentError("plan must be of prompts and completions, got one of plan_trajectories")
     asked = []
     for g, (tree, slices) in enumerate(zip(plan.teacher or plan.student, plan.rows, strict=True)):
         for i in tree.active:

@@ -38,7 +38,7 @@ class View:
     trajectory: int  # index of whose tokens it scores
     tokens: TokenIds  # positions in the trajectory of the tokens, all with loss, ascending
     positions: TokenIds  # where in `ids` the same tokens are, ascending
-    teacher: int = 0  # tells apart what two teachers read, as `TrustRegion` has them: of its reference, of the other
+    teacher: int = 0  # of `TrustRegion` 0 is the reference and 1 the live one; where all are 0, both read these
 
 
 def plan_trajectories(

@@ -22,7 +22,7 @@ from sdcore.losses import FusedLinearDivergence, PolicyTerm
 from sdcore.losses.tilt import TokenTilt
 from sdcore.models import head_of
 from sdcore.prefix import plan as plan_of
-from sdcore.prefix import run
+from sdcore.prefix import plan_trajectories, run
 from sdcore.rollouts.vllm import EngineError, Server, VLLMServer
 from sdcore.step import distill_step
 from sdcore.teachers import Frozen
@@ -463,3 +463,9 @@ def test_scores_that_do_not_fit_a_step_are_refused(plan: Any, teacher: LlamaForC
         distill_step(tiny_model(2), plan, teacher=scores, tilt=TokenTilt(exponents=torch.zeros(8)))
     with pytest.raises(ValueError, match=r"support must be None or TopK\(5, of='teacher'\)"):
         distill_step(tiny_model(2), plan, teacher=scores, loss=FusedLinearDivergence(support=TopK(3)))
+
+
+def test_trajectories_are_refused() -> None:
+    made = plan_trajectories([[1, 2, 3]], [[False, True, False]])
+    with pytest.raises(ArgumentError, match="plan must be of prompts and completions"):
+        sequences(made)

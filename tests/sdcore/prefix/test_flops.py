@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from random import Random
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from sdcore.prefix.strategies.cached import PromptStates
 from sdcore.prefix.strategies.two_phase import micro_batches
 from sdcore.prefix.tree import Tree
 from tests.sdcore.prefix.models import VOCAB, tiny
-from tests.sdcore.prefix.trees import random_plan
+from tests.sdcore.prefix.trees import conversations, random_plan
 
 aten = torch.ops.aten
 ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
@@ -169,6 +170,16 @@ def test_a_packed_row_has_no_padding(teacher: str) -> None:
     model = tiny("llama")
     counts = cost(made, model.config)
     assert run_both(model, made, counts, "packed", live=True) == expected(counts, made, model_sizes(model.config))
+
+
+@pytest.mark.parametrize("depth", [1, 3, 6])
+@pytest.mark.parametrize("live", [True, False])
+def test_a_packed_row_of_turns_does_the_flops_of_the_trie(depth: int, live: bool) -> None:
+    made = conversations(Random(depth), depth).plan
+    model = tiny("llama")
+    counts = cost(made, model.config, teacher_shares=live)
+    done = run_both(model, made, counts, "packed", live=live)
+    assert done == expected(counts, made, model_sizes(model.config), teacher_shares=live)
 
 
 @pytest.mark.parametrize("strategy", ["packed", "cached", "two_phase"])

@@ -8,7 +8,7 @@ from sdcore.prefix.costs.count import cost
 from sdcore.prefix.costs.sizes import ModelSizes
 from sdcore.prefix.planner import plan
 from sdcore.prefix.report import Choice, Fallback, Report
-from tests.sdcore.prefix.trees import random_plan
+from tests.sdcore.prefix.trees import random_plan, turns
 
 SIZES = ModelSizes.dense(layers=2, hidden=8, intermediate=16, heads=2, vocab=61)
 
@@ -68,6 +68,17 @@ def test_a_report_reads_as_a_paragraph() -> None:
         f"Together {counted.speedup:.1f}× fewer FLOPs than naive, {counted.step_speedup:.1f}× with the lm_head. "
         "Not packed: layer 3 is recurrent."
     )
+
+
+def test_a_report_of_turns_says_how_deep_they_fork_and_what_the_views_read() -> None:
+    made = turns()
+    report = Report.of(made, cost(made, SIZES), student=Choice("packed"), teacher_shares=True)
+    assert report.student.depth == made.student[0].depth > 1
+    assert f"(trees of depth {report.student.depth})" in str(report)
+    assert report.prompt_tokens == tuple(tree.starts[-1] for tree in made.student)
+    assert "The teacher's views begin with " in str(report)
+    assert report.teacher is not None
+    assert report.teacher.tokens == sum(tree.tokens(read_shared=True) for tree in made.teacher)
 
 
 def test_a_report_says_why_little_or_nothing_was_read_from_the_student() -> None:
