@@ -129,6 +129,8 @@ def _runs_the_student(teacher: Teacher) -> bool:
 def _refusal(body: Body, trees: Sequence[Tree], strategy: str, plan: Plan, verify: Verify) -> str | None:
     """Says why this strategy cannot run this model, on any rank, or does so wrongly; None if it is right."""
     obstacle = _obstacle(body, trees, strategy)
+    if strategy == "two_phase" and obstacle is None:
+        obstacle = two_phase.unordered(body, plan.student)
     if ranks.most(body, obstacle is not None)[0]:
         return obstacle or f"the plan of another rank does not allow {strategy}"
     if verify == "off":

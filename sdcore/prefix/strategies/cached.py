@@ -49,18 +49,18 @@ class Ran(NamedTuple):
 class Recorder:
     """Gathers the states of one tree that a teacher will read, without a graph."""
 
-    def __init__(self, record: bool | Sequence[tuple[int, int]]) -> None:
+    def __init__(self, record: Sequence[tuple[int, int]] | None) -> None:
         self.record = record
         self.detached: dict[int, TrunkStates] = {}
         self.stretches: list[tuple[int, int, TrunkStates]] = []
 
     def add(self, plan: Schedule, k: int, states: TrunkStates) -> None:
         """Keeps the states of a stretch, and of those before it, if they are wanted."""
-        if self.record is False:
+        if self.record is None:
             return
         start, stop, before = plan.stretches[k].start, plan.stretches[k].stop, plan.stretches[k].before
         self.detached[k] = states.map(Tensor.detach, self.detached.get(before, states.before))
-        if self.record is True or any(a < stop and start < b for a, b in self.record):
+        if any(a < stop and start < b for a, b in self.record):
             self.stretches.append((start, stop, self.detached[k]))
 
     def recorded(self) -> Recorded:
@@ -78,9 +78,9 @@ def hidden_states(
     """Returns the (N, H) asked-for states, in the order of the plan's rows.
 
     With a graph if gradients are enabled. `record` also returns states, detached, for a teacher's pass: True, those of
-    what is shared, or per group what that pass will read (`Tree.reads`), which recurrent layers have to know
-    beforehand. With `prompts`, from such a pass under the same weights, what a tree borrows is read and not computed,
-    as far as it is there. At most `micro_batch` leaves run at a time (None: any number).
+    all tokens, or per group those that it will read (`Tree.reads`), which recurrent layers have to know beforehand.
+    With `prompts`, from such a pass under the same weights, what a tree borrows is read and not computed, as far as it
+    is there. At most `micro_batch` leaves run at a time (None: any number).
 
     Raises `UnsupportedModelError` for models whose prefix cannot be shared, and for reentrant checkpointing.
     """
@@ -91,7 +91,7 @@ def hidden_states(
     plans = schedules(body, trees, prompts=prompts, record=record, micro_batch=micro_batch)
     for g, plan in enumerate(plans):
         alive: dict[int, Ran] = {}
-        recorder = Recorder(wanted_of(record, g))
+        recorder = Recorder(spans_of(plan.tree, record, g))
         for step in plan.steps:
             k = step.stretch
             if step.kind == "enter":
@@ -104,6 +104,7 @@ def hidden_states(
             elif step.kind == "batch":
                 pieces += run_batch(body, plan, step, alive[k].states if k >= 0 else None)
             else:
+                recorder.detached.pop(k, None)
                 del alive[k]
         recorded.append(recorder.recorded())
     hidden = in_order(body, pieces)
@@ -126,23 +127,20 @@ def schedules(
             body,
             tree,
             known=None if prompts is None else prompts.groups[g],
-            record=_spans(tree, wanted_of(record, g)),
+            record=spans_of(tree, record, g) or (),
             micro_batch=micro_batch,
         )
         for g, tree in enumerate(trees)
     ]
 
 
-def wanted_of(record: bool | Sequence[Sequence[tuple[int, int]]], group: int) -> bool | Sequence[tuple[int, int]]:
-    """Says what of a group's tree a teacher's pass goes on from."""
-    return record if isinstance(record, bool) else record[group]
-
-
-def _spans(tree: Tree, record: bool | Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
-    """Lists what is to be recorded of a tree. All of it is all that is shared, or the one sequence that there is."""
+def spans_of(
+    tree: Tree, record: bool | Sequence[Sequence[tuple[int, int]]], group: int
+) -> Sequence[tuple[int, int]] | None:
+    """Lists what is to be recorded of a group's tree; None where nothing is asked for."""
     if isinstance(record, bool):
-        return [(0, len(tree.spans[0]))] if record and len(tree.children[-1]) == 1 else []
-    return record
+        return [(0, tree.starts[-1])] if record else None
+    return record[group]
 
 
 def enter(body: Body, plan: Schedule, k: int, before: TrunkStates | None) -> Ran:

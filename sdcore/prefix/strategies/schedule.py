@@ -157,11 +157,12 @@ def schedule(
         at, stop = tree.slices[i].start, tree.slices[i].stop
         k = of_rows[stop - 1]
         ending[k].append(i)
-        while k >= 0:  # a token that is run again is another one's, too
-            of_rows[at:stop] = [
-                k if flat == stretches[k].again else of
-                for flat, of in zip(flats[at:stop], of_rows[at:stop], strict=True)
-            ]
+        while k >= 0:
+            if stretches[k].again >= 0:  # that token is another stretch's, too
+                of_rows[at:stop] = [
+                    k if flat == stretches[k].again else of
+                    for flat, of in zip(flats[at:stop], of_rows[at:stop], strict=True)
+                ]
             k = stretches[k].before
         while at < stop:
             end = bisect_right(of_rows, of_rows[at], at, stop)

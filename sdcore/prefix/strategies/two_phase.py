@@ -26,6 +26,7 @@ forward and backward in the same order, so that trees which branch at several de
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -39,12 +40,13 @@ from ...errors import ArgumentError, SdcoreError, UnsupportedModelError
 from ...models import Body
 from ..tree import Tree
 from . import cached, ranks
-from .cached import PromptStates, Ran, Recorder, enter, run_batch, schedules, wanted_of
+from .cached import PromptStates, Ran, Recorder, enter, run_batch, schedules, spans_of
 from .caches import TrunkStates, require_readable
-from .schedule import Schedule, Step
+from .schedule import Schedule, Step, schedule
 
-# Branches at a time where there is no gradient.
+# Leaves at a time where there is no gradient.
 MICRO_BATCH = 4
+UNORDERED = "under FSDP2 two_phase runs trees that branch at one depth only: take packed or cached"
 
 
 class BackwardError(SdcoreError, RuntimeError):
@@ -114,19 +116,18 @@ def micro_batches(
     if isinstance(body.through, DistributedDataParallel) and body.through.static_graph:
         raise UnsupportedModelError("DistributedDataParallel with static_graph=True allows one backward per step only")
     active = [g for g, tree in enumerate(trees) if tree.active]
-    plans = schedules(body, trees, record=record, micro_batch=micro_batch)
-    if body.sharded is not None and ranks.most(body, any(not plan.one_path for plan in plans))[0]:
-        raise UnsupportedModelError(
-            "under FSDP2 two_phase runs trees that branch at one depth only: take packed or cached, or a tree for each "
-            "of the branches"
-        )
+    wanted = [spans_of(tree, record, g) for g, tree in enumerate(trees)]
+    first_paths = [_on_first_path(tree, spans or ()) for tree, spans in zip(trees, wanted, strict=True)]
+    plans = schedules(body, trees, record=first_paths, micro_batch=micro_batch)
+    if body.sharded is not None and ranks.most(body, unordered(body, trees) is not None)[0]:
+        raise UnsupportedModelError(UNORDERED)
     parts = ranks.runs_of_all(body, [len(plans[g].batches) for g in active])
     entered = ranks.runs_of_all(body, [plans[g].entered for g in active])
     if not parts:
         hidden, _ = cached.hidden_states(body, trees)
         yield MicroBatch(hidden, torch.empty(0, dtype=torch.int64, device=hidden.device), 0, None, True, body)
     for k, g in enumerate(active):
-        yield from _group(body, g, plans[g], wanted_of(record, g), g == active[-1], parts[k], entered[k])
+        yield from _group(body, g, plans[g], wanted[g], g == active[-1], parts[k], entered[k])
     for k in range(len(active), len(parts)):
         runs = ranks.idle(body, entered[k])
         for _ in range(parts[k] - 1):
@@ -153,11 +154,24 @@ def unsynchronised(body: Body) -> AbstractContextManager[Any]:
     return wrapper.no_sync() if isinstance(wrapper, DistributedDataParallel) else nullcontext()
 
 
+def unordered(body: Body, trees: Sequence[Tree]) -> str | None:
+    """Says why these trees cannot be run forward and backward in the order that other ranks have; None if they can."""
+    if body.sharded is None or all(schedule(body, tree).one_path for tree in trees):
+        return None
+    return UNORDERED
+
+
+def _on_first_path(tree: Tree, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Takes the spans before the end of the first leaf, which are run before the first part."""
+    end = next((tree.starts[i + 1] for i in range(len(tree.spans)) if not tree.children[i]), 0)
+    return [span for span in spans if span[0] < end]
+
+
 def _group(
     body: Body,
     group: int,
     plan: Schedule,
-    record: bool | Sequence[tuple[int, int]],
+    record: Sequence[tuple[int, int]] | None,
     last_group: bool,
     parts: int,
     entered: int,
@@ -168,7 +182,7 @@ def _group(
     batches = [at for at, step in enumerate(plan.steps) if step.kind == "batch"]
     # Of each node the last batch below it.
     lasts = {
-        step.stretch: max(b for b in batches if b < at) for at, step in enumerate(plan.steps) if step.kind == "leave"
+        step.stretch: batches[bisect(batches, at) - 1] for at, step in enumerate(plan.steps) if step.kind == "leave"
     }
     # Forwards are run unsynchronised too, all but the last before the last backward: that one arms the reduction.
     arming = max(at for at, step in enumerate(plan.steps) if step.runs) if last_group else -1
@@ -184,7 +198,8 @@ def _group(
         if step.kind == "enter":
             with nullcontext() if at == arming else unsynchronised(body):
                 ran = enter(body, plan, k, read_by(lasts[k], before).states if before >= 0 else None)
-            recorder.add(plan, k, ran.states)
+            if at < batches[0]:
+                recorder.add(plan, k, ran.states)
             nodes[k] = ran._replace(states=ran.states.reachable(body))  # what no other can see is dropped
             leaves[k] = _leaves(nodes[k], leaves[before].states if before >= 0 else None)
             del ran
@@ -195,7 +210,7 @@ def _group(
             leaves.pop(k, None)
         else:
             if at == batches[0]:
-                prompts = None if record is False else PromptStates((recorder.recorded(),))
+                prompts = None if record is None else PromptStates((recorder.recorded(),))
                 idle = ranks.idle(body, entered - plan.entered)
                 for _ in range(parts - len(batches)):
                     yield from _to_be_done(_idle_part(body, group, prompts=prompts))
@@ -210,17 +225,12 @@ def _group(
                 del states
             else:
                 part._synchronises = last_group and at == batches[-1]
-                others = []
-                for node in [node for node in nodes if lasts[node] == at]:
-                    others.append(nodes[node].kept[:0])
-                    roots, gradients = _gathered(nodes.pop(node), leaves.pop(node))
-                    part._roots += roots
-                    part._gradients += gradients
+                _take_in(part, [(nodes.pop(node), leaves.pop(node)) for node in list(nodes) if lasts[node] == at])
                 if body.sharded is not None:
-                    # Every part runs the model once, on every rank, and the last goes on into all that was run before.
-                    others += [*(idle if at == batches[-1] else ()), *ranks.idle(body, 0 if step.batch else 1)]
+                    # Every part runs the model once, on every rank; the last goes on into all that was run before.
+                    others = [*(idle if at == batches[-1] else ()), *ranks.idle(body, 0 if step.batch else 1)]
                     part.hidden = torch.cat([part.hidden, *others])
-                del others
+                    del others
                 yield from _to_be_done(part)
             # Its graph is gone; what is left of it must not outlive the next forward.
             del part
@@ -269,6 +279,16 @@ def _go_on(node: Ran, leaves: Ran) -> None:
     roots, gradients = _gathered(node, leaves)
     if roots:
         torch.autograd.backward(roots, gradients)
+
+
+def _take_in(part: MicroBatch, nodes: Sequence[tuple[Ran, Ran]]) -> None:
+    """Makes a part's backward go on into nodes, with what their descendants have added up."""
+    for node, leaves in nodes:
+        roots, gradients = _gathered(node, leaves)
+        part._roots += roots
+        part._gradients += gradients
+        # FSDP2 gathers a layer's weights for backward when a gradient arrives at its output, not at its states.
+        part.hidden = torch.cat([part.hidden, node.kept[:0]])
 
 
 def _to_be_done(part: MicroBatch) -> Iterator[MicroBatch]:
