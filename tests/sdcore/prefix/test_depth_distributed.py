@@ -62,11 +62,14 @@ def compare(
 
 def refused() -> None:
     with pytest.raises(UnsupportedModelError, match="branch at one depth"):
-        distill_step(fsdp(tiny("llama")), plan_of("deep", dist.get_rank()), verify="off", micro_batch=2)
+        distill_step(fsdp(tiny("llama")), plan_of("deep", dist.get_rank()), strategy="two_phase", verify="off")
 
 
 def cases() -> dict[str, Callable[[], None]]:
-    by_name: dict[str, Callable[[], None]] = {"fsdp two_phase is refused": refused}
+    by_name: dict[str, Callable[[], None]] = {
+        "fsdp two_phase is refused": refused,
+        "fsdp auto takes another": lambda: compare(fsdp, "deep", "gemma3", micro_batch=2),
+    }
     for label, wrap in (("ddp", ddp), ("fsdp", fsdp)):
         for strategy in ("cached", "packed", "two_phase"):
             if (label, strategy) == ("fsdp", "two_phase"):
