@@ -28,6 +28,7 @@ from typing import Any, Final, NamedTuple, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from sdkernels.live_bytes import LiveBytes
 
@@ -205,8 +206,8 @@ class TimeLine(LiveBytes):
         self._after_model = True
         # Strategies that store a prefix by itself hand it to the model as its cache.
         for layer in getattr(kwargs.get("past_key_values"), "layers", ()):
-            for state in (*(getattr(layer, "prefix", None) or ()), *getattr(layer, "recorded", tuple)()):
-                if (storage := self._by_address.get(state.untyped_storage()._cdata)) is not None:
+            for state in tree_leaves((getattr(layer, "prefix", None), getattr(layer, "recorded", tuple)())):
+                if state is not None and (storage := self._by_address.get(state.untyped_storage()._cdata)) is not None:
                     storage.is_prompt = True
 
     def _know(self, category: str, tensors: Iterable[Tensor]) -> None:
