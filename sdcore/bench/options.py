@@ -36,6 +36,9 @@ SUITES: Final = tuple(LETTERS)
 WITH_GRID: Final = ("prefix", "scaling")
 # Of the suite `scaling`, by the letter that varies.
 SWEEPS: Final = ("N", "V", "G", "P")
+# Of the suite `divergence`: what its rows compute, and the real models that `states` brings.
+DIVERGENCES: Final = ("forward", "reverse", "jsd", "top-100")
+STATES: Final = ("smollm2", "gemma")
 
 
 # One prompt with its completions, as RL-like methods train on them; on a CPU what takes minutes and not hours.
@@ -60,6 +63,8 @@ class Options:
     shapes: tuple[str, ...] = ()  # "KEY=INT,..."
     dtype: str | None = None  # one of DTYPE_NAMES; None: the suite's own
     peers: tuple[str, ...] | None = None  # None: all
+    divergences: tuple[str, ...] | None = None  # of DIVERGENCES; None: the suite's own choice
+    states: str | None = None  # of STATES, or a path: hidden states of a real model in the place of random ones
 
     def __post_init__(self) -> None:
         if self.suite not in SUITES:
@@ -75,17 +80,23 @@ class Options:
             raise ArgumentError(f"seconds must be at least 0, got {self.seconds}")
         if self.threads is not None and self.threads < 1:
             raise ArgumentError(f"threads must be at least 1, got {self.threads}")
-        if self.quick and (self.model or self.shapes or self.everything):
-            raise ArgumentError("quick runs have sizes of their own: leave out model, shape and everything")
+        if self.quick and (self.model or self.shapes or self.everything or self.states):
+            raise ArgumentError("quick runs have sizes of their own: leave out model, shape, states and everything")
+        if self.states and (self.model or self.suite != DIVERGENCE):
+            raise ArgumentError(f"states are of {DIVERGENCE} and bring a model: leave out {self.model or self.suite}")
         for shape in self.shapes:
-            parse_shape(shape, LETTERS[self.suite])
+            parse_shape(shape, self.letters)
         if self.suite == "scaling" and len(self.shapes) > 1:
             raise ArgumentError(f"scaling takes one shape, of the sizes that do not vary, got {len(self.shapes)}")
 
     @property
+    def letters(self) -> str:
+        return "N" if self.states else LETTERS[self.suite]
+
+    @property
     def sizes(self) -> list[dict[str, int]]:
         """Returns the sizes of each shape, by letter; one empty one where none was given."""
-        return [parse_shape(shape, LETTERS[self.suite]) for shape in self.shapes] or [{}]
+        return [parse_shape(shape, self.letters) for shape in self.shapes] or [{}]
 
     @property
     def chosen(self) -> bool:
@@ -93,11 +104,17 @@ class Options:
         return bool(self.model or self.shapes)
 
     @property
+    def kind(self) -> str:
+        """Names the folder of results of one kind, of which the documents show the newest."""
+        return "states" if self.states in STATES and not self.chosen and self.peers is None else self.suite
+
+    @property
     def variant(self) -> str:
         """Names the folder of what is not the suite's own run; empty for that one."""
         if self.quick:
             return "quick"
-        parts = [self.model, *self.shapes, self.dtype, *(self.peers or ())]
+        parts = [self.model, *self.shapes, self.dtype, *(self.divergences or ()), *(self.peers or ())]
+        parts.insert(0, Path(self.states).stem if self.states else None)
         chosen = " ".join(part for part in parts if part)
         return chosen or ("grid" if self.everything and self.suite in WITH_GRID else "")
 

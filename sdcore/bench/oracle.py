@@ -1,8 +1,8 @@
 """Computes the right answer to a case from the definitions in `sdkernels/reference.py`, a few rows at a time.
 
-All divergences of a shape share its projections. They and the gradient products are float64 where that is cheap, and
-float32 at the shapes of the speed table, whose error (1e-6) is far below what the equality check asks; everything in
-between is float64 always.
+All divergences of a shape share its projections. They and the gradient products are float64 where that is cheap or is
+asked for, and float32 at the shapes of the speed table, whose error (1e-6) is far below what the equality check asks;
+everything in between is float64 always.
 """
 
 from __future__ import annotations
@@ -25,13 +25,19 @@ FLOAT64_PRODUCT = 1 << 29  # N·V·H
 # direction or a mixed-in cross-entropy does not. How exact each one is stands in the accuracy table.
 EQUAL_LOSS = {"fp32": 1e-4, "bf16": 0.02}
 EQUAL_GRADIENT = {"fp32": 1e-3, "bf16": 0.05}
+# A trained model's sides are near on most tokens, where rounded logits cost a peer 4 to 6 %. The loss is held to the
+# same as elsewhere.
+EQUAL_ON_STATES = {"fp32": 1e-3, "bf16": 0.2}
 
 
 @torch.no_grad()
-def solve(inputs: CaseInputs, divergences: tuple[Divergence, ...]) -> dict[Divergence, Outcome]:
+def solve(
+    inputs: CaseInputs, divergences: tuple[Divergence, ...], *, float64: bool = False
+) -> dict[Divergence, Outcome]:
     """Returns mean loss over the rows and gradients, per divergence, in the dtype of the products (see above)."""
     shape = inputs.shape
-    dtype = torch.float64 if shape.rows * shape.vocab * shape.hidden <= FLOAT64_PRODUCT else torch.float32
+    cheap = shape.rows * shape.vocab * shape.hidden <= FLOAT64_PRODUCT
+    dtype = torch.float64 if cheap or float64 else torch.float32
     hidden, weight, teacher_hidden = (tensor.detach().to(dtype) for tensor in inputs)
     results = {}
     for divergence in divergences:
@@ -82,10 +88,10 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     return (distance / torch.linalg.vector_norm(exact, dtype=torch.float64)).item()
 
 
-def difference(errors: Errors, dtype: str) -> str | None:
+def difference(errors: Errors, dtype: str, *, on_states: bool = False) -> str | None:
     """Says why a result is not the quantity that was asked for; None if it is."""
     if not errors.loss <= EQUAL_LOSS[dtype]:
         return f"loss off by {errors.loss:.1e}"
-    if not errors.gradient <= EQUAL_GRADIENT[dtype]:
+    if not errors.gradient <= (EQUAL_ON_STATES if on_states else EQUAL_GRADIENT)[dtype]:
         return f"gradient off by {errors.gradient:.1e}"
     return None

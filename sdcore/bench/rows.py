@@ -134,6 +134,7 @@ class Report:
     speed: list[SpeedRow] = field(default_factory=list)
     memory: list[MemoryRow] = field(default_factory=list)
     accuracy: list[AccuracyRow] = field(default_factory=list)
+    mass: list[dict[str, Any]] = field(default_factory=list)  # of a real model's states, as `States.mass` has it
 
 
 @dataclass(kw_only=True)

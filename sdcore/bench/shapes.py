@@ -63,13 +63,18 @@ class Group(NamedTuple):
     dtype: str  # a key of DTYPES
     divergence: Divergence
     frozen_head: bool = False  # no gradient of the head
+    states: str = ""  # of which real model, see `states`; empty: random
+
+    @property
+    def of(self) -> str:
+        return f"{self.states} {self.shape}".lstrip()
 
     @property
     def work(self) -> str:
         return f"{self.divergence}, frozen head" if self.frozen_head else str(self.divergence)
 
     def __str__(self) -> str:
-        return f"{self.shape} {self.dtype} {self.work}"
+        return f"{self.of} {self.dtype} {self.work}"
 
 
 class CaseInputs(NamedTuple):
@@ -98,13 +103,13 @@ def make_case_inputs(
     made = make_inputs(
         shape.rows, shape.hidden, shape.vocab, noise=noise, dtype=torch.bfloat16, device=device, seed=seed
     )
+    return leaves(made.student_hidden, made.student_weight, made.teacher_hidden, dtype=dtype, frozen_head=frozen_head)
 
-    def leaf(tensor: Tensor, differentiable: bool) -> Tensor:
-        return tensor.detach().to(DTYPES[dtype]).requires_grad_(differentiable)
 
-    return CaseInputs(
-        leaf(made.student_hidden, True), leaf(made.student_weight, not frozen_head), leaf(made.teacher_hidden, False)
-    )
+def leaves(student: Tensor, weight: Tensor, teacher: Tensor, *, dtype: str, frozen_head: bool) -> CaseInputs:
+    """Makes a case of tensors of whatever dtype."""
+    student, weight, teacher = (tensor.detach().to(DTYPES[dtype]) for tensor in (student, weight, teacher))
+    return CaseInputs(student.requires_grad_(), weight.requires_grad_(not frozen_head), teacher)
 
 
 def _product(
@@ -158,9 +163,10 @@ def groups(device: str, *, quick: bool = False, everything: bool = False) -> lis
     ]
 
 
-def chosen_groups(shape: Shape, *, everything: bool = False) -> list[Group]:
-    """Lists the groups of a shape that somebody asked for.
+def chosen_groups(shape: Shape, *, everything: bool = False, states: str = "") -> list[Group]:
+    """Lists the groups of a shape that somebody asked for, or of a real model's states.
 
     Without `everything` there is no forward KL, which costs what the reverse KL does.
     """
-    return _product(shape, BOTH, ALL if everything else WITHOUT_FORWARD_KL)
+    chosen = _product(shape, BOTH, ALL if everything else WITHOUT_FORWARD_KL)
+    return [group._replace(states=states) for group in chosen]

@@ -47,7 +47,7 @@ def start(options: Options, *, seconds: float, progress: Console | None = None) 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     machine = describe_machine(device)
-    named = {"suite": options.suite, "device": machine_folder(machine), "date": machine["date"]}
+    named = {"suite": options.kind, "device": machine_folder(machine), "date": machine["date"]}
     path = result_path(**named, variant=options.variant, output=options.output)
     chosen = seconds if options.seconds is None else options.seconds
     return Run(

@@ -143,7 +143,7 @@ def ratio_table(shape: Shape, rows: Iterable[SpeedRow]) -> Table:
     groups = {group: members for group, members in by_group(rows).items() if group.shape == shape}
     frozen = any(group.frozen_head for group in groups)
     table = Table(
-        f"{shape}: forward and backward as multiples of the four bare matrix products"
+        f"{next(iter(groups)).of}: forward and backward as multiples of the four bare matrix products"
         + (", three with a frozen head" if frozen else ""),
         ("contender", *(f"{group.dtype} {group.work}" for group in groups)),
     )
@@ -156,6 +156,27 @@ def ratio_table(shape: Shape, rows: Iterable[SpeedRow]) -> Table:
     floors = [floor_seconds(members) * 1e3 for members in groups.values()]
     name = "matmuls, ms" if frozen else "four matmuls, ms"
     table.add(name, *(NONE if math.isnan(floor) else f"{floor:.0f}" for floor in floors))
+    return table
+
+
+def error_table(shape: Shape, rows: Iterable[SpeedRow]) -> Table:
+    """Shows the worse gradient's error of all contenders at a shape, where they were timed."""
+    groups = {group: members for group, members in by_group(rows).items() if group.shape == shape}
+    title = f"{next(iter(groups)).of}: relative error of the worse gradient against float64"
+    table = Table(title, ("contender", *(f"{group.dtype} {group.work}" for group in groups)))
+
+    def cells(row: SpeedRow | None, _: Sequence[SpeedRow]) -> list[str]:
+        return [format_error(row.errors.gradient) if row and row.errors else NONE]
+
+    return pivot(table, list(groups.values()), cells, lambda row: row.contender.startswith(OURS))
+
+
+def mass_table(entries: Iterable[Mapping[str, Any]]) -> Table:
+    """Shows how much of the probability k tokens have, on both sides."""
+    title = "Share of the probability that the likeliest k tokens have, mean over the rows"
+    table = Table(title, ("states", "k", "teacher", "student"))
+    for entry in entries:
+        table.add(entry["states"], str(entry["k"]), *(f"{entry[side]:.1%}" for side in ("teacher", "student")))
     return table
 
 

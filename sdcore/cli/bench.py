@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from sdcore.bench.options import SUITES, SWEEPS
+from sdcore.bench.options import DIVERGENCES, STATES, SUITES, SWEEPS
 from sdcore.cli.running import console, quiet_libraries, readable_errors
 
 DEFAULT_SUITE: Final = "divergence"
@@ -20,6 +20,8 @@ ONLY: Final = {
     "peers": ("divergence", "trainer"),
     "trainers": ("trainer",),
     "sweeps": ("scaling",),
+    "divergences": (DEFAULT_SUITE,),
+    "states": (DEFAULT_SUITE,),
     "everything": ("divergence", "prefix", "scaling"),
     "readme": (DEFAULT_SUITE,),
     "threshold": (COMPARE,),
@@ -34,6 +36,16 @@ def bench(
     trainers: Annotated[str | None, typer.Option(help=f"trainer: of {','.join(TRAINERS)}; default: all.")] = None,
     sweeps: Annotated[
         str | None, typer.Option(help=f"scaling: which size varies, of {','.join(SWEEPS)}; default: one by one.")
+    ] = None,
+    states: Annotated[
+        str | None,
+        typer.Option(
+            help=f"divergence: hidden states and head of a trained model at its own answers ({' or '.join(STATES)}; "
+            "made once), or a file of them. Default: random ones."
+        ),
+    ] = None,
+    divergences: Annotated[
+        str | None, typer.Option(help=f"divergence: of {','.join(DIVERGENCES)}; default: all but forward.")
     ] = None,
     model: Annotated[str | None, typer.Option(help=f"Sizes of a real model, random weights: {PRESETS}.")] = None,
     shape: Annotated[
@@ -75,6 +87,8 @@ def bench(
       sdcore bench --quick                             does it all work? seconds
       sdcore bench                                     the output layer and its loss; ten minutes
       sdcore bench --model qwen3-8b --shape N=256 --dtype bf16 --peers naive,trl
+      sdcore bench --states smollm2                    the same on a real model's states and head
+      sdcore bench --states gemma --dtype bf16 --divergences jsd     V=262,144: one at a time
       sdcore bench prefix                              passes that share their prompt; ten minutes
       sdcore bench prefix --model qwen3-0.6b --shape L=2,G=4
       sdcore bench step                                SDPO's update beside TRL's; half an hour
@@ -86,9 +100,11 @@ def bench(
     Peers that are not installed keep a row that says what to install; all but fla: pip install "sdcore[bench]"
     """
     with readable_errors("bench"):
-        sizes = {"model": model, "shapes": tuple(shape or ()), "dtype": dtype, "seconds": seconds, "quick": quick}
-        chosen = {**sizes, "everything": everything, "device": device, "threads": threads, "output": output}
-        own = {"peers": peers, "trainers": trainers, "sweeps": sweeps, "readme": readme, "threshold": threshold}
+        sizes = {"model": model, "states": states, "shapes": tuple(shape or ()), "dtype": dtype, "seconds": seconds}
+        sizes |= {"quick": quick, "everything": everything}
+        chosen = {**sizes, "device": device, "threads": threads, "output": output}
+        names = {"peers": peers, "trainers": trainers, "sweeps": sweeps, "divergences": divergences}
+        own = {**names, "readme": readme, "threshold": threshold}
         _refuse(suite, {**chosen, **own, "files": files})
         if suite == COMPARE:
             _compare(files or [], 1.1 if threshold is None else threshold)
@@ -97,7 +113,7 @@ def bench(
 
             typer.echo(f"renewed {', '.join(map(str, update()))}")
         else:
-            _run(suite, {"peers": peers, "trainers": trainers, "sweeps": sweeps}, chosen)
+            _run(suite, names, chosen)
 
 
 def _refuse(suite: str, given: dict[str, Any]) -> None:
@@ -121,9 +137,10 @@ def _run(suite: str, names: dict[str, str | None], chosen: dict[str, Any]) -> No
 
     kind, allowed = {"trainer": ("trainers", TRAINERS), "scaling": ("sweeps", SWEEPS)}.get(suite, ("peers", PEERS))
     text = names[kind] if names[kind] is not None else names["peers"]
-    options = Options(suite=suite, peers=split_names(text, allowed, kind), **chosen)
+    divergences = split_names(names["divergences"], DIVERGENCES, "divergences")
+    options = Options(suite=suite, peers=split_names(text, allowed, kind), divergences=divergences, **chosen)
     # The output layer needs no transformers.
-    with nullcontext() if suite == DEFAULT_SUITE else quiet_libraries():
+    with nullcontext() if suite == DEFAULT_SUITE and options.states not in STATES else quiet_libraries():
         from sdcore.bench.suite import run
         from sdcore.bench.suites import suite_named
 

