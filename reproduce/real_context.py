@@ -261,7 +261,7 @@ STUDIES = (
         "real_gemma",
         "The same on Gemma 3 270M",
         "A base model without a chat template learns the handbook too.",
-        full=Settings(model="gemma3", steps=30, checkpoints=(10, 20)),
+        full=Settings(model="gemma3"),
         level=GEMMA_LEVEL,
         run=run,
         arms=(

@@ -99,8 +99,15 @@ def subject_of(name: str) -> Subject:
     stops = stop_ids(base, tokenizer)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN
-        stops = [*stops, tokenizer("\n", add_special_tokens=False)["input_ids"][-1]]
+        stops = [*stops, *ends_of_line(tokenizer)]
     return Subject(name=name, folder=folder, tokenizer=tokenizer, base=base, stops=tuple(stops))
+
+
+def ends_of_line(tokenizer: Any) -> list[int]:
+    """Returns the tokens that end a line and say nothing more: several newlines may be one token."""
+    (one,) = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    more = (index for token, index in tokenizer.get_vocab().items() if token and not token.strip("\n"))
+    return sorted({one, *more})
 
 
 def kept(asked: Any, make: Callable[[], Any]) -> Any:

@@ -95,7 +95,7 @@ STUDIES = (
         level=LEVEL,
         run=run,
         arms=(
-            SdftArm(name="sdft", title="SDFT as run, forward KL", learning_rates=GRID, quick_rate=2e-3),
+            SdftArm(name="sdft", title="SDFT as run, forward KL", learning_rates=GRID[1:], quick_rate=2e-3),
             SdftArm(
                 name="sft",
                 title="SFT on the demonstrations",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,15 @@ def test_fifty_demonstrations_have_every_fact() -> None:
     assert len({question_of(row) for row in rows}) == len(rows) == 50
     assert {row["fact"] for row in rows} == set(range(30))
     assert rows != real_sdft.demonstrations(BOOK, 50, seed=4)
+
+
+def test_a_line_of_a_base_model_ends_at_any_number_of_newlines() -> None:
+    tokenizer = chat_tokenizer("qwen")
+    (one,) = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    assert real_model.ends_of_line(tokenizer) == [one]
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["\n\n", "\n x"])
+    assert real_model.ends_of_line(tokenizer) == sorted([one, tokenizer.convert_tokens_to_ids("\n\n")])
 
 
 # From a command to a page
