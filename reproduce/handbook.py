@@ -6,8 +6,9 @@ The handbook (`handbook.json`) has 30 facts with six questions each to learn fro
 section of it is the teacher's `privileged_context`; the student reads the question alone. What is learned from are the
 teacher's own answers, right or wrong, with its distribution at every token: no fact is anybody's target but as the
 model itself repeats it. Every fourth question is an anchor: about something else, its answer to stay what it is. Beside
-it stand the same on all weights, and SFT on the handbook's own sentences, with anchors and without. Each learner starts
-from the same weights, and is measured three times on its way, so that SFT can be read where it knows as much.
+it stands SFT on the handbook's own sentences, with anchors and without, and the same on all weights where that is asked
+for. Each learner starts from the same weights, and is measured three times on its way, so that SFT can be read where it
+knows as much.
 
 What differs from the obvious: the teacher is frozen, so its answers are drawn once, before training; `sdcore train`
 with `teacher_samples=1` draws them at each step, which on two cores takes as long as learning from them. An answer is
@@ -61,10 +62,10 @@ class Learner(NamedTuple):
 
 LEARNERS: Final = (
     Learner("context distillation, LoRA", True, True, True, 2e-3, 75),
-    Learner("context distillation, all weights", True, False, True, 3e-4, 36),
-    Learner("SFT, LoRA", False, True, False, 2e-3, 24),
-    Learner("SFT, LoRA, with anchors", False, True, True, 2e-3, 30),
+    Learner("SFT, LoRA", False, True, False, 2e-3, 33),
+    Learner("SFT, LoRA, with anchors", False, True, True, 2e-3, 42),
 )
+ALL_WEIGHTS: Final = Learner("context distillation, all weights", True, False, True, 3e-4, 36)
 
 
 class Run(NamedTuple):
@@ -219,6 +220,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Directory for the runs and result.json.")] = Path("demo-llm"),
     steps: Annotated[int | None, typer.Option(min=3, help="Optimizer steps of each learner; default: its own.")] = None,
     seed: Annotated[int, typer.Option(help="Of the order of questions and of the adapters' start.")] = 1,
+    all_weights: Annotated[bool, typer.Option("--all-weights", help="Also train all weights: minutes more.")] = False,
 ) -> None:
     """Teach SmolLM2-135M-Instruct an invented company's handbook by its own answers."""
     with readable_errors("handbook"), quiet_libraries():
@@ -236,7 +238,8 @@ def main(
         screen.print(f"the teacher's answers to the questions to learn from: {sum(right) / len(right):.0%} right")
         unchanged, _ = answers(base, tokenizer, book.anchors)
         run = Run(name, tokenizer, book, taught, unchanged, output, steps, seed, bf16, screen)
-        learned = [learn(learner, run, before) for learner in LEARNERS]
+        learners = [*LEARNERS, *([ALL_WEIGHTS] if all_weights else [])]
+        learned = [learn(learner, run, before) for learner in learners]
         screen.print(table_of(learned, ceiling))
         for i in range(0, len(book.held_out), len(book.held_out) // SHOWN):
             after = learned[0].measured[-1].answers[i]
