@@ -106,7 +106,7 @@ def answers(
         [has_words],
         max_completion_length=MOST_TOKENS,
         temperature=0.0,
-        batch_size=30,
+        batch_size=60,
         stop_token_ids=stop_token_ids,
     )
     rollouts = [group.rollouts[0] for group in judged.groups]

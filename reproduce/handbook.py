@@ -7,8 +7,8 @@ section of it is the teacher's `privileged_context`; the student reads the quest
 teacher's own answers, right or wrong, with its distribution at every token: no fact is anybody's target but as the
 model itself repeats it. Every fourth question is an anchor: about something else, its answer to stay what it is. Beside
 it stands SFT on the handbook's own sentences, with anchors and without, and the same on all weights where that is asked
-for. Each learner starts from the same weights, and is measured three times on its way, so that SFT can be read where it
-knows as much.
+for. Each learner starts from the same weights, and is measured three times on its way: what they forgot is also read
+where they know equally much.
 
 What differs from the obvious: the teacher is frozen, so its answers are drawn once, before training; `sdcore train`
 with `teacher_samples=1` draws them at each step, which on two cores takes as long as learning from them. An answer is
@@ -98,7 +98,6 @@ class Learned(NamedTuple):
     """Holds what a learner knew on its way, and what it cost."""
 
     name: str
-    distils: bool
     measured: tuple[Measured, ...]
     tokens: int = 0  # that carried a loss
     seconds: float = 0.0  # of training
@@ -187,31 +186,34 @@ def learn(learner: Learner, run: Run, before: Measured) -> Learned:
     trainer.train()
     seconds = time.perf_counter() - started - way.seconds
     tokens = read_run(str(args.output_dir)).metrics[-1]["tokens"]
-    return Learned(learner.name, learner.distils, tuple(way.points), tokens, seconds)
+    return Learned(learner.name, tuple(way.points), tokens, seconds)
 
 
 def table_of(learned: Sequence[Learned], ceiling: float) -> Table:
-    """Shows what each learner knows beside what it knew, and what it forgot; SFT also where it knew as much."""
+    """Shows what each learner knows beside what it knew, and what it forgot, also where all know equally much."""
+    level = min(each.measured[-1].right for each in learned)
     table = Table(title="Held-out questions about the handbook, answered without it", title_justify="left")
-    for heading in ("", "right", "of the way to the ceiling", "general knowledge", "perplexity of prose", "tokens/s"):
+    kept = f"where all know {level:.0%}"
+    for heading in (
+        "",
+        "right",
+        "of the way",
+        "general",
+        "perplexity",
+        f"general, {kept}",
+        f"perplexity, {kept}",
+        "tokens/s",
+    ):
         table.add_column(heading, justify="left" if not heading else "right")
-    before, level = learned[0].measured[0], learned[0].measured[-1].right
-    rows = [("before", before, "–")]
+    before = learned[0].measured[0]
+    table.add_row("before", f"{before.right:.0%}", "–", f"{before.general:.0%}", f"{before.perplexity:.1f}", "", "", "")
+    table.add_row("with the handbook in view", f"{ceiling:.0%}", "100%", "", "", "", "", "")
     for each in learned:
-        rows.append((each.name, each.measured[-1], f"{each.tokens / each.seconds:.0f}"))
-        if not each.distils and (same := each.at(level)) is not each.measured[-1]:
-            rows.append((f"  at step {same.step:.0f}, which knows as much", same, ""))
-    for name, state, speed in rows:
-        way = (state.right - before.right) / max(ceiling - before.right, 1e-9)
-        right = f"{state.right:.0%} ± {state.stderr:.0%}"
-        cells = (
-            right,
-            "–" if state is before else f"{way:.0%}",
-            f"{state.general:.0%}",
-            f"{state.perplexity:.1f}",
-            speed,
-        )
-        table.add_row(name, *cells)
+        end, same = each.measured[-1], each.at(level)
+        way = (end.right - before.right) / max(ceiling - before.right, 1e-9)
+        cells = [f"{end.right:.0%} ± {end.stderr:.0%}", f"{way:.0%}"]
+        cells += [cell for state in (end, same) for cell in (f"{state.general:.0%}", f"{state.perplexity:.1f}")]
+        table.add_row(each.name, *cells, f"{each.tokens / each.seconds:.0f}")
     return table
 
 
@@ -253,7 +255,7 @@ def main(
             "seconds": time.perf_counter() - started,
             "learned": [
                 each._asdict() | {"measured": [point._asdict() for point in each.measured[1:]]}
-                for each in [Learned("before", False, (before, before)), *learned]
+                for each in [Learned("before", (before, before)), *learned]
             ],
         }
         output.mkdir(parents=True, exist_ok=True)

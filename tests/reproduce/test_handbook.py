@@ -61,9 +61,9 @@ def test_the_demo_runs_to_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_what_was_kept_is_read_where_as_much_was_known() -> None:
     known = [Measured(step, right, 0.0, 1 - right, 10.0 + step) for step, right in [(0, 0.0), (8, 0.2), (16, 0.6)]]
-    kept = Learned("SFT", False, tuple(known)).at(0.3)
+    kept = Learned("SFT", tuple(known)).at(0.3)
     assert [kept.step, kept.right, kept.general, kept.perplexity] == pytest.approx([10, 0.3, 0.7, 20])
-    assert Learned("SFT", False, tuple(known)).at(0.9) is known[-1]
+    assert Learned("SFT", tuple(known)).at(0.9) is known[-1]
 
 
 def test_without_the_package_the_error_says_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
