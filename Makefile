@@ -21,7 +21,7 @@ help:  ## list the targets
 demo: $(VENV)/installed-plot  ## set up, then run the small self-distillation demo (DEMO_ARGS="--help" for its options)
 	$(PY) -m sdcore demo $(DEMO_ARGS)
 
-demo-llm: $(VENV)/installed-real  ## set up, then teach SmolLM2-135M-Instruct thirty invented facts: ten minutes (DEMO_ARGS)
+demo-llm: $(VENV)/installed-real  ## set up, then teach SmolLM2-135M-Instruct thirty invented facts: about twelve minutes (DEMO_ARGS)
 	$(PY) -m reproduce.handbook $(DEMO_ARGS)
 
 test: $(VENV)/installed-dev  ## set up with the test extras, then run the tests (PYTEST_ARGS="-k divergence" for some)
