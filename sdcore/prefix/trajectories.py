@@ -47,12 +47,14 @@ def plan_trajectories(
     views: Sequence[View] | None = None,
     *,
     groups: Sequence[int] | None = None,
+    teachers: int | None = None,
 ) -> Plan:
     """Finds what passes over trajectories, and over the views of them, share.
 
     `masks` says of each trajectory, bool (L,), which tokens carry loss: any but the first, with holes or none at all.
     `views` None plans the student's pass alone. `groups` says how many trajectories, one after the other, are attempts
-    at the same task, which `tilt_step` compares; None: all. Rows are in the order trajectory, position.
+    at the same task, which `tilt_step` compares; None: all. `teachers` is how many are told apart, for batches in which
+    one may have no view; None: as many as the views name. Rows are in the order trajectory, position.
 
     Raises `PlanError` or `PlanTypeError`, which name the argument and the index, before anything is computed.
     """
@@ -80,10 +82,14 @@ def plan_trajectories(
         _Wanted(i, tokens - 1, torch.arange(firsts[i], firsts[i + 1]), named[i][0])
         for i, tokens in enumerate(supervised)
     ]
-    teachers = sorted({view.teacher for view in given_views})
-    if teachers != list(range(len(teachers))):
-        raise PlanError(f"views must have teachers counted from 0, got {teachers}")
-    scorers = torch.full((len(teachers), firsts[-1]), -1)
+    told_apart = sorted({view.teacher for view in given_views})
+    if teachers is None:
+        teachers = len(told_apart)
+        if told_apart != list(range(teachers)):
+            raise PlanError(f"views must have teachers counted from 0, got {told_apart}")
+    elif not set(told_apart) <= set(range(teachers)):
+        raise PlanError(f"views must have a teacher below teachers={teachers}, got {told_apart}")
+    scorers = torch.full((teachers, firsts[-1]), -1)
     scored = [_scored(v, view, host, supervised, firsts, scorers) for v, view in enumerate(given_views)]
     trie = _Trie(host)
     for sequence in (*wanted, *scored):
@@ -103,7 +109,7 @@ def plan_trajectories(
 
     return Plan(
         student=trees(-1),
-        teachers=tuple(trees(teacher) for teacher in teachers),
+        teachers=tuple(trees(teacher) for teacher in range(teachers)),
         target_ids=torch.cat([ids[i][tokens.to(ids[i].device)] for i, tokens in enumerate(supervised)]),
         counts=tuple(tuple(counts[a:b]) for a, b in pairwise(ends)),
         given=tuple((name, own) for (name, _), own in zip(named, ids, strict=True)),

@@ -308,6 +308,14 @@ def view(**changed: Any) -> list[View]:
     return [View(**(good | changed))]
 
 
+@pytest.mark.parametrize("teacher", [0, 1])
+def test_a_teacher_without_views_in_a_batch_is_there_all_the_same(teacher: int) -> None:
+    planned = call(views=view(teacher=teacher), teachers=2)()
+    assert [sum(tree.num_rows for tree in trees) for trees in planned.teachers] == [2 - 2 * teacher, 2 * teacher]
+    assert not planned.scored.any()  # a step of two teachers needs both
+    assert len(call(views=[], teachers=1)().teachers) == 1
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -321,6 +329,7 @@ def view(**changed: Any) -> list[View]:
         (call(views=view(trajectory=2)), r"views\[0\] must have a trajectory in \[0, 2\), got 2"),
         (call(views=view(teacher=-1)), r"views must have teachers counted from 0, got \[-1\]"),
         (call(views=view(teacher=1)), r"views must have teachers counted from 0, got \[1\]"),
+        (call(views=view(teacher=2), teachers=2), r"views must have a teacher below teachers=2, got \[2\]"),
         (call(views=view(positions=[3])), r"views\[0\] must have as many positions as tokens, .* \(2,\) and \(1,\)"),
         (call(views=view(tokens=[3, 2])), r"views\[0\] must have tokens in \[1, 4\), ascending, got \[3, 2\]"),
         (call(views=view(positions=[3, 4])), r"views\[0\] must have positions in \[1, 4\), ascending, got \[3, 4\]"),
