@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -63,7 +63,6 @@ def read_of(given_: Conversations) -> list[list[int]]:
     ]
 
 
-@settings(max_examples=60)
 @given(drawn())
 def test_every_token_with_another_past_is_computed_once(given_: Conversations) -> None:
     made, read = given_.plan, read_of(given_)
@@ -85,7 +84,6 @@ def test_every_token_with_another_past_is_computed_once(given_: Conversations) -
         assert sum(tree.shared for tree in trees) == len(borrowed)
 
 
-@settings(max_examples=60)
 @given(drawn())
 def test_rows_are_what_predicts_the_tokens_with_loss(given_: Conversations) -> None:
     made, wanted = given_.plan, given_.rows()
@@ -113,7 +111,6 @@ def test_rows_are_what_predicts_the_tokens_with_loss(given_: Conversations) -> N
     assert made.scored is None or torch.equal(made.scored, scored)
 
 
-@settings(max_examples=30)
 @given(drawn())
 def test_borrowed_nodes_are_the_students_tokens(given_: Conversations) -> None:
     made = given_.plan
@@ -183,7 +180,6 @@ def test_trees_of_each_depth_are_exact(strategy: str, name: str, checkpointing: 
 def test_drawn_trees_are_exact(strategy: str, name: str) -> None:
     plain, model = tiny(name), tiny(name)
 
-    @settings(max_examples=25, deadline=None)
     @given(drawn())
     def check(given_: Conversations) -> None:
         assert_exact(strategy, given_, model, plain)
