@@ -121,7 +121,7 @@ def first_page(report: Report) -> Iterator[Table]:
                 for row in _of_columns(speed[group])
                 if row.reason and not row.reason.endswith(NO_TOP_K)
             ]
-        coarse = [group for group in groups if group.dtype == "bf16"]
+        coarse = [group for group in groups if group.dtype == "bf16" and group.divergence.topk is None]
         for group in coarse:
             gradients = max(row.gradient_bytes for row in memory[group])
             _add(table, f"peak MiB, bf16 {group.work}", mebibytes(gradients), map(_peak, _of_columns(memory[group])))
