@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -43,6 +43,10 @@ CASES = [
     for name in [*CONFIGS, *HEADS]
     if name not in REFUSED.get(strategy, ())
 ]
+
+
+# Every token is the same, so that no gradient reaches the keys.
+ALIKE = Conversations([[0] * n for n in range(7, 0, -1)], [[False] + [True] * (n - 1) for n in range(7, 0, -1)], [])
 
 
 @st.composite
@@ -155,10 +159,12 @@ def assert_exact(strategy: str, given_: Conversations, model: Any, plain: Any) -
             assert _most(other - of_views[scored]) < 1e-10
         hidden, grads = states_and_gradients(body, hidden)
     assert _most(hidden - expected) < 1e-10
+    largest = max(float(grad.norm()) for grad in expected_grads.values())
     for parameter in grads.keys() | expected_grads.keys():
-        # An expert that no token was sent to may have no gradient, and what only one token sees has none but rounding.
+        # An expert that no token was sent to may have no gradient; what only one token sees, and keys that are all alike,
+        # have none but rounding, which is of the others' size.
         mine, other = (of_all.get(parameter, torch.zeros(())) for of_all in (grads, expected_grads))
-        assert float((mine - other).norm()) <= 1e-9 * float(other.norm()) + 1e-13, parameter
+        assert float((mine - other).norm()) <= 1e-9 * float(other.norm()) + 1e-12 * largest, parameter
 
 
 def _most(difference: Tensor) -> float:
@@ -181,6 +187,7 @@ def test_drawn_trees_are_exact(strategy: str, name: str) -> None:
     plain, model = tiny(name), tiny(name)
 
     @given(drawn())
+    @example(ALIKE)
     def check(given_: Conversations) -> None:
         assert_exact(strategy, given_, model, plain)
 
