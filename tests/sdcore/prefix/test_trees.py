@@ -161,8 +161,8 @@ def assert_exact(strategy: str, given_: Conversations, model: Any, plain: Any) -
     assert _most(hidden - expected) < 1e-10
     largest = max(float(grad.norm()) for grad in expected_grads.values())
     for parameter in grads.keys() | expected_grads.keys():
-        # An expert that no token was sent to may have no gradient; what only one token sees, and keys that are all alike,
-        # have none but rounding, which is of the others' size.
+        # An expert that no token was sent to may have no gradient. What one token alone sees, and keys that are all
+        # alike, have none but rounding, which is of the others' size.
         mine, other = (of_all.get(parameter, torch.zeros(())) for of_all in (grads, expected_grads))
         assert float((mine - other).norm()) <= 1e-9 * float(other.norm()) + 1e-12 * largest, parameter
 
