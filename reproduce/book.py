@@ -18,12 +18,13 @@ import json
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from sdcore.data import read_examples
 from sdcore.rollouts.rewards import contains
@@ -111,6 +112,19 @@ def answers(
     )
     rollouts = [group.rollouts[0] for group in judged.groups]
     return tuple(rollout.text for rollout in rollouts), tuple(rollout.reward == 1 for rollout in rollouts)
+
+
+class OnTheWay(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Calls `measure(student, step)` after some of a run's steps, with the student in eval mode."""
+
+    def __init__(self, steps: Collection[int], measure: Callable[[Any, int], None]) -> None:
+        self.steps, self.measure = steps, measure
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step in self.steps:
+            training = model.training
+            self.measure(model.eval(), state.global_step)
+            model.train(training)
 
 
 @torch.no_grad()

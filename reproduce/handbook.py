@@ -19,7 +19,6 @@ Not covered: several seeds, learning rates and controls, which are a study and n
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
@@ -33,7 +32,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdcore.bench.rows import describe_machine
 from sdcore.cli.running import console, lora_config, quiet_libraries, readable_errors
@@ -43,7 +42,8 @@ from sdcore.presets import SFT, ContextDistillation, Method
 from sdcore.training.config import SelfDistillationConfig
 from sdcore.training.trainer import SelfDistillationTrainer
 
-from .book import MOST_TOKENS, Handbook, answers, perplexity, question_of, row_of
+from .book import MOST_TOKENS, Handbook, OnTheWay, answers, perplexity, question_of, row_of
+from .records import crossing
 
 LORA_RANK: Final = 16
 SHOWN: Final = 5  # sample answers
@@ -104,15 +104,11 @@ class Learned(NamedTuple):
 
     def at(self, right: float) -> Measured:
         """Returns what was kept where so much was known, between two measurements by a straight line."""
-        for before, after in itertools.pairwise(self.measured):
-            if before.right < right <= after.right:
-                share = (right - before.right) / (after.right - before.right)
-                between = {
-                    name: getattr(before, name) + share * (getattr(after, name) - getattr(before, name))
-                    for name in ("step", "stderr", "general", "perplexity")
-                }
-                return Measured(right=right, **between)
-        return self.measured[-1]
+        numbers = [{k: v for k, v in point._asdict().items() if k != "answers"} for point in self.measured]
+        point = crossing(numbers, "right", right)
+        if point is None:
+            return self.measured[-1]
+        return Measured(point["step"], right, point["stderr"], point["general"], point["perplexity"])
 
 
 def measured(step: int, model: nn.Module, tokenizer: Any, book: Handbook) -> Measured:
@@ -127,23 +123,6 @@ def measured(step: int, model: nn.Module, tokenizer: Any, book: Handbook) -> Mea
         perplexity=perplexity(model, tokenizer, book.prose),
         answers=texts,
     )
-
-
-class OnTheWay(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Measures the student after each third of the steps."""
-
-    def __init__(self, learner: Learner, run: Run, before: Measured) -> None:
-        self.learner, self.run, self.points, self.seconds = learner, run, [before], 0.0
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        step, steps = state.global_step, state.max_steps
-        if step not in {steps // 3, 2 * steps // 3, steps}:
-            return
-        started, training = time.perf_counter(), model.training
-        self.points.append(measured(step, model.eval(), self.run.tokenizer, self.run.book))
-        model.train(training)
-        self.seconds += time.perf_counter() - started
-        self.run.screen.print(f"{self.learner.name}, step {step} of {steps}: {self.points[-1].right:.0%} right")
 
 
 def learn(learner: Learner, run: Run, before: Measured) -> Learned:
@@ -172,7 +151,15 @@ def learn(learner: Learner, run: Run, before: Measured) -> Learned:
         seed=run.seed,
         disable_tqdm=not run.screen.is_terminal,
     )
-    way = OnTheWay(learner, run, before)
+    steps, points, aside = int(args.max_steps), [before], 0.0
+
+    def add(model: nn.Module, step: int) -> None:
+        nonlocal aside
+        began = time.perf_counter()
+        points.append(measured(step, model, run.tokenizer, book))
+        aside += time.perf_counter() - began
+        run.screen.print(f"{learner.name}, step {step} of {steps}: {points[-1].right:.0%} right")
+
     trainer = SelfDistillationTrainer(
         run.model,
         args,
@@ -180,13 +167,13 @@ def learn(learner: Learner, run: Run, before: Measured) -> Learned:
         train_dataset=rows,
         processing_class=run.tokenizer,
         peft_config=lora_config(LORA_RANK if learner.lora else None),
-        callbacks=[way],
+        callbacks=[OnTheWay({steps // 3, 2 * steps // 3, steps}, add)],
     )
     started = time.perf_counter()
     trainer.train()
-    seconds = time.perf_counter() - started - way.seconds
+    seconds = time.perf_counter() - started - aside
     tokens = read_run(str(args.output_dir)).metrics[-1]["tokens"]
-    return Learned(learner.name, tuple(way.points), tokens, seconds)
+    return Learned(learner.name, tuple(points), tokens, seconds)
 
 
 def table_of(learned: Sequence[Learned], ceiling: float) -> Table:

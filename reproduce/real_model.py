@@ -30,7 +30,7 @@ from typing import Any, Final
 
 import torch
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sdcore.cli.running import lora_config
 from sdcore.contexts import student_prompt_ids
@@ -46,7 +46,7 @@ from sdcore.step import policy_gradient_step, token_logprobs
 from sdcore.training.config import SelfDistillationConfig
 from sdcore.training.trainer import SelfDistillationTrainer
 
-from .book import MOST_TOKENS, answers, row_of
+from .book import MOST_TOKENS, OnTheWay, answers, row_of
 from .records import Point
 
 # The variable with the path of a model that is elsewhere than in its package, and the package.
@@ -192,24 +192,6 @@ class FixedAdvantage(SelfDistillationTrainer):
         return out.loss
 
 
-class Checkpoints(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Measures the student after some of the steps."""
-
-    def __init__(self, steps: Sequence[int], measure: Callable[[Any], Point], batch: int) -> None:
-        self.steps, self.measure, self.batch = steps, measure, batch
-        self.trainer: SelfDistillationTrainer | None = None
-        self.points: list[Point] = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        step = state.global_step
-        if step in self.steps or step == state.max_steps:
-            tokens = self.trainer._seen["tokens"] if self.trainer is not None else 0
-            where = {"step": float(step), "samples": float(step * self.batch), "tokens": float(tokens)}
-            training = model.training
-            self.points.append(where | self.measure(model.eval()))
-            model.train(training)
-
-
 def train(
     subject: Subject,
     method: Method,
@@ -223,7 +205,12 @@ def train(
     kind: type[SelfDistillationTrainer] = SelfDistillationTrainer,
 ) -> list[Point]:
     """Trains an adapter on the model and returns a point per checkpoint, the one before training not among them."""
-    checkpoints = Checkpoints(settings.checkpoints, measure, settings.batch)
+    points: list[Point] = []
+
+    def add(model: Any, step: int) -> None:
+        where = {"step": step, "samples": step * settings.batch, "tokens": trainer._seen["tokens"]}
+        points.append({name: float(number) for name, number in where.items()} | measure(model))
+
     folder = tempfile.mkdtemp(prefix="reproduce-")
     try:
         args = SelfDistillationConfig(
@@ -252,10 +239,9 @@ def train(
             processing_class=subject.tokenizer,
             reward_funcs=list(reward_funcs),
             peft_config=lora_config(settings.rank),
-            callbacks=[checkpoints],
+            callbacks=[OnTheWay({*settings.checkpoints, settings.steps}, add)],
         )
-        checkpoints.trainer = trainer
         trainer.train()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return checkpoints.points
+    return points

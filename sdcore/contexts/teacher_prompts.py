@@ -183,10 +183,10 @@ class _OfRow(_InTemplate):
         context = group.example.privileged_context or ""
         if self.remove_thinking:
             context = templates.without_thinking(context)
-        if self.anchor and not context.strip():
+        shown = Shown(privileged_context=context) if context.strip() else None
+        if shown is None and self.anchor:
             seen = No().condition(group, tokenizer)
             return replace(seen, counts={**seen.counts, "context/anchored": size})
-        shown = Shown(privileged_context=context) if context.strip() else None
         return self._condition(group, tokenizer, [shown] * size)
 
 
