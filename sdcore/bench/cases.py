@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from .shapes import DTYPES
 # Tokens of a generation prompt, after which a completion begins: the teacher's context is put in before them.
 TAIL = 16
 ONE, EACH = "one context", "a context per completion"
+AnyCase = TypeVar("AnyCase", bound=Any)  # a frozen dataclass with a `dtype`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ def chosen_cases(options: Options, device: str, model: str) -> list[Case]:
     ]
 
 
-def in_dtype(cases: list[Case], dtype: str | None) -> list[Case]:
+def in_dtype(cases: list[AnyCase], dtype: str | None) -> list[AnyCase]:
     """Returns the cases in the dtype that was asked for, each once; None leaves them."""
     return list(dict.fromkeys(replace(case, dtype=dtype or case.dtype) for case in cases))
 

@@ -30,6 +30,7 @@ LETTERS: Final = {
     DIVERGENCE: "NVH",
     **dict.fromkeys(("prefix", "step", "trainer"), "PCRGL"),
     "scaling": "NVHPRGL",
+    "trees": "L",
 }
 SUITES: Final = tuple(LETTERS)
 # Whose `everything` is not the run that benchmarks/README.md shows.

@@ -52,7 +52,7 @@ def bench(
         list[str] | None,
         typer.Option(
             help="Sizes. divergence: N rows, V vocabulary, H hidden (N=512,V=32000). The others: P, C, R tokens of "
-            "prompt, context, completion; G completions; L layers (P=512,G=4). scaling: what does not vary, of all "
+            "prompt, context, completion; G completions; L layers (P=512,G=4). trees: L alone. scaling: what does not vary, of all "
             "but C, once; elsewhere it may be repeated."
         ),
     ] = None,
@@ -91,6 +91,7 @@ def bench(
       sdcore bench --states gemma --dtype bf16 --divergences jsd     V=262,144: one at a time
       sdcore bench prefix                              passes that share their prompt; ten minutes
       sdcore bench prefix --model qwen3-0.6b --shape L=2,G=4
+      sdcore bench trees                               conversations: views of turns, searches, forks; half an hour
       sdcore bench step                                SDPO's update beside TRL's; half an hour
       sdcore bench trainer                             whole trainers beside TRL's; ten minutes
       sdcore bench trainer --trainers sdpo --shape P=256,G=4

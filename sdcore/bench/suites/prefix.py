@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,8 @@ CUDA_MODELS = ("h1024, heads of 64", "h2048, heads of 128")
 EQUAL = {"fp32": 1e-4, "bf16": 0.05}
 MOST_PANELS = 10
 REFERENCES = ("naive batch", "naive loop")
+UNBOUNDED = (*REFERENCES, "a row per turn")  # for which nothing is shared
+PEERS = ("PrefixGrouper-style", "dense mask")
 FIELDS = ("model", "prompt", "completion", "completions", "context", "dtype", "work")
 
 
@@ -155,34 +157,34 @@ def needed_bytes(setup: Setup, contender: PassContender) -> float:
 def contenders(case: Case) -> list[PassContender]:
     """Lists the contenders, naive first: it is what the others are compared with."""
     if case.work == STUDENT:
-        last = PassContender("two_phase, 2", _student, strategy="two_phase", micro_batch=2)
+        last = PassContender("two_phase, 2", student_pass, strategy="two_phase", micro_batch=2)
         return [
-            PassContender("naive batch", _student, strategy="naive", shares=False),
-            PassContender("naive loop", _naive_loop, strategy="two_phase", micro_batch=1, shares=False),
+            PassContender("naive batch", student_pass, strategy="naive", shares=False),
+            PassContender("naive loop", naive_loop, strategy="two_phase", micro_batch=1, shares=False),
             PassContender("PrefixGrouper-style", _expanded, strategy="cached"),
-            PassContender("cached", _student, strategy="cached"),
-            PassContender("packed", _student),
-            PassContender("two_phase, 1", _student, strategy="two_phase", micro_batch=1),
+            PassContender("cached", student_pass, strategy="cached"),
+            PassContender("packed", student_pass),
+            PassContender("two_phase, 1", student_pass, strategy="two_phase", micro_batch=1),
             # Its costs are those of packed, which with one completion has nothing to share.
-            last if case.completions > 1 else PassContender("auto", _student_auto),
+            last if case.completions > 1 else PassContender("auto", auto_pass),
         ]
     if case.work == STEP:
         return [
-            PassContender("naive batch", _step, strategy="naive", shares=False),
-            PassContender("cached", _step, strategy="cached"),
-            PassContender("packed", _step),
-            PassContender("two_phase, 2", _step, strategy="two_phase", micro_batch=2),
+            PassContender("naive batch", whole_step, strategy="naive", shares=False),
+            PassContender("cached", whole_step, strategy="cached"),
+            PassContender("packed", whole_step),
+            PassContender("two_phase, 2", whole_step, strategy="two_phase", micro_batch=2),
         ]
     return [
-        PassContender("naive batch", _teacher, strategy="naive", shares=False, live=False),
-        PassContender("cached, frozen", _teacher, strategy="cached", live=False),
-        PassContender("packed, frozen", _teacher, live=False),
-        PassContender("cached, live", _teacher, strategy="cached"),
-        PassContender("packed, live", _teacher),
+        PassContender("naive batch", teacher_pass, strategy="naive", shares=False, live=False),
+        PassContender("cached, frozen", teacher_pass, strategy="cached", live=False),
+        PassContender("packed, frozen", teacher_pass, live=False),
+        PassContender("cached, live", teacher_pass, strategy="cached"),
+        PassContender("packed, live", teacher_pass),
     ]
 
 
-def _student(setup: Setup, contender: PassContender) -> Step:
+def student_pass(setup: Setup, contender: PassContender) -> Step:
     def step() -> Outcome:
         setup.model.zero_grad()
         hidden = torch.empty_like(setup.direction)
@@ -195,21 +197,22 @@ def _student(setup: Setup, contender: PassContender) -> Step:
     return step
 
 
-def _student_auto(setup: Setup, contender: PassContender) -> Step:
-    return _student(setup, replace(contender, strategy="auto"))
+def auto_pass(setup: Setup, contender: PassContender) -> Step:
+    return student_pass(setup, replace(contender, strategy="auto"))
 
 
-def _naive_loop(setup: Setup, contender: PassContender) -> Step:
+def naive_loop(setup: Any, contender: PassContender) -> Step:
     """Runs a sequence at a time, each with a backward of its own: gradient accumulation with a batch of 1."""
-    tree = setup.plan.student[0]
 
     def step() -> Outcome:
         setup.model.zero_grad()
         hidden = torch.empty_like(setup.direction)
-        for i, rows in enumerate(setup.plan.rows[0]):
-            states = naive.run_whole(setup.body, [tree.sequence(i)])[0, -tree.counts[i] :]
-            hidden[rows] = states.detach()
-            (states * setup.direction[rows]).sum().backward()
+        for tree in setup.plan.student:
+            for i in tree.active:
+                rows, at = tree.places[tree.slices[i]], tree.positions[tree.slices[i]]
+                states = naive.taken(naive.run_whole(setup.body, [tree.sequence(i)])[0], at)
+                hidden[rows] = states.detach()
+                (states * setup.direction[rows]).sum().backward()
         return Outcome(hidden, gradients_of(setup.model))
 
     return step
@@ -245,7 +248,7 @@ def _expanded(setup: Setup, contender: PassContender) -> Step:
     return step
 
 
-def _teacher(setup: Setup, contender: PassContender) -> Step:
+def teacher_pass(setup: Setup, contender: PassContender) -> Step:
     prompts = None
     if contender.live:
         with torch.no_grad():
@@ -259,7 +262,7 @@ def _teacher(setup: Setup, contender: PassContender) -> Step:
     return step
 
 
-def _step(setup: Setup, contender: PassContender) -> Step:
+def whole_step(setup: Setup, contender: PassContender) -> Step:
     def step() -> Outcome:
         setup.model.zero_grad()
         out = distill_step(setup.model, setup.plan, strategy=contender.strategy, micro_batch=contender.micro_batch)
@@ -286,16 +289,21 @@ def reference(rows: Sequence[PassRow]) -> PassRow | None:
 
 
 def is_ours(row: PassRow) -> bool:
-    return row.contender not in (*REFERENCES, *LIMITS, "PrefixGrouper-style")
+    return row.contender not in (*UNBOUNDED, *LIMITS, *PEERS)
 
 
 def overview(work: str, report: PassReport, *, memory: bool = False) -> Table:
     """Shows one kind of pass at a glance: a line per contender, a column per case."""
     groups = {case: rows for case, rows in report.by_case().items() if case.work == work}
-    what = "peak MiB (of naive's)" if memory else "times faster than the naive batch (of what the FLOPs allow)"
     several = len({case.model for case in groups}) > 1
     heads = [f"{sizes_of(case)} {case.dtype}" + (f", {case.model}" if several else "") for case in groups]
-    table = Table(f"{work[0].upper()}{work[1:]}, {what}", ("contender", *heads))
+    return at_a_glance(f"{work[0].upper()}{work[1:]}", heads, list(groups.values()), memory=memory)
+
+
+def at_a_glance(title: str, heads: Sequence[str], groups: Sequence[Sequence[PassRow]], *, memory: bool) -> Table:
+    """Makes a table with a column of each group: speed beside what the FLOPs allow, or peaks."""
+    what = "peak MiB (of naive's)" if memory else "times faster than the naive batch (of what the FLOPs allow)"
+    table = Table(f"{title}, {what}", ("contender", *heads))
 
     def cells(row: PassRow | None, rows: Sequence[PassRow]) -> list[str]:
         if row is None or (memory and row.live_bytes is None):
@@ -304,12 +312,12 @@ def overview(work: str, report: PassReport, *, memory: bool = False) -> Table:
         if memory:
             return [f"{mebibytes(row.live_bytes)} ({memory_share(row, base):.2f})"]
         gained = speedup(row, base)
-        bounded = row.contender not in (*REFERENCES, *LIMITS)
+        bounded = row.contender not in (*UNBOUNDED, *LIMITS)
         return [f"{gained:.2f} ({gained / row.allowed:.0%})" if bounded else f"{gained:.2f}"]
 
-    pivot(table, list(groups.values()), cells, is_ours)
+    pivot(table, groups, cells, is_ours)
     if not memory:
-        bases = [reference(rows) for rows in groups.values()]
+        bases = [reference(rows) for rows in groups]
         table.add("naive, seconds", *(NONE if base is None else f"{base.median:.2f}" for base in bases))
     return table
 
@@ -331,12 +339,19 @@ def draw(report: PassReport, path: Path) -> None:
         most = max(case.completions for case in groups)
         shown = [case for case in groups if case.work == STUDENT and case.completions == most][:MOST_PANELS]
         groups = {case: groups[case] for case in shown}
+    draw_groups(groups, path, report.machine, lambda case: f"{case.work}\n{sizes_of(case)}\n{case.dtype}, {case.model}")
+
+
+def draw_groups(
+    groups: Mapping[Any, Sequence[PassRow]], path: Path, machine: Mapping[str, Any], head: Callable[[Any], str]
+) -> None:
+    """Draws the bars of these cases."""
     draw_cases(
         groups,
         path,
-        title=f"Shared prefixes, {report.machine['name']} (lines: what the FLOPs allow; dashed: a fifth)",
-        head=lambda case: f"{case.work}\n{sizes_of(case)}\n{case.dtype}, {case.model}",
-        colour=lambda row: "#8c8c8c" if row.contender in REFERENCES else "#0b6e99" if is_ours(row) else "#e08a1e",
+        title=f"Shared prefixes, {machine['name']} (lines: what the FLOPs allow; dashed: a fifth)",
+        head=head,
+        colour=lambda row: "#8c8c8c" if row.contender in UNBOUNDED else "#0b6e99" if is_ours(row) else "#e08a1e",
         above=("times faster than naive", lambda row, rows: speedup(row, reference(rows))),
         below=("peak bytes / naive's", lambda row, rows: memory_share(row, reference(rows))),
         mark=lambda row, rows: row.allowed,

@@ -17,7 +17,7 @@ from sdcore.bench.limit import LIMITS
 from sdcore.bench.options import SUITES, Options, checkout, newest_results
 from sdcore.bench.rows import Outcome, Step
 from sdcore.bench.suite import markdown, run
-from sdcore.bench.suites import prefix, step, suite_named, trainer
+from sdcore.bench.suites import prefix, step, suite_named, trainer, trees
 from sdcore.errors import ArgumentError
 
 ROOT = checkout()
@@ -25,7 +25,7 @@ assert ROOT is not None
 RESULTS = ROOT / "benchmarks" / "results"
 QuickJson = Callable[[str], Path]
 # Suites of whole passes that compare contenders with the first of them.
-COMPARED = ("prefix", "step", "trainer")
+COMPARED = ("prefix", "step", "trainer", "trees")
 FOLDERS = [(name, "" if name == "divergence" else name) for name in SUITES] + [("prefix", "prefix/grid")]
 
 
@@ -58,7 +58,7 @@ def test_what_a_quick_run_timed_was_equal_to_the_first_and_its_bytes_were_counte
     suite = suite_named(name)
     for case, rows in suite.load(quick_json(name)).by_case().items():
         most = {"fp32": 1e-5, "bf16": 0.05}[case.dtype]
-        teacher = case.work in (prefix.TEACHER, prefix.TEACHER_EACH)
+        teacher = case.work in (prefix.TEACHER, prefix.TEACHER_EACH, trees.VIEWS)
         for row in [row for row in rows if row.contender not in LIMITS]:
             assert row.live_bytes is not None
             assert row.live_bytes > row.gradient_bytes
@@ -170,7 +170,7 @@ def test_a_contender_that_computes_something_else_is_not_timed(name: str, case: 
     assert rows[0].seconds
     assert rows[len(CHANGES) + 1].seconds
     for row, (_, _, what, by) in zip(rows[1:], CHANGES, strict=False):
-        assert str(row.reason).startswith(REASONS["prefix" if name == "prefix" else "step"][what] + by)
+        assert str(row.reason).startswith(REASONS["prefix" if name in ("prefix", "trees") else "step"][what] + by)
         assert not row.seconds
         assert f"changed: not timed, {row.reason}" in suite.case_table(case, rows).notes
 
