@@ -57,7 +57,7 @@ reproduce: $(VENV)/installed-plot  ## run the methods' claims again, with contro
 	$(PY) -m reproduce --output docs/reproduction $(REPRODUCE_ARGS)
 
 reproduce-real: $(VENV)/installed-real  ## the claims on SmolLM2 and Gemma 3: an hour or so for each study; a killed run goes on (REPRODUCE_ARGS)
-	$(PY) -m reproduce.real --output docs/reproduction $(REPRODUCE_ARGS)
+	$(PY) -m reproduce --group real --output docs/reproduction $(REPRODUCE_ARGS)
 
 methods: $(VENV)/installed-dev  ## every method from the command line, against a goal: minutes
 	$(PY) -m reproduce.commands --output docs/reproduction/commands.md
