@@ -213,7 +213,13 @@ class SelfDistillationTrainer(Trainer):
     def collector(self) -> Collector:
         """Samples and judges by the arguments as they are now: a callback may have changed the temperature."""
         return Collector.of_run(
-            self.args, self.method, self.processing_class, self.sampler, self.rewards, stop_ids=self._stop_ids
+            self.args,
+            self.method,
+            self.processing_class,
+            self.sampler,
+            self.rewards,
+            stop_ids=self._stop_ids,
+            context=self.context,
         )
 
     def _collected(self, batches: Sequence[Sequence[Example]]) -> list[list[Group]]:
@@ -296,7 +302,9 @@ class SelfDistillationTrainer(Trainer):
         if isinstance(data, dict):
             parts = [self.evaluate(part, None, f"{metric_key_prefix}_{name}") for name, part in data.items()]
             return {name: value for part in parts for name, value in part.items()}
-        args, started, data = self.args, time.time(), self._read(data, "eval_dataset")
+        args, started, own = self.args, time.time(), self.eval_dataset
+        if not any(data is known for known in (own.values() if isinstance(own, dict) else [own])):
+            data = self.rows.of_evaluation().usable(self._read(data, "eval_dataset"), "eval_dataset")
         self._hand_over_weights()
         result = evaluate(
             self.model_wrapped,
@@ -306,13 +314,20 @@ class SelfDistillationTrainer(Trainer):
             success_threshold=self.method.success_threshold,
             sampler=self.sampler,
             gather=gather_object,
-            **args.evaluation_options(),
+            **args.evaluation_options() | {"on_bad_row": None},  # asked once, when the data came
         )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items()}
         metrics |= speed_metrics(metric_key_prefix, started, num_samples=len(data) * args.eval_generations)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, test_dataset: Data, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
+        """Refuses, by `ArgumentError`: what transformers' method returns are logits, and there are none."""
+        raise ArgumentError(
+            "test_dataset must be given to evaluate(test_dataset, metric_key_prefix='test'), which measures, or to "
+            "sdcore.training.evaluation.evaluate, which returns the answers too: there are no logits to predict"
+        )
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """Counts six per weight and token of the student, two of the teacher's; shared tokens once."""

@@ -107,7 +107,7 @@ def test_tokens_are_those_of_the_chat_template(smollm2: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     for question, answer in (("What is 17 + 25?", "42."), ("Liste:\n\n1. é\n2.  ü", "1\n\n2 <b>日本</b>")):
         turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": question}]
-        example = Example(prompt=turns, columns={"completion": answer}, source="row")
+        example = Example(prompt=tuple(turns), columns={"completion": answer}, source="row")
         prompt = student_prompt_ids(example, tokenizer)
         given = given_completion(example, tokenizer, prompt, stop_ids=[2], max_length=64)
         whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answer}], tokenize=False)
