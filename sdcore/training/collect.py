@@ -65,9 +65,9 @@ class Collector:
         tokenizer: Any,
         sampler: Sampler,
         rewards: Sequence[Reward],
+        context: ContextBuilder,
         *,
         stop_ids: Sequence[int],
-        context: ContextBuilder,
     ) -> Collector:
         """Makes the collector of a run's training steps."""
         return cls(

@@ -212,15 +212,8 @@ class SelfDistillationTrainer(Trainer):
     @property
     def collector(self) -> Collector:
         """Samples and judges by the arguments as they are now: a callback may have changed the temperature."""
-        return Collector.of_run(
-            self.args,
-            self.method,
-            self.processing_class,
-            self.sampler,
-            self.rewards,
-            stop_ids=self._stop_ids,
-            context=self.context,
-        )
+        chosen = (self.args, self.method, self.processing_class, self.sampler, self.rewards, self.context)
+        return Collector.of_run(*chosen, stop_ids=self._stop_ids)
 
     def _collected(self, batches: Sequence[Sequence[Example]]) -> list[list[Group]]:
         """Returns judged groups of completions, drawn from the weights as they are."""
@@ -323,11 +316,8 @@ class SelfDistillationTrainer(Trainer):
         return metrics
 
     def predict(self, test_dataset: Data, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
-        """Refuses, by `ArgumentError`: what transformers' method returns are logits, and there are none."""
-        raise ArgumentError(
-            "test_dataset must be given to evaluate(test_dataset, metric_key_prefix='test'), which measures, or to "
-            "sdcore.training.evaluation.evaluate, which returns the answers too: there are no logits to predict"
-        )
+        """Refuses: transformers' method returns logits. `training.evaluation.evaluate` returns answers."""
+        raise ArgumentError("test_dataset must go to evaluate(test_dataset), which measures; there are no logits here")
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """Counts six per weight and token of the student, two of the teacher's; shared tokens once."""
@@ -378,15 +368,10 @@ class SelfDistillationTrainer(Trainer):
             self._early = []  # the log that is gone on with has them, of the model as it was then
         if self.is_world_process_zero():
             self._log_file = RunLog(output_dir, resume_step=step if goes_on else None)
-            self._log_file.describe(
-                {
-                    "method": {"name": type(self.method).__name__, **vars(self.method)},
-                    "config": self.args.to_dict(),
-                    "examples": len(self.train_dataset),
-                    "skipped_rows": self.rows.summary,
-                    **{name: self._run[name] for name in ("model", "data")},
-                }
-            )
+            method, config = {"name": type(self.method).__name__, **vars(self.method)}, self.args.to_dict()
+            about = {"method": method, "config": config, "examples": len(self.train_dataset)}
+            about |= {"skipped_rows": self.rows.summary} | {name: self._run[name] for name in ("model", "data")}
+            self._log_file.describe(about)
             for numbers in self._early:
                 self._log_file.metrics(step, numbers, **self._seen)
             self._early = []

@@ -90,7 +90,7 @@ def test_a_trainer_asks_once_whether_the_rows_of_an_evaluation_can_be_used(
 
 
 def test_predict_says_what_to_use(tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match=r"^test_dataset must be given to evaluate\(test_dataset"):
+    with pytest.raises(ArgumentError, match=r"^test_dataset must go to evaluate\(test_dataset\), which measures"):
         trainer(tmp_path, count=4).predict(QUESTIONS)
 
 
