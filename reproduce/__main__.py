@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,22 +14,33 @@ from sdcore.errors import ArgumentError, SdcoreError
 
 def main(
     output: Annotated[Path, typer.Option(help="Directory for raw numbers, tables and plots.")] = Path("reproduction"),
-    claim: Annotated[list[str] | None, typer.Option(help="Only this one; may be given several times.")] = None,
-    seeds: Annotated[int, typer.Option(help="Runs of every arm.")] = 5,
+    group: Annotated[
+        Literal["small", "real"] | None,
+        typer.Option(help="Studies on the small world, or on SmolLM2 and Gemma 3; default: that of --study, or small."),
+    ] = None,
+    study: Annotated[list[str] | None, typer.Option(help="Only this one; may be given several times.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Runs of every arm; default: 5, on real models 3.")] = None,
     quick: Annotated[bool, typer.Option(help="A small subset: does the code work? Not: what is true?")] = False,
     resume: Annotated[bool, typer.Option(help="Keep the runs that are in the directory.")] = True,
     workers: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
+    smollm2: Annotated[str | None, typer.Option(help="Path of SmolLM2; default: that of the package.")] = None,
+    gemma3: Annotated[str | None, typer.Option(help="Path of Gemma 3 270M; default: that of the package.")] = None,
 ) -> None:
     """Run the methods' claims again, with controls.
 
-    SDFT, SDPO, the RL tilt, test-time discovery and context distillation, on the small world.
+    SDFT, SDPO, the RL tilt, test-time discovery and context distillation, on the small world or on two real models.
 
     \b
     Mean and standard error over seeds, and what did not reproduce stated first; under half an hour on two cores:
       python -m reproduce --output reproduction
     Three minutes, one claim:
-      python -m reproduce --quick --claim sdft --seeds 2
+      python -m reproduce --quick --study sdft --seeds 2
+    On SmolLM2-135M-Instruct and Gemma 3 270M, at most an hour and a half for each study; what was killed goes on:
+      python -m reproduce --group real --output reproduction
     """
+    for name, path in (("REPRODUCE_SMOLLM2", smollm2), ("REPRODUCE_GEMMA3", gemma3)):
+        if path is not None:
+            os.environ[name] = path  # the workers read it
     try:
         with quiet_libraries():
             from reproduce.table import run
@@ -36,7 +48,8 @@ def main(
             run(
                 output,
                 seeds=seeds,
-                claims=claim,
+                group=group,
+                studies=study,
                 quick=quick,
                 resume=resume,
                 workers=workers,

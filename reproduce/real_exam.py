@@ -200,6 +200,6 @@ def study(name: str, title: str, claimed: str, *, full: Settings, level: float =
             Panel("perplexity of prose", "perplexity", log_y=True),
             Panel("kept against right", "kept", x="right"),
         ),
-        page="real.md",
+        group="real",
         **parts,
     )

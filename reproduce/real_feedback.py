@@ -194,7 +194,7 @@ STUDIES = (
             Panel("perplexity of prose", "perplexity", log_y=True),
         ),
         judge=judge,
-        page="real.md",
+        group="real",
         notes=f"A step is {FeedbackSettings.batch // GROUP} questions with {GROUP} samples each, for all arms. Right "
         "is an answer that begins with the right equation, such as 7 + 5 = 12; the question is “What is 7 + 5?”.",
     ),

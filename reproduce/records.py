@@ -68,7 +68,7 @@ class Study:
     """Compares arms, with all that is needed to run them, print them and judge them."""
 
     name: str
-    claim: str  # what `--claim` selects by: "sdft", "sdpo", "tilt", "discovery", "context"; of real models, the name
+    claim: str  # what several studies have in common: "sdft", "sdpo", "tilt", "discovery", "context"; else, the name
     title: str
     claimed: str  # what is to be reproduced, in words
     arms: tuple[Any, ...]  # of Arm
@@ -81,7 +81,7 @@ class Study:
     panels: tuple[Panel, ...]
     judge: Callable[[Results], list[Verdict]]
     notes: str = ""  # printed below the table
-    page: str = "README.md"  # where it stands
+    group: Literal["small", "real"] = "small"  # the models that it is about; each group has a page
     more: Callable[[Results], list[str]] = lambda results: []  # lines of Markdown below the notes
 
     def arm(self, name: str) -> Any:
@@ -145,20 +145,16 @@ class Archive:
         with (self.folder / f"{record.job.study}.jsonl").open("a", encoding="utf-8") as file:
             file.write(record.to_json() + "\n")
 
-    def forget(self, studies: Iterable[str]) -> None:
-        """Drops all runs of these studies."""
-        for study in studies:
-            self.records = {key: record for key, record in self.records.items() if record.job.study != study}
-            (self.folder / f"{study}.jsonl").unlink(missing_ok=True)
-
-    def keep(self, keys: Iterable[str], studies: Iterable[str]) -> None:
-        """Drops all runs of these studies but these, and writes them in this order."""
-        kept = {key: self.records[key] for key in keys}
-        for study in studies:
-            self.forget([study])
-            for record in kept.values():
-                if record.job.study == study:
-                    self.add(record)
+    def keep(self, keys: Iterable[str], owns: Callable[[Job], bool]) -> None:
+        """Drops the runs that `owns` is true of, but for these: they come first in their files, in this order."""
+        files = {record.job.study for record in self.records.values() if owns(record.job)}
+        others = {key: record for key, record in self.records.items() if not owns(record.job)}
+        self.records = {key: self.records[key] for key in keys} | others
+        for study in files:
+            lines = [record.to_json() + "\n" for record in self.records.values() if record.job.study == study]
+            new = self.folder / f"{study}.jsonl.new"
+            new.write_text("".join(lines), encoding="utf-8")
+            new.replace(self.folder / f"{study}.jsonl")  # at once: hours of work, should this be killed here
 
 
 class Estimate(NamedTuple):

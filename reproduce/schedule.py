@@ -15,8 +15,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context, parent_process
+from threading import Thread
 
 import torch
 from rich.console import Console
@@ -55,6 +56,14 @@ class Scope:
             return study, arm
         return STUDIES[arm.runs_of], STUDIES[arm.runs_of].arm(arm.name)
 
+    def tuned(self, study: Study, arm: Arm) -> tuple[Study, Arm]:
+        """Returns the study and the arm in it on whose grid the rate is chosen."""
+        study, arm = self.origin(study, arm)
+        if arm.rate_of is None:
+            return study, arm
+        other, _, name = arm.rate_of.partition("/")
+        return self.tuned(STUDIES[other], STUDIES[other].arm(name))
+
     def job(self, study: Study, arm: Arm, rate: float, seed: int) -> Job:
         study = self.origin(study, arm)[0]
         return Job(study=study.name, arm=arm.name, learning_rate=rate, seed=seed, settings=self.settings(study))
@@ -66,17 +75,14 @@ class Scope:
         return [self.job(study, arm, rate, TUNING_SEED) for rate in arm.learning_rates]
 
     def tuning(self) -> list[Job]:
-        arms = [self.origin(study, arm) for study in self.studies for arm in self.arms(study)]
+        arms = [self.tuned(study, arm) for study in self.studies for arm in self.arms(study)]
         return [job for study, arm in arms for job in self.grid(study, arm)]
 
     def rate(self, study: Study, arm: Arm, records: Mapping[str, Record]) -> float:
         """Returns the rate that an arm is reported with."""
-        study, arm = self.origin(study, arm)
         if self.quick and arm.quick_rate is not None:
             return arm.quick_rate
-        if arm.rate_of is not None:
-            other, _, name = arm.rate_of.partition("/")
-            return self.rate(STUDIES[other], STUDIES[other].arm(name), records)
+        study, arm = self.tuned(study, arm)
         if len(arm.learning_rates) == 1:
             return arm.learning_rates[0]
         return study.choose({job.learning_rate: records[job.key].points for job in self.grid(study, arm)})
@@ -89,15 +95,32 @@ class Scope:
             for arm in self.arms(study)
         ]
 
+    def jobs(self, records: Mapping[str, Record]) -> list[Job]:
+        return [*self.tuning(), *self.reported(records)]
 
-def studies_of(claims: Sequence[str] | None, page: str = "README.md") -> tuple[Study, ...]:
-    """Returns a page's studies of these claims (None: all). Raises `ArgumentError` for a claim that does not exist."""
-    there = [study for study in STUDIES.values() if study.page == page]
-    known = tuple(dict.fromkeys(study.claim for study in there))
-    unknown = [claim for claim in claims or () if claim not in known]
-    if unknown:
-        raise ArgumentError(f"claims must be among {', '.join(known)}, got {', '.join(unknown)}")
-    return tuple(study for study in there if claims is None or study.claim in claims)
+    def owns(self, job: Job) -> bool:
+        """Is true of a run that is this scope's to make or to drop, at whatever rate: other seeds and settings are not.
+
+        So a quick run leaves the whole one alone, and one of fewer seeds the others.
+        """
+        seeds, studies = (*self.seeds, TUNING_SEED), {study.name: study for study in self.studies}
+        if job.study not in studies or job.seed not in seeds:
+            return False
+        return replace(job, settings=self.settings(studies[job.study])).key == job.key
+
+
+def studies_of(names: Sequence[str] | None, group: str | None = None) -> tuple[Study, ...]:
+    """Returns the studies of these names or claims: None, all of the group. A group of None is that of the names.
+
+    Raises `ArgumentError` for a name that is not there.
+    """
+    if names is None:
+        return tuple(study for study in STUDIES.values() if study.group == (group or "small"))
+    there = [study for study in STUDIES.values() if group in (None, study.group)]
+    known = dict.fromkeys(name for study in there for name in (study.claim, study.name))
+    if unknown := [name for name in names if name not in known]:
+        raise ArgumentError(f"studies must be among {', '.join(known)}, got {', '.join(unknown)}")
+    return tuple(study for study in there if study.claim in names or study.name in names)
 
 
 def execute(job: Job, quick: bool) -> Record:
@@ -143,7 +166,7 @@ def _runner(workers: int, nice: int) -> Iterator[Callable[[Sequence[Job], bool],
             torch.set_num_threads(threads)
         return
     # Spawned: a fork of a process that has used torch's threads may hang.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_prepare, initargs=(nice,))
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(nice,))
     try:
 
         def pooled(jobs: Sequence[Job], quick: bool) -> Iterator[Record]:
@@ -159,6 +182,19 @@ def _runner(workers: int, nice: int) -> Iterator[Callable[[Sequence[Job], bool],
 def _here(jobs: Sequence[Job], quick: bool) -> Iterator[Record]:
     for job in jobs:
         yield execute(job, quick)
+
+
+def _begin(nice: int) -> None:
+    """Prepares a worker. It ends with its parent: a run that nobody keeps would go on for an hour."""
+    Thread(target=_end_with_parent, daemon=True).start()
+    _prepare(nice)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _prepare(nice: int) -> None:

@@ -1,14 +1,15 @@
 """Runs the reproduction and writes what it found: verdicts, tables and plots, from the records of the runs.
 
-    run(Path("docs/reproduction"), seeds=5, claims=None, quick=False, resume=True, console=Console())
+    run(Path("docs/reproduction"), studies=None, group="small", quick=False, resume=True, console=Console())
 
-writes into `output`, per study, `<study>.jsonl` (the raw numbers, a line per run) and `<study>.png`, and a page,
-`README.md` or `real.md`, that starts with what did not reproduce.
+writes into `output`, per study, `<study>.jsonl` (the raw numbers, a line per run) and `<study>.png`, and per group of
+studies a page, `README.md` or `real.md`, that starts with what did not reproduce.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -45,8 +46,10 @@ HEADINGS = {
 
 
 class Page(NamedTuple):
-    """Says what is the same for all studies of a page."""
+    """Says what is the same for all studies of a group."""
 
+    file: str
+    seeds: int  # unless told
     title: str
     command: str
     seed: str  # what it is, and how arms are compared
@@ -59,7 +62,9 @@ COMPARED = (
     "below what one answer changes is raised to that. “Matched” is read "
 )
 PAGES = {
-    "README.md": Page(
+    "small": Page(
+        "README.md",
+        5,
         "Reproduction on the small world",
         "`make reproduce`",
         f"A seed is a new task with its own questions, the same for every arm, {COMPARED}at the first checkpoint where "
@@ -69,7 +74,9 @@ PAGES = {
         "other open names with hints in view. Answers are sampled at temperature 1 and have five digits, all of which "
         "must be right; *lenient* allows the expert's style, *strict* only the model's own.",
     ),
-    "real.md": Page(
+    "real": Page(
+        "real.md",
+        3,
         "Reproduction on two real models",
         "`make reproduce-real`",
         "A seed draws the questions that are held out or asked, the order of the data and the adapter's start, the "
@@ -98,20 +105,23 @@ class Finding(NamedTuple):
 def run(
     output: Path,
     *,
-    seeds: int = 5,
-    claims: Sequence[str] | None = None,
+    seeds: int | None = None,
+    studies: Sequence[str] | None = None,
+    group: str | None = None,
     quick: bool = False,
     resume: bool = True,
     console: Console,
     workers: int = 2,
     nice: int = 0,
-    page: str = "README.md",
 ) -> list[Finding]:
-    """Makes a page's missing runs of these claims (None: all), judges them, and writes tables and plots into `output`.
+    """Makes the missing runs of these studies, judges them, and writes tables and plots into `output`.
+
+    `studies` are names or claims; None: all of the group. A `group` of None is that of the studies, or the small
+    world's. `seeds` of None are those of the group's page, which covers all of its studies of which there is every run.
 
     `resume=False` makes all runs anew. `quick` is a subset of arms with smaller settings and fixed learning rates: it
     tells whether the code works, not what is true. `workers` processes with one thread each, at priority `nice`; a
-    single worker is this very process. The page covers all claims of which there is every run.
+    single worker is this very process. Runs in `output` with other seeds or settings stay there.
 
     Raises `ArgumentError` for arguments that do not fit, and `ImportError` without matplotlib, before any work.
     """
@@ -119,33 +129,51 @@ def run(
         raise ArgumentError(f"workers must be at least 1, got {workers}")
     if not 0 <= nice <= 19:
         raise ArgumentError(f"nice must be in [0, 19], got {nice}")
-    scope = Scope(studies=studies_of(claims, page), seeds=checked_seeds(seeds), quick=quick)
+    chosen = studies_of(studies, group)
+    scopes = {
+        name: Scope(
+            studies=tuple(study for study in chosen if study.group == name),
+            seeds=checked_seeds(page.seeds if seeds is None else seeds),
+            quick=quick,
+        )
+        for name, page in PAGES.items()
+    }
     require_matplotlib("a plot")
     archive = Archive(output)
-    if not resume:
-        archive.forget(study.name for study in scope.studies)
-    work(scope, archive, workers=workers, nice=nice, console=console)
-    # Runs with other settings or rates, from before a change, are not what the tables show.
-    jobs = [*scope.tuning(), *scope.reported(archive.records)]
-    archive.keep([job.key for job in jobs], [study.name for study in scope.studies])
-    whole = Scope(studies=studies_of(None, page), seeds=scope.seeds, quick=quick)
+    findings = []
+    for name, scope in scopes.items():
+        if scope.studies:
+            if not resume:
+                archive.keep([], scope.owns)
+            work(scope, archive, workers=workers, nice=nice, console=console)
+            findings += write(name, scope, archive, console)
+    return findings
+
+
+def write(group: str, scope: Scope, archive: Archive, console: Console) -> list[Finding]:
+    """Writes the group's page and the plots of the scope's studies, of which every run is there."""
+    page, output = PAGES[group], archive.folder
+    # With rates from before a change, runs are not what the tables show.
+    archive.keep([job.key for job in scope.jobs(archive.records)], scope.owns)
+    whole = replace(scope, studies=studies_of(None, group))
     findings = [finding for study in whole.studies if (finding := find(study, whole, archive)) is not None]
     for finding in findings:
         if finding.study in scope.studies:
             plot(finding, output / f"{finding.study.name}.png")
-    (output / page).write_text(text_of(page, findings, archive, quick=quick), encoding="utf-8")
+    text = text_of(page, findings, archive, quick=scope.quick)
+    (output / page.file).write_text(text, encoding="utf-8")
     for outcome in ORDER:
         for finding in findings:
             for verdict in finding.verdicts:
                 if verdict.outcome == outcome:
                     console.print(f"[bold]{outcome}[/] {verdict.sentence}", highlight=False)
-    console.print(f"tables: {output / page}")
+    console.print(f"tables: {output / page.file}")
     return findings
 
 
 def find(study: Study, scope: Scope, archive: Archive) -> Finding | None:
     """Judges the study's reported runs; None if some are missing."""
-    own = Scope(studies=(study,), seeds=scope.seeds, quick=scope.quick)
+    own = replace(scope, studies=(study,))
     try:
         jobs = own.reported(archive.records)
         if not jobs:
@@ -161,9 +189,8 @@ def find(study: Study, scope: Scope, archive: Archive) -> Finding | None:
     return Finding(study, own, results, [] if scope.quick else study.judge(results))
 
 
-def text_of(name: str, findings: Sequence[Finding], archive: Archive, *, quick: bool) -> str:
+def text_of(page: Page, findings: Sequence[Finding], archive: Archive, *, quick: bool) -> str:
     """Writes a page: verdicts, worst first; then how it was measured; then a section per study."""
-    page = PAGES[name]
     lines = [f"# {page.title}", ""]
     if quick:
         lines += ["**A quick subset: smaller settings, untuned learning rates, no verdicts.**", ""]
@@ -176,8 +203,8 @@ def text_of(name: str, findings: Sequence[Finding], archive: Archive, *, quick: 
         ]
         if said:
             lines += [f"## {HEADINGS[outcome]}", "", *said, ""]
-    own = {study.name for study in studies_of(None, name)}
-    minutes = sum(record.cpu_seconds for record in archive.records.values() if record.job.study in own) / 60
+    shown = {job.key for finding in findings for job in finding.scope.jobs(archive.records)}
+    minutes = sum(archive.records[key].cpu_seconds for key in shown) / 60
     seeds = len(findings[0].scope.seeds) if findings else 0
     lines += [
         "## How it was measured",

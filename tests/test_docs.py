@@ -77,8 +77,8 @@ def test_links_inside_the_repository_lead_somewhere(file: Path) -> None:
     assert [link for link in inside if not (file.parent / link).exists()] == []
 
 
-def test_the_readmes_tree_names_every_folder_of_the_packages_and_no_other() -> None:
-    tree = next(block.code for block in blocks(ROOT / "README.md") if block.code.startswith("kernels/sdkernels/"))
+def test_the_tree_names_every_folder_of_the_packages_and_no_other() -> None:
+    tree = next(block.code for block in blocks(ROOT / "CONTRIBUTING.md") if block.code.startswith("kernels/sdkernels/"))
     named, above = set(), ""
     for line in tree.splitlines():
         folder = line.split()[0]

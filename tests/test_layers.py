@@ -53,7 +53,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"discovery"},
         {"schedule"},
         {"table"},
-        {"__init__", "__main__", "commands", "handbook", "real", "topk"},
+        {"__init__", "__main__", "commands", "handbook", "topk"},
     ],
 }
 BACKENDS = {"sdkernels.tile.torch_backend", "sdkernels.tile.triton_backend"}

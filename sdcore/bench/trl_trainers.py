@@ -75,7 +75,6 @@ def _config(setup: Setup, name: str, teacher: str, folder: str) -> Any:
         "use_cpu": setup.device.type == "cpu",
         "bf16": False,  # the weights have the case's dtype
         "per_device_train_batch_size": case.completions,
-        "activation_checkpointing": False,
         "max_new_tokens" if name == GKD else "max_completion_length": case.completion,
     }
     if has_context(name):
@@ -89,8 +88,14 @@ def _config(setup: Setup, name: str, teacher: str, folder: str) -> Any:
         }
     else:
         chosen["beta"] = ALPHA
+    kind = _of_trl(name, "Config")
+    # Its name from transformers 5.23 on, and the one before.
+    for checkpointing in ("activation_checkpointing", "gradient_checkpointing"):
+        if checkpointing in kind.__dataclass_fields__:
+            chosen[checkpointing] = False
+            break
     own: dict[str, dict[str, Any]] = {SDFT: {"num_loss_tokens_to_skip": 0}, GKD: {"lmbda": 0.0}}  # 0: never on policy
-    return _of_trl(name, "Config")(**chosen, **own.get(name, {}))
+    return kind(**chosen, **own.get(name, {}))
 
 
 def _of_trl(name: str, kind: str) -> Any:

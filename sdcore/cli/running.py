@@ -69,7 +69,7 @@ def resolved(model: str, gguf_file: str | None) -> str:
     from sdcore.models.gguf import plain_folder
     from sdcore.world import CHECKPOINT
 
-    return plain_folder(str(CHECKPOINT) if model == WORLD else model, gguf_file)
+    return plain_folder(str(CHECKPOINT) if model == WORLD else model, gguf_file, called="--model")
 
 
 def check_alone() -> None:
@@ -85,10 +85,13 @@ def config_of(model: str, gguf_file: str | None, *, trust_remote_code: bool) -> 
     from transformers import AutoConfig
     from transformers.utils import find_adapter_config_file
 
+    from sdcore.models.gguf import require_there
+
     name = resolved(model, gguf_file)
     file = find_adapter_config_file(name)
     adapter = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
     base = adapter.get("base_model_name_or_path") or name
+    require_there(base, called=f"the base model of {name}")
     return AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code), adapter.get("r")
 
 

@@ -13,14 +13,15 @@ as it does everywhere in transformers). Images, sound and other inputs beside th
 columns such as `pixel_values`: what runs the model takes token ids alone, so they are refused, by row.
 
 Columns that chat templates read, `tools`, `documents` and a row's own `chat_template_kwargs`, go to the template, as
-lists and objects or as their JSON. A row whose `tools` or `documents` change nothing is refused.
+lists and objects or as their JSON. A row whose `tools` or `documents` change nothing is refused, unless a builder's
+template reads them.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any, Final
@@ -66,19 +67,26 @@ def _is_there(value: object) -> bool:
 
 
 def student_prompt_ids(
-    example: Example, tokenizer: Any, *, chat_template_kwargs: Mapping[str, Any] | None = None
+    example: Example,
+    tokenizer: Any,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    read_elsewhere: Collection[str] = (),
 ) -> Tensor:
     """Returns what the student reads, with the generation prompt: (P,) int64, on the CPU.
 
     `chat_template_kwargs` go to the chat template, such as `{"enable_thinking": False}`; give a builder the same ones.
     The example's own come before them. Raises `ContextError`, which names the row, where the chat template refuses the
     conversation or does not use the row's `tools` or `documents`, and `UnsupportedModelError` for examples with images.
+    Columns that are `read_elsewhere`, as by a builder's template (`columns_of`), need not be used.
     """
     require_text([example])
     columns = _template_columns(example)
     arguments = _merged(chat_template_kwargs, columns)
     ids = prompt_ids(example.prompt, tokenizer, chat_template_kwargs=arguments, source=example.source)
     for name in columns:
+        if name in read_elsewhere:
+            continue
         if isinstance(example.prompt, str):
             why = "the prompt is plain text, which no chat template renders"
         elif name in arguments and torch.equal(ids, _without(name, example, tokenizer, arguments)):
@@ -87,7 +95,7 @@ def student_prompt_ids(
             continue
         raise ContextError(
             f"{example.source}: column `{name}` would have to change the prompt, and {why} (give a column that is for "
-            "templates or reward functions another name)"
+            "reward functions another name)"
         )
     return ids
 

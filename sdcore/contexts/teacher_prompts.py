@@ -315,6 +315,11 @@ class Custom(_InTemplate):
         return self._condition(group, tokenizer, shown_G)
 
 
+def columns_of(builder: ContextBuilder) -> frozenset[str]:
+    """Returns the names that a builder's template may read, a row's columns among them."""
+    return templates.variables_of(builder._text) if isinstance(builder, _InTemplate) else frozenset()
+
+
 def check_examples(builder: ContextBuilder, examples: Sequence[Example]) -> int:
     """Counts the examples that lack the privileged context that the builder reads; they carry no loss but as anchors.
 

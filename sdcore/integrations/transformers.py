@@ -46,7 +46,8 @@ def patch(model: nn.Module) -> Patched:
 
     `model` may be wrapped as for `distill_step`, before or after this call. Its outputs are then `StatesOutput`:
     `last_hidden_state` (B, L, H) in the model's dtype, in the graph, and all else that the family returns (caches,
-    attentions, router logits, `aux_loss`) but logits and loss. `logits_to_keep` selects states as it does logits.
+    attentions, router logits, `aux_loss`) but logits and loss; and, for wrappers, `empty_logits` (B, 0, V).
+    `logits_to_keep` selects states as it does logits.
 
     A patched model raises `ArgumentError` for `labels`, since its own loss needs logits, and for `return_dict=False`.
     Raises `UnsupportedModelError` and `ArgumentError` as `find_body` does.
@@ -198,7 +199,12 @@ class _Patch:
         finally:
             hook.remove()
         states = seen[-1][:, slice(-kept, None) if isinstance(kept, int) else kept, :]
-        return StatesOutput(states, **{name: value for name, value in output.items() if name not in ABSENT})
+        others = {name: value for name, value in output.items() if name not in ABSENT}
+        if output.logits.requires_grad:
+            # The logits of no positions: where DistributedDataParallel looks for weights that a call has not used, from
+            # what it returns backwards, it finds the output layer's, which are used outside.
+            others["empty_logits"] = output.logits
+        return StatesOutput(states, **others)
 
 
 # Weak on both sides: a patch lives in its model's methods.

@@ -324,12 +324,19 @@ def _model(config: Any, setting: Setting, dtype: torch.dtype, device: torch.devi
         adapters = LoraConfig(r=setting.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, adapters, autocast_adapter_dtype=False)
     if setting.checkpointing:
-        # Its name from transformers 5.23 on, and before.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        set_checkpointing(model, True)
         if setting.lora_rank is not None:
             model.enable_input_require_grads()
     return model
+
+
+def set_checkpointing(model: Any, on: bool) -> None:
+    """Turns checkpointing of activations on or off, by its name from transformers 5.23 on, or the one before."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{name}_checkpointing_disable")()
 
 
 def _batch(load: Load, setting: Setting, tiles: Tiles, vocab: int, device: torch.device, seed: int) -> Batch:

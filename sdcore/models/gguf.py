@@ -23,6 +23,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -38,6 +39,7 @@ from ..errors import ArgumentError, UnsupportedModelError
 
 logger = logging.getLogger(__name__)
 UNSCALED: Final = ("none", 1.0, 0)  # what `rope.scaling.*` say where they scale nothing
+HUB_ID: Final = r"(\w[\w.-]*/)?\w[\w.-]*"
 RECORD: Final = "gguf.json"  # says of which file a folder was made
 TYPE: Final = "general.type"
 STATED: Final = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
@@ -80,12 +82,26 @@ def packaged_file(name: str) -> str:
     return str(path)
 
 
-def plain_folder(model: str, gguf_file: str | None = None) -> str:
+def require_there(model: str, gguf_file: str | None = None, *, called: str = "model") -> None:
+    """Raises `ArgumentError` for a path where nothing is; the Hub would be asked for it, several times.
+
+    A name that may be a Hub id is left to the Hub, but for one inside a folder of files, such as a run's.
+    """
+    path, folder = Path(model, gguf_file or ""), Path(model)
+    parent = folder.parent
+    in_run = parent != Path() and parent.is_dir() and any(each.is_file() for each in parent.iterdir())
+    may_be_id = re.fullmatch(HUB_ID, model) and not folder.exists() and not in_run
+    if not (path.exists() or may_be_id):
+        raise ArgumentError(f"{called} must be a folder or a file that is there, or a Hub id, got {str(path)!r}")
+
+
+def plain_folder(model: str, gguf_file: str | None = None, *, called: str = "model") -> str:
     """Returns the folder with a GGUF file's model, made if need be; a name that is of no GGUF file as it is.
 
-    `model` is a folder or Hub id that has the file `gguf_file`, or the file's path. Raises `ArgumentError` for a folder
-    with nothing but GGUF files where none is named and for a file of no whole model, `UnsupportedModelError` for one
-    whose model transformers would read wrong, `ImportError` without gguf, and what transformers raises.
+    `model` is a folder or Hub id that has the file `gguf_file`, or the file's path; `called` is its name in errors.
+    Raises `ArgumentError` for a path where nothing is, for a folder with nothing but GGUF files where none is named and
+    for a file of no whole model, `UnsupportedModelError` for one whose model transformers would read wrong,
+    `ImportError` without gguf, and what transformers raises.
     """
     if gguf_file is None:
         path = Path(model)
@@ -93,8 +109,10 @@ def plain_folder(model: str, gguf_file: str | None = None) -> str:
         if names and not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
             raise ArgumentError(f"gguf_file must name the file to load of {model}: {', '.join(names)}; got None")
         if path.suffix != ".gguf":
+            require_there(model, called=called)
             return model
         model, gguf_file = str(path.parent), path.name
+    require_there(model, gguf_file, called=called)
     file = Path(str(cached_file(model, gguf_file)))
     folder = file.with_name(f"{file.stem}-transformers")
     if not _is_made_of(folder, file) and not os.access(file.parent, os.W_OK):

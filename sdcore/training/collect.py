@@ -12,7 +12,7 @@ Not covered: prompts that are cut; one that is too long is an error, since the q
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contexts import ContextBuilder, SuccessOrFeedback, student_prompt_ids
+from ..contexts.teacher_prompts import columns_of
 from ..errors import ArgumentError, DataError
 from ..presets.method import Method
 from ..rollouts.rewards import OnError, Reward, Scored, judge
@@ -54,6 +55,7 @@ class Collector:
     on_error: OnError = "raise"
     workers: int = 1
     teacher_samples: float = 0.0  # share of the completions that the teacher draws
+    read_elsewhere: Collection[str] = frozenset()  # columns that the chat template need not use
 
     @classmethod
     def of_run(
@@ -63,6 +65,7 @@ class Collector:
         tokenizer: Any,
         sampler: Sampler,
         rewards: Sequence[Reward],
+        context: ContextBuilder,
         *,
         stop_ids: Sequence[int],
     ) -> Collector:
@@ -87,6 +90,7 @@ class Collector:
             on_error=cast(OnError, args.reward_on_error),
             workers=args.reward_workers,
             teacher_samples=method.teacher_samples,
+            read_elsewhere=columns_of(context),
         )
 
     def check(self, teacher: Any, context: ContextBuilder, state: Any) -> None:
@@ -190,7 +194,12 @@ class Collector:
 
     def prompt(self, example: Example) -> Tensor:
         """Returns what the student reads, (P,) int64."""
-        ids = student_prompt_ids(example, self.tokenizer, chat_template_kwargs=self.chat_template_kwargs)
+        ids = student_prompt_ids(
+            example,
+            self.tokenizer,
+            chat_template_kwargs=self.chat_template_kwargs,
+            read_elsewhere=self.read_elsewhere,
+        )
         most = self.max_prompt_length
         if most is not None and len(ids) > most:
             raise DataError(f"{example.source}: a prompt may have max_prompt_length={most} tokens, got {len(ids)}")

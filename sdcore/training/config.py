@@ -267,11 +267,6 @@ class SelfDistillationConfig(TrainingArguments):
                 f"optim must be an optimizer that steps after the last backward of a step, got {optimizer!r}, which "
                 "steps within each"
             )
-        if self.metric_for_best_model in ("loss", "eval_loss"):
-            raise ArgumentError(
-                "metric_for_best_model must be one of the evaluation, such as 'reward_mean', got 'loss' (transformers' "
-                "default for load_best_model_at_end and for schedules that follow a metric)"
-            )
 
     def evaluation_options(self) -> dict[str, Any]:
         """Returns what `evaluate` is asked for in a run."""

@@ -33,6 +33,7 @@ from torch import nn
 
 from ..contexts import ContextBuilder, check_examples
 from ..contexts.rendering import answer_end
+from ..contexts.teacher_prompts import columns_of
 from ..errors import ArgumentError, DataError, UnsupportedModelError
 from ..memory import Load, Prediction, Setting, compare, memory_table
 from ..prefix.planner import common_prefix
@@ -160,6 +161,7 @@ def dry_run(
         from_data=method.samples == "dataset",
         max_prompt_length=max_prompt_length,
         chat_template_kwargs=chat_template_kwargs,
+        read_elsewhere=columns_of(builder),
     )
     vocabulary = getattr(config, "vocab_size", None)
     reader = SimpleNamespace(max_positions=positions, vocab_size=vocabulary, rotary_switch=None)

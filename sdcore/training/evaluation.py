@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from torch import nn
 
+from ..contexts.rendering import TEMPLATE_INPUTS
 from ..errors import ArgumentError
 from ..models import find_body
 from ..rollouts.rewards import OnError, Reward, RewardFunction, prepare
@@ -65,7 +66,7 @@ def evaluate(
     timeout: float | None = 60.0,
     on_error: OnError = "raise",
     workers: int = 1,
-    on_bad_row: OnBadRow = "raise",
+    on_bad_row: OnBadRow | None = "raise",
     sampler: Sampler | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -80,7 +81,8 @@ def evaluate(
         success_threshold: reward from which a completion is a success.
         timeout, on_error, workers, reward_weights: as in `rollouts.rewards.judge`. With "drop", a completion that
             could not be judged is left out of the means and counted.
-        on_bad_row: "skip" leaves out rows that cannot be rendered, or are too long for the model, and logs them.
+        on_bad_row: "skip" leaves out rows that cannot be rendered, or are too long for the model, and logs them; None
+            is for rows that `Rows.usable` has returned, and asks about none.
         sampler: None: the model itself.
         rank, world_size, gather: to share the batches over processes; `gather` gives the lists of all of them.
         advance: called with the number of questions that are done, for a progress bar.
@@ -114,10 +116,11 @@ def evaluate(
         timeout=timeout,
         on_error=on_error,
         workers=workers,
+        read_elsewhere=frozenset() if on_bad_row else frozenset(TEMPLATE_INPUTS),
     )
-    body = find_body(model) if isinstance(collector.sampler, ModelSampler) else None  # an engine knows its own limits
-    rows = Rows(collector=collector, body=body, on_bad_row=on_bad_row, rank=rank)
-    examples = rows.usable(examples, "examples")
+    if on_bad_row is not None:
+        body = find_body(model) if isinstance(collector.sampler, ModelSampler) else None  # an engine knows its limits
+        examples = Rows(collector=collector, body=body, on_bad_row=on_bad_row, rank=rank).usable(examples, "examples")
     parts: list[tuple[int, list[Group], dict[str, int]]] = []
     with whole_weights(model, collector.sampler):
         for number, start in list(enumerate(range(0, len(examples), batch_size)))[rank::world_size]:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -30,7 +32,7 @@ from ..data import read_examples
 from ..errors import ArgumentError, UnsupportedModelError
 from ..models import find_body
 from ..models.body import noise_of
-from ..models.gguf import plain_folder
+from ..models.gguf import plain_folder, require_there
 from ..presets.method import Method
 from ..rollouts.rewards import Reward
 from ..rollouts.samplers import ModelSampler, Sampler
@@ -83,7 +85,11 @@ def check(args: SelfDistillationConfig, method: Method, rewards: Sequence[Reward
         )
     names, best = (*MEASURED, *(JUDGED if rewards else ())), args.metric_for_best_model
     if best is not None and not best.endswith(names):
-        raise ArgumentError(f"metric_for_best_model must be one of {', '.join(names)} in this run, got {best!r}")
+        default = " (transformers' default for load_best_model_at_end and for schedules that follow a metric)"
+        raise ArgumentError(
+            f"metric_for_best_model must be one of {', '.join(names)} in this run, got {best!r}"
+            f"{default if best == 'loss' else ''}"
+        )
     strategy = args.train_sampling_strategy
     if strategy not in ("random", "sequential"):
         raise ArgumentError(f"train_sampling_strategy must be 'random' or 'sequential', got {strategy!r}")
@@ -170,8 +176,10 @@ def _peft_unwarned() -> Iterator[None]:
 @_peft_unwarned()
 def model_of(name: str, **options: Any) -> Any:
     """Loads a model by its name; of an adapter's folder the adapter as it was saved, with the tokens that it added."""
-    if find_adapter_config_file(name) is None:
+    if (file := find_adapter_config_file(name)) is None:
         return AutoModelForCausalLM.from_pretrained(name, **options)
+    if base := json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path"):
+        require_there(base, called=f"the base model of {name}")
     return _peft().AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options)
 
 

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from ..contexts import student_prompt_ids
+from ..contexts.teacher_prompts import columns_of
 from ..errors import ArgumentError, require_positive
 from ..models import find_body
 from ..presets.method import Method
@@ -122,8 +123,10 @@ def solve(
             f"{method.target!r}: a verifier gives feedback"
         )
     example = question if isinstance(question, Example) else Example(prompt=question, source="the question")
-    prompt = student_prompt_ids(example, tokenizer, chat_template_kwargs=config.chat_template_kwargs)
     builder = method.build_context(chat_template_kwargs=config.chat_template_kwargs)
+    prompt = student_prompt_ids(
+        example, tokenizer, chat_template_kwargs=config.chat_template_kwargs, read_elsewhere=columns_of(builder)
+    )
     builder = within_model(builder, find_body(model).max_positions, config.max_completion_length)
     teacher = method.build_teacher(model)
     sampling = Sampling(

@@ -212,9 +212,8 @@ class SelfDistillationTrainer(Trainer):
     @property
     def collector(self) -> Collector:
         """Samples and judges by the arguments as they are now: a callback may have changed the temperature."""
-        return Collector.of_run(
-            self.args, self.method, self.processing_class, self.sampler, self.rewards, stop_ids=self._stop_ids
-        )
+        chosen = (self.args, self.method, self.processing_class, self.sampler, self.rewards, self.context)
+        return Collector.of_run(*chosen, stop_ids=self._stop_ids)
 
     def _collected(self, batches: Sequence[Sequence[Example]]) -> list[list[Group]]:
         """Returns judged groups of completions, drawn from the weights as they are."""
@@ -296,7 +295,9 @@ class SelfDistillationTrainer(Trainer):
         if isinstance(data, dict):
             parts = [self.evaluate(part, None, f"{metric_key_prefix}_{name}") for name, part in data.items()]
             return {name: value for part in parts for name, value in part.items()}
-        args, started, data = self.args, time.time(), self._read(data, "eval_dataset")
+        args, started, own = self.args, time.time(), self.eval_dataset
+        if not any(data is known for known in (own.values() if isinstance(own, dict) else [own])):
+            data = self.rows.of_evaluation().usable(self._read(data, "eval_dataset"), "eval_dataset")
         self._hand_over_weights()
         result = evaluate(
             self.model_wrapped,
@@ -306,13 +307,17 @@ class SelfDistillationTrainer(Trainer):
             success_threshold=self.method.success_threshold,
             sampler=self.sampler,
             gather=gather_object,
-            **args.evaluation_options(),
+            **args.evaluation_options() | {"on_bad_row": None},  # asked once, when the data came
         )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items()}
         metrics |= speed_metrics(metric_key_prefix, started, num_samples=len(data) * args.eval_generations)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, test_dataset: Data, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
+        """Refuses: transformers' method returns logits. `training.evaluation.evaluate` returns answers."""
+        raise ArgumentError("test_dataset must go to evaluate(test_dataset), which measures; there are no logits here")
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """Counts six per weight and token of the student, two of the teacher's; shared tokens once."""
@@ -363,15 +368,10 @@ class SelfDistillationTrainer(Trainer):
             self._early = []  # the log that is gone on with has them, of the model as it was then
         if self.is_world_process_zero():
             self._log_file = RunLog(output_dir, resume_step=step if goes_on else None)
-            self._log_file.describe(
-                {
-                    "method": {"name": type(self.method).__name__, **vars(self.method)},
-                    "config": self.args.to_dict(),
-                    "examples": len(self.train_dataset),
-                    "skipped_rows": self.rows.summary,
-                    **{name: self._run[name] for name in ("model", "data")},
-                }
-            )
+            method, config = {"name": type(self.method).__name__, **vars(self.method)}, self.args.to_dict()
+            about = {"method": method, "config": config, "examples": len(self.train_dataset)}
+            about |= {"skipped_rows": self.rows.summary} | {name: self._run[name] for name in ("model", "data")}
+            self._log_file.describe(about)
             for numbers in self._early:
                 self._log_file.metrics(step, numbers, **self._seen)
             self._early = []

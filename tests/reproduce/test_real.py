@@ -171,8 +171,8 @@ def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_study_runs_to_its_page_and_goes_on_where_it_was(subject: Any, tmp_path: Path) -> None:
     def reproduce() -> None:
-        options: dict[str, Any] = {"quick": True, "workers": 1, "console": Console(quiet=True), "page": "real.md"}
-        table.run(tmp_path, seeds=2, claims=["real_context"], **options)
+        options: dict[str, Any] = {"quick": True, "workers": 1, "console": Console(quiet=True)}
+        table.run(tmp_path, seeds=2, studies=["real_context"], **options)
 
     reproduce()
     text = (tmp_path / "real.md").read_text()
@@ -192,7 +192,7 @@ def test_a_study_runs_to_its_page_and_goes_on_where_it_was(subject: Any, tmp_pat
 
 
 def test_every_arm_runs(subject: Any) -> None:
-    for study in schedule.studies_of(None, "real.md"):
+    for study in schedule.studies_of(None, "real"):
         for arm in study.arms:
             if arm.runs_of is None and study.name != "real_gemma":
                 points = study.run(arm, study.quick, 1e-3, 0)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +25,7 @@ from reproduce.experiment import base, draw_tasks, exam_of
 from reproduce.records import Arm, Point, compare, estimate, final, matched, needed
 from sdcore.errors import ArgumentError
 from sdcore.world.episodes import Episode
+from tests.processes import ROOT
 
 Runs = list[tuple[str, float, int]]  # arm, rate, seed
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -190,6 +196,67 @@ def test_runs_with_other_settings_are_not_reused(made: Runs, tmp_path: Path) -> 
     assert len(made) == 10
 
 
+def test_a_run_keeps_what_is_not_its_own(made: Runs, tmp_path: Path) -> None:
+    reproduce(tmp_path, seeds=3)
+    lines = (tmp_path / "fake.jsonl").read_text()
+    page = (tmp_path / "README.md").read_text()
+    for options in ({"seeds": 2}, {"quick": True}, {"quick": True, "resume": False}):
+        reproduce(tmp_path, **options)
+        assert set(lines.splitlines()) <= set((tmp_path / "fake.jsonl").read_text().splitlines())
+    made.clear()
+    reproduce(tmp_path, seeds=3)
+    assert made == []
+    assert (tmp_path / "fake.jsonl").read_text().startswith(lines)
+    assert (tmp_path / "README.md").read_text() == page  # minutes are of the runs that it shows
+    reproduce(tmp_path, seeds=2, resume=False)
+    assert {seed for _, _, seed in made} == {0, 1, records.TUNING_SEED}
+
+
+def test_runs_at_a_rate_that_is_no_longer_chosen_are_dropped(
+    made: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reproduce(tmp_path)
+    study = schedule.STUDIES["fake"]
+    monkeypatch.setitem(schedule.STUDIES, "fake", replace(study, choose=min))
+    reproduce(tmp_path)
+    jobs = [record.job for record in records.Archive(tmp_path).records.values()]
+    assert {job.learning_rate for job in jobs if job.seed != records.TUNING_SEED} == {0.1}
+
+
+WAITING = """
+import os, time
+from reproduce.schedule import _runner
+
+class Job:
+    def __reduce__(self):  # a worker calls this function when it reads the job
+        return wait, ()
+
+def wait():
+    print(os.getpid(), flush=True)
+    time.sleep(300)
+
+if __name__ == "__main__":
+    with _runner(2, 0) as make:
+        list(make([Job(), Job()], False))
+"""
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_a_command_that_is_killed(sign: signal.Signals, tmp_path: Path) -> None:
+    (tmp_path / "waiting.py").write_text(WAITING)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
+    command = subprocess.Popen([sys.executable, str(tmp_path / "waiting.py")], env=env, stdout=subprocess.PIPE)
+    assert command.stdout is not None
+    workers = [int(command.stdout.readline()) for _ in range(2)]
+    command.send_signal(sign)
+    try:
+        command.communicate(timeout=30)  # until nobody has the other end of its output any more
+    finally:
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
 def test_runs_of_another_study_are_made_once_and_kept_there(
     made: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +264,7 @@ def test_runs_of_another_study_are_made_once_and_kept_there(
     arms = (replace(first.arm("high"), runs_of="fake"), Arm(name="new", title="new", rate_of="fake/high"))
     second = replace(first, name="second", title="The second", claim="second", arms=arms, judge=lambda reported: [])
     monkeypatch.setitem(schedule.STUDIES, "second", second)
-    reproduce(tmp_path, claims=["second"])
+    reproduce(tmp_path, studies=["second"])
     assert sorted(made) == [
         *(("high", rate, seed) for rate, seed in ((0.1, 1000), (0.3, 0), (0.3, 1), (0.3, 1000))),
         *(("new", 0.3, seed) for seed in (0, 1)),
@@ -209,21 +276,35 @@ def test_runs_of_another_study_are_made_once_and_kept_there(
     assert {arm for arm, _, _ in made} == {"low", "control"}
     assert [*findings[1].results.records] == ["high", "new"]
     made.clear()
-    reproduce(tmp_path, claims=["second"])
+    reproduce(tmp_path, studies=["second"])
     assert made == []
     assert len((tmp_path / "fake.jsonl").read_text().splitlines()) == 10
 
 
 def test_a_page_has_its_own_studies_alone(made: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = replace(schedule.STUDIES["fake"], name="other", title="Elsewhere", claim="other", page="real.md")
+    other = replace(schedule.STUDIES["fake"], name="other", title="Elsewhere", claim="other", group="real")
     monkeypatch.setitem(schedule.STUDIES, "other", other)
     reproduce(tmp_path)
     assert "Elsewhere" not in (tmp_path / "README.md").read_text()
     assert len(made) == 10
-    reproduce(tmp_path, page="real.md")
+    reproduce(tmp_path, group="real")
     assert "A fake study" not in (tmp_path / "real.md").read_text()
-    with pytest.raises(ArgumentError, match="claims must be among other, got fake"):
-        reproduce(tmp_path, page="real.md", claims=["fake"])
+    with pytest.raises(ArgumentError, match="studies must be among other, got fake"):
+        reproduce(tmp_path, group="real", studies=["fake"])
+
+
+def test_a_study_is_found_in_either_group_and_has_its_groups_seeds(
+    made: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = replace(schedule.STUDIES["fake"], name="other", claim="other", group="real")
+    monkeypatch.setitem(schedule.STUDIES, "other", other)
+    findings = reproduce(tmp_path, studies=["other"], seeds=None)
+    assert [finding.scope.seeds for finding in findings] == [(0, 1, 2)]
+    assert not (tmp_path / "README.md").exists()
+    findings = reproduce(tmp_path, studies=["other", "fake"], seeds=None)
+    assert {finding.study.name: len(finding.scope.seeds) for finding in findings} == {"fake": 5, "other": 3}
+    assert {study.name for study in schedule.studies_of(["fake", "other"])} == {"fake", "other"}
+    assert [study.name for study in schedule.studies_of(None)] == ["fake"]
 
 
 def test_what_was_done_is_kept_when_a_run_fails(made: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +335,7 @@ def test_what_did_not_reproduce_comes_first(made: Runs, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"claims": ["sdft", "magic"]}, "claims must be among sdft, sdpo, tilt, discovery, context, got magic"),
+        ({"studies": ["sdft", "magic"]}, "studies must be among sdft, sdft_sequence, sdpo, .*, got magic"),
         ({"seeds": 1}, r"seeds must be in \[2, 1000\), a standard error needs two, got 1"),
         ({"workers": 0}, "workers must be at least 1, got 0"),
         ({"nice": -1}, r"nice must be in \[0, 19\], got -1"),
@@ -269,17 +350,18 @@ def test_arguments_without_meaning_are_refused_before_any_work(
 
 
 def test_the_command_hands_its_options_on_and_names_a_bad_one_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    refused = CliRunner().invoke(app, ["--claim", "alchemy"])
+    refused = CliRunner().invoke(app, ["--study", "alchemy"])
     assert refused.exit_code == 2
     assert refused.output.startswith("reproduce: ")
     assert "alchemy" in refused.output
     assert refused.output.count("\n") == 1
     got: dict[str, Any] = {}
     monkeypatch.setattr(table, "run", lambda output, **options: got.update(options, output=output))
-    words = "--quick --claim sdft --claim tilt --seeds 2 --no-resume --output here"
+    words = "--quick --group small --study sdft --study tilt --seeds 2 --no-resume --output here"
     assert CliRunner().invoke(app, words.split()).exit_code == 0
-    assert (got["output"], got["claims"], got["seeds"]) == (Path("here"), ["sdft", "tilt"], 2)
-    assert (got["quick"], got["resume"]) == (True, False)
+    assert (got["output"], got["studies"], got["seeds"]) == (Path("here"), ["sdft", "tilt"], 2)
+    assert (got["quick"], got["resume"], got["group"]) == (True, False, "small")
+    assert CliRunner().invoke(app, ["--group", "huge"]).exit_code == 2
 
 
 def test_help_teaches_and_imports_no_torch(run_python: Callable[..., str]) -> None:
@@ -389,7 +471,7 @@ def test_every_tilt_estimator_starts_at_the_reference(study: records.Study) -> N
 
 def quickly(claim: str, output: Path) -> Callable[[str, str, str], float]:
     """`read(study, arm, name)`: the mean over the seeds of a quantity at the end, of one claim's quick subset."""
-    findings = {finding.study.name: finding for finding in reproduce(output, claims=[claim], quick=True)}
+    findings = {finding.study.name: finding for finding in reproduce(output, studies=[claim], quick=True)}
 
     def read(study: str, arm: str, name: str) -> float:
         value = findings[study].results.estimate(arm, final(name))

@@ -413,7 +413,11 @@ def test_a_row_that_cannot_be_used_is_named_by_file_and_line(line: str, message:
         ("solve --verifier no-such-check --question luma --max-completion-length 2", 2, "could not be run"),
         ("profile-memory --model world --completions 0", 2, "completions must be at least 1, got 0"),
         ("profile-memory --model world --teacher emma", 2, "teacher must be one of live, "),
-        ("profile-memory --model ./nowhere", 1, "nowhere"),
+        ("profile-memory --model ./nowhere", 2, "--model must be a folder or a file that is there, or a Hub id"),
+        ("train --data train.jsonl --method sdft_paper --model no/such/run", 2, "--model must be a folder"),
+        ("train --data train.jsonl --method sdft_paper --model no/such/run --dry-run", 2, "--model must be a folder"),
+        ("eval --data train.jsonl --reward sdcore.world.data:exact --model ../no", 2, "--model must be a folder"),
+        ("solve --verifier true --question luma --model ./no.gguf", 2, "--model must be a folder"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line_with_an_exit_code(words: str, code: int, message: str) -> None:

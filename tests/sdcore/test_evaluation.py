@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from sdcore.data import read_examples
 from sdcore.errors import ArgumentError
 from sdcore.rollouts.samplers import SampledCompletion, stop_ids
 from sdcore.training.evaluation import evaluate
+from sdcore.training.rows import Rows
 from sdcore.world.data import exact, rows
-from tests.sdcore.trainer_runs import tokenizer, world_model
+from tests.sdcore.trainer_runs import tokenizer, trainer, world_model
 
 QUESTIONS = read_examples(rows("rl", task="pi", count=11, seed=0))
 
@@ -69,6 +71,27 @@ def test_the_same_questions_get_the_same_answers_and_random_states_stay() -> Non
     torch.set_rng_state(before)
     # A task that the model knows.
     assert first.metrics["reward_mean"] > 0.8
+
+
+def test_a_trainer_asks_once_whether_the_rows_of_an_evaluation_can_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    check = Rows._check
+    monkeypatch.setattr(Rows, "_check", lambda self, row: asked.append(row.source) or check(self, row))
+    parts = {"a": QUESTIONS[:2], "b": QUESTIONS[2:3]}
+    made = trainer(tmp_path, count=4, reward_funcs=[exact], eval_dataset=parts, sampler=Scripted())
+    first = len(asked)
+    assert first == 4 + 3
+    assert made.evaluate()["eval_b_questions"] == 1
+    assert len(asked) == first
+    assert made.evaluate(QUESTIONS[3:8])["eval_questions"] == 5
+    assert len(asked) == first + 5
+
+
+def test_predict_says_what_to_use(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"^test_dataset must go to evaluate\(test_dataset\), which measures"):
+        trainer(tmp_path, count=4).predict(QUESTIONS)
 
 
 def test_another_seed_draws_other_answers() -> None:

@@ -219,16 +219,37 @@ def test_where_nothing_may_be_written_it_is_in_the_users_cache(
 
 
 def test_other_names_are_left_alone(tmp_path: Path, file: Path) -> None:
-    for name in ("Qwen/Qwen3-0.6B", str(tmp_path / "nothing")):
-        assert plain_folder(name) == name
+    assert plain_folder("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
     (tmp_path / "config.json").write_text("{}")  # a plain folder that has a GGUF file too
     assert plain_folder(str(tmp_path)) == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["./run", "../run", "/no/run", "a/b/c", "~/run", "run/", "run/checkpoint-3", "run/x.gguf"]
+)
+def test_a_path_where_nothing_is_does_not_go_to_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if name.startswith("run/") and name != "run/":  # of a run, or the folder of a file
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "metrics.jsonl").touch()
+    with pytest.raises(ArgumentError, match=r"^--model must be a folder or a file that is there, or a Hub id, got"):
+        plain_folder(name, called="--model")
+
+
+def test_an_owner_of_whom_there_are_models_here_may_have_others_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Qwen" / "Qwen3-0.6B").mkdir(parents=True)
+    assert plain_folder("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B"
 
 
 def test_what_cannot_be_converted_is_refused(tmp_path: Path, file: Path) -> None:
     with pytest.raises(ArgumentError, match=r"gguf_file must name the file .* tiny\.gguf; got None"):
         plain_folder(str(tmp_path))
-    with pytest.raises(OSError, match=r"none\.gguf"):
+    with pytest.raises(ArgumentError, match=r"^model must be a folder or a file that is there, .*none\.gguf"):
         plain_folder(str(tmp_path), "none.gguf")
     with pytest.raises(UnsupportedModelError, match=r"lacks .*layers\.1\.mlp\.down_proj\.weight"):
         plain_folder(str(write(tmp_path / "torn.gguf", without="blk.1.ffn_down")))

@@ -114,11 +114,6 @@ def test_arguments_that_were_checked_can_be_given_again(tmp_path: Path) -> None:
         ({"accelerator_config": {"use_seedable_sampler": False}}, "accelerator_config must be left out"),
         ({"optim": "lomo"}, "optim must be an optimizer that steps after .*, got 'lomo'"),
         ({"optim": "galore_adamw_layerwise", "optim_target_modules": ["q"]}, "got 'galore_adamw_layerwise'"),
-        (
-            {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 500},
-            "metric_for_best_model must be one of the evaluation, such as 'reward_mean'",
-        ),
-        ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}, "metric_for_best_model must be"),
         ({"ignore_data_skip": True, "num_iterations": 2}, "ignore_data_skip must be False with num_iterations=2"),
         ({"strategy": "naive", "verify": "always"}, "verify must not be 'always' with strategy='naive'"),
         ({"print_completions": True, "log_completions_every": 0}, "print_completions must be False where none"),
@@ -294,6 +289,19 @@ def test_a_best_metric_that_no_evaluation_has_is_refused(metric: str, judged: bo
         ArgumentError, match=f"metric_for_best_model must be one of .*{known}.* in this run, got '{metric}'"
     ):
         trainer(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 500},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
+    ],
+)
+def test_transformers_own_best_metric_is_refused_by_its_reason(changes: dict[str, Any], tmp_path: Path) -> None:
+    message = r"metric_for_best_model must be one of .*got 'loss' \(transformers' default"
+    with pytest.raises(ArgumentError, match=message):
+        trainer(tmp_path, save_strategy=changes["eval_strategy"], **changes)
 
 
 def test_every_metric_of_an_evaluation_may_be_the_best(tmp_path: Path) -> None:

@@ -787,6 +787,14 @@ def test_a_second_run_goes_on_from_what_the_adapter_of_the_first_learned(given: 
     assert all("lora_" in name or "modules_to_save" in name for name in changed)
 
 
+def test_an_adapter_whose_base_model_has_gone_is_refused_by_its_path(tmp_path: Path) -> None:
+    after_a_first_run(tmp_path / "first")
+    file = tmp_path / "first" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    with pytest.raises(ArgumentError, match=r"^the base model of .*first must be a folder .* got .*gone"):
+        trainer(tmp_path / "second", model=str(tmp_path / "first"))
+
+
 @pytest.mark.parametrize("given", ["folder", "PeftModel", "transformers"])
 def test_a_new_adapter_beside_one_that_is_there_is_refused(given: str, tmp_path: Path) -> None:
     trained = after_a_first_run(tmp_path / "first")

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from ...memory.measured import set_checkpointing
 from ...presets.methods import SDPO
 from ...step import distill_step
 from ...teachers import EMA, Live
@@ -169,12 +170,12 @@ def training(model: Any, *, checkpointing: bool) -> Iterator[None]:
     """Puts the model into the state that a trainer has it in, for the time of the block."""
     model.train()
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        set_checkpointing(model, True)
     try:
         yield
     finally:
         if checkpointing:
-            model.activation_checkpointing_disable()
+            set_checkpointing(model, False)
         model.eval()
 
 

@@ -98,7 +98,11 @@ def rollout(text: str, reward: float | None = None, feedback: str | None = None)
 
 
 def group_of(
-    given: Example, tokenizer: Any, *rollouts: Rollout, chat_template_kwargs: Mapping[str, Any] | None = None
+    given: Example,
+    tokenizer: Any,
+    *rollouts: Rollout,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> Group:
-    prompt_ids = student_prompt_ids(given, tokenizer, chat_template_kwargs=chat_template_kwargs)
+    prompt_ids = student_prompt_ids(given, tokenizer, chat_template_kwargs=chat_template_kwargs, **more)
     return Group(example=given, prompt_ids=prompt_ids, rollouts=rollouts or (rollout("7"),))

@@ -15,6 +15,7 @@ from transformers import AutoConfig, ByT5Tokenizer, LlamaTokenizer
 
 from sdcore.contexts import Template, rendering, require_text, student_prompt_ids
 from sdcore.contexts.rendering import answer_end
+from sdcore.contexts.teacher_prompts import columns_of
 from sdcore.data import read_examples
 from sdcore.errors import ContextError
 from sdcore.presets import Method
@@ -118,6 +119,18 @@ def test_a_column_that_would_change_nothing_is_refused(
 ) -> None:
     with pytest.raises(ContextError, match=rf"(?s)^train\.jsonl:7: .*{says}"):
         student_prompt_ids(example(prompt, **columns), of_template(template))
+
+
+def test_a_column_that_a_context_reads_need_not_change_the_prompt() -> None:
+    tokenizer, builder = of_template(QWEN), Template("{{ prompt }}{% for d in documents %} {{ d.title }}{% endfor %}")
+    reads = columns_of(builder)
+    assert reads == {"prompt", "documents"}
+    with pytest.raises(ContextError, match="`tools` would have to change the prompt"):
+        student_prompt_ids(example(user("q"), documents=DOCUMENTS, tools=TOOLS), tokenizer, read_elsewhere=reads)
+    group = group_of(example(user("q"), documents=DOCUMENTS), tokenizer, read_elsewhere=reads)
+    assert torch.equal(group.prompt_ids, student_prompt_ids(example(user("q")), tokenizer))
+    (teacher,) = builder.condition(group, tokenizer).teacher_prompts
+    assert DOCUMENTS[0]["title"] in tokenizer.decode(teacher)
 
 
 def test_nothing_in_a_column_is_no_column() -> None:

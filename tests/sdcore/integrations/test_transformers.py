@@ -121,7 +121,7 @@ def test_everything_but_logits_and_loss_comes_as_the_family_gives_it() -> None:
     plain = model(**batch(), **asked)
     with patch(model):
         out = model(**batch(), **asked)
-    assert set(out) == set(plain) - {"logits"} | {"last_hidden_state"}
+    assert set(out) == set(plain) - {"logits"} | {"last_hidden_state", "empty_logits"}
     assert torch.equal(out.aux_loss, plain.aux_loss)
     assert all(torch.equal(a, b) for a, b in zip(out.router_logits, plain.router_logits, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(out.hidden_states, plain.hidden_states, strict=True))
@@ -433,7 +433,12 @@ def fsdp(model: Any) -> Any:
     return fully_shard(model)
 
 
-WRAPPERS = {"ddp": lambda model: DistributedDataParallel(model), "fsdp": fsdp}
+WRAPPERS = {
+    "ddp": lambda model: DistributedDataParallel(model),
+    "ddp-looking": lambda model: DistributedDataParallel(model, find_unused_parameters=True),
+    "ddp-static": lambda model: DistributedDataParallel(model, static_graph=True),
+    "fsdp": fsdp,
+}
 CASES = [f"{name} {when}" for name in WRAPPERS for when in ("patched before", "patched after")]
 
 

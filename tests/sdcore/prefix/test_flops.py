@@ -29,7 +29,7 @@ from sdcore.prefix.planner import Plan, plan
 from sdcore.prefix.strategies.cached import PromptStates
 from sdcore.prefix.strategies.two_phase import micro_batches
 from sdcore.prefix.tree import Tree
-from tests.sdcore.prefix.models import VOCAB, tiny
+from tests.sdcore.prefix.models import VOCAB, checkpointed, tiny
 from tests.sdcore.prefix.trees import conversations, random_plan
 
 aten = torch.ops.aten
@@ -202,7 +202,7 @@ def test_sharing_saves_the_share_that_it_promises(strategy: str) -> None:
 def test_checkpointing_is_a_forward_more_but_for_what_no_gradient_needs(strategy: str) -> None:
     made = equal_lengths()
     model = tiny("llama")
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    checkpointed(model)
     options: dict[str, Any] = {"strategy": strategy, "checkpointing": True}
     counts = cost(made, model.config, **options)
     student, _ = run_both(model, made, counts, strategy, live=True)

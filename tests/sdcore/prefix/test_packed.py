@@ -20,7 +20,7 @@ from sdcore.prefix.strategies import packed
 from sdcore.prefix.tree import Tree
 from sdkernels.testing import LiveBytes
 
-from .models import CONFIGS, HEADS, HYBRIDS, VOCAB, build, one_by_one, tiny
+from .models import CONFIGS, HEADS, HYBRIDS, VOCAB, build, checkpointed, one_by_one, tiny
 from .trees import random_plan
 
 pytestmark = pytest.mark.usefixtures("in_double_precision")
@@ -107,7 +107,7 @@ def count_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def checkpoint_layers(model: PreTrainedModel) -> None:
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    checkpointed(model)
 
 
 def checkpoint_outside(model: PreTrainedModel) -> None:
@@ -277,9 +277,9 @@ def test_models_with_sinks_convolutions_or_attention_of_their_own_are_refused(mo
 
 def test_reentrant_checkpointing_is_refused() -> None:
     model = tiny("llama")
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    checkpointed(model, reentrant=True)
     assert "use_reentrant" in (packed.supports(find_body(model)) or "")
-    model.activation_checkpointing_disable()
+    model.gradient_checkpointing_disable()
     assert packed.supports(find_body(model)) is None
 
 
