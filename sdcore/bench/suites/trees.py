@@ -69,7 +69,7 @@ class Workload(NamedTuple):
 WORKLOADS: Final = {
     "turns": Workload("12 turns, a view of each", 500, (50, 150), (50, 800), turns=12, context=200),
     "search": Workload("a search of depth 6, branching 3", 200, (8, 24), turns=6, branching=3),
-    "forks": Workload("8 attempts that fork at turns", 500, (50, 150), (50, 800), turns=8, attempts=8),
+    "forks": Workload("8 attempts that fork at turns", 500, (50, 150), (50, 800), turns=6, attempts=8),
 }
 QUICK: Final = {
     "turns": Workload("3 turns, a view of each", 16, (3, 6), (3, 9), turns=3, context=6),
