@@ -145,8 +145,8 @@ def _obstacle(body: Body, trees: Sequence[Tree], strategy: str) -> str | None:
     """Says why this strategy cannot run this model, as far as can be told without running it; None if it can."""
     if strategy == "packed":
         return packed.supports(body)
-    if strategy == "two_phase" and body.one_backward:
-        return "DeepSpeed takes one backward per step, and two_phase goes backward for each part of it"
+    if strategy == "two_phase" and (reason := two_phase.takes_one_backward(body)) is not None:
+        return reason
     if strategy in ("cached", "two_phase"):
         try:
             with body.keeping_caches():

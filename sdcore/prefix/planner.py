@@ -267,6 +267,24 @@ def buckets(
     return [sorted(batch) for batch in batches]
 
 
+def filled(loads: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+    """Puts things into few bins, of each of whose loads none holds more than `most`; what has more is alone in one.
+
+    `loads` says of each thing what it adds to the bin's loads. Returns lists of indices: first fit, the largest first.
+    """
+    bins: list[tuple[list[int], list[int]]] = []  # of each its loads, and what is in it
+    for index in sorted(range(len(loads)), key=lambda i: -max(loads[i])):
+        for held, members in bins:
+            together = [before + own for before, own in zip(held, loads[index], strict=True)]
+            if max(together) <= most:
+                held[:] = together
+                members.append(index)
+                break
+        else:
+            bins.append((list(loads[index]), [index]))
+    return sorted(sorted(members) for _, members in bins)
+
+
 def common_prefix(a: Tensor, b: Tensor) -> int:
     """Counts the tokens that two sequences (L,) begin with alike."""
     length = min(len(a), len(b))

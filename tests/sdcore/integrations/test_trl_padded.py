@@ -19,7 +19,7 @@ ID = st.integers(1, 6)
 
 @st.composite
 def batches(draw: Any) -> dict[str, list[list[int]]]:
-    """Draws ragged rows: few prompts, so that neighbours are often equal; masks and losses with holes and without any."""
+    """Draws ragged rows: few prompts, so that neighbours are often equal; masks and losses with holes or empty."""
     count = draw(st.integers(1, 5))
     prompts = draw(st.lists(st.lists(ID, min_size=1, max_size=4), min_size=1, max_size=2))
     rows: dict[str, list[list[int]]] = {name: [] for name in ("prompts", "completions", "teachers", "masks", "losses")}
@@ -74,7 +74,8 @@ def test_each_row_of_the_plan_reads_and_predicts_what_its_padded_row_does(rows: 
                 if count:
                     assert own.sequence(i).tolist() == prompt + completion[: with_loss[-1]]
             row += 1
-    wanted = [c for ids, on in zip(rows["completions"], rows["losses"], strict=True) for c, j in zip(ids, on) if j]
+    pairs = [zip(ids, on, strict=True) for ids, on in zip(rows["completions"], rows["losses"], strict=True)]
+    wanted = [token for of_row in pairs for token, on in of_row if on]
     assert planned.plan.target_ids.tolist() == wanted
 
 

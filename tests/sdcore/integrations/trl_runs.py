@@ -203,7 +203,7 @@ def batch_with_tools() -> dict[str, Tensor]:
 
 
 def reading_holes(trainer: Any) -> Any:
-    """Returns a `_forward_logits` of TRL's own trainer that reads what masks leave out before a completion's last token.
+    """Returns a `_forward_logits` of TRL's own trainer that reads the holes of a completion's mask.
 
     TRL uses one mask for the loss and for attention, so that a tool's output would be hidden from what follows it.
     """

@@ -149,6 +149,11 @@ def cases() -> dict[str, Callable[[], None]]:
     for label, wrap in (("ddp", ddp), ("fsdp", fsdp)):
         for strategy in ("cached", "two_phase"):
             add(f"{label} {strategy} hybrid", wrap, "unequal", name="qwen3_5", strategy=strategy)
+        for strategy in ("packed", "cached", "naive"):
+            for shapes, teacher in (("unequal", "trust"), ("no rows", "live")):
+                how = {"strategy": strategy, "max_tokens": 30, "teacher": teacher}
+                add(f"{label} {strategy} budget {shapes}", wrap, shapes, **how)
+        add(f"{label} budget checkpointed", wrap, "unequal", max_tokens=30, prepare=checkpointed, steps=2)
         add(f"{label} auto chooses alike", wrap, "nothing to share", teacher="frozen")
         add(f"{label} two steps", wrap, "unequal", micro_batch=1, steps=2)
     for strategy in ("naive", "cached", "packed"):
