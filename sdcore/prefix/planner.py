@@ -54,6 +54,14 @@ class Plan:
         """Are the trees of the only teacher, or of the first; none without."""
         return self.teachers[0] if self.teachers else ()
 
+    def sides(self, *, teacher_shares: bool) -> list[tuple[tuple[Tree, ...], bool]]:
+        """Lists the trees of the student and of each teacher, and whether they are run after the student's states.
+
+        Only the last teacher may have the student's weights: `teacher_shares`.
+        """
+        reads = [False] * len(self.teachers) + [teacher_shares and len(self.teachers) > 0]
+        return list(zip((self.student, *self.teachers), reads, strict=True))
+
     @property
     def num_rows(self) -> int:
         """Counts the N rows."""
@@ -215,7 +223,7 @@ def check_against(plan: Plan, *, vocab_size: int, max_positions: int | None, dev
     want, have = torch.device(device), plan.device
     if want.type != have.type or (None not in (want.index, have.index) and want.index != have.index):
         raise PlanError(f"the plan's ids must be on the model's device, {want}, got ids on {have}")
-    for trees in (plan.student, *plan.teachers):
+    for trees, _ in plan.sides(teacher_shares=False):
         for tree in trees:
             for name, length in zip(tree.names, tree.lengths, strict=True):
                 if max_positions is not None and length > max_positions:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -151,41 +151,41 @@ def passes(
         teachers = (own.reference, Live()) if isinstance(own, TrustRegion) else (own,)
         if len(plan.teachers) not in (1, len(teachers)):
             raise ArgumentError(f"plan must have views of one teacher or {len(teachers)}, got {len(plan.teachers)}")
-    for weights in teachers:
+        if len(plan.teachers) < len(teachers):
+            plan = replace(plan, teachers=plan.teachers * len(teachers))
+    of_each = [replace(plan, teachers=(trees,)) for trees in plan.teachers]
+    for weights, own_plan in zip(teachers, of_each, strict=True):
         checked_teacher("teacher", weights)
-        require_fits(body, weights, plan)
+        require_fits(body, weights, own_plan)
     shares = any(weights.shares_weights for weights in teachers)
     choice, fallbacks = choose(body, plan, strategy, micro_batch, shares, verify, whole or max_tokens is not None)
-    choices = [choose_for_teacher(body, weights, plan, choice, verify) for weights in teachers]
+    choices = [
+        choose_for_teacher(body, weights, own_plan, choice, verify)
+        for weights, own_plan in zip(teachers, of_each, strict=True)
+    ]
     report = Report.of(
         plan,
         counted_cost(plan, body, choice.strategy, shares),
         student=choice,
-        teacher=choices[0] if choices else None,
+        teachers=choices,
         teacher_shares=shares,
         fallbacks=fallbacks,
     )
     strategies = [of_teacher.strategy for of_teacher in choices]
     rows = [list(range(len(plan.student)))]
     if max_tokens is not None:
-        sides = [(choice.strategy, plan.student, False)]
-        for weights, trees, of_teacher in zip(teachers, _sides(plan, teachers), strategies, strict=True):
-            sides.append((of_teacher, trees, weights.shares_weights))
-        loads = [[_tokens(name, trees[g], shared) for name, trees, shared in sides] for g in rows[0]]
+        sides = list(zip([choice.strategy, *strategies], plan.sides(teacher_shares=shares), strict=True))
+        loads = [
+            [
+                trees[g].naive_tokens() if name == "naive" else trees[g].tokens(read_shared=reads)
+                for name, (trees, reads) in sides
+            ]
+            for g in rows[0]
+        ]
         rows = filled(loads, max_tokens)
         # Under FSDP2 all ranks run the model equally often.
         rows += [[]] * (ranks.runs_of_all(body, [len(rows)])[0] - len(rows))
     return Passes(_parts(body, plan, teachers, choice.strategy, strategies, micro_batch, rows), report)
-
-
-def _sides(plan: Plan, teachers: Sequence[Teacher]) -> tuple[tuple[Tree, ...], ...]:
-    """Says of each teacher which trees it reads."""
-    return plan.teachers if len(plan.teachers) == len(teachers) else plan.teachers * len(teachers)
-
-
-def _tokens(strategy: str, tree: Tree, shared: bool) -> int:
-    """Counts the tokens that a strategy computes of a tree."""
-    return tree.naive_tokens() if strategy == "naive" else tree.tokens(read_shared=shared)
 
 
 def _dropout_in_backward(body: Body) -> str | None:
@@ -213,14 +213,13 @@ def _parts(
     A teacher with weights of its own runs ahead of all parts. A live one, of which there is at most one, the last, runs
     after the student, whose prompt states it reads.
     """
-    sides = _sides(plan, teachers)
     everything = torch.arange(plan.num_rows)
     ahead = [
         _among(everything, trees, teacher_rows(body, teacher, trees, of_teacher, rows=rows))
-        for teacher, trees, of_teacher in zip(teachers, sides, teachers_strategies, strict=True)
+        for teacher, trees, of_teacher in zip(teachers, plan.teachers, teachers_strategies, strict=True)
         if not teacher.shares_weights
     ]
-    live = list(zip(teachers, sides, strict=True))[len(ahead) :]
+    live = list(zip(teachers, plan.teachers, strict=True))[len(ahead) :]
     record: Any = [tree.reads for _, trees in live for tree in trees] if live else False
     whole = strategy != "two_phase" and len(rows) == 1
     # Around the parts: a checkpointed layer runs once more in backward.

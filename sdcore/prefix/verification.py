@@ -105,12 +105,13 @@ def _compare(body: Body, strategy: ModuleType, checked: Plan) -> str | None:
     """Runs a plan both ways, its teacher with and without the student's states; the same result on every rank."""
     name = strategy.__name__.rpartition(".")[2]
     with without_dropout(body.model, training=False), refusing(f"{body.name} cannot be run by strategy {name}"):
-        record = [tree.reads for tree in checked.teacher]
+        groups = zip(*checked.teachers, strict=True)
+        record = [sorted({span for tree in of_group for span in tree.reads}) for of_group in groups] or False
         student, prompts = ranks.hidden_states(body, strategy, checked.student, record=record)
         passes = [(student, checked.student)]
-        if checked.teacher:
-            passes.append((ranks.hidden_states(body, strategy, checked.teacher, prompts=prompts)[0], checked.teacher))
-            passes.append((ranks.hidden_states(body, strategy, checked.teacher)[0], checked.teacher))
+        for trees in checked.teachers:
+            passes.append((ranks.hidden_states(body, strategy, trees, prompts=prompts)[0], trees))
+            passes.append((ranks.hidden_states(body, strategy, trees)[0], trees))
         compared = [
             (states, ranks.hidden_states(body, naive, trees)[0], _one_by_one(body, trees)) for states, trees in passes
         ]

@@ -9,8 +9,8 @@ Prompts are padded on the left, completions on the right, and the teacher's rows
 with the same completions. Neighbouring rows with equal prompts are one group, which computes its prompt once.
 
 What differs from the obvious: a completion is computed up to its last token with a loss and no further, and one without
-any is not computed at all. Holes in its mask are what a tool wrote: it is read, and has no loss. A padded batch that the
-model reads without `position_ids`, as in TRL, starts its rows at position `number of pads`; a plan starts them at 0. For
+any is not computed at all. Holes in its mask are what a tool wrote: it is read, and has no loss. A padded batch that is
+read without `position_ids`, as in TRL, starts its rows at position `number of pads`; a plan starts them at 0. For
 rotary embeddings, which are relative, that is the same.
 
 Not covered: holes in a prompt's mask, several completions in one row, and models with absolute positions, which the
