@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from sdcore.prefix import Plan
 from sdcore.step import distill_step
 from sdcore.teachers import AdapterOff, Frozen, Live, TrustRegion
-from tests.processes import assert_right, run_cases, verdicts_of
+from tests.processes import assert_right, run_cases
 from tests.sdcore.prefix.models import (
     adapted,
     assert_same_gradients,
@@ -175,12 +175,6 @@ def work(rank: int, folder: str) -> None:
     torch.use_deterministic_algorithms(True)
     with double_precision():
         run_cases(rank, folder, cases(), ranks=RANKS)
-
-
-@pytest.fixture(scope="module")
-def verdicts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    return verdicts_of(work, folder, str(folder), ranks=RANKS, seconds=SECONDS)
 
 
 @pytest.mark.parametrize("case", cases())
