@@ -45,7 +45,7 @@ def choose(
 ) -> tuple[Choice, list[Fallback]]:
     """Returns the student's strategy with its reason, and what was wanted but not taken.
 
-    `shares`: a teacher reads the student's states. `whole`: all rows are asked for in one part. Raises
+    `shares`: a teacher reads the student's states. `whole`: memory is not for this to bound. Raises
     `UnsupportedModelError` where a strategy was asked for by name and is not right for this model.
     """
     trees = [tree for trees, _ in plan.sides(teacher_shares=shares) for tree in trees]

@@ -174,15 +174,13 @@ def passes(
     strategies = [of_teacher.strategy for of_teacher in choices]
     rows = [list(range(len(plan.student)))]
     if max_tokens is not None:
-        sides = list(zip([choice.strategy, *strategies], plan.sides(teacher_shares=shares), strict=True))
-        loads = [
-            [
-                trees[g].naive_tokens() if name == "naive" else trees[g].tokens(read_shared=reads)
-                for name, (trees, reads) in sides
-            ]
-            for g in rows[0]
+        by_side = [
+            [tree.naive_tokens() if name == "naive" else tree.tokens(read_shared=reads) for tree in trees]
+            for name, (trees, reads) in zip(
+                [choice.strategy, *strategies], plan.sides(teacher_shares=shares), strict=True
+            )
         ]
-        rows = filled(loads, max_tokens)
+        rows = filled(list(zip(*by_side, strict=True)), max_tokens)
         # Under FSDP2 all ranks run the model equally often.
         rows += [[]] * (ranks.runs_of_all(body, [len(rows)])[0] - len(rows))
     return Passes(_parts(body, plan, teachers, choice.strategy, strategies, micro_batch, rows), report)
@@ -213,9 +211,9 @@ def _parts(
     A teacher with weights of its own runs ahead of all parts. A live one, of which there is at most one, the last, runs
     after the student, whose prompt states it reads.
     """
-    everything = torch.arange(plan.num_rows)
+    places = torch.arange(plan.num_rows)
     ahead = [
-        _among(everything, trees, teacher_rows(body, teacher, trees, of_teacher, rows=rows))
+        _among(places, trees, teacher_rows(body, teacher, trees, of_teacher, rows=rows))
         for teacher, trees, of_teacher in zip(teachers, plan.teachers, teachers_strategies, strict=True)
         if not teacher.shares_weights
     ]
@@ -228,8 +226,7 @@ def _parts(
             batches = two_phase.micro_batches(body, plan.student, micro_batch=micro_batch or 1, record=record)
         else:
             batches = two_phase.row_by_row(body, STRATEGIES[strategy], plan.student, rows, record=record)
-        group, places = -1, everything
-        after: list[TeacherRows] = []
+        group, after = -1, list[TeacherRows]()
         for micro in batches:
             if micro.group != group:
                 group = micro.group
@@ -265,11 +262,11 @@ def teacher_rows(
     strategy: str,
     prompts: Any = None,
     *,
-    rows: Sequence[Sequence[int]] = ((),),
+    rows: Sequence[Sequence[int]] | None = None,
 ) -> TeacherRows:
     """Runs one teacher over these trees; `prompts` are the student's states, for a teacher of its weights.
 
-    One of other weights runs the trees of one of `rows` after the other.
+    One of other weights runs the trees of one of `rows` after the other; None: all at once.
     """
     if teacher.shares_weights:
         with without_dropout(body.model, training=False):
@@ -278,13 +275,10 @@ def teacher_rows(
     with teacher.weights(body.model) as module:
         own = find_body(module)
         with without_dropout(own.model, training=False):
-            if len(rows) == 1:
-                hidden, _ = ranks.hidden_states(own, STRATEGIES[strategy], trees)
-            else:
-                of_rows = [[trees[g] for g in row] for row in rows]
-                hidden = torch.cat([ranks.hidden_states(own, STRATEGIES[strategy], row)[0] for row in of_rows])
-                hidden = hidden[
-                    torch.cat([places_of(row).sort().values for row in of_rows]).argsort().to(hidden.device)
-                ]
+            of_rows = [trees] if rows is None else [[trees[g] for g in row] for row in rows]
+            hidden = torch.cat([ranks.hidden_states(own, STRATEGIES[strategy], row)[0] for row in of_rows])
+            if len(of_rows) > 1:
+                order = torch.cat([places_of(row).sort().values for row in of_rows]).argsort()
+                hidden = hidden[order.to(hidden.device)]
         head = head_of(own)
         return TeacherRows(hidden, head.weight.detach(), head.transform, head.lift)
