@@ -34,7 +34,6 @@ from ..models import Body, without_dropout
 from .planner import Plan
 from .strategies import naive, ranks
 from .trajectories import View, plan_trajectories
-from .tree import Tree, in_order
 
 Verify = Literal["once", "always", "off"]
 
@@ -113,7 +112,12 @@ def _compare(body: Body, strategy: ModuleType, checked: Plan) -> str | None:
             passes.append((ranks.hidden_states(body, strategy, trees, prompts=prompts)[0], trees))
             passes.append((ranks.hidden_states(body, strategy, trees)[0], trees))
         compared = [
-            (states, ranks.hidden_states(body, naive, trees)[0], _one_by_one(body, trees)) for states, trees in passes
+            (
+                states,
+                ranks.hidden_states(body, naive, trees)[0],
+                ranks.hidden_states(body, naive, trees, alone=True)[0],
+            )
+            for states, trees in passes
         ]
     exceeds, reason = departure(body, compared, student.dtype)
     # Ranks that chose differently would wait for each other for ever.
@@ -152,21 +156,6 @@ def departure(
         f"differ by {error:.1e} of their size, where naive differs by {noise:.1e} from itself "
         f"and {allowed:.1e} is allowed"
     )
-
-
-def _one_by_one(body: Body, trees: Sequence[Tree]) -> Tensor:
-    """Returns the states (N, H), computed by one unpadded sequence at a time."""
-    places = [(tree, i) for tree in trees for i in tree.active]
-    (wanted,) = ranks.runs_of_all(body, [len(places)])
-    rows = []
-    for tree, i in places:
-        positions = tree.positions[tree.slices[i]].to(body.device)
-        rows.append(naive.run_whole(body, [tree.sequence(i)])[0][positions])
-    rows += ranks.idle(body, wanted - len(places))
-    if not rows:
-        return torch.empty(0, body.hidden_size, device=body.device, dtype=body.dtype)
-    order, states = in_order(trees), torch.cat(rows)
-    return states if order is None else states[order.to(states.device)]
 
 
 def _difference(states: Tensor, exact: Tensor, undecided: float) -> float:
