@@ -70,10 +70,12 @@ def sequences(plan: Plan) -> list[Scored]:
     """Lists every completion behind the teacher's prompt, or the student's for a plan without; leaves out empty ones.
 
     `from_vllm` and the others expect an answer to each of them, in this order. Raises `ArgumentError` for a plan of
-    trajectories, whose tokens with loss are not the last of a sequence.
+    trajectories or masks, whose tokens with loss are not the last of a sequence.
     """
     if not plan.given[0][0].startswith("student_prompts"):
         raise ArgumentError("plan must be of prompts and completions, got one of plan_trajectories")
+    if any(bool((tree.positions[of].diff() != 1).any()) for tree in plan.student for of in tree.slices):
+        raise ArgumentError("plan must have no masks, got completions of which tokens in between carry no loss")
     asked = []
     for g, (tree, slices) in enumerate(zip(plan.teacher or plan.student, plan.rows, strict=True)):
         for i in tree.active:

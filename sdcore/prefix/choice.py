@@ -45,10 +45,10 @@ def choose(
 ) -> tuple[Choice, list[Fallback]]:
     """Returns the student's strategy with its reason, and what was wanted but not taken.
 
-    `shares`: a teacher reads the student's states. `whole`: all rows are asked for in one part. Raises
+    `shares`: a teacher reads the student's states. `whole`: memory is not for this to bound. Raises
     `UnsupportedModelError` where a strategy was asked for by name and is not right for this model.
     """
-    trees = [*plan.student, *(tree for trees in plan.teachers for tree in trees)]
+    trees = [tree for trees, _ in plan.sides(teacher_shares=shares) for tree in trees]
     if strategy != "auto":
         if (obstacle := _obstacle(body, trees, strategy)) is not None:
             raise UnsupportedModelError(obstacle)
@@ -145,8 +145,8 @@ def _obstacle(body: Body, trees: Sequence[Tree], strategy: str) -> str | None:
     """Says why this strategy cannot run this model, as far as can be told without running it; None if it can."""
     if strategy == "packed":
         return packed.supports(body)
-    if strategy == "two_phase" and body.one_backward:
-        return "DeepSpeed takes one backward per step, and two_phase goes backward for each part of it"
+    if strategy == "two_phase" and (reason := two_phase.takes_one_backward(body)) is not None:
+        return reason
     if strategy in ("cached", "two_phase"):
         try:
             with body.keeping_caches():
@@ -168,7 +168,7 @@ def _warn_once(body: Body, what: str, reason: str) -> None:
 def _chosen(body: Body, plan: Plan, strategy: str, reason: str) -> Choice:
     """Adds to the choice which share of the batches' tokens is padding."""
     padded = filled = 0
-    for tree in (*plan.student, *plan.teacher) if strategy != "packed" else ():
+    for tree in [tree for trees, _ in plan.sides(teacher_shares=False) for tree in trees if strategy != "packed"]:
         if strategy == "naive":
             buckets = naive.length_buckets(body, lengths := [length for length in tree.lengths if length])
             runs = [[lengths[i] for i in bucket] for bucket in buckets]
@@ -181,9 +181,9 @@ def _chosen(body: Body, plan: Plan, strategy: str, reason: str) -> Choice:
 
 def _saving(plan: Plan, shares: bool) -> float:
     """Returns the share of a naive run's tokens that need not be computed."""
-    naive_tokens = sum(tree.naive_tokens() for tree in (*plan.student, *plan.teacher))
-    tokens = sum(tree.tokens(read_shared=False) for tree in plan.student)
-    tokens += sum(tree.tokens(read_shared=shares) for tree in plan.teacher)
+    sides = [(tree, reads) for trees, reads in plan.sides(teacher_shares=shares) for tree in trees]
+    naive_tokens = sum(tree.naive_tokens() for tree, _ in sides)
+    tokens = sum(tree.tokens(read_shared=reads) for tree, reads in sides)
     return 1 - tokens / naive_tokens if naive_tokens else 0.0
 
 

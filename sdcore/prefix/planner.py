@@ -6,8 +6,9 @@ teacher's prompts begin with alike. A strategy computes every token of a tree on
 teacher may borrow the student's states of the `shared` tokens, is not a plan's business.
 
 What differs from the obvious: the last token of a completion is predicted and never read, so a completion of R tokens
-has R rows but reads R - 1 tokens, and its first row is the last state of the prompt. Sharing is by equal ids only: what
-the templates did is neither known nor needed.
+has R rows but reads R - 1 tokens, and its first row is the last state of the prompt. With a mask it has a row for each
+token that carries loss, and reads up to the last of them. Sharing is by equal ids only: what the templates did is
+neither known nor needed.
 
 Not covered: prefixes that some, but not all, completions of a group share beyond the prompt, and prefixes shared
 between groups. `plan_trajectories` finds these.
@@ -53,6 +54,14 @@ class Plan:
         """Are the trees of the only teacher, or of the first; none without."""
         return self.teachers[0] if self.teachers else ()
 
+    def sides(self, *, teacher_shares: bool) -> list[tuple[tuple[Tree, ...], bool]]:
+        """Lists the trees of the student and of each teacher, and whether they are run after the student's states.
+
+        Only the last teacher may have the student's weights: `teacher_shares`.
+        """
+        reads = [False] * len(self.teachers) + [teacher_shares and len(self.teachers) > 0]
+        return list(zip((self.student, *self.teachers), reads, strict=True))
+
     @property
     def num_rows(self) -> int:
         """Counts the N rows."""
@@ -83,13 +92,16 @@ def plan(
     student_prompts: Sequence[TokenIds],
     completions: Sequence[Sequence[TokenIds]],
     teacher_prompts: Sequence[TokenIds | Sequence[TokenIds]] | None = None,
+    *,
+    masks: Sequence[Sequence[Tensor | Sequence[bool]]] | None = None,
 ) -> Plan:
     """Finds what the passes over these sequences share.
 
     `student_prompts` has a prompt per group, `completions` a list of completions per group. `teacher_prompts` has per
     group either one prompt or a list with one per completion; None plans the student's pass alone. A prompt or
     completion is a 1-D int64 or int32 tensor, on any one device, or a sequence of ints; completions may be empty,
-    prompts may not. The plan keeps copies.
+    prompts may not. `masks` says of each completion, bool, which of its tokens carry loss, where a tool's output is
+    among them; None: all. The plan keeps copies.
 
     The work is done on the CPU: ids on a GPU cost one synchronisation. Raises `PlanError` (a `ValueError`) or
     `PlanTypeError` (a `TypeError`), which name the argument and the index, before anything is computed.
@@ -109,63 +121,92 @@ def plan(
     given = [*prompts_B, *(pair for group in [*completions_B_G, *teachers_B_G] for pair in group)]
     ids, host = collect_ids(given, may_be_empty=frozenset(name for group in completions_B_G for name, _ in group))
 
+    names_B_G = [[name for name, _ in group] for group in completions_B_G]
+    with_loss = _with_loss(masks, names_B_G, {name: len(ids[name]) for group in names_B_G for name in group})
     student, teacher, first = [], [], 0
-    asked_names = [name for name, _ in prompts_B] + [name for group in completions_B_G for name, _ in group]
-    for g, (prompt_name, _) in enumerate(prompts_B):
-        names = [name for name, _ in completions_B_G[g]]
-        read = [ids[name][:-1] for name in names]  # the last token is predicted, never read
-        counts = [len(ids[name]) for name in names]
-        student.append(_one_level(ids[prompt_name], read, counts, first, name=prompt_name))
+    asked_names = [name for name, _ in prompts_B] + [name for group in names_B_G for name in group]
+    for g, (names, (prompt_name, _)) in enumerate(zip(names_B_G, prompts_B, strict=True)):
+        tokens = [with_loss[name] for name in names]
+        # The last token with loss is predicted, never read.
+        read = [ids[name][: int(own[-1]) if len(own) else 0] for name, own in zip(names, tokens, strict=True)]
+        student.append(_one_level(ids[prompt_name], read, tokens, first, name=prompt_name))
         if teachers_B_G:
             prompts = [name for name, _ in teachers_B_G[g]]
             if len(prompts) == 1:
                 prompts *= len(names)
             # A completion without rows is not computed, so its prompt has no say in what the others share.
-            asked = [name for name, count in zip(prompts, counts, strict=True) if count] or prompts
+            asked = [name for name, own in zip(prompts, tokens, strict=True) if len(own)] or prompts
             asked_names += dict.fromkeys(asked)
             prompt = host[asked[0]]
             length = min(common_prefix(prompt, host[name]) for name in asked)
             branches = [
-                torch.cat([ids[name][length:], branch]) if count else branch
-                for name, branch, count in zip(prompts, read, counts, strict=True)
+                torch.cat([ids[name][length:], branch]) if len(own) else branch
+                for name, branch, own in zip(prompts, read, tokens, strict=True)
             ]
             # The last of what is common is computed in any case: its state may be asked for.
             shared = min(common_prefix(prompt[:length], host[prompt_name]), max(0, length - 1))
             trunk = ids[asked[0]][:length]
-            teacher.append(_one_level(trunk, branches, counts, first, shared=shared, name=f"teacher_prompts[{g}]"))
-        first += sum(counts)
+            teacher.append(_one_level(trunk, branches, tokens, first, shared=shared, name=f"teacher_prompts[{g}]"))
+        first += student[-1].num_rows
     return Plan(
         student=tuple(student),
         teachers=(tuple(teacher),) if teachers_B_G else (),
-        target_ids=torch.cat([ids[name] for group in completions_B_G for name, _ in group]),
+        target_ids=torch.cat([ids[name][own.to(ids[name].device)] for name, own in with_loss.items()]),
         counts=tuple(tree.counts for tree in student),
         given=tuple((name, ids[name]) for name in asked_names),
     )
 
 
-def _one_level(
-    trunk: Tensor, branches: Sequence[Tensor], counts: Sequence[int], first: int, *, shared: int = 0, name: str
-) -> Tree:
-    """Makes the tree of sequences `trunk + branches[i]`, whose last `counts[i]` states are the rows from `first` on.
+def _with_loss(masks: object, names_B_G: Sequence[Sequence[str]], lengths: dict[str, int]) -> dict[str, Tensor]:
+    """Returns of each completion, by name, (n,) which of its tokens carry loss."""
+    if masks is None:
+        return {name: torch.arange(length) for name, length in lengths.items()}
+    by_name = {}
+    for g, group in entries("masks", masks, groups=len(names_B_G)):
+        of_group = entries(f"masks[{g}]", group)
+        if len(of_group) != len(names_B_G[g]):
+            raise PlanError(f"masks[{g}] must have one per completion, {len(names_B_G[g])}, got {len(of_group)}")
+        for name, (i, mask) in zip(names_B_G[g], of_group, strict=True):
+            by_name[name] = supervised(f"masks[{g}][{i}]", mask, lengths[name], name)
+    return by_name
 
-    Of the trunk the first `shared` tokens are the student's too.
+
+def supervised(name: str, mask: object, length: int, of: str) -> Tensor:
+    """Returns (n,) the positions of the tokens with loss; `of` is whose mask this is."""
+    if not isinstance(mask, Tensor) and (isinstance(mask, str) or not isinstance(mask, Sequence)):
+        raise PlanTypeError(f"{name} must be a bool tensor or a sequence of bools, got {type(mask).__name__}")
+    with_loss = torch.as_tensor(mask).cpu() if len(mask) else torch.empty(0, dtype=torch.bool)
+    if with_loss.dtype != torch.bool:
+        raise PlanTypeError(f"{name} must be bool, got {with_loss.dtype}")
+    if with_loss.shape != (length,):
+        raise PlanError(f"{name} must have shape ({length},) as {of} has, got {tuple(with_loss.shape)}")
+    return with_loss.nonzero()[:, 0]
+
+
+def _one_level(
+    trunk: Tensor, branches: Sequence[Tensor], tokens: Sequence[Tensor], first: int, *, shared: int = 0, name: str
+) -> Tree:
+    """Makes the tree of sequences `trunk + branches[i]`, whose last states are asked for, from row `first` on.
+
+    `tokens` are those with loss of each completion, of which a branch ends before the last. Of the trunk the first
+    `shared` tokens are the student's too.
     """
     spans = [piece for piece in (trunk[:shared], trunk[shared:]) if len(piece)]
     parents, borrowed = list(range(-1, len(spans) - 1)), [0 if i == 0 and shared else -1 for i in range(len(spans))]
     last, start, rows = len(spans) - 1, len(trunk), [torch.empty(0, dtype=torch.int64)]
-    for branch, count in zip(branches, counts, strict=True):
-        end = len(trunk) + len(branch)
-        positions = torch.arange(end - count, end)
+    for branch, own in zip(branches, tokens, strict=True):
+        positions = own - own[-1:] + len(trunk) + len(branch) - 1
         rows.append(torch.where(positions < len(trunk), positions, positions + start - len(trunk)))
         if len(branch):
             spans.append(branch)
             parents.append(last)
             borrowed.append(-1)
         start += len(branch)
+    counts = tuple(map(len, tokens))
     return Tree(
         spans=tuple(spans),
         parents=tuple(parents),
-        counts=tuple(counts),
+        counts=counts,
         rows=torch.cat(rows),
         places=torch.arange(first, first + sum(counts)),
         borrowed=tuple(borrowed),
@@ -182,7 +223,7 @@ def check_against(plan: Plan, *, vocab_size: int, max_positions: int | None, dev
     want, have = torch.device(device), plan.device
     if want.type != have.type or (None not in (want.index, have.index) and want.index != have.index):
         raise PlanError(f"the plan's ids must be on the model's device, {want}, got ids on {have}")
-    for trees in (plan.student, *plan.teachers):
+    for trees, _ in plan.sides(teacher_shares=False):
         for tree in trees:
             for name, length in zip(tree.names, tree.lengths, strict=True):
                 if max_positions is not None and length > max_positions:
@@ -232,6 +273,24 @@ def buckets(
         batches.append([index])
         longest = filled = length
     return [sorted(batch) for batch in batches]
+
+
+def filled(loads: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+    """Puts things into few bins, of each of whose loads none holds more than `most`; what has more is alone in one.
+
+    `loads` says of each thing what it adds to the bin's loads. Returns lists of indices: first fit, the largest first.
+    """
+    bins: list[tuple[list[int], list[int]]] = []  # of each its loads, and what is in it
+    for index in sorted(range(len(loads)), key=lambda i: -max(loads[i])):
+        for held, members in bins:
+            together = [before + own for before, own in zip(held, loads[index], strict=True)]
+            if max(together) <= most:
+                held[:] = together
+                members.append(index)
+                break
+        else:
+            bins.append((list(loads[index]), [index]))
+    return sorted(sorted(members) for _, members in bins)
 
 
 def common_prefix(a: Tensor, b: Tensor) -> int:

@@ -66,8 +66,8 @@ class Report:
     """Says what the passes over a plan shared, and how they were run. `str(report)` is for reading."""
 
     student: PassReport
-    teacher: PassReport | None  # None for a plan without a teacher
-    teacher_shares: bool  # the teacher has the student's weights and read its states
+    teachers: tuple[PassReport, ...]  # of each that is told apart; none for a plan without
+    teacher_shares: bool  # the last teacher has the student's weights and read its states
     shared_tokens: tuple[int, ...]  # per group: tokens that the student's and the teacher's prompts begin with alike
     prompt_tokens: tuple[int, ...]  # per group: tokens of the student's prompt; of trees of turns all tokens
     fallbacks: tuple[Fallback, ...]
@@ -81,31 +81,39 @@ class Report:
         cost: Cost | None,
         *,
         student: Choice,
-        teacher: Choice | None = None,
+        teachers: Sequence[Choice] = (),
         teacher_shares: bool = False,
         fallbacks: Sequence[Fallback] = (),
     ) -> Report:
         """Makes the report; `cost` is that of a strategy that shares, None where the configuration says too little.
 
-        `teacher` None: run as the student's pass. `teacher_shares`: as in `cost`; a naive pass reads nothing anyway.
+        `teachers` (): run as the student's pass. `teacher_shares`: as in `cost`; a naive pass reads nothing anyway.
         """
-        # Either pass may have fallen back to naive alone.
-        passes = [_pass_report(student, plan.student, cost.student if cost else None, read_shared=False)]
-        if plan.teacher:
-            counted = cost.teacher if cost else None
-            passes.append(_pass_report(teacher or student, plan.teacher, counted, read_shared=teacher_shares))
+        # Any pass may have fallen back to naive alone.
+        sides = plan.sides(teacher_shares=teacher_shares)
+        choices = [student, *(teachers or [student] * len(plan.teachers))]
+        costs = [cost.student, *cost.teachers] if cost else [None] * len(sides)
+        passes = [
+            _pass_report(choice, trees, counted, read_shared=reads)
+            for choice, (trees, reads), counted in zip(choices, sides, costs, strict=True)
+        ]
         flops, naive = sum(p.flops or 0 for p in passes), sum(p.naive_flops or 0 for p in passes)
         head = cost.head_flops if cost else 0
         return cls(
             student=passes[0],
-            teacher=passes[1] if plan.teacher else None,
+            teachers=tuple(passes[1:]),
             teacher_shares=teacher_shares,
-            shared_tokens=tuple(tree.shared for tree in plan.teacher),
+            shared_tokens=tuple(tree.shared for tree in sides[-1][0]) if plan.teachers else (),
             prompt_tokens=tuple(map(_prompt_tokens, plan.student)),
             fallbacks=tuple(fallbacks),
             speedup=naive / flops if naive and flops else None,
             step_speedup=(naive + head) / (flops + head) if naive and flops else None,
         )
+
+    @property
+    def teacher(self) -> PassReport | None:
+        """Describes the last teacher's pass, the one that may read the student's states."""
+        return self.teachers[-1] if self.teachers else None
 
     @property
     def shared_fractions(self) -> tuple[float, ...]:
@@ -120,19 +128,21 @@ class Report:
             "prefix/step_speedup": self.step_speedup,
             "prefix/fallbacks": float(len(self.fallbacks)),
         }
-        for name, report in (("student", self.student), ("teacher", self.teacher)):
-            if report is not None:
-                numbers[f"prefix/{name}_tokens"] = float(report.tokens)
-                numbers[f"prefix/{name}_naive_tokens"] = float(report.naive_tokens)
-                numbers[f"prefix/{name}_padding"] = report.padding
+        for name, reports in (("student", (self.student,)), ("teacher", self.teachers)):
+            if reports:
+                numbers[f"prefix/{name}_tokens"] = float(sum(report.tokens for report in reports))
+                numbers[f"prefix/{name}_naive_tokens"] = float(sum(report.naive_tokens for report in reports))
+                numbers[f"prefix/{name}_padding"] = max(report.padding for report in reports)
         if self.shared_tokens:
             numbers["prefix/shared_fraction"] = sum(self.shared_tokens) / sum(self.prompt_tokens)
         return {name: value for name, value in numbers.items() if value is not None}
 
     def __str__(self) -> str:
         sentences = [self.student.sentence("Student")]
-        if self.teacher is not None:
-            sentences += [self.teacher.sentence("Teacher"), self._about_shared()]
+        for number, teacher in enumerate(self.teachers):
+            sentences.append(teacher.sentence("Teacher" if len(self.teachers) == 1 else f"Teacher {number}"))
+        if self.teachers:
+            sentences.append(self._about_shared())
         if self.speedup is not None and self.step_speedup is not None:
             sentences.append(
                 f"Together {_times(self.speedup)} fewer FLOPs than naive, {_times(self.step_speedup)} with the lm_head."

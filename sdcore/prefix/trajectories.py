@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError, PlanTypeError
-from .planner import Plan, TokenIds, collect_ids, common_prefix, entries
+from .planner import Plan, TokenIds, collect_ids, common_prefix, entries, supervised
 from .tree import Tree
 
 
@@ -71,8 +71,12 @@ def plan_trajectories(
     given_masks = [mask for _, mask in entries("masks", masks)]
     if len(given_masks) != len(trajectories):
         raise PlanError(f"masks must have one entry per trajectory, {len(trajectories)}, got {len(given_masks)}")
-    supervised = [_supervised(i, mask, len(host[i])) for i, mask in enumerate(given_masks)]
-    counts = [len(tokens) for tokens in supervised]
+    with_loss = [
+        supervised(f"masks[{i}]", mask, len(host[i]), f"trajectories[{i}]") for i, mask in enumerate(given_masks)
+    ]
+    if (at := next((i for i, tokens in enumerate(with_loss) if tokens[:1].tolist() == [0]), None)) is not None:
+        raise PlanError(f"masks[{at}] must not be true at position 0: no token comes before it, to predict it")
+    counts = [len(tokens) for tokens in with_loss]
     firsts = list(accumulate(counts, initial=0))
     ends = list(accumulate([len(counts)] if groups is None else groups, initial=0))
     if ends[-1] != len(counts) or min(groups or [0]) < 0:
@@ -80,7 +84,7 @@ def plan_trajectories(
 
     wanted = [
         _Wanted(i, tokens - 1, torch.arange(firsts[i], firsts[i + 1]), named[i][0])
-        for i, tokens in enumerate(supervised)
+        for i, tokens in enumerate(with_loss)
     ]
     told_apart = sorted({view.teacher for view in given_views})
     if teachers is None:
@@ -90,7 +94,7 @@ def plan_trajectories(
     elif not set(told_apart) <= set(range(teachers)):
         raise PlanError(f"views must have a teacher below teachers={teachers}, got {told_apart}")
     scorers = torch.full((teachers, firsts[-1]), -1)
-    scored = [_scored(v, view, host, supervised, firsts, scorers) for v, view in enumerate(given_views)]
+    scored = [_scored(v, view, host, with_loss, firsts, scorers) for v, view in enumerate(given_views)]
     trie = _Trie(host)
     for sequence in (*wanted, *scored):
         trie.add(sequence.index, sequence.length)
@@ -110,7 +114,7 @@ def plan_trajectories(
     return Plan(
         student=trees(-1),
         teachers=tuple(trees(teacher) for teacher in range(teachers)),
-        target_ids=torch.cat([ids[i][tokens.to(ids[i].device)] for i, tokens in enumerate(supervised)]),
+        target_ids=torch.cat([ids[i][tokens.to(ids[i].device)] for i, tokens in enumerate(with_loss)]),
         counts=tuple(tuple(counts[a:b]) for a, b in pairwise(ends)),
         given=tuple((name, own) for (name, _), own in zip(named, ids, strict=True)),
     )
@@ -219,32 +223,16 @@ class _Trie:
         )
 
 
-def _supervised(i: int, mask: object, length: int) -> Tensor:
-    """Returns (n,) the positions of the tokens with loss."""
-    if not isinstance(mask, Tensor) and (isinstance(mask, str) or not isinstance(mask, Sequence)):
-        raise PlanTypeError(f"masks[{i}] must be a bool tensor or a sequence of bools, got {type(mask).__name__}")
-    with_loss = torch.as_tensor(mask).cpu() if len(mask) else torch.empty(0, dtype=torch.bool)
-    if with_loss.dtype != torch.bool:
-        raise PlanTypeError(f"masks[{i}] must be bool, got {with_loss.dtype}")
-    if with_loss.shape != (length,):
-        raise PlanError(
-            f"masks[{i}] must have shape ({length},) as trajectories[{i}] has, got {tuple(with_loss.shape)}"
-        )
-    if bool(with_loss[0]):
-        raise PlanError(f"masks[{i}] must not be true at position 0: no token comes before it, to predict it")
-    return with_loss.nonzero()[:, 0]
-
-
 def _scored(
     v: int,
     view: View,
     host: Sequence[Tensor],
-    supervised: Sequence[Tensor],
+    with_loss: Sequence[Tensor],
     firsts: Sequence[int],
     scorers: Tensor,  # (teachers, N) which view scores a row, -1: none yet
 ) -> _Wanted:
     """Checks a view, and returns the states that it asks for."""
-    i, count, name = view.trajectory, len(supervised), f"views[{v}]"
+    i, count, name = view.trajectory, len(with_loss), f"views[{v}]"
     if type(i) is not int or not 0 <= i < count:
         raise PlanError(f"{name} must have a trajectory in [0, {count}), got {i!r}")
     tokens, positions = (torch.as_tensor(x, dtype=torch.int64).cpu() for x in (view.tokens, view.positions))
@@ -255,7 +243,7 @@ def _scored(
     for what, numbers, least, most in (("tokens", tokens, 1, len(host[i])), ("positions", positions, 1, len(ids))):
         if len(numbers) and (bool((numbers.diff() <= 0).any()) or numbers[0] < least or numbers[-1] >= most):
             raise PlanError(f"{name} must have {what} in [{least}, {most}), ascending, got {numbers.tolist()}")
-    without = tokens[~torch.isin(tokens, supervised[i])]
+    without = tokens[~torch.isin(tokens, with_loss[i])]
     if len(without):
         raise PlanError(f"{name} must score tokens with loss, got token {int(without[0])}, where masks[{i}] is false")
     for at in (ids[positions] != host[i][tokens]).nonzero()[:1, 0].tolist():
@@ -264,7 +252,7 @@ def _scored(
             f"{name} must have at position {position} token {token} of trajectories[{i}], which is id "
             f"{int(host[i][token])}, got id {int(ids[position])}"
         )
-    places = torch.searchsorted(supervised[i], tokens) + firsts[i]
+    places = torch.searchsorted(with_loss[i], tokens) + firsts[i]
     for at in (scorers[view.teacher][places] >= 0).nonzero()[:1, 0].tolist():
         raise PlanError(
             f"{name} must not score token {int(tokens[at])} of trajectories[{i}], as "

@@ -187,7 +187,12 @@ class Tree:
         return sum(self.lengths)
 
 
+def places_of(trees: Sequence[Tree]) -> Tensor:
+    """Lists, (R,), which of the plan's rows those of trees are, one tree after the other."""
+    return torch.cat([torch.empty(0, dtype=torch.int64), *(tree.places for tree in trees)])
+
+
 def in_order(trees: Sequence[Tree]) -> Tensor | None:
     """Returns (R,) how to order the rows of trees, one tree after the other, by their places; None if they are."""
-    places = torch.cat([tree.places for tree in trees]) if trees else torch.empty(0)
+    places = places_of(trees)
     return None if bool((places[1:] > places[:-1]).all()) else places.argsort()

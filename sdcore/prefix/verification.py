@@ -34,7 +34,6 @@ from ..models import Body, without_dropout
 from .planner import Plan
 from .strategies import naive, ranks
 from .trajectories import View, plan_trajectories
-from .tree import Tree, in_order
 
 Verify = Literal["once", "always", "off"]
 
@@ -105,14 +104,20 @@ def _compare(body: Body, strategy: ModuleType, checked: Plan) -> str | None:
     """Runs a plan both ways, its teacher with and without the student's states; the same result on every rank."""
     name = strategy.__name__.rpartition(".")[2]
     with without_dropout(body.model, training=False), refusing(f"{body.name} cannot be run by strategy {name}"):
-        record = [tree.reads for tree in checked.teacher]
+        groups = zip(*checked.teachers, strict=True)
+        record = [sorted({span for tree in of_group for span in tree.reads}) for of_group in groups] or False
         student, prompts = ranks.hidden_states(body, strategy, checked.student, record=record)
         passes = [(student, checked.student)]
-        if checked.teacher:
-            passes.append((ranks.hidden_states(body, strategy, checked.teacher, prompts=prompts)[0], checked.teacher))
-            passes.append((ranks.hidden_states(body, strategy, checked.teacher)[0], checked.teacher))
+        for trees in checked.teachers:
+            passes.append((ranks.hidden_states(body, strategy, trees, prompts=prompts)[0], trees))
+            passes.append((ranks.hidden_states(body, strategy, trees)[0], trees))
         compared = [
-            (states, ranks.hidden_states(body, naive, trees)[0], _one_by_one(body, trees)) for states, trees in passes
+            (
+                states,
+                ranks.hidden_states(body, naive, trees)[0],
+                ranks.hidden_states(body, naive, trees, alone=True)[0],
+            )
+            for states, trees in passes
         ]
     exceeds, reason = departure(body, compared, student.dtype)
     # Ranks that chose differently would wait for each other for ever.
@@ -151,21 +156,6 @@ def departure(
         f"differ by {error:.1e} of their size, where naive differs by {noise:.1e} from itself "
         f"and {allowed:.1e} is allowed"
     )
-
-
-def _one_by_one(body: Body, trees: Sequence[Tree]) -> Tensor:
-    """Returns the states (N, H), computed by one unpadded sequence at a time."""
-    places = [(tree, i) for tree in trees for i in tree.active]
-    (wanted,) = ranks.runs_of_all(body, [len(places)])
-    rows = []
-    for tree, i in places:
-        positions = tree.positions[tree.slices[i]].to(body.device)
-        rows.append(naive.run_whole(body, [tree.sequence(i)])[0][positions])
-    rows += ranks.idle(body, wanted - len(places))
-    if not rows:
-        return torch.empty(0, body.hidden_size, device=body.device, dtype=body.dtype)
-    order, states = in_order(trees), torch.cat(rows)
-    return states if order is None else states[order.to(states.device)]
 
 
 def _difference(states: Tensor, exact: Tensor, undecided: float) -> float:

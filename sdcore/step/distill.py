@@ -55,6 +55,7 @@ def distill_step(
     token_weights: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     micro_batch: int | None = None,
+    max_tokens: int | None = None,
     strategy: Strategy = "auto",
     verify: Verify = "once",
     backward: Backward | None = Tensor.backward,
@@ -75,6 +76,8 @@ def distill_step(
         token_weights: (N,), in the order of `plan.target_ids`; tokens of weight 0 carry no loss. None: all 1.
         old_logprobs: (N,) the sampler's log-probabilities, for a loss with an `importance_clip`.
         micro_batch: completions in flight at a time (strategy "two_phase"): bounds the memory. None: all, if they fit.
+        max_tokens: tokens that are computed at a time: of several groups, or whole trees of trajectories, as many as
+            fit go forward and backward before the next, and what is longer alone. None: all at a time.
         strategy, verify: as in `sdcore.prefix.run`.
         backward: called with a scalar for each part of the step, such as `accelerator.backward`. None: the loss comes
             back in the graph, for a trainer that goes backward itself; then all completions are in flight at a time.
@@ -117,6 +120,7 @@ def distill_step(
         teacher=teacher,
         strategy=strategy,
         micro_batch=micro_batch,
+        max_tokens=max_tokens,
         verify=verify,
         whole=backward is None,
     )
@@ -147,6 +151,7 @@ def imitate_step(
     *,
     token_weights: Tensor | None = None,
     micro_batch: int | None = None,
+    max_tokens: int | None = None,
     strategy: Strategy = "auto",
     verify: Verify = "once",
     backward: Backward | None = Tensor.backward,
@@ -160,7 +165,15 @@ def imitate_step(
     weights = checked_weights(plan, token_weights)
     term = CrossEntropy(weights, total_of(plan, weights, normalizer))
     plan = replace(plan, teachers=())
-    planned = passes(model, plan, strategy=strategy, micro_batch=micro_batch, verify=verify, whole=backward is None)
+    planned = passes(
+        model,
+        plan,
+        strategy=strategy,
+        micro_batch=micro_batch,
+        max_tokens=max_tokens,
+        verify=verify,
+        whole=backward is None,
+    )
     loss, rows = run_parts(model, plan, planned, term=term, backward=backward)
     return StepOutput(loss, rows.metrics(weights, MEANS), planned.report, rows.by_name)
 

@@ -8,8 +8,8 @@ They need the log-probabilities of the sampled tokens only. A plan of the studen
 if it has some, are not read: the reference sees what the student sees.
 
 What differs from the obvious: the tilt's loss is a square over groups, so its gradient needs the log-probabilities of
-all completions of a group. Where the pass comes in parts ("two_phase") they are computed ahead, without gradient, which
-costs one more forward, or are given as `student_logprobs`.
+all completions of a group. Where the pass comes in parts ("two_phase", `max_tokens`) they are computed ahead, without
+gradient, which costs one more forward, or are given as `student_logprobs`.
 
 Not covered: rewards of single tokens; give `advantages` of your own.
 """
@@ -75,6 +75,7 @@ def policy_gradient_step(
     reference: Teacher | None = None,
     kl_estimator: KLEstimator = "k3",
     micro_batch: int | None = None,
+    max_tokens: int | None = None,
     strategy: Strategy = "auto",
     verify: Verify = "once",
     backward: Backward | None = Tensor.backward,
@@ -82,7 +83,7 @@ def policy_gradient_step(
     """Makes more likely what was better than its group: the clipped policy gradient, with an anchor if it has one.
 
     Args:
-        model, plan, micro_batch, strategy, verify, backward: as in `distill_step`.
+        model, plan, micro_batch, max_tokens, strategy, verify, backward: as in `distill_step`.
         policy: advantages, bounds, weights and normalizer of the tokens; its `distillation_weight` must be 0.
         reference: whose weights `policy.kl_anchor` holds on to; None where `policy.reference_logprobs` are given, or
             there is no anchor.
@@ -108,6 +109,7 @@ def policy_gradient_step(
         teacher=reference if divergence else None,
         strategy=strategy,
         micro_batch=micro_batch,
+        max_tokens=max_tokens,
         verify=verify,
         whole=backward is None,
     )
@@ -141,6 +143,7 @@ def tilt_step(
     normalizer: float | None = None,
     temperature: float = 1.0,
     micro_batch: int | None = None,
+    max_tokens: int | None = None,
     strategy: Strategy = "auto",
     verify: Verify = "once",
     backward: Backward = Tensor.backward,
@@ -148,7 +151,7 @@ def tilt_step(
     """Brings the student to the reference tilted by the reward, `p* ∝ p_ref·exp(inv_temperature·reward)`.
 
     Args:
-        model, plan, micro_batch, strategy, verify, backward: as in `distill_step`.
+        model, plan, micro_batch, max_tokens, strategy, verify, backward: as in `distill_step`.
         rewards: (S,) of the completions, in the plan's order.
         target: `Tilted(inv_temperature, logz)`.
         reference: whose weights p_ref has; None where its log-probabilities are given.
@@ -193,8 +196,8 @@ def tilt_step(
         reference_logprobs = token_logprobs(
             model, plan, teacher=checked_reference(reference), temperature=temperature, verify=verify
         )
-    planned = passes(model, plan, strategy=strategy, micro_batch=micro_batch, verify=verify)
-    in_parts = planned.report.student.strategy == "two_phase"
+    planned = passes(model, plan, strategy=strategy, micro_batch=micro_batch, max_tokens=max_tokens, verify=verify)
+    in_parts = max_tokens is not None or planned.report.student.strategy == "two_phase"
     reused = in_parts and student_logprobs is not None
     term = _TiltTerm(loss_of, lengths, reference_logprobs, mask, temperature)
     if in_parts:

@@ -173,9 +173,7 @@ def solve(
             if active:
                 output = update(model, batch, method, teacher=teacher)
                 loss = float(output.loss)
-                trained_tokens += sum(
-                    report.tokens for report in (output.report.student, output.report.teacher) if report
-                )
+                trained_tokens += sum(report.tokens for report in (output.report.student, *output.report.teachers))
                 torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sdcore.models import find_body, head_of, heads
 from sdcore.step import distill_step
 from sdcore.teachers import AdapterOff, Frozen, Live, Snapshot
-from tests.processes import assert_right, run_cases, verdicts_of
+from tests.processes import assert_right, run_cases
 from tests.sdcore.prefix.models import (
     adapted,
     assert_same_gradients,
@@ -264,12 +264,6 @@ UNSHARDABLE = {(model, wrapper) for model in ("tied", "tied lora") for wrapper i
 def work(rank: int, folder: str) -> None:
     torch.use_deterministic_algorithms(True)
     run_cases(rank, folder, cases(), ranks=RANKS)
-
-
-@pytest.fixture(scope="module")
-def verdicts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    return verdicts_of(work, folder, str(folder), ranks=RANKS, seconds=SECONDS)
 
 
 @pytest.mark.parametrize("case", cases())

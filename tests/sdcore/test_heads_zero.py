@@ -22,7 +22,7 @@ from sdcore.models import find_body, head_of
 from sdcore.prefix import generate
 from sdcore.step import distill_step
 from sdcore.teachers import AdapterOff, Frozen, Live, Snapshot
-from tests.processes import assert_right, run_cases, verdicts_of
+from tests.processes import assert_right, run_cases
 from tests.sdcore.prefix.models import assert_same_gradients, tiny
 from tests.sdcore.test_heads_distributed import MODELS, plan_of
 
@@ -177,12 +177,6 @@ def start_deepspeed() -> None:
 def work(rank: int, folder: str) -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     run_cases(rank, folder, cases(), ranks=RANKS, seconds=60, prepare=start_deepspeed)
-
-
-@pytest.fixture(scope="module")
-def verdicts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    return verdicts_of(work, folder, str(folder), ranks=RANKS, seconds=SECONDS)
 
 
 @pytest.mark.parametrize("case", cases())

@@ -9,11 +9,12 @@ Prompts are padded on the left, completions on the right, and the teacher's rows
 with the same completions. Neighbouring rows with equal prompts are one group, which computes its prompt once.
 
 What differs from the obvious: a completion is computed up to its last token with a loss and no further, and one without
-any is not computed at all. A padded batch that the model reads without `position_ids`, as in TRL, starts its rows at
-position `number of pads`; a plan starts them at 0. For rotary embeddings, which are relative, that is the same.
+any is not computed at all. Holes in its mask are what a tool wrote: it is read, and has no loss. A padded batch that is
+read without `position_ids`, as in TRL, starts its rows at position `number of pads`; a plan starts them at 0. For
+rotary embeddings, which are relative, that is the same.
 
-Not covered: holes in a mask, several completions in one row, and models with absolute positions, which the planner
-cannot see (`docs/integrations/trl.md`).
+Not covered: holes in a prompt's mask, several completions in one row, and models with absolute positions, which the
+planner cannot see (`docs/integrations/trl.md`).
 
 Letters: B rows of the batch, P prompt, C completion, T the teacher's prompt, N rows of the plan.
 """
@@ -66,7 +67,7 @@ def plan_padded(
 
     Args:
         prompt_ids, prompt_mask: (B, P), padded on the left.
-        completion_ids, completion_mask: (B, C), padded on the right. A row of the mask may be all 0.
+        completion_ids, completion_mask: (B, C), padded on the right. A row of the mask may be all 0, and have holes.
         loss_mask: (B, C), not 0 where a token has a loss; within `completion_mask`. None: that one.
         teacher_input_ids, teacher_attention_mask: (B, T + C), the teacher's prompts and the same completions. None: a
             plan of the student's pass alone.
@@ -104,10 +105,9 @@ def plan_padded(
     host = torch.cat([tensor.to(torch.int64) for tensor in (*masks, *given)], dim=1).cpu().split(widths, dim=1)
     prompt_on, completion_on, loss_on = (mask.bool() for mask in host[:3])
     starts = _left_padded("prompt_mask", prompt_on)
-    holes = completion_on[:, 1:] & ~completion_on[:, :-1]
-    require_none("completion_mask", holes, "be padded on the right only, without holes")
     require_none("loss_mask", loss_on & ~completion_on, "be 0 wherever completion_mask is")
-    lengths = loss_on.flip(1).cumsum(1).bool().sum(1).tolist()  # up to the last token with a loss
+    ended = completion_on.flip(1).cumsum(1).bool().flip(1)  # (B, C) up to the last token
+    lengths = ended.sum(1).tolist()
 
     teachers: list[Tensor] = []
     if teacher_input_ids is not None:
@@ -116,7 +116,7 @@ def plan_padded(
         require_none(
             "teacher_attention_mask", teacher_on[:, width:] != completion_on, "end with completion_mask, row by row"
         )
-        read = (teacher_ids[:, width:] != completions) & completion_on
+        read = (teacher_ids[:, width:] != completions) & ended
         require_none("teacher_input_ids", read, "end with the completions that the student reads")
         begins = _left_padded("teacher_attention_mask", teacher_on[:, :width])
         teachers = [teacher_input_ids[row, begin:width] for row, begin in enumerate(begins)]
@@ -128,9 +128,9 @@ def plan_padded(
         [prompt_ids[group[0], starts[group[0]] :] for group in groups],
         [[completion_ids[row, : lengths[row]] for row in group] for group in groups],
         [[teachers[row] for row in group] for group in groups] if teachers else None,
+        masks=[[loss_on[row, : lengths[row]] for row in group] for group in groups],
     )
-    computed = torch.arange(shape[1]) < torch.tensor(lengths)[:, None]  # (B, C)
-    index = computed.reshape(-1).nonzero()[:, 0].to(planned.device)
+    index = loss_on.reshape(-1).nonzero()[:, 0].to(planned.device)
     return PaddedPlan(plan=planned, shape=shape, index=index)
 
 

@@ -49,30 +49,35 @@ class PassCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Sums up both passes of a plan, and the lm_head's part, which sharing does not change."""
+    """Sums up the passes of a plan, and the lm_head's part, which sharing does not change."""
 
     strategy: str
     student: PassCost
-    teacher: PassCost | None
+    teachers: tuple[PassCost, ...]  # of each that is told apart; none for a plan without
     head_flops: int
 
     @property
+    def teacher(self) -> PassCost | None:
+        """Is the last teacher's pass, the one that may read the student's states."""
+        return self.teachers[-1] if self.teachers else None
+
+    @property
     def tokens(self) -> int:
-        return self.student.tokens + (self.teacher.tokens if self.teacher else 0)
+        return sum(of_pass.tokens for of_pass in (self.student, *self.teachers))
 
     @property
     def naive_tokens(self) -> int:
-        return self.student.naive_tokens + (self.teacher.naive_tokens if self.teacher else 0)
+        return sum(of_pass.naive_tokens for of_pass in (self.student, *self.teachers))
 
     @property
     def flops(self) -> int:
         """Leaves out the lm_head, which `head_flops` counts."""
-        return self.student.flops + (self.teacher.flops if self.teacher else 0)
+        return sum(of_pass.flops for of_pass in (self.student, *self.teachers))
 
     @property
     def naive_flops(self) -> int:
         """Leaves out the lm_head, as `flops` does."""
-        return self.student.naive_flops + (self.teacher.naive_flops if self.teacher else 0)
+        return sum(of_pass.naive_flops for of_pass in (self.student, *self.teachers))
 
     @property
     def speedup(self) -> float:
@@ -137,17 +142,19 @@ def cost(
 ) -> Cost:
     """Counts what the passes of a plan cost in a model, and what they would cost naively.
 
-    `config` is a Hugging Face configuration or a `ModelSizes`. `teacher_shares`: the teacher has the student's weights
-    and reads its states of the tokens that both prompts begin with (a live teacher). `training`: the student's pass has
-    a gradient. `checkpointing` keeps each layer's input only and computes it again. `micro_batch` completions are in
-    flight at a time in `two_phase` (None: all). `dtype_bytes` is the size of a parameter and activation. The strategies
-    differ in bytes, not in FLOPs. Raises `ArgumentError`, and `UnsupportedModelError` for a configuration that does not
-    say what a layer costs.
+    `config` is a Hugging Face configuration or a `ModelSizes`. `teacher_shares`: the last teacher has the student's
+    weights and reads its states of the tokens that both prompts begin with (a live teacher). `training`: the student's
+    pass has a gradient. `checkpointing` keeps each layer's input only and computes it again. `micro_batch` completions
+    are in flight at a time in `two_phase` (None: all). `dtype_bytes` is the size of a parameter and activation. The
+    strategies differ in bytes, not in FLOPs. Raises `ArgumentError`, and `UnsupportedModelError` for a configuration
+    that does not say what a layer costs.
     """
     options = _Options(strategy, teacher_shares, training, checkpointing, micro_batch, dtype_bytes)
-    student = [TreeSizes.of(tree, read_shared=False) for tree in plan.student]
-    teacher = [TreeSizes.of(tree, read_shared=teacher_shares) for tree in plan.teacher]
-    return _cost(student, teacher, plan.num_rows, model_sizes(config), options)
+    student, *teachers = [
+        [TreeSizes.of(tree, read_shared=reads) for tree in trees]
+        for trees, reads in plan.sides(teacher_shares=teacher_shares)
+    ]
+    return _cost(student, teachers, plan.num_rows, model_sizes(config), options)
 
 
 def cost_of_sizes(
@@ -198,7 +205,7 @@ def cost_of_sizes(
     else:
         teacher = of_group(prompt_tokens + context_tokens, read, alike)
     student = of_group(prompt_tokens, read, 0)
-    return _cost([student], [teacher], completion_tokens * completions, model_sizes(config), options)
+    return _cost([student], [[teacher]], completion_tokens * completions, model_sizes(config), options)
 
 
 class _Options(NamedTuple):
@@ -211,17 +218,21 @@ class _Options(NamedTuple):
 
 
 def _cost(
-    student: Sequence[TreeSizes], teacher: Sequence[TreeSizes], rows: int, sizes: ModelSizes, options: _Options
+    student: Sequence[TreeSizes],
+    teachers: Sequence[Sequence[TreeSizes]],
+    rows: int,
+    sizes: ModelSizes,
+    options: _Options,
 ) -> Cost:
     if options.strategy not in STRATEGIES:
         raise ArgumentError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {options.strategy!r}")
     if options.micro_batch is not None and options.micro_batch < 1:
         raise ArgumentError(f"micro_batch must be at least 1, or None for all, got {options.micro_batch}")
-    projections = (2 if teacher else 1) + (2 if options.training else 0)
+    projections = 1 + len(teachers) + (2 if options.training else 0)
     return Cost(
         strategy=options.strategy,
         student=_pass_cost(student, sizes, options, gradient=options.training),
-        teacher=_pass_cost(teacher, sizes, options, gradient=False) if teacher else None,
+        teachers=tuple(_pass_cost(trees, sizes, options, gradient=False) for trees in teachers),
         head_flops=2 * rows * sizes.hidden * sizes.vocab * projections,
     )
 

@@ -27,17 +27,17 @@ FREE_PADDING = 16
 
 
 def hidden_states(
-    body: Body, trees: Sequence[Tree], *, prompts: Any = None, record: Any = False
+    body: Body, trees: Sequence[Tree], *, prompts: Any = None, record: Any = False, alone: bool = False
 ) -> tuple[Tensor, None]:
     """Returns the (N, H) asked-for states, in the order of the plan's rows.
 
-    `prompts` and `record` are other strategies' ways to share; here nothing is read and nothing recorded. With a graph
-    if gradients are enabled.
+    `prompts` and `record` are other strategies' ways to share; here nothing is read and nothing recorded. `alone`: one
+    sequence at a time, without padding. With a graph if gradients are enabled.
     """
     pieces: list[Piece] = []
     wanted = [(tree, i) for tree in trees for i in tree.active]
     sequences = [tree.sequence(i) for tree, i in wanted]
-    for bucket in length_buckets(body, [len(ids) for ids in sequences]):
+    for bucket in length_buckets(body, [len(ids) for ids in sequences], alone=alone):
         states = run_whole(body, [sequences[index] for index in bucket])  # (B, L, H)
         for row, (tree, i) in enumerate(wanted[index] for index in bucket):
             of_sequence = tree.slices[i]
@@ -51,8 +51,10 @@ def taken(states: Tensor, positions: Tensor) -> Tensor:
     return states[start:stop] if stop - start == len(positions) else states[positions.to(states.device)]
 
 
-def length_buckets(body: Body, lengths: Sequence[int]) -> list[list[int]]:
+def length_buckets(body: Body, lengths: Sequence[int], *, alone: bool = False) -> list[list[int]]:
     """Batches sequences, as indices, so that none changes how another one's positions are encoded."""
+    if alone:
+        return [[i] for i in range(len(lengths))]
     sides = [[i for i, length in enumerate(lengths) if far(body, length) == side] for side in (False, True)]
     return [
         [side[index] for index in bucket]

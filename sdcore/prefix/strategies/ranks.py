@@ -95,6 +95,6 @@ def _runs(body: Body, strategy: ModuleType, trees: Sequence[Tree], options: Mapp
         return 1
     if strategy is naive:
         lengths = [length for tree in trees for length in tree.lengths if length]
-        return max(1, len(naive.length_buckets(body, lengths)))
+        return max(1, len(naive.length_buckets(body, lengths, alone=options.get("alone", False))))
     options = {"micro_batch": getattr(strategy, "MICRO_BATCH", None), **options}
     return max(1, sum(plan.runs for plan in cached.schedules(body, trees, **options)))

@@ -30,6 +30,7 @@ from bisect import bisect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import ArgumentError, SdcoreError, UnsupportedModelError
 from ...models import Body
-from ..tree import Tree
+from ..tree import Tree, places_of
 from . import cached, ranks
 from .cached import PromptStates, Ran, Recorder, enter, run_batch, schedules, spans_of
 from .caches import TrunkStates, require_readable
@@ -113,8 +114,8 @@ def micro_batches(
     if micro_batch < 1:
         raise ArgumentError(f"micro_batch must be at least 1, got {micro_batch}")
     require_readable(body, trees)
-    if isinstance(body.through, DistributedDataParallel) and body.through.static_graph:
-        raise UnsupportedModelError("DistributedDataParallel with static_graph=True allows one backward per step only")
+    if (reason := takes_one_backward(body)) is not None:
+        raise UnsupportedModelError(reason)
     active = [g for g, tree in enumerate(trees) if tree.active]
     wanted = [spans_of(tree, record, g) for g, tree in enumerate(trees)]
     first_paths = [_on_first_path(tree, spans or ()) for tree, spans in zip(trees, wanted, strict=True)]
@@ -134,6 +135,37 @@ def micro_batches(
             yield from _to_be_done(_idle_part(body, len(trees) + k))
         yield from _to_be_done(_idle_part(body, len(trees) + k, *runs))
         del runs
+
+
+def row_by_row(
+    body: Body, strategy: ModuleType, trees: Sequence[Tree], rows: Sequence[Sequence[int]], *, record: Any
+) -> Iterator[MicroBatch]:
+    """Yields the student's rows of several trees at a time, by any strategy; `rows` are lists of trees.
+
+    As with `micro_batches`, a part goes backward before the next one is taken, if there are several.
+    """
+    for k, row in enumerate(rows):
+        last, own = k == len(rows) - 1, [trees[g] for g in row]
+        wanted = record if isinstance(record, bool) else [record[g] for g in row]
+        with nullcontext() if last else unsynchronised(body):
+            hidden, prompts = ranks.hidden_states(body, strategy, own, record=wanted)
+        places = places_of(own).sort().values
+        part = MicroBatch(hidden, places.to(hidden.device), k, prompts, last, body)
+        del hidden, prompts
+        if len(rows) == 1:
+            yield part
+        else:
+            yield from _to_be_done(part)
+        del part
+
+
+def takes_one_backward(body: Body) -> str | None:
+    """Says why a model's step must not go backward in parts; None if it may."""
+    if body.one_backward:
+        return "DeepSpeed takes one backward per step, not one for each part of it"
+    if isinstance(body.through, DistributedDataParallel) and body.through.static_graph:
+        return "DistributedDataParallel with static_graph=True allows one backward per step only"
+    return None
 
 
 def hidden_states(

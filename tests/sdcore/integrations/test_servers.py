@@ -469,3 +469,5 @@ def test_trajectories_are_refused() -> None:
     made = plan_trajectories([[1, 2, 3]], [[False, True, False]])
     with pytest.raises(ArgumentError, match="plan must be of prompts and completions"):
         sequences(made)
+    with pytest.raises(ArgumentError, match="plan must have no masks"):
+        sequences(plan_of([[1]], [[[2, 3, 4]]], masks=[[[True, False, True]]]))

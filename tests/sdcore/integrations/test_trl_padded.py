@@ -19,16 +19,18 @@ ID = st.integers(1, 6)
 
 @st.composite
 def batches(draw: Any) -> dict[str, list[list[int]]]:
-    """Draws ragged rows: few prompts, so that neighbours are often equal; losses with holes and without any."""
+    """Draws ragged rows: few prompts, so that neighbours are often equal; masks and losses with holes or empty."""
     count = draw(st.integers(1, 5))
     prompts = draw(st.lists(st.lists(ID, min_size=1, max_size=4), min_size=1, max_size=2))
-    rows: dict[str, list[list[int]]] = {"prompts": [], "completions": [], "teachers": [], "losses": []}
+    rows: dict[str, list[list[int]]] = {name: [] for name in ("prompts", "completions", "teachers", "masks", "losses")}
     for _ in range(count):
         rows["prompts"].append(draw(st.sampled_from(prompts)))
         completion = draw(st.lists(ID, max_size=5))
         rows["completions"].append(completion)
         rows["teachers"].append(draw(st.lists(ID, min_size=1, max_size=6)))
-        rows["losses"].append(draw(st.lists(st.integers(0, 1), min_size=len(completion), max_size=len(completion))))
+        mask, losses = (draw(st.lists(st.integers(0, 1), min_size=n, max_size=n)) for n in [len(completion)] * 2)
+        rows["masks"].append([*mask[:-1], 1] if mask else [])
+        rows["losses"].append([on * own for on, own in zip(losses, rows["masks"][-1], strict=True)])
     return rows
 
 
@@ -39,7 +41,7 @@ def pad(rows: list[list[int]], *, left: bool, fill: int = 0) -> Tensor:
 
 def padded(rows: dict[str, list[list[int]]]) -> dict[str, Tensor]:
     completion_ids = pad(rows["completions"], left=False)
-    completion_mask = pad([[1] * len(r) for r in rows["completions"]], left=False)
+    completion_mask = pad(rows["masks"], left=False)
     return {
         "prompt_ids": pad(rows["prompts"], left=True),
         "prompt_mask": pad([[1] * len(r) for r in rows["prompts"]], left=True),
@@ -53,26 +55,27 @@ def padded(rows: dict[str, list[list[int]]]) -> dict[str, Tensor]:
     }
 
 
-def lengths_of(planned: PaddedPlan) -> list[int]:
-    """How many tokens of each completion are computed."""
+def counts_of(planned: PaddedPlan) -> list[int]:
+    """How many tokens of each completion have a loss."""
     return [count for tree in planned.plan.student for count in tree.counts]
 
 
 @given(batches())
 def test_each_row_of_the_plan_reads_and_predicts_what_its_padded_row_does(rows: dict[str, list[list[int]]]) -> None:
     planned = plan_padded(**padded(rows))
-    lengths = lengths_of(planned)
-    assert len(lengths) == len(rows["prompts"])
+    assert counts_of(planned) == [sum(losses) for losses in rows["losses"]]
     row = 0
     for tree, taught in zip(planned.plan.student, planned.plan.teacher, strict=True):
         for i, count in enumerate(tree.counts):
             completion, losses = rows["completions"][row], rows["losses"][row]
-            assert count == lengths[row] == (max((j + 1 for j, on in enumerate(losses) if on), default=0))
-            if count:
-                assert tree.sequence(i).tolist() == rows["prompts"][row] + completion[: count - 1]
-                assert taught.sequence(i).tolist() == rows["teachers"][row] + completion[: count - 1]
+            with_loss = [j for j, on in enumerate(losses) if on]
+            for own, prompt in ((tree, rows["prompts"][row]), (taught, rows["teachers"][row])):
+                assert own.positions[own.slices[i]].tolist() == [len(prompt) + j - 1 for j in with_loss]
+                if count:
+                    assert own.sequence(i).tolist() == prompt + completion[: with_loss[-1]]
             row += 1
-    wanted = [c[j] for c, n in zip(rows["completions"], lengths, strict=True) for j in range(n)]
+    pairs = [zip(ids, on, strict=True) for ids, on in zip(rows["completions"], rows["losses"], strict=True)]
+    wanted = [token for of_row in pairs for token, on in of_row if on]
     assert planned.plan.target_ids.tolist() == wanted
 
 
@@ -90,10 +93,9 @@ def test_values_come_back_to_where_they_were_taken_from(rows: dict[str, list[lis
     planned = plan_padded(**batch)
     values = torch.randn(planned.shape, requires_grad=True)
     back = planned.scatter(planned.gather(values))
-    computed = torch.arange(planned.shape[1]) < torch.tensor(lengths_of(planned))[:, None]
-    assert torch.equal(back, torch.where(computed, values, 0.0))
+    assert torch.equal(back, torch.where(batch["loss_mask"] != 0, values, 0.0))
     back.sum().backward()
-    assert torch.equal(values.grad, computed.float())
+    assert torch.equal(values.grad, batch["loss_mask"].float())
     assert torch.equal(planned.gather(batch["completion_ids"]), planned.plan.target_ids)
     owners = torch.arange(planned.shape[0])[:, None].expand(planned.shape)
     assert torch.equal(planned.completion_of, planned.gather(owners))
@@ -103,6 +105,7 @@ ROWS = {
     "prompts": [[1, 2], [3]],
     "completions": [[4, 5, 6], [4]],
     "teachers": [[1], [2, 3]],
+    "masks": [[1, 1, 1], [1]],
     "losses": [[1, 1, 1], [1]],
 }
 
@@ -111,7 +114,7 @@ def test_a_row_without_a_loss_is_not_computed() -> None:
     batch = padded(ROWS)
     batch["loss_mask"][0] = 0
     planned = plan_padded(**batch)
-    assert lengths_of(planned) == [0, 1]
+    assert counts_of(planned) == [0, 1]
     assert [tree.active for tree in planned.plan.student] == [(), (0,)]
 
 
@@ -139,10 +142,7 @@ def test_masks_of_any_dtype_mean_the_same() -> None:
         ({"prompt_mask": [[1, 1], [1, 0]]}, "prompt_mask must be padded on the left only.*row 1"),
         ({"prompt_mask": [[1, 1], [0, 0]]}, "prompt_mask must have at least one token in each prompt; row 1 has none"),
         ({"prompt_mask": [[1], [0]]}, r"prompt_mask must be as its ids, \(2, 2\)"),
-        (
-            {"completion_mask": [[1, 0, 1], [1, 0, 0]]},
-            "completion_mask must be padded on the right only.*row 0 does not, at position 1",
-        ),
+        ({"completion_mask": [[1], [1]]}, r"completion_mask must be as its ids, \(2, 3\)"),
         (
             {"loss_mask": [[1, 1, 1], [1, 0, 1]]},
             "loss_mask must be 0 wherever completion_mask is; row 1 does not, at position 2",

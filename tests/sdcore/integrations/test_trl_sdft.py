@@ -40,7 +40,9 @@ def pair(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, A
     return runs.same_teacher(runs.SDFT, folder, tmp_path_factory.mktemp("pair"))
 
 
-def outcome(trainer: Any, **arguments: Any) -> tuple[Tensor, Tensor, list[float]]:
+def outcome(
+    trainer: Any, batch: dict[str, Tensor] | None = None, **arguments: Any
+) -> tuple[Tensor, Tensor, list[float]]:
     """Returns loss, all gradients and the logged loss of one `compute_loss` in float64, with these arguments."""
     for name, value in arguments.items():
         setattr(trainer.args, name, value)
@@ -49,7 +51,7 @@ def outcome(trainer: Any, **arguments: Any) -> tuple[Tensor, Tensor, list[float]
     model.zero_grad()
     trainer._metrics["train"].clear()
     with double_precision():
-        loss = trainer.compute_loss(model, runs.batch())
+        loss = trainer.compute_loss(model, batch or runs.batch())
         loss.backward()
     gradients = torch.cat([w.grad.flatten() for w in model.parameters()])
     return loss.detach().double(), gradients, trainer._metrics["train"]["self_distillation/distillation_loss"]
@@ -65,6 +67,21 @@ def test_every_mode_and_number_of_skipped_tokens_has_trls_loss(
     arguments = MODES[mode] | {"num_loss_tokens_to_skip": skipped, "distillation_is_clip": clip}
     theirs, ours = (outcome(trainer, **arguments) for trainer in pair)
     assert (theirs[0] == 0) == (skipped == 6)
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_tools_output_in_a_completion_is_read_and_has_no_loss(
+    pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setattr(pair[0], "_forward_logits", runs.reading_holes(pair[0]))
+    arguments = MODES[mode] | {"num_loss_tokens_to_skip": 1, "distillation_is_clip": 1.2}
+    theirs, ours = (outcome(trainer, runs.batch_with_tools(), **arguments) for trainer in pair)
+    assert theirs[0] != 0
+    assert_same(ours, theirs)
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
     assert torch.allclose(ours[0], theirs[0], rtol=1e-6)
     assert torch.allclose(ours[1], theirs[1], rtol=0, atol=1e-6 * float(theirs[1].abs().max()))
     assert ours[2] == pytest.approx(theirs[2], rel=1e-5)

@@ -22,6 +22,7 @@ from tests.sdcore.prefix.models import double_precision
 
 Make = Callable[..., Any]
 DISTILLATION = "self_distillation/distillation_loss"
+KINDS = ("ids", "mask")
 POLICY = "self_distillation/policy_loss"
 
 
@@ -125,6 +126,27 @@ def test_completions_that_are_masked_as_truncated_count_as_in_trl(set_up: Any, w
     batch["completion_mask"][0] = 0
     batch["teacher_attention_mask"][0, -batch["completion_ids"].shape[1] :] = 0
     assert_equal(set_up(distillation_weight=weight), batch)
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 1}], ids=str)
+@pytest.mark.parametrize("weight", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("mode", ["full jsd", "topk tail", "sampled"])
+def test_a_tools_output_in_a_completion_is_read_and_has_no_loss(
+    set_up: Any, monkeypatch: pytest.MonkeyPatch, mode: str, weight: float, options: Any
+) -> None:
+    arguments = {"distillation_weight": weight, "importance_sampling_level": "sequence", "distillation_is_clip": 1.2}
+    arguments["num_iterations"] = 2  # so that the sampler's log-probabilities are asked for
+    pair = set_up(FusedOptions(**options), **MODES[mode], **arguments)
+    monkeypatch.setattr(pair[0], "_forward_logits", runs.reading_holes(pair[0]))
+    with_tools = runs.batch_with_tools()
+    assert assert_equal(pair, with_tools) != 0
+    with double_precision():
+        logps = [
+            t._compute_rollout_logps(*(with_tools[f"{of}_{what}"] for of in ("prompt", "completion") for what in KINDS))
+            for t in pair
+        ]
+    mask = with_tools["completion_mask"]
+    assert torch.allclose(logps[1] * mask, logps[0] * mask, rtol=1e-6)
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.5])

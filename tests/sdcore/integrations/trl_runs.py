@@ -192,6 +192,31 @@ def batch(
     }
 
 
+def batch_with_tools() -> dict[str, Tensor]:
+    """Makes a batch of which two completions have a tool's output: tokens that are read and carry no loss."""
+    rows = batch()
+    holes = torch.zeros_like(rows["completion_mask"])
+    holes[0, 1:3] = holes[2, 0] = holes[2, 3:5] = 1
+    rows["completion_mask"] = rows["completion_mask"] * (1 - holes)
+    rows["teacher_attention_mask"] = torch.cat([rows["teacher_attention_mask"][:, :-6], rows["completion_mask"]], dim=1)
+    return rows
+
+
+def reading_holes(trainer: Any) -> Any:
+    """Returns a `_forward_logits` of TRL's own trainer that reads the holes of a completion's mask.
+
+    TRL uses one mask for the loss and for attention, so that a tool's output would be hidden from what follows it.
+    """
+    forward = trainer._forward_logits
+
+    def read(model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int) -> Tensor:
+        prompts, completions = attention_mask[:, :-logits_to_keep], attention_mask[:, -logits_to_keep:]
+        mask = torch.cat([prompts, completions.flip(1).cummax(1).values.flip(1)], dim=1)
+        return forward(model, input_ids, mask, logits_to_keep)
+
+    return read
+
+
 def padded(rows: list[Tensor], *, left: bool) -> tuple[Tensor, Tensor]:
     width = max(len(row) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import Any
 
 import pytest
@@ -13,12 +14,11 @@ from sdcore.prefix import Plan
 from sdcore.prefix.choice import STRATEGIES as MODULES
 from sdcore.prefix.strategies import cached
 from sdcore.prefix.strategies.two_phase import micro_batches
-from sdcore.prefix.trajectories import View, plan_trajectories
+from sdcore.prefix.trajectories import plan_trajectories
 from sdkernels.live_bytes import LiveBytes
 from tests.sdcore.prefix.models import (
     CONFIGS,
     HYBRIDS,
-    VOCAB,
     assert_same_gradients,
     checkpointed,
     double_precision,
@@ -26,63 +26,15 @@ from tests.sdcore.prefix.models import (
     tiny,
     tokens_of,
 )
+from tests.sdcore.prefix.trees import conversations
 
 MICRO_BATCH = 2
 
 
-class Draw:
-    """Random trees, and views of what is in them."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def number(self, least: int, most: int) -> int:
-        return int(torch.randint(least, most + 1, (), generator=self.generator))
-
-    def ids(self, length: int, first: int | None = None) -> list[int]:
-        ids = torch.randint(VOCAB, (length,), generator=self.generator).tolist()
-        return ids if first is None or not ids else [first, *ids[1:]]
-
-    def paths(self, depth: int) -> list[list[int]]:
-        """Sequences that begin alike: one to three branches at a node, of which some end early, or go on from there."""
-        if depth == 0:
-            return [[]]
-        out = []
-        for branch in range(self.number(1, 3)):
-            node = self.ids(self.number(1, 7), first=branch)
-            ends = self.paths(depth - 1) if branch == 0 or self.number(0, 2) else [[]]
-            out += [node + rest for rest in ends]
-            out += [node] if self.number(0, 4) == 0 else []
-        return out
-
-    def mask(self, length: int) -> list[bool]:
-        """With holes, and the last token most of the time."""
-        mask = [bool(self.number(0, 2) == 0) for _ in range(length)]
-        mask[0], mask[-1] = False, length > 1 and self.number(0, 3) > 0
-        return mask
-
-
-def random_trajectories(seed: int, depth: int, *, roots: int = 2, views: bool = True) -> Plan:
+def random_trajectories(seed: int, depth: int, *, views: bool = True) -> Plan:
     """Trees of this depth, with views that leave them at any place, of which several may begin alike."""
-    draw = Draw(seed)
-    trajectories = []
-    for root in range(roots):
-        prompt = draw.ids(draw.number(1, 9), first=50 + root)
-        trajectories += [prompt + path for path in draw.paths(depth)]
-    masks = [draw.mask(len(ids)) for ids in trajectories]
-    made = []
-    last = max(at for mask in masks for at, wanted in enumerate(mask) if wanted)
-    earliest = draw.number(0, min(25, last))  # a node in which a view has rows is not borrowed by any
-    for i, (ids, mask) in enumerate(zip(trajectories, masks, strict=True)):
-        tokens = [at for at, wanted in enumerate(mask) if wanted and at >= earliest]
-        turns = draw.number(1, 3)
-        for own in (tokens[turn * len(tokens) // turns : (turn + 1) * len(tokens) // turns] for turn in range(turns)):
-            if own:
-                leaves = max(0, own[0] - draw.number(0, 3))  # after how many tokens of the student's
-                hint = draw.ids(draw.number(0, 3))
-                seen = ids[:leaves] + hint + ids[leaves:]
-                made.append(View(ids=seen, trajectory=i, tokens=own, positions=[at + len(hint) for at in own]))
-    return plan_trajectories(trajectories, masks, made if views else None)
+    made = conversations(Random(seed), depth, unscored=0.0, wide=True)
+    return made.plan if views else plan_trajectories(made.trajectories, made.masks)
 
 
 def weights_of(count: int, width: int) -> Tensor:

@@ -17,7 +17,7 @@ from sdcore.errors import UnsupportedModelError
 from sdcore.prefix import Plan
 from sdcore.prefix.trajectories import View, plan_trajectories
 from sdcore.step import distill_step
-from tests.processes import assert_right, run_cases, verdicts_of
+from tests.processes import assert_right, run_cases
 from tests.sdcore.prefix.models import assert_same_gradients, checkpointed, double_precision, gradients, tiny
 from tests.sdcore.prefix.test_depth import random_trajectories
 
@@ -90,12 +90,6 @@ def work(rank: int, folder: str) -> None:
     torch.use_deterministic_algorithms(True)
     with double_precision():
         run_cases(rank, folder, cases(), ranks=RANKS)
-
-
-@pytest.fixture(scope="module")
-def verdicts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    return verdicts_of(work, folder, str(folder), ranks=RANKS, seconds=SECONDS)
 
 
 @pytest.mark.parametrize("case", cases())

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from sdcore.prefix import Plan
 from sdcore.step import distill_step
 from sdcore.teachers import AdapterOff, Frozen, Live, TrustRegion
-from tests.processes import assert_right, run_cases, verdicts_of
+from tests.processes import assert_right, run_cases
 from tests.sdcore.prefix.models import (
     adapted,
     assert_same_gradients,
@@ -149,6 +149,11 @@ def cases() -> dict[str, Callable[[], None]]:
     for label, wrap in (("ddp", ddp), ("fsdp", fsdp)):
         for strategy in ("cached", "two_phase"):
             add(f"{label} {strategy} hybrid", wrap, "unequal", name="qwen3_5", strategy=strategy)
+        for strategy in ("packed", "cached", "naive"):
+            for shapes, teacher in (("unequal", "trust"), ("no rows", "live")):
+                how = {"strategy": strategy, "max_tokens": 30, "teacher": teacher}
+                add(f"{label} {strategy} budget {shapes}", wrap, shapes, **how)
+        add(f"{label} budget checkpointed", wrap, "unequal", max_tokens=30, prepare=checkpointed, steps=2)
         add(f"{label} auto chooses alike", wrap, "nothing to share", teacher="frozen")
         add(f"{label} two steps", wrap, "unequal", micro_batch=1, steps=2)
     for strategy in ("naive", "cached", "packed"):
@@ -170,12 +175,6 @@ def work(rank: int, folder: str) -> None:
     torch.use_deterministic_algorithms(True)
     with double_precision():
         run_cases(rank, folder, cases(), ranks=RANKS)
-
-
-@pytest.fixture(scope="module")
-def verdicts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    return verdicts_of(work, folder, str(folder), ranks=RANKS, seconds=SECONDS)
 
 
 @pytest.mark.parametrize("case", cases())

@@ -66,6 +66,27 @@ def test_a_branch_after_its_trunk_is_what_the_model_would_read(given_: Any) -> N
             assert len(made.student[g].sequence(i)) - len(completion) == len(prompts[g]) - 1
 
 
+@given(arguments(), st.randoms(use_true_random=False))
+def test_masks_choose_the_rows_of_completions_and_what_is_read_of_them(given_: Any, random: Any) -> None:
+    prompts, completions, teachers = given_
+    masks = [[[random.random() < 0.5 for _ in ids] for ids in group] for group in completions]
+    made = plan(*given_, masks=masks)
+    targets = []
+    for g, group in enumerate(completions):
+        for i, (completion, mask) in enumerate(zip(group, masks[g], strict=True)):
+            tokens = [t for t, on in enumerate(mask) if on]
+            targets += [completion[t] for t in tokens]
+            for tree, prompt in (
+                (made.student[g], prompts[g]),
+                (made.teacher[g], teacher_prompt(teachers, g, i)),
+            ):
+                assert tree.positions[tree.slices[i]].tolist() == [len(prompt) - 1 + t for t in tokens]
+                assert not tokens or tree.sequence(i).tolist() == prompt + completion[: tokens[-1]]
+    assert made.target_ids.tolist() == targets
+    everything = plan(*given_, masks=[[torch.ones(len(ids), dtype=torch.bool) for ids in g] for g in completions])
+    assert [tree.rows.tolist() for tree in everything.teacher] == [tree.rows.tolist() for tree in plan(*given_).teacher]
+
+
 @given(arguments())
 def test_rows_are_in_the_order_of_group_completion_and_position(given_: Any) -> None:
     completions = given_[1]
@@ -228,6 +249,12 @@ def call(**changed: Any) -> Callable[[], Plan]:
             ),
             r"completions\[1\]\[0\] must be on cpu as student_prompts\[0\] is, got meta",
         ),
+        (call(masks=[[[True] * 2, [True]]]), r"masks must have one entry per group, 2 as student_prompts has, got 1"),
+        (call(masks=[[[True] * 2], [[True], []]]), r"masks\[0\] must have one per completion, 2, got 1"),
+        (
+            call(masks=[[[True] * 2, [True]], [[True], [True]]]),
+            r"masks\[1\]\[1\] must have shape \(0,\) as completions\[1\]\[1\] has, got \(1,\)",
+        ),
     ],
 )
 def test_bad_values_are_refused_by_name(make: Callable[[], Plan], message: str) -> None:
@@ -267,6 +294,8 @@ def test_bad_values_are_refused_by_name(make: Callable[[], Plan], message: str) 
             call(teacher_prompts=[[[[1]], [[2]]], [3]]),
             r"teacher_prompts\[0\]\[0\] must be a sequence of ints, got list at position 0",
         ),
+        (call(masks=[[[1, 0], [True]], [[True], []]]), r"masks\[0\]\[0\] must be bool, got torch.int64"),
+        (call(masks=[[None, [True]], [[True], []]]), r"masks\[0\]\[0\] must be a bool tensor or .*, got NoneType"),
     ],
 )
 def test_bad_types_are_refused_by_name(make: Callable[[], Plan], message: str) -> None:

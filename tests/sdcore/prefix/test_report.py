@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from random import Random
 
 from sdcore.prefix.costs.count import cost
 from sdcore.prefix.costs.sizes import ModelSizes
 from sdcore.prefix.planner import plan
 from sdcore.prefix.report import Choice, Fallback, Report
-from tests.sdcore.prefix.trees import random_plan, turns
+from tests.sdcore.prefix.trees import conversations, random_plan, turns
 
 SIZES = ModelSizes.dense(layers=2, hidden=8, intermediate=16, heads=2, vocab=61)
 
@@ -36,7 +38,7 @@ def test_a_pass_that_fell_back_to_naive_is_counted_as_naive() -> None:
     made = random_plan(0)
     counted = cost(made, SIZES)
     report = Report.of(
-        made, counted, student=Choice("packed"), teacher=Choice("naive", "it is wrapped"), teacher_shares=True
+        made, counted, student=Choice("packed"), teachers=[Choice("naive", "it is wrapped")], teacher_shares=True
     )
     assert report.teacher is not None
     assert counted.teacher is not None
@@ -79,6 +81,28 @@ def test_a_report_of_turns_says_how_deep_they_fork_and_what_the_views_read() -> 
     assert "The teacher's views begin with " in str(report)
     assert report.teacher is not None
     assert report.teacher.tokens == sum(tree.tokens(read_shared=True) for tree in made.teacher)
+
+
+def test_a_report_counts_every_teacher() -> None:
+    made = conversations(Random(8), 2, teachers=2, unscored=0.1).plan
+    counted = cost(made, SIZES)
+    teachers = [Choice("naive"), Choice("packed")]
+    report = Report.of(made, counted, student=Choice("packed"), teachers=teachers, teacher_shares=True)
+    sides = zip(made.teachers, (False, True), strict=True)
+    read = [sum(tree.tokens(read_shared=shared) for tree in trees) for trees, shared in sides]
+    naive = [sum(tree.naive_tokens() for tree in trees) for trees in made.teachers]
+    assert read[0] < naive[0]
+    assert [of_teacher.tokens for of_teacher in counted.teachers] == read
+    assert counted.tokens == counted.student.tokens + sum(read)
+    assert [of_teacher.tokens for of_teacher in report.teachers] == [naive[0], read[1]]
+    assert report.metrics["prefix/teacher_tokens"] == naive[0] + read[1]
+    assert report.teacher is report.teachers[1]
+    one = cost(replace(made, teachers=made.teachers[:1]), SIZES)
+    hidden, vocab = SIZES.hidden, SIZES.vocab
+    assert counted.head_flops - one.head_flops == 2 * made.num_rows * hidden * vocab
+    assert counted.naive_flops - one.naive_flops == counted.teachers[1].naive_flops > 0
+    assert f"Teacher 0 pass: naive, {naive[0]:,} tokens" in str(report)
+    assert f"Teacher 1 pass: packed, {read[1]:,} tokens" in str(report)
 
 
 def test_a_report_says_why_little_or_nothing_was_read_from_the_student() -> None:

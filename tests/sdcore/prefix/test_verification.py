@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from sdcore.prefix.strategies.packed import PackedRow, PromptStates
 from sdcore.prefix.verification import departure, disagreement, forget
 from sdcore.teachers import Frozen
 from tests.sdcore.prefix.models import CONFIGS, HYBRIDS, tiny, tokens_of
-from tests.sdcore.prefix.trees import random_plan, short_plan, turns
+from tests.sdcore.prefix.trees import conversations, random_plan, short_plan, turns
 
 pytestmark = pytest.mark.usefixtures("first_use")
 
@@ -204,6 +205,23 @@ def long_trunks_go_wrong(patch: pytest.MonkeyPatch) -> None:
         return states * (2.0 if len(trees[0].spans[0]) > 18 else 1.0), prompts
 
     patch.setattr(packed, "hidden_states", hidden_states)
+
+
+@pytest.mark.parametrize("strategy", ["packed", "cached"])
+def test_always_looks_at_every_teacher_and_needs_none(monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
+    module, body = STRATEGIES[strategy], find_body(tiny("llama"))
+    made = conversations(Random(8), 2, teachers=2, unscored=0.1).plan
+    assert disagreement(body, module, made, "always") is None
+    assert disagreement(body, module, replace(made, teachers=()), "always") is None
+    original = module.hidden_states
+    for wrong in made.teachers:
+
+        def of_one_wrong(body: Body, trees: Any, wrong: Any = wrong, **options: Any) -> Any:
+            hidden, prompts = original(body, trees, **options)
+            return hidden + 0.1 * (trees is wrong), prompts
+
+        monkeypatch.setattr(module, "hidden_states", of_one_wrong)
+        assert "hidden states differ" in (disagreement(body, module, made, "always") or "")
 
 
 def test_always_verifies_every_plan_once_the_first_and_off_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,12 +138,16 @@ class Conversations(NamedTuple):
         return hidden, scored
 
 
-def conversations(draw: Random, depth: int, *, teachers: int = 1, unscored: float = 0.2) -> Conversations:
+def conversations(
+    draw: Random, depth: int, *, teachers: int = 1, unscored: float = 0.2, wide: bool = False
+) -> Conversations:
     """Trees of turns of this depth, some of which end early or begin elsewhere; masks with holes, views of stretches.
 
-    A view puts up to 4 tokens in somewhere before the tokens that it scores, and goes on a little behind them.
+    A view puts up to 4 tokens in somewhere before the tokens that it scores, and goes on a little behind them. If
+    `wide`, there are more branches, and a view leaves the trajectory just before its tokens, of which the first with
+    loss have none, so that deep nodes are borrowed: one in which a view has rows is borrowed by none.
     """
-    most = 3 if depth < 3 else 2
+    most = 3 if depth < 3 or wide else 2
 
     def ids(least: int, most: int) -> list[int]:
         return [draw.randrange(VOCAB) for _ in range(draw.randint(least, most))]
@@ -152,22 +156,27 @@ def conversations(draw: Random, depth: int, *, teachers: int = 1, unscored: floa
         here = before + ids(1, 6)
         if not levels:
             return [here]
-        grown = [ids for _ in range(draw.randint(1, most)) for ids in grow(here, levels - 1)]
+        grown: list[list[int]] = []
+        for branch in range(draw.randint(1, most)):
+            ends = wide and branch > 0 and draw.random() < 0.3
+            grown += grow(here, 0 if ends else levels - 1)
         return [*grown, here] if draw.random() < 0.2 else grown
 
-    trajectories = [ids for _ in range(draw.randint(1, 2)) for ids in grow([], depth)]
+    trajectories = [ids for _ in range(2 if wide else draw.randint(1, 2)) for ids in grow([], depth)]
     draw.shuffle(trajectories)
     masks = [[False, *(draw.random() < 0.4 for _ in ids[1:])] for ids in trajectories]
     views = []
+    last = max((position for mask in masks for position, on in enumerate(mask) if on), default=0)
+    earliest = draw.randint(0, min(25, last)) if wide else 0
     for i, (own, mask) in enumerate(zip(trajectories, masks, strict=True)):
         for teacher in range(teachers):
-            left = [position for position, on in enumerate(mask) if on]
+            left = [position for position, on in enumerate(mask) if on and position >= earliest]
             while left:
                 count = draw.randint(1, len(left))
                 tokens, left = left[:count], left[count:]
                 if draw.random() < unscored:
                     continue
-                place, context = draw.randint(0, tokens[0]), ids(0, 4)
+                place, context = draw.randint(max(0, tokens[0] - 3) if wide else 0, tokens[0]), ids(0, 4)
                 read = [*own[:place], *context, *own[place : tokens[-1] + 1 + draw.randint(0, 2)]]
                 if place + len(context):
                     positions = [token + len(context) for token in tokens]

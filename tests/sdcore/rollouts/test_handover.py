@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from sdcore.errors import ArgumentError, UnsupportedModelError
 from sdcore.rollouts.handover import whole_state, write_weights
-from tests.processes import assert_right, run_cases, verdicts_of
+from tests.processes import assert_right, run_cases
 from tests.sdcore.prefix import models
 from tests.sdcore.prefix.models import tiny
 
@@ -303,18 +303,16 @@ def handed_over_sharded(name: str) -> None:
         assert all(torch.allclose(state[name], expected[name], atol=1e-6) for name in expected)
 
 
+RANKS = 2
+SECONDS = 120  # a hang is a failure within this time
+
+
 def cases() -> dict[str, Any]:
     return {name: partial(handed_over_sharded, name) for name in SHARDED}
 
 
 def work(rank: int, folder: str) -> None:
-    run_cases(rank, folder, cases(), ranks=2)
-
-
-@pytest.fixture(scope="module")
-def verdicts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    return verdicts_of(work, folder, str(folder), ranks=2, seconds=120)
+    run_cases(rank, folder, cases(), ranks=RANKS)
 
 
 @pytest.mark.parametrize("name", SHARDED)
