@@ -40,7 +40,7 @@ from functools import cached_property
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from ..errors import ArgumentError, SdcoreError
-from ..types import Example, Group, Rollout
+from ..types import Example, Group, Trajectory
 from .named import load
 
 RewardFunction: TypeAlias = Callable[..., Any]
@@ -180,7 +180,7 @@ class Reward:
             getattr(self.function, "__call__", None)  # noqa: B004  # the method of an object, not whether there is one
         )
 
-    def arguments(self, group: Group, rollout: Rollout) -> dict[str, Any]:
+    def arguments(self, group: Group, rollout: Trajectory) -> dict[str, Any]:
         """Returns what it is called with; what the trainer says comes before a column of the same name."""
         example = group.example
         self.check(example)

@@ -28,7 +28,7 @@ from ..contexts.rendering import turn_end
 from ..errors import ArgumentError
 from ..models import find_body
 from ..prefix.sampling import check_room, generate
-from ..types import Example, Group, Rollout
+from ..types import Example, Group, Trajectory
 
 NO_TAGS: Final = frozenset({"</s>", "[/INST]"})  # they end texts and turns
 
@@ -170,7 +170,7 @@ def sample_groups(
     groups = []
     for example, prompt, completions in zip(examples, prompts, completions_B, strict=True):
         rollouts = tuple(
-            Rollout(
+            Trajectory.answer(
                 completion_ids=completion.ids,
                 logprobs=completion.logprobs,
                 text=tokenizer.decode([token for token in completion.ids.tolist() if token not in hidden]),

@@ -27,7 +27,7 @@ from ..rollouts.rewards import OnError, Reward, Scored, judge
 from ..rollouts.samplers import ModelSampler, Sampler, Sampling, sample_groups, seed_of, whole_weights
 from ..rollouts.window import given_completion
 from ..teachers import Teacher
-from ..types import Example, Group, Rollout
+from ..types import Example, Group, Trajectory
 from .config import SelfDistillationConfig
 
 
@@ -159,7 +159,7 @@ class Collector:
         """
         # The builder is asked before there are completions, about one of the greatest length.
         unknown = torch.zeros(self.sampling.max_new_tokens, dtype=torch.int64)
-        rollouts = (Rollout(completion_ids=unknown, logprobs=None, text="", finished=False),)
+        rollouts = (Trajectory.answer(completion_ids=unknown, logprobs=None, text="", finished=False),)
         asked = [Group(example=e, prompt_ids=ids, rollouts=rollouts) for e, ids in zip(examples, prompts, strict=True)]
         seen = [context.condition(group, self.tokenizer) for group in asked]
         size, rng = self.sampling.num_completions, random.Random(seed_of(seed, 0))
@@ -196,7 +196,7 @@ class Collector:
             raise DataError(f"{example.source}: a prompt may have max_prompt_length={most} tokens, got {len(ids)}")
         return ids
 
-    def given(self, example: Example, prompt: Tensor) -> Rollout:
+    def given(self, example: Example, prompt: Tensor) -> Trajectory:
         """Returns the completion that the data has for the prompt."""
         return given_completion(
             example,

@@ -37,7 +37,7 @@ from ..errors import DataError, SdcoreError
 from ..models import find_body
 from ..prefix.sampling import check_room
 from ..rollouts.samplers import ModelSampler
-from ..types import Conditioned, Example, Group, Rollout
+from ..types import Conditioned, Example, Group, Trajectory
 from .collect import Collector
 from .config import OnBadRow, SelfDistillationConfig
 
@@ -46,7 +46,7 @@ EXCERPT: Final = 60  # characters of a prompt
 # Builders that can be asked before anything is sampled, and what they are asked about: a success, and a failure.
 ASKED: Final = (Demonstration, Solution, SuccessOrFeedback, Template)
 _STAND_INS: Final = tuple(
-    Rollout(
+    Trajectory.answer(
         completion_ids=torch.zeros(1, dtype=torch.int64),
         logprobs=None,
         text="answer",

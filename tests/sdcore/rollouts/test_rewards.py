@@ -16,13 +16,13 @@ from sdcore.errors import ArgumentError
 from sdcore.rollouts import rewards
 from sdcore.rollouts.named import load
 from sdcore.rollouts.rewards import RewardError, check_columns, contains, judge, prepare, score
-from sdcore.types import Example, Group, Rollout
+from sdcore.types import Example, Group, Trajectory
 
 
 def group(*texts: str, **columns: Any) -> Group:
     example = Example(prompt="2 + 2?", privileged_context="four", columns=columns, source="train.jsonl:7")
     rollouts = tuple(
-        Rollout(completion_ids=torch.tensor([1]), logprobs=None, text=text, finished=True) for text in texts
+        Trajectory.answer(completion_ids=torch.tensor([1]), logprobs=None, text=text, finished=True) for text in texts
     )
     return Group(example=example, prompt_ids=torch.tensor([5]), rollouts=rollouts)
 
@@ -293,9 +293,9 @@ def test_a_hung_function_does_not_keep_the_process_from_ending(run_python: Any) 
     code = """
 import time
 from sdcore.rollouts.rewards import judge
-from sdcore.types import Example, Group, Rollout
+from sdcore.types import Example, Group, Trajectory
 import torch
-rollout = Rollout(completion_ids=torch.tensor([1]), logprobs=None, text="a", finished=True)
+rollout = Trajectory.answer(completion_ids=torch.tensor([1]), logprobs=None, text="a", finished=True)
 group = Group(example=Example(prompt="p"), prompt_ids=torch.tensor([1]), rollouts=(rollout,))
 def hangs(**columns):
     time.sleep(1000)
