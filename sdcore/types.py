@@ -51,12 +51,13 @@ class Turn:
 class Trajectory:
     """Is what came after an example's prompt, and what is known of it: an answer, or turns with others' in between."""
 
-    turns: tuple[Turn, ...]  # the first is the student's, and so is every other one
+    turns: tuple[Turn, ...]  # the first is the student's, and so is every other one; the last may be anyone's
     outcome: Outcome = "answered"
     reward: float | None = None  # None: not judged; NaN is refused where rewards come in
     feedback: str | None = None  # the environment's words about this very trajectory
     by_teacher: bool = False  # the teacher drew it, after its own prompt
     opening: str = ""  # what the environment said at the end of the prompt, before the first turn
+    counts: Mapping[str, int] = field(default_factory=dict)  # for the log, such as {"tools/raised": 1}
 
     @classmethod
     def answer(

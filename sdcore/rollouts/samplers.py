@@ -8,7 +8,7 @@ sampled at a step depends on the weights and on the step, not on what was drawn 
 samples the same. `seed_of` makes such a seed of any integers. Under FSDP2 ranks would wait for each other at every
 token, and for ever once one of them is done: enter `whole_weights` first, on all ranks, and they need not.
 
-Not covered: servers (`rollouts.vllm`), tools and several turns, and beam search.
+Not covered: servers (`rollouts.vllm`), tools and several turns (`rollouts.episodes`), and beam search.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..contexts.rendering import turn_end
 from ..errors import ArgumentError
 from ..models import find_body
 from ..prefix.sampling import check_room, generate
-from ..types import Example, Group, Trajectory
+from ..types import Example, Group, Trajectory, Turn
 
 NO_TAGS: Final = frozenset({"</s>", "[/INST]"})  # they end texts and turns
 
@@ -162,25 +162,43 @@ def sample_groups(
     Refuses lengths that the model cannot sample, as `max_completion_length`; another engine knows its own limits.
     """
     if isinstance(sampler, ModelSampler):
-        body, most = find_body(model), sampling.max_new_tokens
-        for example, prompt in zip(examples, prompts, strict=True):
-            check_room(body, len(prompt), most, name="max_completion_length", where=f"{example.source}: ")
-    completions_B = sampler.sample(model, prompts, **vars(sampling), seed=seed)
+        check_room_of(model, examples, prompts, sampling.max_new_tokens)
+    turns_B = turns_of(sampler.sample(model, prompts, **vars(sampling), seed=seed), tokenizer)
+    return [
+        Group(
+            example=example,
+            prompt_ids=prompt,
+            rollouts=tuple(Trajectory(turns=(turn,), outcome="answered" if turn.finished else "cut") for turn in turns),
+        )
+        for example, prompt, turns in zip(examples, prompts, turns_B, strict=True)
+    ]
+
+
+def check_room_of(
+    model: nn.Module, examples: Sequence[Example], prompts: Sequence[Tensor], max_completion_length: int
+) -> None:
+    """Refuses lengths that the model cannot sample behind the prompts of these examples."""
+    body = find_body(model)
+    for example, prompt in zip(examples, prompts, strict=True):
+        check_room(body, len(prompt), max_completion_length, name="max_completion_length", where=f"{example.source}: ")
+
+
+def turns_of(completions_B_G: Sequence[Sequence[SampledCompletion]], tokenizer: Any) -> list[list[Turn]]:
+    """Returns what was drawn as turns, with their texts."""
     hidden = _hidden_ids(tokenizer)
-    groups = []
-    for example, prompt, completions in zip(examples, prompts, completions_B, strict=True):
-        rollouts = tuple(
-            Trajectory.answer(
-                completion_ids=completion.ids,
+    return [
+        [
+            Turn(
+                ids=completion.ids,
                 logprobs=completion.logprobs,
                 text=tokenizer.decode([token for token in completion.ids.tolist() if token not in hidden]),
                 finished=completion.finished,
                 raw_text=tokenizer.decode(completion.ids.tolist()),
             )
             for completion in completions
-        )
-        groups.append(Group(example=example, prompt_ids=prompt, rollouts=rollouts))
-    return groups
+        ]
+        for completions in completions_B_G
+    ]
 
 
 def _hidden_ids(tokenizer: Any) -> set[int]:
