@@ -7,7 +7,7 @@ Each is frozen: whoever has more to say makes a new one. Ids and log-probabiliti
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -108,13 +108,16 @@ class Trajectory:
         texts = [turn.raw_text for turn in self.turns if turn.raw_text is not None]
         return "".join(texts) if len(texts) == len(self.turns) else None
 
-    @property
-    def transcript(self) -> str:
-        """Is all that was said, for others to read: the text of an answer; of a conversation who said what."""
+    def transcript(self, edit: Callable[[str], str] = str.strip) -> str:
+        """Returns all that was said, for others to read, with who said what of a conversation; `edit` is of answers."""
         if len(self.turns) == 1:
-            return self.text
-        said = [message for turn in self.turns for message in turn.messages]
-        return "\n\n".join(f"{message['role']}: {message['content']}" for message in said)
+            return edit(self.text)
+        said = [
+            ("assistant", edit(turn.text)) if turn.is_own else (message["role"], message["content"])
+            for turn in self.turns
+            for message in turn.messages[: 1 if turn.is_own else None]
+        ]
+        return "\n\n".join(f"{role}: {content}" for role, content in said)
 
     def sequences(self, prompt_ids: Tensor) -> list[tuple[Tensor, list[int]]]:
         """Returns what the student reads, and where in it each of its turns begins: one, unless a turn restarts."""
@@ -146,6 +149,9 @@ class Conditioned:
     teacher_prompts: tuple[Tensor, ...]  # G of (T_i,) int64; equal ones are shared by `prefix.plan`'s caller
     active: tuple[bool, ...]  # G; False: there was nothing privileged to say, and the completion carries no loss
     counts: Mapping[str, int] = field(default_factory=dict)  # for the log, such as {"context/overflow": 1}
+    # G, and of each of the student's turns: what the teacher reads before it, None where there is nothing to say of it.
+    # None: it reads its prompt before the first turn, and goes on as the student does.
+    turns: tuple[tuple[Tensor | None, ...], ...] | None = None
 
 
 __all__ = ["Conditioned", "Example", "Group", "Message", "Outcome", "Prompt", "Trajectory", "Turn"]

@@ -76,6 +76,11 @@ What came back from checking another attempt of yours:
 
 Now solve the question at the top."""
 
+TURN: Final = """\
+{{ prompt }}
+
+(What came of the answer that you gave to this: {{ feedback }})"""
+
 # A whole block; what comes before an end whose beginning is in the prompt, as some chat templates have it; and a block
 # that the length limit cut.
 _BEGIN, _END = r"(?:<think>|\[THINK\]|◁think▷)", r"(?:</think>|\[/THINK\]|◁/think▷)"

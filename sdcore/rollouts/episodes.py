@@ -24,6 +24,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from ..contexts import join_feedback
 from ..contexts.conversation import Conversation
 from ..contexts.rendering import prompt_ids, template_arguments, with_context
 from ..errors import ArgumentError, ContextError, SdcoreError
@@ -86,7 +87,12 @@ class _Episode:
         reward = sum(rewards) if rewards and self.outcome != "failed" else None
         counts = {**self.counts, "history/normalised": 0 if self.talk is None else self.talk.normalised}
         return Trajectory(
-            turns=turns, outcome=self.outcome or "turns", reward=reward, opening=self.opening, counts=counts
+            turns=turns,
+            outcome=self.outcome or "turns",
+            reward=reward,
+            feedback=join_feedback([turn.feedback for turn in turns if turn.feedback]) or None,
+            opening=self.opening,
+            counts=counts,
         )
 
 

@@ -7,10 +7,12 @@
     groups = score(groups, ["rewards.py:exact"], timeout=10)
 
 A function is called once per completion with keywords: `prompt`, `completion`, `raw_completion`, `completion_ids`,
-`privileged_context` and every other column of the example; one without `**columns` gets those that it names. Of special
-tokens `completion` has tags that open and close alone, such as `<think>` and `</think>`; `raw_completion` has them all,
-the end too. It may be `async`. The second thing that it may return is feedback about this very completion, which SDPO
-shows to the teacher. With several functions the reward is the weighted sum, and the feedback is that of all of them.
+`trajectory`, `privileged_context` and every other column of the example; one without `**columns` gets those that it
+names. Of special tokens `completion` has tags that open and close alone, such as `<think>` and `</think>`;
+`raw_completion` has them all, the end too. Of several turns `completion` is the last, and `trajectory` has all; rewards
+and feedback of the environment come before the function's. It may be `async`. The second thing that it may return is
+feedback about this very completion, which SDPO shows to the teacher. With several functions the reward is the weighted
+sum, and the feedback is that of all of them.
 
 What a function gets wrong has one of two outcomes, whatever it was: an exception, NaN, infinity, None, something that
 is no number, more than `timeout` seconds. With `on_error="raise"` it stops the run as a `RewardError` that names
@@ -35,6 +37,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
+from ..contexts import join_feedback
 from ..errors import ArgumentError, SdcoreError
 from ..types import Example, Group, Trajectory
 from .calls import Call, Invalid, call_all, too_many_left
@@ -44,7 +47,7 @@ RewardFunction: TypeAlias = Callable[..., Any]
 OnError: TypeAlias = Literal["raise", "drop"]
 
 # What every function may ask for, beside the row's columns; and what TRL calls them.
-GIVEN: Final = ("completion", "prompt", "privileged_context", "raw_completion", "completion_ids")
+GIVEN: Final = ("completion", "prompt", "privileged_context", "raw_completion", "completion_ids", "trajectory")
 TRLS: Final = frozenset({"prompts", "completions"})
 
 
@@ -113,6 +116,7 @@ def judge(
         _Call(reward, group, i, reward.arguments(group, group.rollouts[i]))
         for group in groups
         for i in range(len(group.rollouts))
+        if group.rollouts[i].outcome != "failed"
         for reward in rewards
     ]
     plain = [Call(call.reward.function, call.arguments, f"reward-{call.reward.name}") for call in calls]
@@ -123,7 +127,12 @@ def judge(
     for group in groups:
         rollouts = []
         for rollout in group.rollouts:
-            total, remarks, failed = 0.0, [], False
+            if rollout.outcome == "failed":
+                rollouts.append(rollout)
+                continue
+            # What the environment gave comes first.
+            total, failed = sum((turn.reward for turn in rollout.turns if turn.reward is not None), 0.0), False
+            remarks = [said] if (said := join_feedback([t.feedback for t in rollout.turns if t.feedback])) else []
             for reward in rewards:
                 call, answer = next(given)
                 if answer.problem is not None:
@@ -176,6 +185,7 @@ class Reward:
             "prompt": example.prompt,
             "completion": rollout.text,
             "raw_completion": rollout.text if rollout.raw_text is None else rollout.raw_text,
+            "trajectory": rollout,
             "completion_ids": rollout.completion_ids.tolist(),
             "privileged_context": example.privileged_context,
         }

@@ -23,12 +23,20 @@ from torch import Tensor, nn
 from ..contexts import ContextBuilder, SuccessOrFeedback, student_prompt_ids
 from ..errors import ArgumentError, DataError
 from ..presets.method import Method
+from ..rollouts.environments import Agent
+from ..rollouts.episodes import play
 from ..rollouts.rewards import OnError, Reward, Scored, judge
 from ..rollouts.samplers import ModelSampler, Sampler, Sampling, sample_groups, seed_of, whole_weights
 from ..rollouts.window import given_completion
 from ..teachers import Teacher
 from ..types import Example, Group, Trajectory
 from .config import SelfDistillationConfig
+from .turns import counts_of
+
+
+def kwargs_of(given: Any, agent: Agent | None) -> dict[str, Any]:
+    """Returns what the chat template gets for every prompt of a run: the arguments', and the tools there are."""
+    return {**(given or {}), **({"tools": agent.schemas} if agent is not None and agent.schemas else {})}
 
 
 class Collected(NamedTuple):
@@ -54,6 +62,7 @@ class Collector:
     on_error: OnError = "raise"
     workers: int = 1
     teacher_samples: float = 0.0  # share of the completions that the teacher draws
+    agent: Agent | None = None  # who answers the student; None: nobody does, a completion is an answer
 
     @classmethod
     def of_run(
@@ -65,6 +74,7 @@ class Collector:
         rewards: Sequence[Reward],
         *,
         stop_ids: Sequence[int],
+        agent: Agent | None = None,
     ) -> Collector:
         """Makes the collector of a run's training steps."""
         return cls(
@@ -82,7 +92,8 @@ class Collector:
             rewards=rewards,
             from_data=method.samples == "dataset",
             max_prompt_length=args.max_prompt_length,
-            chat_template_kwargs=cast("dict[str, Any] | None", args.chat_template_kwargs),
+            chat_template_kwargs=kwargs_of(args.chat_template_kwargs, agent),
+            agent=agent,
             timeout=args.reward_timeout,
             on_error=cast(OnError, args.reward_on_error),
             workers=args.reward_workers,
@@ -120,9 +131,10 @@ class Collector:
         with nullcontext() if self.from_data else whole_weights(model, self.sampler):
             drawn = [self.draw(model, batch, seed, other) for batch, seed in zip(batches, seeds, strict=True)]
         scored = self.judge([group for groups in drawn for group in groups])
+        counts = scored.counts | counts_of(scored.groups)
         means = {f"rewards/{name}/mean": total / number for name, (total, number) in scored.sums.items() if number}
         judged = iter(scored.groups)
-        return Collected([[next(judged) for _ in groups] for groups in drawn], scored.counts, means)
+        return Collected([[next(judged) for _ in groups] for groups in drawn], counts, means)
 
     def draw(
         self,
@@ -132,6 +144,9 @@ class Collector:
         other: tuple[Teacher, ContextBuilder] | None = None,
     ) -> list[Group]:
         """Returns groups that are not judged yet. With FSDP2 to be called inside `whole_weights`."""
+        if self.agent is not None:
+            options: Any = {"tokenizer": self.tokenizer, "chat_template_kwargs": self.chat_template_kwargs}
+            return play(self.agent, self.sampler, model, examples, self.sampling, seed=seed, **options)
         prompts = [self.prompt(example) for example in examples]
         if other is not None and self.teacher_samples > 0:
             return self._by_both(model, examples, prompts, seed, *other)

@@ -157,8 +157,12 @@ class Rows:
         example, size = group.example, len(group.rollouts)
         try:
             seen = self.context.condition(group, tokenizer)
-            for rollout, prompt, is_active in zip(group.rollouts, seen.teacher_prompts, seen.active, strict=True):
-                if is_active and prompt is not group.prompt_ids:
+            for i, (rollout, prompt) in enumerate(zip(group.rollouts, seen.teacher_prompts, strict=True)):
+                if seen.turns is not None:
+                    for ids, turn in zip(seen.turns[i], rollout.own, strict=True):
+                        if ids is not None:
+                            self._fits(example, ids, turn.ids, "teacher's prompt of a turn")
+                elif seen.active[i] and prompt is not group.prompt_ids:
                     self._fits(example, prompt, rollout.completion_ids, "teacher's prompt")
             return seen
         except SdcoreError as error:

@@ -42,7 +42,9 @@ def test_a_function_gets_prompt_completion_and_the_rows_columns() -> None:
         seen.append(columns)
         return 0.0
 
-    score([group("a", "b", answer=4, level="easy")], [watch])
+    asked = group("a", "b", answer=4, level="easy")
+    score([asked], [watch])
+    assert [columns.pop("trajectory") for columns in seen] == [*asked.rollouts]
     common = {"prompt": "2 + 2?", "privileged_context": "four", "answer": 4, "level": "easy"}
     assert seen == [common | {"completion": t, "raw_completion": t, "completion_ids": [1]} for t in ("a", "b")]
 
