@@ -4,16 +4,14 @@
     others, talk = talk.reply(own, [{"role": "user", "content": "Too low."}])   # own: a Turn that was sampled
     talk.ids                                                                    # what is read next
 
-Ids that were sampled are never decoded and encoded again. What comes between two turns of the student is the difference
-that the template makes: everything behind the student's last words, in the conversation rendered with the reply and the
-next generation prompt.
+Ids that were sampled are never decoded and encoded again. What comes between two turns of the student is everything
+behind its last words in the conversation that is rendered with the reply and the next generation prompt.
 
 What differs from the obvious: a template may render the past otherwise than it was sampled: Qwen3's leaves out thinking
 blocks before the last user turn, DeepSeek's all of them. So the whole past is compared, up to white space, each time.
 `history="as_sampled"` refuses such a template; "as_rendered" follows it: the next turn is then sampled after the
-rendered conversation, and what came before is a sequence of its own. There, answers are messages as the tokenizer's
-response template parses them, as a client would send them back; else they are the text that was sampled, whole. What a
-template puts around an answer that lacks it, as an empty thinking block, is left out, and counted: `normalised`.
+rendered conversation, and what came before is a sequence of its own. What a template puts around an answer that lacks
+it, as an empty thinking block, is left out, and counted: `normalised`.
 
 Not covered: plain text without a chat template; control tokens that a reply spells out, which are what they are
 everywhere in transformers.
@@ -21,10 +19,8 @@ everywhere in transformers.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 from typing import Any, Literal, TypeAlias
 
 import jinja2
@@ -72,31 +68,33 @@ class Conversation:
             added = str(self.tokenizer.decode(ids[len(past) :].tolist())) if keeps else text
             others = Turn(ids=ids[len(past) :] if keeps else ids, raw_text=added, restarts=not keeps, **common)
             return others, replace(self, messages=messages, ids=ids, text=text)
-        content, end = _content(own, self.tokenizer), end_of(own, self.tokenizer)
-        past_text, parted = self.text + content, ""
+        end = end_of(own, self.tokenizer)
+        content = str(self.tokenizer.decode(own.ids[: -1 if own.finished else None].tolist()))
+        past_text = self.text + content
         # A template whose generation prompt opens the thinking may want to be told so.
         for opening in dict.fromkeys(["", opened_by(self.text)]):
             answer = {"role": "assistant", "content": opening + content}
             messages = (*self.messages, answer, *said)
             text = self._render(messages)
-            at, normalised = behind(text, past_text), self.normalised
-            if at is None:
-                at, normalised = self._behind_all(text, answer), normalised + 1
+            same, parted = _position(text, past_text)
+            at = same if parted is None else self._behind_all(text, answer)
             if at is not None:
                 break
-            parted = parted or _parted(text, past_text)
         else:
+            found = text[max(0, same - SHOWN_CHARACTERS // 4) :][:SHOWN_CHARACTERS]
             raise ContextError(
-                f"{self.source}: {parted}: the tokenizer's chat template does not keep its past. Give the tokenizer "
-                "one that does (trl.chat_template_utils.get_training_chat_template knows some), or ask for "
-                "history='as_rendered', which learns each turn after what the template renders"
+                f"{self.source}: where the student read or said {parted!r}, the conversation with the reply has "
+                f"{found!r}: the tokenizer's chat template does not keep its past. Give the tokenizer one that does "
+                "(trl.chat_template_utils.get_training_chat_template knows some), or ask for history='as_rendered', "
+                "which learns each turn after what the template renders"
             )
         added = text[at:]
         if end is not None and added.lstrip().startswith(end):
             added = added.lstrip().removeprefix(end)
         others = Turn(ids=added_ids(added, end, self.tokenizer), raw_text=added, **common)
         ids = torch.cat([self.ids, own.ids, others.ids])
-        said_text = text if normalised > self.normalised else f"{past_text}{end or ''}{added}"
+        said_text = f"{past_text}{end or ''}{added}" if parted is None else text
+        normalised = self.normalised + (parted is not None)
         return others, replace(self, messages=messages, ids=ids, text=said_text, normalised=normalised)
 
     def _behind_all(self, text: str, answer: Message) -> int | None:
@@ -118,28 +116,25 @@ class Conversation:
                 )
             )
         except (jinja2.TemplateError, ValueError, TypeError) as error:
-            way = (
-                "" if self.history == "as_rendered" else " (history='as_rendered' shows it answers as they are parsed)"
-            )
             raise ContextError(
                 f"{self.source}: the chat template refused the conversation with a reply from "
-                f"{messages[-1]['role']!r}: {error}{way}"
+                f"{messages[-1]['role']!r}: {error} (history='as_rendered' shows it answers as they are parsed)"
             ) from error
 
 
-def behind(text: str, past: str) -> int | None:
-    """Returns the position in a text behind a past that it begins with, up to white space; None where it does not."""
-    wanted = "".join(past.split())
-    return _position(text, len(wanted)) if "".join(text.split()).startswith(wanted) else None
-
-
-def _position(text: str, count: int) -> int:
-    """Returns the position behind so many characters that are not white space."""
-    for word in re.finditer(r"\S+", text):
-        if count <= len(word[0]):
-            return word.start() + count if count else 0
-        count -= len(word[0])
-    return len(text)
+def _position(text: str, past: str) -> tuple[int, str | None]:
+    """Returns the position in a text up to which it is a past, but for white space, and what the past has there."""
+    places = [i for i, character in enumerate(text) if not character.isspace()]
+    at = 0
+    for i, character in enumerate(past):
+        if character.isspace():
+            continue
+        if at == len(places) or text[places[at]] != character:
+            return places[at] if at < len(places) else len(text), past[max(0, i - SHOWN_CHARACTERS // 4) :][
+                :SHOWN_CHARACTERS
+            ]
+        at += 1
+    return places[at - 1] + 1 if at else 0, None
 
 
 def added_ids(added: str, end: str | None, tokenizer: Any) -> Tensor:
@@ -155,17 +150,3 @@ def end_of(own: Turn, tokenizer: Any) -> str | None:
     """Returns the text of a turn's last token, where it is the one that the chat template ends turns with."""
     last = int(own.ids[-1]) if own.finished and len(own.ids) else None
     return None if last is None or last != turn_end(tokenizer) else str(tokenizer.decode([last]))
-
-
-def _content(own: Turn, tokenizer: Any) -> str:
-    ids = own.ids.tolist()
-    return str(tokenizer.decode(ids[:-1] if own.finished else ids))
-
-
-def _parted(text: str, past: str) -> str:
-    """Says where two pasts part."""
-    pairs = zip("".join(text.split()), "".join(past.split()), strict=False)
-    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    at = (max(0, _position(whole, same) - SHOWN_CHARACTERS // 4) for whole in (text, past))
-    found, read = (whole[start:][:SHOWN_CHARACTERS] for start, whole in zip(at, (text, past), strict=True))
-    return f"where the student read or said {read!r}, the conversation with the reply has {found!r}"

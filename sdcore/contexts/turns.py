@@ -2,18 +2,15 @@
 
     conditioned = OfTurn().condition(group, tokenizer)          # conditioned.turns[i][t]: ids before turn t, or None
 
-What is shown stands at the end of what was said last before the turn: of the prompt's last message, and later of the
-reply. So the teacher of a turn reads the trajectory as it was, and the hints of earlier turns are not in its past; what
-it adds to the student's trajectory are the hint and the turn once more (`prefix.plan_trajectories`).
+What is shown stands at the end of what was said last before the turn, the prompt or a reply. So the teacher of a turn
+reads the trajectory as it was, without the hints of other turns, and costs the hint and the turn once more.
 
     "feedback"       what the environment said of this very turn, for the teacher alone (`Reply.feedback`)
     "next_reply"     what the environment or the tools replied to the turn: hindsight
-    "all_replies"    all that they said afterwards, and what the reward functions said of the whole
+    "all_replies"    all that they said afterwards, and what was said of the whole trajectory
 
-A template that reads `attempt` shows a successful trajectory of the group too, one that reads `privileged_context` the
-row's text; then a turn has a teacher where there is any of them.
-
-Not covered: a teacher that reflects on the trajectory in words of its own first.
+A template that reads `attempt` shows a successful trajectory of the group, one that reads `privileged_context` the
+row's text. Not covered: a teacher that first reflects on the trajectory in words of its own.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, ContextError
-from ..types import Conditioned, Group, Trajectory, Turn
+from ..types import Conditioned, Group, Turn
 from . import templates
 from .conversation import added_ids, end_of
 from .overflow import Shown, fit, split_feedback
@@ -91,37 +88,29 @@ class OfTurn(InTemplate):
 
     def _shown(self, group: Group, index: int, j: int) -> Shown:
         variables, rollout = templates.variables_of(self._text), group.rollouts[index]
-        attempt = None
-        if "attempt" in variables:
-            others = (one for i, one in enumerate(group.rollouts) if i != index and one.reward is not None)
-            won = (one for one in others if one.reward is not None and one.reward >= self.success_threshold)
-            attempt = next((one.transcript() for one in won), None)
+        won = [
+            other.transcript()
+            for i, other in enumerate(group.rollouts)
+            if i != index and other.reward is not None and other.reward >= self.success_threshold
+        ]
+        said = split_feedback(rollout.turns[j].feedback)
+        if self.shows != "feedback":
+            replies = [turn.text for turn in rollout.turns[j + 1 :] if not turn.is_own and turn.text.strip()]
+            said = (*replies, *split_feedback(rollout.feedback)) if self.shows == "all_replies" else tuple(replies[:1])
         return Shown(
             privileged_context=group.example.privileged_context if "privileged_context" in variables else None,
-            attempt=attempt,
-            feedback=self._feedback(rollout, j) if "feedback" in variables else (),
+            attempt=won[0] if won and "attempt" in variables else None,
+            feedback=said if "feedback" in variables else (),
         )
-
-    def _feedback(self, rollout: Trajectory, j: int) -> tuple[str, ...]:
-        if self.shows == "feedback":
-            return split_feedback(rollout.turns[j].feedback)
-        replies = [turn.text for turn in rollout.turns[j + 1 :] if not turn.is_own and turn.text.strip()]
-        if self.shows == "next_reply":
-            return tuple(replies[:1])
-        return (*replies, *split_feedback(rollout.feedback))
 
     def _read(self, group: Group, before: tuple[Turn, ...], read: list[Tensor], tokenizer: Any, shown: Shown) -> Tensor:
         """Returns the ids of what was read, with this at the end of what was said last."""
         example = group.example
-        given = {
-            "privileged_context": shown.privileged_context,
-            "attempt": shown.attempt,
-            "feedback": shown.feedback_text,
-        }
+        given = {"privileged_context": shown.privileged_context, "attempt": shown.attempt}
+        given["feedback"] = shown.feedback_text
 
         def place(said: str) -> str:
-            variables = given | {"prompt": said}
-            return templates.render(self._text, variables, example.columns, source=example.source)
+            return templates.render(self._text, given | {"prompt": said}, example.columns, source=example.source)
 
         if not before:
             kwargs = template_arguments(example, self.chat_template_kwargs)

@@ -3,23 +3,19 @@
     agent = Agent(tools=[add], max_turns=4)                   # functions with docstrings, as transformers reads them
     agent = Agent(environment_factory=WordGame, max_turns=6)  # a class, or what makes an object of one
 
-An environment's object serves one trajectory at a time. It has
+An environment's object serves one trajectory at a time; any method may be async. It has
 
-- `reset(example)`, or `reset(**columns)` as TRL calls it: what it returns, a text or None, is added to the prompt;
-- `step(message)`: answers what the student said, `{"role": "assistant", "content": ...}`, with a text, a `Reply`, or
-  None where there is nothing more to say;
+- `reset(example)`, or `reset(**columns)` as TRL calls it: a text that it returns is added to the prompt;
+- `step(message)`: answers `{"role": "assistant", "content": ...}` with a text, a `Reply`, or None where it is over;
 - other public methods, as TRL's `environment_factory` has them: tools of this very object;
 - `get_reward()`: what the trajectory is worth, a number, added to the rewards of its turns.
 
-Any of them may be async. What goes wrong has one outcome each, and a count. A tool that raises, takes too long, returns
-what is neither text nor JSON, is not there or gets arguments that it does not take: the student is told so, as a tool's
-answer. An environment that does: with `on_error="raise"` the run stops with the row's name, with "drop" the trajectory
-ends, is not judged and carries no loss.
+What goes wrong has one outcome each, and a count. Of a tool that raises, takes too long, returns what is neither text
+nor JSON, is not there or does not take such arguments, the student is told, as the tool's answer. An environment that
+does: with `on_error="raise"` the run stops with the row's name, with "drop" the trajectory ends and carries no loss.
 
 Calls are read by the tokenizer's response template where it has one; else they are JSON, alone as Llama 3 writes them
-or between `<tool_call>` and `</tool_call>`.
-
-Not covered: images in answers; verifiers' and OpenEnv's own clients.
+or between `<tool_call>` and `</tool_call>`. Not covered: images in answers; verifiers' and OpenEnv's own clients.
 """
 
 from __future__ import annotations
@@ -38,7 +34,7 @@ from transformers.utils import get_json_schema
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 
 from ..contexts.conversation import History
-from ..errors import ArgumentError
+from ..errors import ArgumentError, require_positive
 from ..types import Example, Message, Turn
 from .calls import Call, Invalid
 from .rewards import OnError
@@ -69,61 +65,54 @@ class Agent:
     timeout: float | None = 60.0  # seconds for each call; None: no limit
     on_error: OnError = "raise"
     history: History = "as_sampled"
-    _free: list[Any] = field(default_factory=list)  # objects that serve nobody, to be reset and used again
+    _free: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.tools and self.environment_factory is None:
             raise ArgumentError("tools or environment_factory must be given, got neither: nobody would answer")
-        if self.max_turns < 1 or (self.max_tokens is not None and self.max_tokens < 1):
-            raise ArgumentError(
-                f"max_turns and max_tokens must be at least 1, got {self.max_turns} and {self.max_tokens}"
-            )
+        require_positive(max_turns=self.max_turns, max_tokens=self.max_tokens)
         for name, seconds in (("timeout", self.timeout), ("max_seconds", self.max_seconds)):
             if seconds is not None and not 0 < seconds < math.inf:
                 raise ArgumentError(f"{name} must be positive seconds or None, got {seconds}")
-        if self.environment_factory is not None:
-            if not callable(self.environment_factory):
-                raise ArgumentError(f"environment_factory must be callable, got {self.environment_factory!r:.80}")
-            self._free.append(self._made())
+        if not callable(self.environment_factory or dict):
+            raise ArgumentError(f"environment_factory must be callable, got {self.environment_factory!r:.80}")
+        self.release(self.host())
         self.schemas  # noqa: B018  # a tool without a docstring is refused now
-
-    def _made(self) -> Any:
-        made = self.environment_factory() if self.environment_factory is not None else None
-        if not callable(getattr(made, "reset", None)):
-            raise ArgumentError(f"environment_factory must make objects with a `reset`, got a {type(made).__name__}")
-        return made
 
     @cached_property
     def schemas(self) -> list[dict[str, Any]]:
         """Describes the tools to the chat template."""
-        methods = _methods(self._free[0]) if self.environment_factory is not None else []
-        tools = [*self.tools, *methods]
+        host = self.host()
         try:
-            schemas = [get_json_schema(tool) for tool in tools]
+            schemas = [get_json_schema(tool) for tool in host.tools.values()]
         except (DocstringParsingException, TypeHintParsingException) as error:
             raise ArgumentError(
                 "tools must be functions with typed arguments and a docstring that describes each in a Google-style "
                 f"`Args:` section: {error}"
             ) from error
-        names = [tool.__name__ for tool in tools]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ArgumentError(f"tools must have names of their own, got {twice} twice")
-        if not schemas and not _has_step(self._free[0]):
-            raise ArgumentError(
-                "environment_factory must make objects that have `step(message)` or methods that are tools, got a "
-                f"{type(self._free[0]).__name__} that has neither"
-            )
+        self.release(host)
         return schemas
 
     def host(self) -> Host:
         """Returns who answers in a new trajectory."""
-        if self.environment_factory is None:
-            return Host(None, {tool.__name__: tool for tool in self.tools})
-        environment = self._free.pop() if self._free else self._made()
-        return Host(environment, {tool.__name__: tool for tool in [*self.tools, *_methods(environment)]})
+        environment, methods = None, []
+        if self.environment_factory is not None:
+            environment = self._free.pop() if self._free else self.environment_factory()
+            methods = _methods(environment)
+            if not callable(getattr(environment, "reset", None)) or not (
+                methods or self.tools or _has_step(environment)
+            ):
+                raise ArgumentError(
+                    "environment_factory must make objects that have `reset`, and `step(message)` or methods that are "
+                    f"tools, got a {type(environment).__name__}"
+                )
+        tools = {tool.__name__: tool for tool in [*self.tools, *methods]}
+        if len(tools) < len(self.tools) + len(methods):
+            raise ArgumentError(f"tools must have names of their own, got {', '.join(tools)}, some of them twice")
+        return Host(environment, tools)
 
     def release(self, host: Host) -> None:
-        """Takes an environment back that is not in the middle of a call."""
+        """Takes an environment back that is not in the middle of a call, to be reset and used again."""
         if host.environment is not None:
             self._free.append(host.environment)
 
@@ -138,10 +127,6 @@ class Host(NamedTuple):
     def steps(self) -> bool:
         """True where an environment answers what is no call of a tool."""
         return _has_step(self.environment)
-
-    @property
-    def judges(self) -> bool:
-        return callable(getattr(self.environment, "get_reward", None))
 
     def reset(self, example: Example) -> Call:
         """Returns the call that begins a trajectory."""
@@ -208,19 +193,14 @@ def message_of(own: Turn, before: str, tokenizer: Any, schemas: Sequence[Mapping
     """
     plain: dict[str, Any] = {"role": "assistant", "content": own.text}
     if getattr(tokenizer, "response_template", None) is not None:
-        try:
+        with suppress(ValueError, TypeError, KeyError):
             parsed = tokenizer.parse_response(own.ids.tolist(), prefix=before, tools=list(schemas) or None)
-        except (ValueError, TypeError, KeyError):
-            return plain
-        return {**parsed, "role": "assistant", "content": parsed.get("content") or ""}
-    if not schemas:
-        return plain
+            return {**parsed, "role": "assistant", "content": parsed.get("content") or ""}
     tagged = _TAGGED.findall(own.text)
-    calls = [call for call in map(_json_call, tagged or [own.text.strip()]) if call is not None]
-    if not calls:
-        return plain
-    content = _TAGGED.sub("", own.text).strip() if tagged else ""
-    return {"role": "assistant", "content": content, "tool_calls": calls}
+    calls = [call for call in map(_json_call, tagged or [own.text.strip()]) if call is not None] if schemas else []
+    return plain | (
+        {"content": _TAGGED.sub("", own.text).strip() if tagged else "", "tool_calls": calls} if calls else {}
+    )
 
 
 def _json_call(text: str) -> dict[str, Any] | None:

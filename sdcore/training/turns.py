@@ -2,11 +2,9 @@
 
     plan = plan_turns(groups, rows, conditioned, device)      # rows[s][t]: of turn t of trajectory s, 0 without a loss
 
-Each sequence that the student read is a trajectory of the plan; two where a template has rewritten the past. A context
+Each sequence that the student read is a trajectory of the plan: two where a template has rewritten the past. A context
 before a turn is a view of that turn. A context in the prompt is one view of the whole trajectory: the teacher reads its
 own prompt, and goes on as the student did.
-
-Not covered: prompts whose context is not one piece, where the past was rewritten too.
 """
 
 from __future__ import annotations
@@ -35,11 +33,10 @@ def plan_turns(
     counts, left = [], iter(rows)
     for g, group in enumerate(groups):
         seen = None if conditioned is None else conditioned[g]
-        counts.append([0] * len(group.rollouts))
+        rows_G = [next(left) for _ in group.rollouts]
+        counts.append(tuple(map(sum, rows_G)))
         for i, rollout in enumerate(group.rollouts):
-            rows_T = next(left)
-            counts[-1][i] = sum(rows_T)
-            turns = enumerate(zip(rollout.own, rows_T, strict=True))
+            turns = enumerate(zip(rollout.own, rows_G[i], strict=True))
             for ids, starts in rollout.sequences(group.prompt_ids):
                 mask = torch.zeros(len(ids), dtype=torch.bool)
                 for start in starts:
@@ -47,28 +44,19 @@ def plan_turns(
                     mask[start : start + count] = True
                     context = None if seen is None or seen.turns is None or not count else seen.turns[i][t]
                     if context is not None:
-                        views.append(
-                            View(
-                                ids=torch.cat([context, turn.ids]).to(device),
-                                trajectory=len(sequences),
-                                tokens=range(start, start + count),
-                                positions=range(len(context), len(context) + count),
-                            )
-                        )
+                        read, begin = torch.cat([context, turn.ids]).to(device), len(context)
+                        tokens, positions = range(start, start + count), range(begin, begin + count)
+                        views.append(View(ids=read, trajectory=len(sequences), tokens=tokens, positions=positions))
                 if seen is not None and seen.turns is None and seen.active[i] and bool(mask.any()):
                     read, shift = _read_by(seen.teacher_prompts[i], group, ids)
-                    tokens = mask.nonzero()[:, 0]
-                    view = View(ids=read.to(device), trajectory=len(sequences), tokens=tokens, positions=tokens + shift)
-                    views.append(view)
+                    at = mask.nonzero()[:, 0]
+                    views.append(View(ids=read.to(device), trajectory=len(sequences), tokens=at, positions=at + shift))
                 if starts:
                     sequences.append(ids.to(device))
                     masks.append(mask)
-    if conditioned is None:
-        plan = plan_trajectories(sequences, masks)
-    else:
-        plan = plan_trajectories(sequences, masks, views, teachers=1)
+    plan = plan_trajectories(sequences, masks, views, teachers=0 if conditioned is None else 1)
     # A trajectory of several sequences is one completion to whoever compares them.
-    return replace(plan, counts=tuple(map(tuple, counts)))
+    return replace(plan, counts=tuple(counts))
 
 
 def active_turns(groups: Sequence[Group], conditioned: Sequence[Conditioned]) -> list[bool]:

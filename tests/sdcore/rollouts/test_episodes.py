@@ -188,7 +188,7 @@ def test_the_environment_s_first_words_are_the_end_of_the_prompt() -> None:
     tokenizer = tokenizer_of("smollm2")
     example = Example(prompt=QUESTION.prompt, columns={"opening": " From 1 to 9."}, source="rows:1")
     group = run(Agent(environment_factory=Higher), Says(tokenizer, "Five"), example, count=2)
-    assert group.example.prompt[0]["content"] == "Guess! From 1 to 9."
+    assert group.example.prompt == ({"role": "user", "content": "Guess! From 1 to 9."},)
     assert "Guess! From 1 to 9.<|im_end|>" in tokenizer.decode(group.prompt_ids)
     assert [rollout.opening for rollout in group.rollouts] == [" From 1 to 9."] * 2
 
@@ -360,14 +360,14 @@ def test_an_environment_that_fails_loses_no_trajectory(method: str, why: str, re
     [
         ({}, "tools or environment_factory must be given"),
         ({"tools": [lambda a: a]}, "tools must be functions with typed arguments and a docstring"),
-        ({"tools": [add, add]}, "tools must have names of their own, got add twice"),
-        ({"tools": [add], "max_turns": 0}, "max_turns and max_tokens must be at least 1, got 0"),
+        ({"tools": [add, add]}, "tools must have names of their own, got add, some of them twice"),
+        ({"tools": [add], "max_turns": 0}, "max_turns must be at least 1, got 0"),
         ({"tools": [add], "timeout": 0}, "timeout must be positive seconds or None, got 0"),
         ({"environment_factory": Higher()}, "environment_factory must be callable, got <"),
-        ({"environment_factory": dict}, "environment_factory must make objects with a `reset`, got a dict"),
+        ({"environment_factory": dict}, "environment_factory must make objects that have `reset`.*got a dict"),
         (
             {"environment_factory": type("Idle", (), {"reset": lambda self: None})},
-            r"must make objects that have `step\(message\)` or methods that are tools, got a Idle",
+            r"must make objects that have `reset`, and `step\(message\)` or methods that are tools, got a Idle",
         ),
     ],
 )
