@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sdcore.contexts import OfTurn, Solution, SuccessOrFeedback, Template
+from sdcore.diagnostics import key_of
 from sdcore.errors import ArgumentError, ContextError
 from sdcore.presets import GRPO, SDPO, Method
 from sdcore.rollouts.environments import Agent, Reply
@@ -286,6 +287,11 @@ def test_a_run_on_trajectories_that_is_resumed_gives_the_same_losses(name: str, 
     assert all(line["trajectories/turns"] > line["completions/count"] for line in own if "trajectories/turns" in line)
     assert own[0]["trajectories/answered"] + own[0]["trajectories/cut"] == own[0]["completions/count"]
     assert any(line["grad_norm"] > 0 for line in own)
+    new = {
+        key for line in own for key in line if key.startswith(("trajectories/", "tools/", "environment/", "history/"))
+    }
+    assert len(new) == 15
+    assert all(key_of(key) for key in new)
     sample = json.loads((tmp_path / "whole" / "samples.jsonl").read_text().splitlines()[0])
     assert len(sample["tokens"]) == len(sample["per_token"])
     first = trainer(tmp_path / "part", METHODS[name], num_iterations=2, **stops)
