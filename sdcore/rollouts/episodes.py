@@ -5,9 +5,7 @@
 All trajectories of a batch speak at the same time, a turn each, by one call of the sampler; then all are answered. The
 first turn is drawn as in a run without tools, with the same seed. A turn begins only where there is room for a whole
 one, so that no limit cuts what could have been said: `outcome` says why a trajectory ended, `counts` what became of its
-calls.
-
-Not covered: keys and values kept from one turn to the next; an engine with a prefix cache (vLLM) keeps them.
+calls. The model itself keeps keys and values from one turn to the next, as an engine with a prefix cache does.
 """
 
 from __future__ import annotations
@@ -110,7 +108,9 @@ def play(
     ]
     for episode, opening in _asked(agent, resets, read_opening):
         episode.opening = opening
-    own_limit = find_body(model).max_positions if isinstance(sampler, ModelSampler) else None
+    own_limit = None
+    if isinstance(sampler, ModelSampler):
+        sampler, own_limit = sampler.session(), find_body(model).max_positions
     for group in groups:
         _begin(agent, group, tokenizer, chat_template_kwargs)
         length = len(group[0].talk.ids)

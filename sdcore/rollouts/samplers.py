@@ -17,7 +17,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 from ..contexts.rendering import turn_end
 from ..errors import ArgumentError
 from ..models import find_body
-from ..prefix.sampling import check_room, generate
+from ..prefix.sampling import Kept, check_room, generate
 from ..types import Example, Group, Trajectory, Turn
 
 NO_TAGS: Final = frozenset({"</s>", "[/INST]"})  # they end texts and turns
@@ -124,10 +124,15 @@ class ModelSampler(BaseSampler):
     """Samples from the model itself, each prompt read once. Raises what `sdcore.prefix.generate` raises."""
 
     prompts_at_a_time: int | None = None  # bounds the memory; None: all. Another number draws other completions
+    kept: Kept | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.prompts_at_a_time is not None and self.prompts_at_a_time < 1:
             raise ArgumentError(f"prompts_at_a_time must be at least 1, got {self.prompts_at_a_time}")
+
+    def session(self) -> ModelSampler:
+        """Returns one that goes on from what it has read, for turns of the same weights, if it reads all at a time."""
+        return self if self.prompts_at_a_time is not None else replace(self, kept=Kept())
 
     def draw(
         self, model: nn.Module, prompts: Sequence[Tensor], sampling: Sampling, seed: int
@@ -138,7 +143,7 @@ class ModelSampler(BaseSampler):
         completions_B_G: list[list[SampledCompletion]] = []
         for start in range(0, len(prompts), size):
             part_seed = seed if start == 0 else seed_of(seed, start)
-            sampled = generate(model, prompts[start : start + size], **options, seed=part_seed)
+            sampled = generate(model, prompts[start : start + size], **options, seed=part_seed, kept=self.kept)
             lengths = [len(ids) for group in sampled.completions for ids in group]
             logprobs = iter(sampled.logprobs.cpu().split(lengths))
             for group in sampled.completions:

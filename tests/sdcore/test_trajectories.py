@@ -18,7 +18,9 @@ from sdcore.diagnostics import key_of
 from sdcore.errors import ArgumentError, ContextError
 from sdcore.presets import GRPO, SDPO, Method
 from sdcore.rollouts.environments import Agent, Reply
+from sdcore.rollouts.episodes import play
 from sdcore.rollouts.rewards import score
+from sdcore.rollouts.samplers import ModelSampler, Sampling
 from sdcore.rollouts.window import load_rollouts, save_rollouts
 from sdcore.training import SelfDistillationConfig, SelfDistillationTrainer, evaluate
 from sdcore.training.turns import counts_of
@@ -324,6 +326,24 @@ def test_what_has_no_use_for_turns_is_refused(
 ) -> None:
     with pytest.raises(ArgumentError, match=message):
         trainer(tmp_path, method, **options)
+
+
+def test_keys_are_kept_between_turns_and_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer, read = tiny(), tokenizer_of("smollm2"), []
+    model.register_forward_pre_hook(lambda m, a, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    sampling = Sampling(num_completions=3, max_new_tokens=6, eos_token_id=[tokenizer.eos_token_id, *range(100, 200)])
+
+    def drawn() -> list[list[list[int]]]:
+        read.clear()
+        agent = Agent(environment_factory=Echo)
+        groups = play(agent, ModelSampler(), model, ROWS, sampling, tokenizer=tokenizer, seed=1)
+        return [[turn.ids.tolist() for turn in one.turns] for group in groups for one in group.rollouts]
+
+    kept, most = drawn(), sorted(read)[-2:]
+    monkeypatch.setattr(ModelSampler, "session", lambda self: self)
+    assert drawn() == kept
+    assert any(len(turns) == 6 for turns in kept)
+    assert most[0] < sorted(read)[-2] / 2  # the second longest pass: a turn's, no longer the whole past's
 
 
 def test_an_evaluation_is_of_trajectories_too() -> None:
