@@ -125,5 +125,4 @@ class OfTurn(InTemplate):
                 f"got {others.raw_text!r:.80} of {said!r:.60}"
             )
         end = None if others.restarts else end_of(own, tokenizer)
-        ids = added_ids(start + place(said) + rest, end, tokenizer)
-        return ids if others.restarts else torch.cat([*read, ids])
+        return torch.cat([*read, added_ids(start + place(said) + rest, end, tokenizer)])

@@ -207,8 +207,8 @@ def test_a_trajectory_whose_environment_failed_carries_no_loss_and_is_counted() 
     assert batch.counts["completions/without_loss"] == 1
     counts = counts_of([group])
     assert (counts["trajectories/failed"], counts["trajectories/answered"], counts["trajectories/turns"]) == (1, 1, 6)
-    (judged,) = score([group], [lambda **columns: 1.0])
-    assert [rollout.reward for rollout in judged.rollouts] == [1.0, None]
+    (judged,) = score([replace(group, rollouts=group.rollouts[::-1])], [lambda completion: len(completion)])
+    assert [rollout.reward for rollout in judged.rollouts] == [None, len("Nine and more 0")]
 
 
 def test_trajectories_are_saved_whole(tmp_path: Path) -> None:
