@@ -177,6 +177,8 @@ tools/{what} | watch | count | tools: {what}
     (refused), that it raised, took too long (timeout) or returned neither text nor JSON (invalid).
 environment/{why} | down | count | environment: {why}
     Environments that raised, took too long or returned what they may not; the trajectory ended there.
+history/refused | down | count | pasts not kept
+    Turns after which the chat template would render the past otherwise; the trajectory ended there.
 history/normalised | watch | count | turns otherwise rendered
     Turns around which the chat template would have more than was sampled, such as an empty thinking block.
 

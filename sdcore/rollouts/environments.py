@@ -41,6 +41,8 @@ from .rewards import OnError
 
 # Methods of an environment that are no tools.
 NO_TOOLS: Final = frozenset({"reset", "get_reward", "close"})
+# What a parser may raise of what a student wrote.
+UNREADABLE: Final = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 _TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 
 
@@ -139,7 +141,7 @@ class Host(NamedTuple):
         if tool is None:
             return f"there is no tool {name!r:.60}, there are {', '.join(self.tools)}"
         if isinstance(arguments, str):
-            with suppress(ValueError):
+            with suppress(*UNREADABLE):
                 arguments = json.loads(arguments)
         if not isinstance(arguments, Mapping):
             return f"{name} takes its arguments as an object, got {arguments!r:.60}"
@@ -193,7 +195,7 @@ def message_of(own: Turn, before: str, tokenizer: Any, schemas: Sequence[Mapping
     """
     plain: dict[str, Any] = {"role": "assistant", "content": own.text}
     if getattr(tokenizer, "response_template", None) is not None:
-        with suppress(ValueError, TypeError, KeyError):
+        with suppress(*UNREADABLE):
             parsed = tokenizer.parse_response(own.ids.tolist(), prefix=before, tools=list(schemas) or None)
             return {**parsed, "role": "assistant", "content": parsed.get("content") or ""}
     tagged = _TAGGED.findall(own.text)
@@ -205,7 +207,7 @@ def message_of(own: Turn, before: str, tokenizer: Any, schemas: Sequence[Mapping
 
 def _json_call(text: str) -> dict[str, Any] | None:
     """Returns the call of a tool that a text is; None where it is none."""
-    with suppress(ValueError):
+    with suppress(*UNREADABLE):
         given = json.loads(text)
         if isinstance(given, dict) and isinstance(given.get("name"), str):
             arguments = given.get("arguments", given.get("parameters", {}))

@@ -28,13 +28,14 @@ from ..models import find_body
 from ..types import Example, Group, Message, Outcome, Trajectory, Turn
 from .calls import Call, call_all, too_many_left
 from .environments import Agent, Host, message_of, read_number, read_opening, read_reply, read_text
+from .rewards import OnError
 from .samplers import ModelSampler, Sampler, Sampling, check_room_of, seed_of, turns_of
 
 # What each trajectory counts, so that a chart has its zeros. Refused: no such tool, or not with such arguments;
 # invalid: what it returned; normalised: turns around which the chat template would have more than was sampled.
 COUNTS: Final = (
     *(f"{whose}/{why}" for whose in ("tools", "environment") for why in ("raised", "timeout", "invalid")),
-    *("tools/called", "tools/refused", "history/normalised"),
+    *("tools/called", "tools/refused", "history/normalised", "history/refused"),
 )
 
 
@@ -57,12 +58,18 @@ class _Episode:
     counts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(COUNTS, 0)))
     hangs: bool = False  # a call of its environment has not come back
 
-    def hear(self, messages: Sequence[Message], outcome: Outcome | None) -> None:
+    def hear(self, messages: Sequence[Message], outcome: Outcome | None, on_error: OnError) -> None:
         """Takes up what was answered to the last turn; what nobody will read is not rendered."""
         self.outcome = outcome
         if messages and outcome is None:
-            others, self.talk = self.talk.reply(self.turns[-1], messages)
-            self.turns.append(others)
+            try:
+                others, self.talk = self.talk.reply(self.turns[-1], messages)
+                self.turns.append(others)
+            except ContextError:
+                if on_error == "raise":
+                    raise
+                self.counts["history/refused"] += 1
+                self.outcome = "failed"
         elif messages:
             text = "\n\n".join(str(message["content"]) for message in messages)
             nothing = torch.zeros(0, dtype=torch.int64)
@@ -218,12 +225,12 @@ def _answer(agent: Agent, spoken: Iterable[tuple[_Episode, Turn]], is_last: bool
     for episode, reply in _asked(agent, steps, read_reply):
         episode.turns[-1] = replace(episode.turns[-1], reward=reply.reward, feedback=reply.feedback)
         messages = [] if reply.content is None else [{"role": "user", "content": reply.content}]
-        episode.hear(messages, "answered" if reply.done else goes_on)
+        episode.hear(messages, "answered" if reply.done else goes_on, agent.on_error)
     told: dict[int, tuple[_Episode, list[Message]]] = {}
     for (episode, name, _), text in zip(tools, _texts(agent, tools), strict=True):
         told.setdefault(id(episode), (episode, []))[1].append({"role": "tool", "name": name, "content": text})
     for episode, results in told.values():
-        episode.hear(results, goes_on)
+        episode.hear(results, goes_on, agent.on_error)
 
 
 def _texts(agent: Agent, tools: Sequence[tuple[_Episode, str, Call | str]]) -> Iterator[str]:

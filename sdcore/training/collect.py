@@ -205,6 +205,8 @@ class Collector:
 
     def prompt(self, example: Example) -> Tensor:
         """Returns what the student reads, (P,) int64."""
+        if self.agent is not None and isinstance(example.prompt, str):
+            raise DataError(f"{example.source}: the prompt must be a conversation where others answer, got text")
         ids = student_prompt_ids(example, self.tokenizer, chat_template_kwargs=self.chat_template_kwargs)
         most = self.max_prompt_length
         if most is not None and len(ids) > most:

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sdcore.contexts import OfTurn, Solution, SuccessOrFeedback, Template
 from sdcore.diagnostics import key_of
-from sdcore.errors import ArgumentError, ContextError
+from sdcore.errors import ArgumentError, ContextError, DataError
 from sdcore.presets import GRPO, SDPO, Method
 from sdcore.rollouts.environments import Agent, Reply
 from sdcore.rollouts.episodes import play
@@ -292,7 +292,7 @@ def test_a_run_on_trajectories_that_is_resumed_gives_the_same_losses(name: str, 
     new = {
         key for line in own for key in line if key.startswith(("trajectories/", "tools/", "environment/", "history/"))
     }
-    assert len(new) == 15
+    assert len(new) == 16
     assert all(key_of(key) for key in new)
     sample = json.loads((tmp_path / "whole" / "samples.jsonl").read_text().splitlines()[0])
     assert len(sample["tokens"]) == len(sample["per_token"])
@@ -326,6 +326,14 @@ def test_what_has_no_use_for_turns_is_refused(
 ) -> None:
     with pytest.raises(ArgumentError, match=message):
         trainer(tmp_path, method, **options)
+
+
+def test_a_prompt_that_is_text_is_refused_by_row_before_any_step(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(globals(), "ROWS", [*ROWS, Example(prompt="Row 4:", source="rows:4")])
+    with pytest.raises(DataError, match="rows:4: the prompt must be a conversation where others answer, got text"):
+        trainer(tmp_path, METHODS["hindsight"])
 
 
 def test_keys_are_kept_between_turns_and_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

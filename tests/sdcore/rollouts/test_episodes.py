@@ -288,6 +288,22 @@ def test_two_calls_in_a_turn_are_two_messages_of_one_turn() -> None:
     assert len(rollout.turns) == 3
 
 
+def test_a_past_that_is_not_kept_ends_the_trajectory_where_errors_drop_it() -> None:
+    sampler = Says(tokenizer_of("qwen3_training"), lambda i: "a</think>b</think>c" if i == 1 else "Five")
+    group = run(Agent(environment_factory=Higher, on_error="drop"), sampler, count=3)
+    assert [rollout.outcome for rollout in group.rollouts] == ["answered", "failed", "answered"]
+    assert [rollout.counts["history/refused"] for rollout in group.rollouts] == [0, 1, 0]
+    assert len(group.rollouts[1].turns) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"name": {}}', "<tool_call>{</tool_call>", '{"name": "add", "arguments": "{"}']
+)
+def test_nothing_that_a_student_writes_stops_a_run(text: str) -> None:
+    rollout = run(Agent(tools=[add], max_turns=1), Says(tokenizer_of("smollm2"), text), most=200_000).rollouts[0]
+    assert rollout.outcome in ("answered", "turns")
+
+
 def test_what_the_template_would_put_around_an_answer_is_left_out_and_counted() -> None:
     sampler = Says(tokenizer_of("qwen3_training"), "Five")  # the template has an empty thinking block before it
     rollout = run(Agent(environment_factory=Higher), sampler).rollouts[0]
