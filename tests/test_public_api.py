@@ -14,9 +14,9 @@ import sdcore
 PUBLIC: dict[str, str] = {
     "sdcore": "SelfDistillationConfig SelfDistillationTrainer StepOutput distill_step imitate_step patch",
     "sdcore.contexts": (
-        "ContextBuilder Custom Demonstration FEEDBACK_SEPARATOR No Solution SuccessOrFeedback Template "
-        "check_examples join_feedback prompt_ids require_text split_feedback student_prompt_ids with_context "
-        "without_thinking"
+        "ContextBuilder Custom Demonstration FEEDBACK_SEPARATOR No OfTurn Solution SuccessOrFeedback "
+        "Template check_examples join_feedback prompt_ids require_text split_feedback student_prompt_ids "
+        "with_context without_thinking"
     ),
     "sdcore.diagnostics": (
         "KEYS Key RunData RunLog RunLogError drift key_of leak metrics overlap read_run topk_overlap"
@@ -36,8 +36,8 @@ PUBLIC: dict[str, str] = {
         "Tree View buckets check_against cost cost_of_sizes generate passes plan plan_trajectories run"
     ),
     "sdcore.presets": (
-        "ContextDistillation GRPO Method OPSD PRESETS RLTilt SDFTAsRun SDFTPaper SDPO SDPOCode SFT dump_config "
-        "field_types from_lasgroup from_trl load_config preset types_of"
+        "ContextDistillation GRPO Method OPSD PRESETS RLTilt SDFTAsRun SDFTPaper SDPO SDPOCode SFT "
+        "TurnHindsight dump_config field_types from_lasgroup from_trl load_config preset types_of"
     ),
     "sdcore.report": "Format write_report",
     "sdcore.step": "StepOutput distill_step imitate_step policy_gradient_step tilt_step token_logprobs",

@@ -182,13 +182,15 @@ def drawn(model: Any, tokenizer: Any, *, count: int, most_tokens: int, seed: int
 def states_of(model: Any, tokenizer: Any, answers: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
     """Returns the student's and the teacher's states, (N, H) each, at the tokens of answers to the questions."""
     from ..contexts import Template, student_prompt_ids
-    from ..types import Group, Rollout
+    from ..types import Group, Trajectory
 
     builder = Template("{{ privileged_context }}\n\n{{ prompt }}")
     sides: tuple[list[Tensor], list[Tensor]] = ([], [])
     for example, of_question in zip(questions(tokenizer), answers, strict=True):
         prompt = student_prompt_ids(example, tokenizer)
-        rollouts = tuple(Rollout(completion_ids=ids, logprobs=None, text="", finished=True) for ids in of_question)
+        rollouts = tuple(
+            Trajectory.answer(completion_ids=ids, logprobs=None, text="", finished=True) for ids in of_question
+        )
         group = Group(example=example, prompt_ids=prompt, rollouts=rollouts)
         taught = builder.condition(group, tokenizer).teacher_prompts
         for answer, teacher_prompt in zip(of_question, taught, strict=True):

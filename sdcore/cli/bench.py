@@ -52,8 +52,8 @@ def bench(
         list[str] | None,
         typer.Option(
             help="Sizes. divergence: N rows, V vocabulary, H hidden (N=512,V=32000). The others: P, C, R tokens of "
-            "prompt, context, completion; G completions; L layers (P=512,G=4). trees: L alone. scaling: what does not vary, of all "
-            "but C, once; elsewhere it may be repeated."
+            "prompt, context, completion; G completions; L layers (P=512,G=4). trees: L alone. scaling: what does not "
+            "vary, of all but C, once; elsewhere it may be repeated."
         ),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32 or bf16; default: the suite's own choice.")] = None,

@@ -17,6 +17,7 @@ from .teacher_prompts import (
     check_examples,
 )
 from .templates import without_thinking
+from .turns import OfTurn
 
 __all__ = [
     "FEEDBACK_SEPARATOR",
@@ -24,6 +25,7 @@ __all__ = [
     "Custom",
     "Demonstration",
     "No",
+    "OfTurn",
     "Solution",
     "SuccessOrFeedback",
     "Template",

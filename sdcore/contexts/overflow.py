@@ -64,7 +64,7 @@ class Fitted:
 
 
 def join_feedback(entries: Sequence[str]) -> str:
-    """Joins several messages about one completion, oldest first, to one `Rollout.feedback`."""
+    """Joins several messages about one completion, oldest first, to one `Trajectory.feedback`."""
     return FEEDBACK_SEPARATOR.join(entries)
 
 

@@ -56,6 +56,21 @@ COUNTS = (
 )
 
 
+def count_fitted(counts: Counter[str], teacher: Fitted, student: Tensor) -> None:
+    """Counts what a teacher reads in place of the student's prompt."""
+    counts["context/overflow"] += teacher.overflow
+    counts["context/truncated_tokens"] += teacher.truncated_tokens
+    counts["context/dropped_feedback"] += teacher.dropped_feedback
+    counts["context/dropped"] += teacher.ids is None
+    if teacher.ids is not None:
+        counts["context/prompt_tokens"] += len(student)
+        # The state of the teacher's last token is always its own.
+        counts["context/shared_tokens"] += min(common_prefix(student, teacher.ids), len(teacher.ids) - 1)
+        counts["context/teacher_tokens"] += len(teacher.ids)
+        counts["context/with_solution"] += bool(teacher.shown.privileged_context or teacher.shown.attempt)
+        counts["context/with_feedback"] += bool(teacher.shown.feedback)
+
+
 class ContextBuilder(Protocol):
     """Says what the teacher reads."""
 
@@ -81,7 +96,7 @@ class No:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _InTemplate:
+class InTemplate:
     """Renders and fits what builders with a template show."""
 
     overflow: Overflow = "error"
@@ -91,9 +106,10 @@ class _InTemplate:
     own_text: ClassVar[str] = templates.PLAIN  # where no template is given
     given_as: ClassVar[str] = "template"  # the field that has one
     must_show: ClassVar[tuple[str, ...]] = ("privileged_context",)
+    shows_feedback: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_overflow(self.overflow, self.max_teacher_prompt_length, shows_feedback=False)
+        check_overflow(self.overflow, self.max_teacher_prompt_length, shows_feedback=self.shows_feedback)
         templates.check_template(self.given_as, self._text, must_show=self.must_show)
 
     @property
@@ -143,24 +159,14 @@ class _InTemplate:
                     source=example.source,
                 )
             teacher = fitted[shown]
-            counts["context/overflow"] += teacher.overflow
-            counts["context/truncated_tokens"] += teacher.truncated_tokens
-            counts["context/dropped_feedback"] += teacher.dropped_feedback
-            counts["context/dropped"] += teacher.ids is None
+            count_fitted(counts, teacher, student)
             prompts_G.append(student if teacher.ids is None else teacher.ids)
             active.append(teacher.ids is not None)
-            if teacher.ids is not None:
-                counts["context/prompt_tokens"] += len(student)
-                # The state of the teacher's last token is always its own.
-                counts["context/shared_tokens"] += min(common_prefix(student, teacher.ids), len(teacher.ids) - 1)
-                counts["context/teacher_tokens"] += len(teacher.ids)
-                counts["context/with_solution"] += bool(teacher.shown.privileged_context or teacher.shown.attempt)
-                counts["context/with_feedback"] += bool(teacher.shown.feedback)
         return Conditioned(teacher_prompts=tuple(prompts_G), active=tuple(active), counts=dict(counts))
 
 
 @dataclass(frozen=True, kw_only=True)
-class _OfRow(_InTemplate):
+class _OfRow(InTemplate):
     """Shows the row's privileged context, in one prompt for the group."""
 
     remove_thinking: bool = False  # take thinking blocks out of the privileged context
@@ -224,7 +230,7 @@ class Solution(_OfRow):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuccessOrFeedback(_InTemplate):
+class SuccessOrFeedback(InTemplate):
     """Shows an attempt that succeeded, feedback on this completion, or both: SDPO (arXiv:2601.20802).
 
     A completion is active when another one of its group reached the success threshold, or when it has feedback. The
@@ -262,7 +268,7 @@ class SuccessOrFeedback(_InTemplate):
         attempts = {}
         for i, rollout in enumerate(group.rollouts):
             if self.use_solution and rollout.reward is not None and rollout.reward >= self.success_threshold:
-                text = templates.without_thinking(rollout.text) if self.remove_thinking else rollout.text.strip()
+                text = rollout.transcript(templates.without_thinking if self.remove_thinking else str.strip)
                 if text:  # a success that says nothing teaches nothing
                     attempts[i] = text
         return attempts
@@ -277,7 +283,7 @@ class SuccessOrFeedback(_InTemplate):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Custom(_InTemplate):
+class Custom(InTemplate):
     """Shows what a function says: `function(group)` gives a text or None for the teacher of each completion.
 
     Raises `ArgumentError`, and `ContextError` for a function that does not give one text or None per completion.
@@ -317,7 +323,7 @@ class Custom(_InTemplate):
 
 def columns_of(builder: ContextBuilder) -> frozenset[str]:
     """Returns the names that a builder's template may read, a row's columns among them."""
-    return templates.variables_of(builder._text) if isinstance(builder, _InTemplate) else frozenset()
+    return templates.variables_of(builder._text) if isinstance(builder, InTemplate) else frozenset()
 
 
 def check_examples(builder: ContextBuilder, examples: Sequence[Example]) -> int:

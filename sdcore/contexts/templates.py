@@ -76,6 +76,11 @@ What came back from checking another attempt of yours:
 
 Now solve the question at the top."""
 
+TURN: Final = """\
+{{ prompt }}
+
+(What came of the answer that you gave to this: {{ feedback }})"""
+
 # A whole block; what comes before an end whose beginning is in the prompt, as some chat templates have it; and a block
 # that the length limit cut.
 _BEGIN, _END = r"(?:<think>|\[THINK\]|◁think▷)", r"(?:</think>|\[/THINK\]|◁/think▷)"
@@ -99,8 +104,14 @@ def without_thinking(text: str) -> str:
 
 def unopened(text: str, before: str) -> str:
     """Returns a text without the thinking tag that it begins with, where the text `before` it ends with that tag."""
-    opened = re.search(rf"({_BEGIN})\s*\Z", before)
-    return text.lstrip().removeprefix(opened[1]).lstrip() if opened and text.lstrip().startswith(opened[1]) else text
+    tag = opened_by(before).strip()
+    return text.lstrip().removeprefix(tag).lstrip() if tag and text.lstrip().startswith(tag) else text
+
+
+def opened_by(before: str) -> str:
+    """Returns the thinking tag that a text ends with, and the white space behind it; nothing where there is none."""
+    opened = re.search(rf"{_BEGIN}\s*\Z", before)
+    return opened[0] if opened else ""
 
 
 def check_template(name: str, text: str, *, must_show: tuple[str, ...] = ()) -> None:

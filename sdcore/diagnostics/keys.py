@@ -166,6 +166,22 @@ context/truncated_tokens | down | tokens | tokens cut
     Context tokens that did not fit.
 context/{count} | none | count | context: {count}
     What the context builder counted, added up over the step.
+[Turns]
+trajectories/turns | none | count | turns of the student
+    Turns that the student spoke in trajectories with tools or an environment.
+trajectories/{outcome} | none | count | trajectories: {outcome}
+    How trajectories ended: answered, or a turn was cut, no room for another turn or its tokens, no time; or the
+    environment failed, and the trajectory carries no loss.
+tools/{what} | watch | count | tools: {what}
+    Calls of tools, and those of which the student was told that there is no such tool or not with such arguments
+    (refused), that it raised, took too long (timeout) or returned neither text nor JSON (invalid).
+environment/{why} | down | count | environment: {why}
+    Environments that raised, took too long or returned what they may not; the trajectory ended there.
+history/refused | down | count | pasts not kept
+    Turns after which the chat template would render the past otherwise; the trajectory ended there.
+history/normalised | watch | count | turns otherwise rendered
+    Turns around which the chat template would have more than was sampled, such as an empty thinking block.
+
 [Cost]
 prefix/speedup | up | × | speedup
     Naive FLOPs over computed FLOPs, without the output layer.

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -69,6 +70,7 @@ def generate(
     pad_token_id: int | None = None,
     seed: int | None = None,
     generator: torch.Generator | None = None,
+    kept: Kept | None = None,
 ) -> Sampled:
     """Samples `num_completions` completions of each prompt from a causal language model.
 
@@ -77,7 +79,7 @@ def generate(
     the log-probabilities are those of temperature 1; else they are of the distribution drawn from, with temperature,
     `top_k` (None: all) and `top_p` (None: all). `pad_token_id` (None: an end-of-sequence id, or 0) fills shorter
     prompts up and is seen by nobody. Random numbers come from `generator`, from a new one with `seed`, or from torch's
-    global one.
+    global one. `kept` is for prompts that begin with what an earlier call with it read and sampled.
 
     Memory: all B·G rows at a time, with keys and values of P + max_new_tokens tokens each; call it on a few prompts at
     a time to bound it. Dropout is off meanwhile; training modes, the configuration, gradients and, with a seed or a
@@ -100,10 +102,12 @@ def generate(
     unfinished = torch.ones(rows, dtype=torch.bool, device=body.device)
     tokens, logprobs, counted = [], [], []
     with torch.no_grad(), without_dropout(body.causal_lm, training=False):
-        decoder = _Decoder(body, prompts_B, num_completions, pad)
-        _require_right(body, padded=decoder.padded)
+        decoder, logits = (None, None) if kept is None or num_completions > 1 else kept.go_on(prompts_B)
+        if decoder is None or logits is None:
+            decoder = _Decoder(body, prompts_B, num_completions, pad)
+            _require_right(body, padded=decoder.padded)
+            logits = decoder.prefill()  # (B·G, V)
         warpers = _warpers(temperature, top_k, top_p)
-        logits = decoder.prefill()  # (B·G, V)
         for step in range(max_new_tokens):
             # As in Hugging Face's loop: scores in float32, and the softmax of them. No warper looks at ids.
             scores = warpers(end_ids, logits.to(dtype=torch.float32, copy=True))
@@ -123,7 +127,33 @@ def generate(
     lengths = mask.sum(1).tolist()
     ragged = torch.stack(tokens, 1)[mask].split(lengths)
     completions = [list(ragged[start : start + num_completions]) for start in range(0, rows, num_completions)]
+    if kept is not None:
+        kept.take(decoder, [torch.cat([prompts_B[i // num_completions], ids]) for i, ids in enumerate(ragged)], step)
     return Sampled(completions, torch.stack(logprobs, 1)[mask])
+
+
+class Kept:
+    """Keeps keys and values from one call of `generate` to the next, where a cache has them of all tokens."""
+
+    def __init__(self) -> None:
+        self._decoder: _Decoder | None = None
+        self._read: list[Tensor] = []  # of each row, what its keys are of
+
+    def take(self, decoder: _Decoder, sequences: Sequence[Tensor], steps: int) -> None:
+        """Keeps what was read of prompts and completions: the last token of the longest was not."""
+        self._decoder = decoder if decoder.can_be_cut else None
+        self._read = [ids[: decoder.prompt_length(row) + steps] for row, ids in enumerate(sequences)]
+
+    def go_on(self, prompts: Sequence[Tensor]) -> tuple[_Decoder | None, Tensor | None]:
+        """Returns what has read these prompts, and the (n, V) logits after them; None where they must be read anew."""
+        rows: list[int] = []
+        for prompt in prompts:  # in the order of the rows that they go on from, some of which do not go on
+            later = range(rows[-1] + 1 if rows else 0, len(self._read))
+            fits = (r for r in later if torch.equal(prompt[: len(self._read[r])], self._read[r]))
+            rows.append(next(fits, len(self._read)))
+        if self._decoder is None or rows[-1] == len(self._read):
+            return None, None
+        return self._decoder, self._decoder.go_on(rows, prompts, [len(self._read[row]) for row in rows])
 
 
 class _Decoder:
@@ -163,6 +193,7 @@ class _Decoder:
         self._cache.reorder_cache(rows)
         self._mask = None if self._mask is None else self._mask[rows]
         self._lengths = seen.sum(1, keepdim=True)[rows]
+        self._prompt_lengths = self._lengths[:, 0].tolist()
         return logits[rows]
 
     def step(self, ids: Tensor) -> Tensor:
@@ -173,6 +204,46 @@ class _Decoder:
         positions, self._lengths = self._lengths, self._lengths + 1
         # A cache of states alone has no padding left in it, and such models take a mask of what they are given now.
         return self._call(ids[:, None], positions, self._mask if self._cache_argument == CACHE_ARGUMENTS[0] else None)
+
+    @property
+    def can_be_cut(self) -> bool:
+        """True where every layer keeps keys and values of every token, and nothing else."""
+        return all(type(layer) is DynamicLayer for layer in self._cache.layers)
+
+    def prompt_length(self, row: int) -> int:
+        return self._prompt_lengths[row]
+
+    def go_on(self, rows: Sequence[int], prompts: Sequence[Tensor], known: Sequence[int]) -> Tensor | None:
+        """Returns (n, V) logits after prompts of which some rows have read so many tokens; None for too short ones.
+
+        All rows read as many tokens now, so that padding stays on the left: of what a row has read, some is read again
+        where another one has more to read.
+        """
+        chunk = max(len(prompt) - count for prompt, count in zip(prompts, known, strict=True))
+        left = [len(prompt) - chunk for prompt in prompts]
+        if min(left) < 1:
+            return None
+        self.padded, device = min(left) < max(left), self._prompts.device
+        columns = torch.zeros(len(rows), max(left), dtype=torch.int64, device=device)
+        for i, (row, count) in enumerate(zip(rows, left, strict=True)):
+            # What a row sampled behind its end comes last.
+            seen = torch.arange(count, device=device) if self._mask is None else self._mask[row].nonzero()[:count, 0]
+            columns[i, max(left) - count :] = seen
+        index, at = columns[:, None, :, None], torch.tensor(rows, device=device)
+        layers: Any = self._cache.layers
+        for layer in layers:
+            layer.keys, layer.values = (
+                states[at].gather(2, index.expand(-1, states.shape[1], -1, states.shape[3]))
+                for states in (layer.keys, layer.values)
+            )
+        self._lengths = torch.tensor(left, device=device)[:, None]
+        within = torch.arange(max(left) + chunk, device=device) >= max(left) - self._lengths
+        self._mask = within.long() if self.padded else None
+        self._prompt_lengths = [len(prompt) for prompt in prompts]
+        positions = self._lengths + torch.arange(chunk, device=device)
+        self._lengths = self._lengths + chunk
+        _require_right(self._body, padded=self.padded)
+        return self._call(torch.stack([prompt[-chunk:] for prompt in prompts]), positions, self._mask)
 
     def _call(self, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         more: dict[str, Any] = {self._cache_argument: self._cache}

@@ -14,6 +14,7 @@ from .methods import (
     SDFTAsRun,
     SDFTPaper,
     SDPOCode,
+    TurnHindsight,
     preset,
 )
 from .trl import from_trl
@@ -30,6 +31,7 @@ __all__ = [
     "SDFTAsRun",
     "SDFTPaper",
     "SDPOCode",
+    "TurnHindsight",
     "dump_config",
     "field_types",
     "from_lasgroup",

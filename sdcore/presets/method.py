@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeAlias, cast, get_type_hints
 
 from ..errors import ArgumentError
 from .fields import check_field
@@ -31,10 +31,15 @@ if TYPE_CHECKING:
     from ..losses import FusedLinearDivergence
     from ..teachers import Teacher, TrustRegion
 
-ContextKind: TypeAlias = Literal["none", "demonstration", "feedback", "solution", "template"]
+ContextKind: TypeAlias = Literal[
+    "none", "demonstration", "feedback", "solution", "template", "turn_feedback", "hindsight"
+]
+OF_TURNS: Final = {"turn_feedback": "feedback", "hindsight": "next_reply"}  # what they show of each turn
 TeacherKind: TypeAlias = Literal["live", "frozen", "ema", "periodic", "trust_region", "adapter_off"]
 TargetKind: TypeAlias = Literal["divergence", "tilt", "token_tilt", "policy_gradient", "imitation"]
-Aggregation: TypeAlias = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum-norm"]
+Aggregation: TypeAlias = Literal[
+    "token-mean", "turn-mean-token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum-norm"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +122,7 @@ class Method:
 
     def build_context(self, *, chat_template_kwargs: Mapping[str, Any] | None = None) -> ContextBuilder:
         """Builds what turns a group into the teacher's prompts, with the `chat_template_kwargs` of the student's."""
-        from ..contexts import Demonstration, No, Solution, SuccessOrFeedback, Template
+        from ..contexts import Demonstration, No, OfTurn, Solution, SuccessOrFeedback, Template
 
         if self.context == "none":
             return No()
@@ -130,6 +135,9 @@ class Method:
             # Its other fields are the method's own, of the same names.
             own = {f.name: getattr(self, f.name) for f in fields(SuccessOrFeedback) if f.name not in common}
             return SuccessOrFeedback(**own, **common)
+        if self.context in OF_TURNS:
+            shows: Any = OF_TURNS[self.context]
+            return OfTurn(template=self.template, shows=shows, success_threshold=self.success_threshold, **common)
         if self.context == "template":
             return Template(self.template, anchor=self.anchor, **common)
         of_row = {"demonstration": Demonstration, "solution": Solution}[self.context]
@@ -231,8 +239,10 @@ def _context_problems(method: Method) -> Iterator[str]:
         )
     if method.anchor and method.teacher == "live":
         yield "anchor must be False with teacher='live', which without a context is the student itself, got True"
-    if method.overflow == "drop_oldest_feedback" and not (shown and method.use_feedback):
-        yield "overflow='drop_oldest_feedback' needs context='feedback' with use_feedback=True"
+    if method.overflow == "drop_oldest_feedback" and not (
+        (shown and method.use_feedback) or method.context in OF_TURNS
+    ):
+        yield "overflow='drop_oldest_feedback' needs a context that shows feedback"
 
 
 def _weights_problems(method: Method) -> Iterator[str]:
@@ -300,10 +310,10 @@ def _rewards_problems(method: Method) -> Iterator[str]:
         )
     if method.samples == "dataset" and method.target not in ("divergence", "imitation"):
         yield f"samples must be 'student' with target={method.target!r}, which learns from rewards, got 'dataset'"
-    if method.samples == "dataset" and (mixed or method.context == "feedback"):
+    if method.samples == "dataset" and (mixed or method.context == "feedback" or method.context in OF_TURNS):
         yield (
-            "samples must be 'student' with context='feedback' and with distillation_weight < 1: both need completions "
-            "that were judged, got 'dataset'"
+            "samples must be 'student' with a context of feedback and with distillation_weight < 1: both need "
+            "completions that were judged, got 'dataset'"
         )
     if method.samples == "student" and method.target == "imitation":
         yield (
@@ -317,7 +327,7 @@ def _rewards_problems(method: Method) -> Iterator[str]:
         )
     clipped = method.importance_clip is not None or method.sampled_token
     one_teacher = method.target == "divergence" and not mixed and method.teacher != "trust_region"
-    drawn_after = method.samples == "student" and method.context != "feedback"
+    drawn_after = method.samples == "student" and method.context not in ("feedback", *OF_TURNS)
     if method.teacher_samples > 0 and not (one_teacher and drawn_after and not clipped):
         yield (
             "teacher_samples must be 0 except for a divergence alone, of one set of weights with a context known "
@@ -342,7 +352,7 @@ def _idle_problems(method: Method) -> Iterator[str]:
     needed: tuple[tuple[tuple[str, ...], str, bool], ...] = (
         (("overflow", "max_teacher_prompt_length"), "where a context is shown", method.context != "none"),
         (feedback_alone, "with context='feedback'", method.context == "feedback"),
-        (("anchor",), "where a row's context is shown", method.context not in ("none", "feedback")),
+        (("anchor",), "where a row's context is shown", method.context not in ("none", "feedback", *OF_TURNS)),
         (("teacher",), "where a teacher or a reference is read", reads),
         (("update_rate",), "with teacher='ema'", reads and method.teacher == "ema"),
         (("sync_every",), "with teacher='periodic'", reads and method.teacher == "periodic"),

@@ -83,6 +83,19 @@ class SDPOCode(SDPO):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TurnHindsight(SDPO):
+    """Lets the teacher of each turn see what was replied to it: SDPO with hindsight, for agents.
+
+    After "HERO: Hindsight-Enhanced Reflection from Environment Observations", arXiv:2606.11559, whose abstract has the
+    next observation as the feedback that is aligned with a turn; only that was read. Its reflection on the observation
+    in words is not done, and everything else is SDPO's.
+    """
+
+    preset_name: ClassVar[str | None] = "turn_hindsight"
+    context: ContextKind = "hindsight"
+
+
+@dataclass(frozen=True, kw_only=True)
 class OPSD(Method):
     """Lets the teacher, the model before training, read a reference solution: on-policy self-distillation.
 
@@ -156,7 +169,7 @@ class SFT(Method):
 
 PRESETS: dict[str, type[Method]] = {
     str(made.preset_name): made
-    for made in (SDFTPaper, SDFTAsRun, SDPO, SDPOCode, OPSD, ContextDistillation, RLTilt, GRPO, SFT)
+    for made in (SDFTPaper, SDFTAsRun, SDPO, SDPOCode, TurnHindsight, OPSD, ContextDistillation, RLTilt, GRPO, SFT)
 }
 
 

@@ -7,51 +7,48 @@
     groups = score(groups, ["rewards.py:exact"], timeout=10)
 
 A function is called once per completion with keywords: `prompt`, `completion`, `raw_completion`, `completion_ids`,
-`privileged_context` and every other column of the example; one without `**columns` gets those that it names. Of special
-tokens `completion` has tags that open and close alone, such as `<think>` and `</think>`; `raw_completion` has them all,
-the end too. It may be `async`. The second thing that it may return is feedback about this very completion, which SDPO
-shows to the teacher. With several functions the reward is the weighted sum, and the feedback is that of all of them.
+`trajectory`, `privileged_context` and every other column of the example; one without `**columns` gets those that it
+names. Of special tokens `completion` has tags that open and close alone, such as `<think>` and `</think>`;
+`raw_completion` has them all, the end too. Of several turns `completion` is the last, and `trajectory` has all; rewards
+and feedback of the environment come before the function's. It may be `async`. The second thing that it may return is
+feedback about this very completion, which SDPO shows to the teacher. With several functions the reward is the weighted
+sum, and the feedback is that of all of them.
 
 What a function gets wrong has one of two outcomes, whatever it was: an exception, NaN, infinity, None, something that
 is no number, more than `timeout` seconds. With `on_error="raise"` it stops the run as a `RewardError` that names
 function and row; with "drop" the completion's reward is None, so that it carries no loss, and it is counted.
 
-What differs from the obvious: **a thread cannot be killed.** A function that hangs is left behind in a daemon thread
-and reported, but goes on using what it uses until the process ends; when 16 are left behind, the run stops in either
-case. Code that may hang belongs in a process of its own (`rollouts.sandbox.run_limited`). Functions are called one
-after the other unless `workers` says that they may run at the same time; async ones always may.
+What differs from the obvious: a function that hangs cannot be killed and is left behind (see `calls`); when 16 are, the
+run stops in either case. Functions are called one after the other unless `workers` says that they may run at the same
+time; async ones always may.
 
 Not covered: rewards for parts of a completion, and reward models that want batches.
 """
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import math
 import numbers
-import queue
 import re
-import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
+from ..contexts import join_feedback
 from ..errors import ArgumentError, SdcoreError
-from ..types import Example, Group, Rollout
+from ..types import Example, Group, Trajectory
+from .calls import Call, Invalid, call_all, too_many_left
 from .named import load
 
 RewardFunction: TypeAlias = Callable[..., Any]
 OnError: TypeAlias = Literal["raise", "drop"]
 
 # What every function may ask for, beside the row's columns; and what TRL calls them.
-GIVEN: Final = ("completion", "prompt", "privileged_context", "raw_completion", "completion_ids")
+GIVEN: Final = ("completion", "prompt", "privileged_context", "raw_completion", "completion_ids", "trajectory")
 TRLS: Final = frozenset({"prompts", "completions"})
-MOST_LEFT_BEHIND: Final = 16  # hung threads after which going on only makes it worse
-MOST_AT_ONCE: Final = 64  # async calls in flight
-GRACE_SECONDS: Final = 1.0  # for an event loop to notice that a call is too late
 
 
 def contains(completion: str, answer: Any) -> float:
@@ -119,16 +116,23 @@ def judge(
         _Call(reward, group, i, reward.arguments(group, group.rollouts[i]))
         for group in groups
         for i in range(len(group.rollouts))
+        if group.rollouts[i].outcome != "failed"
         for reward in rewards
     ]
-    answers = _answers(calls, timeout, workers, stop_early=on_error == "raise")
+    plain = [Call(call.reward.function, call.arguments, f"reward-{call.reward.name}") for call in calls]
+    answers = call_all(plain, timeout, read=_checked, workers=workers, stop_early=on_error == "raise")
     counts: Counter[str] = Counter({f"rewards/{why}": 0 for why in ("dropped", "raised", "timeout", "invalid")})
     sums = {reward.name: (0.0, 0) for reward in rewards}
     judged, given = [], iter(zip(calls, answers, strict=True))
     for group in groups:
         rollouts = []
         for rollout in group.rollouts:
-            total, remarks, failed = 0.0, [], False
+            if rollout.outcome == "failed":
+                rollouts.append(rollout)
+                continue
+            # What the environment gave comes first.
+            total, failed = sum((turn.reward for turn in rollout.turns if turn.reward is not None), 0.0), False
+            remarks = [said] if (said := join_feedback([t.feedback for t in rollout.turns if t.feedback])) else []
             for reward in rewards:
                 call, answer = next(given)
                 if answer.problem is not None:
@@ -137,21 +141,19 @@ def judge(
                     counts[f"rewards/{answer.why}"] += 1
                     failed = True
                     continue
-                total += reward.weight * answer.value
+                value, remark = answer.value
+                total += reward.weight * value
                 if not rollout.by_teacher:
                     known, count = sums[reward.name]
-                    sums[reward.name] = known + answer.value, count + 1
-                if answer.feedback:
-                    remarks.append(answer.feedback)
+                    sums[reward.name] = known + value, count + 1
+                if remark:
+                    remarks.append(remark)
             counts["rewards/dropped"] += failed
             feedback = "\n\n".join(remarks) or None
             rollouts.append(replace(rollout, reward=None if failed else total, feedback=None if failed else feedback))
         judged.append(replace(group, rollouts=tuple(rollouts)))
-    if _left_behind() >= MOST_LEFT_BEHIND:
-        raise RewardError(
-            f"{_left_behind()} calls of reward functions still run after their {timeout:g} seconds; they cannot be "
-            "killed, so the run stops. Give the function a limit of its own, such as rollouts.sandbox.run_limited"
-        )
+    if too_many := too_many_left(timeout):
+        raise RewardError(too_many)
     return Scored(judged, dict(counts), sums)
 
 
@@ -174,13 +176,7 @@ class Reward:
         parameters = self._parameters.values()
         return [p.name for p in parameters if p.default is p.empty and p.kind in named and p.name not in GIVEN]
 
-    @property
-    def is_async(self) -> bool:
-        return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(
-            getattr(self.function, "__call__", None)  # noqa: B004  # the method of an object, not whether there is one
-        )
-
-    def arguments(self, group: Group, rollout: Rollout) -> dict[str, Any]:
+    def arguments(self, group: Group, rollout: Trajectory) -> dict[str, Any]:
         """Returns what it is called with; what the trainer says comes before a column of the same name."""
         example = group.example
         self.check(example)
@@ -189,6 +185,7 @@ class Reward:
             "prompt": example.prompt,
             "completion": rollout.text,
             "raw_completion": rollout.text if rollout.raw_text is None else rollout.raw_text,
+            "trajectory": rollout,
             "completion_ids": rollout.completion_ids.tolist(),
             "privileged_context": example.privileged_context,
         }
@@ -259,132 +256,18 @@ class _Call:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Answer:
-    value: float = 0.0
-    feedback: str | None = None
-    problem: str | None = None
-    why: Literal["raised", "timeout", "invalid"] = "invalid"
-    error: BaseException | None = None
-
-
-def _checked(returned: Any) -> _Answer:
-    """Reads what a function returned: a number, or a number and a text."""
+def _checked(returned: Any) -> tuple[float, str | None]:
+    """Reads what a function returned: a number, or a number and a text. Raises `Invalid`."""
     feedback = None
     value = returned
     if isinstance(returned, tuple):
         if len(returned) != 2 or not (returned[1] is None or isinstance(returned[1], str)):
-            return _Answer(problem=f"must return a number or (number, feedback text or None), got {returned!r:.80}")
+            raise Invalid(f"must return a number or (number, feedback text or None), got {returned!r:.80}")
         value, feedback = returned
     if not isinstance(value, numbers.Real) and getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()  # a 0-d tensor or array
     if not isinstance(value, numbers.Real):
-        return _Answer(problem=f"must return a number or (number, feedback), got {returned!r:.80}")
+        raise Invalid(f"must return a number or (number, feedback), got {returned!r:.80}")
     if not math.isfinite(value):
-        return _Answer(problem=f"must return a finite number, got {float(value)}")
-    return _Answer(value=float(value), feedback=feedback)
-
-
-def _raised(error: BaseException) -> _Answer:
-    return _Answer(problem=f"raised {type(error).__name__}: {error}", why="raised", error=error)
-
-
-def _late(timeout: float) -> _Answer:
-    return _Answer(problem=f"did not return within {timeout:g} seconds", why="timeout")
-
-
-def _answers(calls: Sequence[_Call], timeout: float | None, workers: int, *, stop_early: bool) -> list[_Answer]:
-    """Returns answers in the order of the calls. With `stop_early` nothing is called after a sync one has failed."""
-    answers: list[_Answer | None] = [None] * len(calls)
-    waiting = [i for i, call in enumerate(calls) if call.reward.is_async]
-    for i, answer in zip(waiting, _await_all([calls[i] for i in waiting], timeout), strict=True):
-        answers[i] = answer
-    todo = [i for i, call in enumerate(calls) if not call.reward.is_async]
-    if workers == 1 or len(todo) <= 1:
-        for i in todo:
-            answers[i] = _call(calls[i], timeout)
-            if stop_early and answers[i].problem is not None:  # type: ignore[union-attr]  # set the line before
-                break
-    else:
-        # Daemons, unlike an executor's threads: a function that hangs must not keep the process from ending.
-        left: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for i in todo:
-            left.put(i)
-
-        def lane() -> None:
-            while True:
-                try:
-                    i = left.get_nowait()
-                except queue.Empty:
-                    return
-                answers[i] = _call(calls[i], timeout)
-
-        lanes = [threading.Thread(target=lane, daemon=True) for _ in range(min(workers, len(todo)))]
-        for thread in lanes:
-            thread.start()
-        for thread in lanes:
-            thread.join()
-    return [answer or _Answer(problem="was not called") for answer in answers]
-
-
-# Threads that were given up, as long as they run.
-_ABANDONED: list[threading.Thread] = []
-
-
-def _left_behind() -> int:
-    _ABANDONED[:] = [thread for thread in _ABANDONED if thread.is_alive()]
-    return len(_ABANDONED)
-
-
-def _call(call: _Call, timeout: float | None) -> _Answer:
-    """Makes one sync call, in a thread of its own if it has a time limit."""
-    answers: list[_Answer] = []
-
-    def run() -> None:
-        try:
-            answers.append(_checked(call.reward.function(**call.arguments)))
-        except Exception as error:
-            answers.append(_raised(error))
-
-    if timeout is None:
-        run()
-        return answers[0]
-    # Not a pool: its threads are joined when the process ends, and a hung one would keep it from ending.
-    thread = threading.Thread(target=run, daemon=True, name=f"reward-{call.reward.name}")
-    thread.start()
-    thread.join(timeout)
-    if thread.is_alive() and not answers:
-        _ABANDONED.append(thread)
-        return _late(timeout)
-    return answers[0] if answers else _Answer(problem="ended its thread", why="raised")
-
-
-def _await_all(calls: Sequence[_Call], timeout: float | None) -> list[_Answer]:
-    """Makes async calls, some at a time, in an event loop of their own thread: the caller may have one already."""
-    if not calls:
-        return []
-    answers: list[_Answer | None] = [None] * len(calls)
-
-    async def one(i: int, call: _Call, turn: asyncio.Semaphore) -> None:
-        async with turn:
-            try:
-                answers[i] = _checked(await asyncio.wait_for(call.reward.function(**call.arguments), timeout))
-            except TimeoutError as error:
-                # Its own TimeoutError is an exception like another.
-                answers[i] = _late(timeout) if timeout is not None else _raised(error)
-            except Exception as error:
-                answers[i] = _raised(error)
-
-    async def everything() -> None:
-        turn = asyncio.Semaphore(MOST_AT_ONCE)
-        await asyncio.gather(*(one(i, call, turn) for i, call in enumerate(calls)))
-
-    thread = threading.Thread(target=lambda: asyncio.run(everything()), daemon=True, name="rewards-async")
-    thread.start()
-    # A call that blocks its loop keeps all others from being noticed late, too.
-    rounds = -(-len(calls) // MOST_AT_ONCE)
-    thread.join(None if timeout is None else rounds * timeout + GRACE_SECONDS)
-    if thread.is_alive():
-        _ABANDONED.append(thread)
-    blocked = _late(timeout) if timeout is not None else _Answer(problem="was never finished", why="raised")
-    return [answer or blocked for answer in answers]
+        raise Invalid(f"must return a finite number, got {float(value)}")
+    return float(value), feedback

@@ -8,7 +8,7 @@ sampled at a step depends on the weights and on the step, not on what was drawn 
 samples the same. `seed_of` makes such a seed of any integers. Under FSDP2 ranks would wait for each other at every
 token, and for ever once one of them is done: enter `whole_weights` first, on all ranks, and they need not.
 
-Not covered: servers (`rollouts.vllm`), tools and several turns, and beam search.
+Not covered: servers (`rollouts.vllm`), tools and several turns (`rollouts.episodes`), and beam search.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -27,8 +27,8 @@ from torch.distributed.fsdp import FSDPModule
 from ..contexts.rendering import turn_end
 from ..errors import ArgumentError
 from ..models import find_body
-from ..prefix.sampling import check_room, generate
-from ..types import Example, Group, Rollout
+from ..prefix.sampling import Kept, check_room, generate
+from ..types import Example, Group, Trajectory, Turn
 
 NO_TAGS: Final = frozenset({"</s>", "[/INST]"})  # they end texts and turns
 
@@ -124,10 +124,15 @@ class ModelSampler(BaseSampler):
     """Samples from the model itself, each prompt read once. Raises what `sdcore.prefix.generate` raises."""
 
     prompts_at_a_time: int | None = None  # bounds the memory; None: all. Another number draws other completions
+    kept: Kept | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.prompts_at_a_time is not None and self.prompts_at_a_time < 1:
             raise ArgumentError(f"prompts_at_a_time must be at least 1, got {self.prompts_at_a_time}")
+
+    def session(self) -> ModelSampler:
+        """Returns one that goes on from what it has read, for turns of the same weights, if it reads all at a time."""
+        return self if self.prompts_at_a_time is not None else replace(self, kept=Kept())
 
     def draw(
         self, model: nn.Module, prompts: Sequence[Tensor], sampling: Sampling, seed: int
@@ -138,7 +143,7 @@ class ModelSampler(BaseSampler):
         completions_B_G: list[list[SampledCompletion]] = []
         for start in range(0, len(prompts), size):
             part_seed = seed if start == 0 else seed_of(seed, start)
-            sampled = generate(model, prompts[start : start + size], **options, seed=part_seed)
+            sampled = generate(model, prompts[start : start + size], **options, seed=part_seed, kept=self.kept)
             lengths = [len(ids) for group in sampled.completions for ids in group]
             logprobs = iter(sampled.logprobs.cpu().split(lengths))
             for group in sampled.completions:
@@ -162,25 +167,43 @@ def sample_groups(
     Refuses lengths that the model cannot sample, as `max_completion_length`; another engine knows its own limits.
     """
     if isinstance(sampler, ModelSampler):
-        body, most = find_body(model), sampling.max_new_tokens
-        for example, prompt in zip(examples, prompts, strict=True):
-            check_room(body, len(prompt), most, name="max_completion_length", where=f"{example.source}: ")
-    completions_B = sampler.sample(model, prompts, **vars(sampling), seed=seed)
+        check_room_of(model, examples, prompts, sampling.max_new_tokens)
+    turns_B = turns_of(sampler.sample(model, prompts, **vars(sampling), seed=seed), tokenizer)
+    return [
+        Group(
+            example=example,
+            prompt_ids=prompt,
+            rollouts=tuple(Trajectory(turns=(turn,), outcome="answered" if turn.finished else "cut") for turn in turns),
+        )
+        for example, prompt, turns in zip(examples, prompts, turns_B, strict=True)
+    ]
+
+
+def check_room_of(
+    model: nn.Module, examples: Sequence[Example], prompts: Sequence[Tensor], max_completion_length: int
+) -> None:
+    """Refuses lengths that the model cannot sample behind the prompts of these examples."""
+    body = find_body(model)
+    for example, prompt in zip(examples, prompts, strict=True):
+        check_room(body, len(prompt), max_completion_length, name="max_completion_length", where=f"{example.source}: ")
+
+
+def turns_of(completions_B_G: Sequence[Sequence[SampledCompletion]], tokenizer: Any) -> list[list[Turn]]:
+    """Returns what was drawn as turns, with their texts."""
     hidden = _hidden_ids(tokenizer)
-    groups = []
-    for example, prompt, completions in zip(examples, prompts, completions_B, strict=True):
-        rollouts = tuple(
-            Rollout(
-                completion_ids=completion.ids,
+    return [
+        [
+            Turn(
+                ids=completion.ids,
                 logprobs=completion.logprobs,
                 text=tokenizer.decode([token for token in completion.ids.tolist() if token not in hidden]),
                 finished=completion.finished,
                 raw_text=tokenizer.decode(completion.ids.tolist()),
             )
             for completion in completions
-        )
-        groups.append(Group(example=example, prompt_ids=prompt, rollouts=rollouts))
-    return groups
+        ]
+        for completions in completions_B_G
+    ]
 
 
 def _hidden_ids(tokenizer: Any) -> set[int]:

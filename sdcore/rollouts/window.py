@@ -28,11 +28,10 @@ from ..contexts.rendering import answer_end, template_arguments
 from ..contexts.rendering import prompt_ids as _prompt_ids
 from ..contexts.templates import unopened
 from ..errors import ArgumentError, DataError
-from ..types import Example, Group, Prompt, Rollout
+from ..types import Example, Group, Prompt, Trajectory, Turn
 from .samplers import seed_of
 
 COMPLETION = "completion"
-PLAIN = ("text", "finished", "reward", "feedback", "raw_text", "by_teacher")  # fields that JSON has as they are
 
 
 class WindowOrder(TorchSampler[int]):
@@ -78,7 +77,7 @@ def given_completion(
     stop_ids: Collection[int],
     max_length: int,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> Rollout:
+) -> Trajectory:
     """Returns the example's column `completion` as if it had been sampled, up to what ends it.
 
     In a conversation it is rendered as the assistant's turn, where that begins with the prompt and has an end; in plain
@@ -101,7 +100,7 @@ def given_completion(
         end = answer_end(example.prompt, tokenizer)
         ids = [*answer, *([] if end is None else [end])]
     finished = len(ids) <= max_length
-    return Rollout(
+    return Trajectory.answer(
         completion_ids=torch.tensor(ids[:max_length], dtype=torch.int64),
         logprobs=None,
         text=text,
@@ -133,19 +132,24 @@ def save_rollouts(path: Path, batches: Sequence[Sequence[Group]]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def load_rollouts(path: Path) -> list[list[tuple[Rollout, ...]]]:
+def load_rollouts(path: Path) -> list[list[tuple[Trajectory, ...]]]:
     """Reads what `save_rollouts` wrote: batches of groups of rollouts, without their examples."""
     saved = json.loads(path.read_text(encoding="utf-8"))
     return [[tuple(_from_json(rollout) for rollout in group) for group in batch] for batch in saved]
 
 
-def _as_json(rollout: Rollout) -> dict[str, Any]:
-    logprobs = None if rollout.logprobs is None else rollout.logprobs.tolist()
-    tensors = {"ids": rollout.completion_ids.tolist(), "logprobs": logprobs}
-    return tensors | {name: getattr(rollout, name) for name in PLAIN}
+def _as_json(rollout: Trajectory) -> dict[str, Any]:
+    turns = [
+        {**vars(turn), "ids": turn.ids.tolist(), "logprobs": None if turn.logprobs is None else turn.logprobs.tolist()}
+        for turn in rollout.turns
+    ]
+    return {**vars(rollout), "turns": turns}
 
 
-def _from_json(saved: dict[str, Any]) -> Rollout:
-    logprobs = None if saved["logprobs"] is None else torch.tensor(saved["logprobs"], dtype=torch.float32)
-    ids = torch.tensor(saved["ids"], dtype=torch.int64)
-    return Rollout(completion_ids=ids, logprobs=logprobs, **{name: saved[name] for name in PLAIN if name in saved})
+def _from_json(saved: dict[str, Any]) -> Trajectory:
+    return Trajectory(**{**saved, "turns": tuple(_turn(**turn) for turn in saved["turns"])})
+
+
+def _turn(ids: list[int], logprobs: list[float] | None, messages: list[Any], **plain: Any) -> Turn:
+    drawn = None if logprobs is None else torch.tensor(logprobs, dtype=torch.float32)
+    return Turn(ids=torch.tensor(ids, dtype=torch.int64), logprobs=drawn, messages=tuple(messages), **plain)

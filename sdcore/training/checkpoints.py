@@ -39,6 +39,7 @@ from torch.distributed.fsdp import StateDictType
 
 from ..errors import SdcoreError
 from ..presets.method import Method, field_types
+from ..rollouts.episodes import opened_by
 from ..rollouts.window import load_rollouts, save_rollouts
 from ..types import Example, Group
 from .config import SelfDistillationConfig
@@ -289,12 +290,13 @@ class OwnState:
                 f"{folder} was written between two uses of its completions: it can only be gone on from with the same "
                 f"batches and data{''.join(f', and {change}' for change in changed)}"
             )
+        opened = [
+            [(opened_by(example, kept[0].opening), kept) for example, kept in zip(batch, kept_B, strict=True)]
+            for batch, kept_B in zip(examples, rollouts, strict=True)
+        ]
         return [
-            [
-                Group(example=example, prompt_ids=prompt(example), rollouts=rollouts_G)
-                for example, rollouts_G in zip(batch, kept, strict=True)
-            ]
-            for batch, kept in zip(examples, rollouts, strict=True)
+            [Group(example=example, prompt_ids=prompt(example), rollouts=kept) for example, kept in batch]
+            for batch in opened
         ]
 
     @property

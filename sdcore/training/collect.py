@@ -24,12 +24,20 @@ from ..contexts import ContextBuilder, SuccessOrFeedback, student_prompt_ids
 from ..contexts.teacher_prompts import columns_of
 from ..errors import ArgumentError, DataError
 from ..presets.method import Method
+from ..rollouts.environments import Agent
+from ..rollouts.episodes import play
 from ..rollouts.rewards import OnError, Reward, Scored, judge
 from ..rollouts.samplers import ModelSampler, Sampler, Sampling, sample_groups, seed_of, whole_weights
 from ..rollouts.window import given_completion
 from ..teachers import Teacher
-from ..types import Example, Group, Rollout
+from ..types import Example, Group, Trajectory
 from .config import SelfDistillationConfig
+from .turns import counts_of
+
+
+def kwargs_of(given: Any, agent: Agent | None) -> dict[str, Any]:
+    """Returns what the chat template gets for every prompt of a run: the arguments', and the tools there are."""
+    return {**(given or {}), **({"tools": agent.schemas} if agent is not None and agent.schemas else {})}
 
 
 class Collected(NamedTuple):
@@ -56,6 +64,7 @@ class Collector:
     workers: int = 1
     teacher_samples: float = 0.0  # share of the completions that the teacher draws
     read_elsewhere: Collection[str] = frozenset()  # columns that the chat template need not use
+    agent: Agent | None = None  # who answers the student; None: nobody does, a completion is an answer
 
     @classmethod
     def of_run(
@@ -68,6 +77,7 @@ class Collector:
         context: ContextBuilder,
         *,
         stop_ids: Sequence[int],
+        agent: Agent | None = None,
     ) -> Collector:
         """Makes the collector of a run's training steps."""
         return cls(
@@ -85,7 +95,8 @@ class Collector:
             rewards=rewards,
             from_data=method.samples == "dataset",
             max_prompt_length=args.max_prompt_length,
-            chat_template_kwargs=cast("dict[str, Any] | None", args.chat_template_kwargs),
+            chat_template_kwargs=kwargs_of(args.chat_template_kwargs, agent),
+            agent=agent,
             timeout=args.reward_timeout,
             on_error=cast(OnError, args.reward_on_error),
             workers=args.reward_workers,
@@ -124,9 +135,10 @@ class Collector:
         with nullcontext() if self.from_data else whole_weights(model, self.sampler):
             drawn = [self.draw(model, batch, seed, other) for batch, seed in zip(batches, seeds, strict=True)]
         scored = self.judge([group for groups in drawn for group in groups])
+        counts = scored.counts | counts_of(scored.groups)
         means = {f"rewards/{name}/mean": total / number for name, (total, number) in scored.sums.items() if number}
         judged = iter(scored.groups)
-        return Collected([[next(judged) for _ in groups] for groups in drawn], scored.counts, means)
+        return Collected([[next(judged) for _ in groups] for groups in drawn], counts, means)
 
     def draw(
         self,
@@ -136,6 +148,9 @@ class Collector:
         other: tuple[Teacher, ContextBuilder] | None = None,
     ) -> list[Group]:
         """Returns groups that are not judged yet. With FSDP2 to be called inside `whole_weights`."""
+        if self.agent is not None:
+            options: Any = {"tokenizer": self.tokenizer, "chat_template_kwargs": self.chat_template_kwargs}
+            return play(self.agent, self.sampler, model, examples, self.sampling, seed=seed, **options)
         prompts = [self.prompt(example) for example in examples]
         if other is not None and self.teacher_samples > 0:
             return self._by_both(model, examples, prompts, seed, *other)
@@ -163,7 +178,7 @@ class Collector:
         """
         # The builder is asked before there are completions, about one of the greatest length.
         unknown = torch.zeros(self.sampling.max_new_tokens, dtype=torch.int64)
-        rollouts = (Rollout(completion_ids=unknown, logprobs=None, text="", finished=False),)
+        rollouts = (Trajectory.answer(completion_ids=unknown, logprobs=None, text="", finished=False),)
         asked = [Group(example=e, prompt_ids=ids, rollouts=rollouts) for e, ids in zip(examples, prompts, strict=True)]
         seen = [context.condition(group, self.tokenizer) for group in asked]
         size, rng = self.sampling.num_completions, random.Random(seed_of(seed, 0))
@@ -194,6 +209,8 @@ class Collector:
 
     def prompt(self, example: Example) -> Tensor:
         """Returns what the student reads, (P,) int64."""
+        if self.agent is not None and isinstance(example.prompt, str):
+            raise DataError(f"{example.source}: the prompt must be a conversation where others answer, got text")
         ids = student_prompt_ids(
             example,
             self.tokenizer,
@@ -205,7 +222,7 @@ class Collector:
             raise DataError(f"{example.source}: a prompt may have max_prompt_length={most} tokens, got {len(ids)}")
         return ids
 
-    def given(self, example: Example, prompt: Tensor) -> Rollout:
+    def given(self, example: Example, prompt: Tensor) -> Trajectory:
         """Returns the completion that the data has for the prompt."""
         return given_completion(
             example,

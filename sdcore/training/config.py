@@ -24,6 +24,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from ..contexts.conversation import History
 from ..errors import ArgumentError
 from ..prefix.choice import Strategy
 from ..prefix.verification import Verify
@@ -135,7 +136,22 @@ class SelfDistillationConfig(TrainingArguments):
         default=1, metadata={"help": "Optimizer steps for which completions are used before new ones are sampled."}
     )
 
-    # Rewards.
+    # Turns, where there are tools or an environment.
+    max_turns: int = field(default=8, metadata={"help": "Turns of the student in a trajectory."})
+    max_trajectory_length: int | None = field(
+        default=None, metadata={"help": "Tokens behind the prompt, of all sides. None: what the model can read."}
+    )
+    max_trajectory_seconds: float | None = field(
+        default=None, metadata={"help": "Seconds for the trajectories of a batch; then no turn begins. None: no limit."}
+    )
+    history: str = field(
+        default="as_sampled",
+        metadata={
+            "help": "Refuse a chat template that rewrites earlier turns; as_rendered: learn what it makes of them."
+        },
+    )
+
+    # Rewards; the limit of time and what becomes of errors are those of tools and environments too.
     reward_weights: list[float] | None = field(default=None, metadata={"help": "One per reward function. None: all 1."})
     reward_timeout: float | None = field(
         default=60.0, metadata={"help": "Seconds for each call of a reward function. None: no limit."}
@@ -202,7 +218,8 @@ class SelfDistillationConfig(TrainingArguments):
             raise ArgumentError(f"chat_template_kwargs must be an object, got {self.chat_template_kwargs!r}")
 
     def _check(self) -> None:
-        counts = ("max_prompt_length", "max_completion_length", "top_k", "generation_batch_size", "num_iterations")
+        lengths = ("max_prompt_length", "max_completion_length", "max_trajectory_length", "max_turns")
+        counts = (*lengths, "top_k", "generation_batch_size", "num_iterations")
         for name in (*counts, "reward_workers", "micro_batch", "eval_generations"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -218,7 +235,8 @@ class SelfDistillationConfig(TrainingArguments):
             raise ArgumentError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.reward_timeout is not None and not 0 < self.reward_timeout < math.inf:
             raise ArgumentError(f"reward_timeout must be positive seconds or None, got {self.reward_timeout}")
-        choices = {"strategy": Strategy, "verify": Verify, "reward_on_error": OnError, "on_bad_row": OnBadRow}
+        choices: dict[str, Any] = {"strategy": Strategy, "verify": Verify, "history": History}
+        choices |= {"reward_on_error": OnError, "on_bad_row": OnBadRow}
         allowed = {name: get_args(kind) for name, kind in choices.items()}
         for name, options in (allowed | {"model_dtype": ("float32", "bfloat16", "auto")}).items():
             if getattr(self, name) not in options:

@@ -40,7 +40,7 @@ from ..prefix.planner import common_prefix
 from ..presets.method import Method
 from ..rollouts.rewards import score
 from ..rollouts.samplers import ModelSampler, Sampling, stop_ids
-from ..types import Example, Group, Rollout
+from ..types import Example, Group, Trajectory
 from .collect import Collector
 from .config import SelfDistillationConfig
 from .prepare import check_template_kwargs, within_model
@@ -275,7 +275,7 @@ def _preview(
         (judged,) = score([Group(example=example, prompt_ids=student, rollouts=(empty,))], reward_functions)
         reward, feedback = judged.rollouts[0].reward, judged.rollouts[0].feedback
         empty = replace(empty, feedback=feedback)
-    rollouts: tuple[Rollout, ...] = (answer,)
+    rollouts: tuple[Trajectory, ...] = (answer,)
     supposed = ""
     if method.context == "feedback":
         success = method.use_solution and method.num_generations > 1 and (success or not method.use_feedback)
@@ -324,11 +324,11 @@ def _answer_of(example: Example) -> str:
     return UNKNOWN_ANSWER
 
 
-def _rollout(text: str, tokenizer: Any, end: int | None, *, reward: float, feedback: str | None = None) -> Rollout:
+def _rollout(text: str, tokenizer: Any, end: int | None, *, reward: float, feedback: str | None = None) -> Trajectory:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
     if end is not None:
         ids = [*ids, end]
-    return Rollout(
+    return Trajectory.answer(
         completion_ids=torch.tensor(ids, dtype=torch.int64),
         logprobs=None,
         text=text,

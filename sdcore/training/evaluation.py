@@ -24,10 +24,11 @@ from torch import nn
 from ..contexts.rendering import TEMPLATE_INPUTS
 from ..errors import ArgumentError
 from ..models import find_body
+from ..rollouts.environments import Agent
 from ..rollouts.rewards import OnError, Reward, RewardFunction, prepare
 from ..rollouts.samplers import ModelSampler, Sampler, Sampling, seed_of, stop_ids, whole_weights
 from ..types import Example, Group
-from .collect import Collector
+from .collect import Collector, kwargs_of
 from .config import OnBadRow
 from .rows import Rows
 
@@ -68,6 +69,7 @@ def evaluate(
     workers: int = 1,
     on_bad_row: OnBadRow | None = "raise",
     sampler: Sampler | None = None,
+    agent: Agent | None = None,
     rank: int = 0,
     world_size: int = 1,
     gather: Callable[[Any], list[Any]] | None = None,
@@ -84,6 +86,7 @@ def evaluate(
         on_bad_row: "skip" leaves out rows that cannot be rendered, or are too long for the model, and logs them; None
             is for rows that `Rows.usable` has returned, and asks about none.
         sampler: None: the model itself.
+        agent: who answers the student, in trajectories of several turns; None: nobody.
         rank, world_size, gather: to share the batches over processes; `gather` gives the lists of all of them.
         advance: called with the number of questions that are done, for a progress bar.
 
@@ -112,7 +115,8 @@ def evaluate(
             pad_token_id=getattr(tokenizer, "pad_token_id", None),
         ),
         rewards=prepare(reward_funcs, reward_weights),
-        chat_template_kwargs=chat_template_kwargs,
+        chat_template_kwargs=kwargs_of(chat_template_kwargs, agent),
+        agent=agent,
         timeout=timeout,
         on_error=on_error,
         workers=workers,

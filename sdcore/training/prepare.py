@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
@@ -28,21 +28,25 @@ from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from ..contexts import require_text
+from ..contexts.conversation import History
 from ..data import read_examples
 from ..errors import ArgumentError, UnsupportedModelError
 from ..models import find_body
 from ..models.body import noise_of
 from ..models.gguf import plain_folder, require_there
-from ..presets.method import Method
-from ..rollouts.rewards import Reward
+from ..presets.method import OF_TURNS, Method
+from ..rollouts.environments import Agent
+from ..rollouts.rewards import OnError, Reward
 from ..rollouts.samplers import ModelSampler, Sampler
 from ..types import Example
 from .config import SelfDistillationConfig
 from .evaluation import JUDGED, MEASURED
 
 
-def args_of(args: Any, method: Any) -> SelfDistillationConfig:
+def args_of(args: Any, method: Any, **objects: Any) -> SelfDistillationConfig:
     """Returns the arguments, defaults for None. Raises `ArgumentError` where they or the method are something else.
+
+    `objects` are the trainer's others, which must not be given by their names or classes.
 
     With `disable_tqdm` the bars of transformers and datasets are off from here on, in the whole process, as
     transformers' trainer sets the level of its log.
@@ -52,6 +56,7 @@ def args_of(args: Any, method: Any) -> SelfDistillationConfig:
     if not isinstance(method, Method):
         raise ArgumentError(f"method must be a Method such as SDPO(), got {method!r:.80}")
     args = args or SelfDistillationConfig()
+    _check_objects(objects)
     if args.disable_tqdm:
         transformers_logging.disable_progress_bar()
         importlib.import_module("datasets").disable_progress_bars()
@@ -69,7 +74,7 @@ OBJECTS = {
 }
 
 
-def check_objects(**given: Any) -> None:
+def _check_objects(given: Mapping[str, Any]) -> None:
     """Raises `ArgumentError` for an object of the trainer that is given by its name or its class."""
     for name, value in given.items():
         attributes, example = OBJECTS[name]
@@ -77,13 +82,47 @@ def check_objects(**given: Any) -> None:
             raise ArgumentError(f"{name} must be an object, such as {example}, got {value!r:.80}")
 
 
-def check(args: SelfDistillationConfig, method: Method, rewards: Sequence[Reward], sampler: Sampler) -> None:
+def agent_of(
+    args: SelfDistillationConfig, tools: Sequence[Callable[..., Any]], environment_factory: Any
+) -> Agent | None:
+    """Returns who answers the student; None where nobody does. Raises `ArgumentError`."""
+    if not tools and environment_factory is None:
+        return None
+    return Agent(
+        tools=tools,
+        environment_factory=environment_factory,
+        max_turns=args.max_turns,
+        max_tokens=args.max_trajectory_length,
+        max_seconds=args.max_trajectory_seconds,
+        timeout=args.reward_timeout,
+        on_error=cast(OnError, args.reward_on_error),
+        history=cast(History, args.history),
+    )
+
+
+def check(
+    args: SelfDistillationConfig,
+    method: Method,
+    rewards: Sequence[Reward],
+    sampler: Sampler,
+    agent: Agent | None = None,
+) -> None:
     """Raises `ArgumentError` for choices of method and arguments that do not go together."""
-    if method.needs_rewards and not rewards:
+    is_judged = bool(rewards) or (agent is not None and agent.environment_factory is not None)
+    if method.needs_rewards and not is_judged:
         raise ArgumentError(
             f"reward_funcs must have a function for {type(method).__name__}, which needs rewards, got none"
         )
-    names, best = (*MEASURED, *(JUDGED if rewards else ())), args.metric_for_best_model
+    if agent is None and method.context in OF_TURNS:
+        raise ArgumentError(
+            f"context must be one of whole answers without tools and environment_factory, got {method.context!r}"
+        )
+    if agent is not None and (method.samples == "dataset" or method.teacher_samples > 0):
+        raise ArgumentError(
+            "samples must be 'student' and teacher_samples 0 with tools or an environment, which answer the student, "
+            f"got {method.samples!r} and {method.teacher_samples}"
+        )
+    names, best = (*MEASURED, *(JUDGED if is_judged else ())), args.metric_for_best_model
     if best is not None and not best.endswith(names):
         default = " (transformers' default for load_best_model_at_end and for schedules that follow a metric)"
         raise ArgumentError(
@@ -138,6 +177,19 @@ def check_engine(state: Any) -> None:
         )
 
 
+def check_tools(tokenizer: Any, agent: Agent) -> None:
+    """Raises `ArgumentError` for a tokenizer whose chat template does not show the student the tools that it has."""
+    tokenizer, turns = getattr(tokenizer, "tokenizer", tokenizer), [{"role": "user", "content": "?"}]
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ArgumentError("processing_class must have a chat template with tools or an environment, got one without")
+    shown = tokenizer.apply_chat_template(turns, tokenize=False, tools=agent.schemas or None)
+    if agent.schemas and shown == tokenizer.apply_chat_template(turns, tokenize=False):
+        raise ArgumentError(
+            "tools must be shown to the student by the tokenizer's chat template, got one that renders the same "
+            "without them: give the tokenizer another chat_template"
+        )
+
+
 def check_template_kwargs(tokenizer: Any, kwargs: Mapping[str, Any] | None) -> None:
     """Raises `ArgumentError` for the first of `chat_template_kwargs` that the tokenizer's chat template never names."""
     template = getattr(tokenizer, "chat_template", None)
@@ -184,7 +236,9 @@ def model_of(name: str, **options: Any) -> Any:
 
 
 @_peft_unwarned()
-def loaded(model: Any, tokenizer: Any, args: SelfDistillationConfig, peft_config: Any) -> tuple[Any, Any]:
+def loaded(
+    model: Any, tokenizer: Any, args: SelfDistillationConfig, peft_config: Any, agent: Agent | None = None
+) -> tuple[Any, Any]:
     """Loads model and tokenizer that are given by name, or not at all. Raises what transformers raises.
 
     An adapter's folder gives the adapter as it was saved, to be trained on. Raises `ArgumentError` for a `peft_config`
@@ -212,6 +266,8 @@ def loaded(model: Any, tokenizer: Any, args: SelfDistillationConfig, peft_config
             raise ArgumentError("processing_class must be the tokenizer of a model that has no name, got None")
         tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=remote)
     check_template_kwargs(tokenizer, args.chat_template_kwargs)  # type: ignore[arg-type]  # an object, once checked
+    if agent is not None:
+        check_tools(tokenizer, agent)
     if peft_config is not None:
         if getattr(model, "peft_config", None):
             _refuse_second_adapter(type(model).__name__)

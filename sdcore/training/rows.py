@@ -37,7 +37,7 @@ from ..errors import DataError, SdcoreError
 from ..models import find_body
 from ..prefix.sampling import check_room
 from ..rollouts.samplers import ModelSampler
-from ..types import Conditioned, Example, Group, Rollout
+from ..types import Conditioned, Example, Group, Trajectory
 from .collect import Collector
 from .config import OnBadRow, SelfDistillationConfig
 
@@ -46,7 +46,7 @@ EXCERPT: Final = 60  # characters of a prompt
 # Builders that can be asked before anything is sampled, and what they are asked about: a success, and a failure.
 ASKED: Final = (Demonstration, Solution, SuccessOrFeedback, Template)
 _STAND_INS: Final = tuple(
-    Rollout(
+    Trajectory.answer(
         completion_ids=torch.zeros(1, dtype=torch.int64),
         logprobs=None,
         text="answer",
@@ -157,8 +157,12 @@ class Rows:
         example, size = group.example, len(group.rollouts)
         try:
             seen = self.context.condition(group, tokenizer)
-            for rollout, prompt, is_active in zip(group.rollouts, seen.teacher_prompts, seen.active, strict=True):
-                if is_active and prompt is not group.prompt_ids:
+            for i, (rollout, prompt) in enumerate(zip(group.rollouts, seen.teacher_prompts, strict=True)):
+                if seen.turns is not None:
+                    for ids, turn in zip(seen.turns[i], rollout.own, strict=True):
+                        if ids is not None:
+                            self._fits(example, ids, turn.ids, "teacher's prompt of a turn")
+                elif seen.active[i] and prompt is not group.prompt_ids:
                     self._fits(example, prompt, rollout.completion_ids, "teacher's prompt")
             return seen
         except SdcoreError as error:

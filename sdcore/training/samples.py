@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 
 from ..prefix.planner import common_prefix
 from ..step import StepOutput
-from ..types import Example
+from ..types import Example, Trajectory
 from .update import Batch
 
 SHOWN_CHARACTERS = 400
@@ -44,6 +44,7 @@ def sample_rows(batch: Batch, out: StepOutput, tokenizer: Any, *, limit: int) ->
     slices = batch.plan.rows
     places = [(i, g) for g, group in enumerate(batch.groups) for i in range(len(group.rollouts))]
     taught = dict(zip(places, batch.taught.tolist(), strict=True))
+    turns = dict(zip(places, batch.turns, strict=True))
     rows = []
     for i, g in sorted(places, key=lambda place: (not taught[place], place))[:limit]:
         group, rollout = batch.groups[g], batch.groups[g].rollouts[i]
@@ -52,9 +53,9 @@ def sample_rows(batch: Batch, out: StepOutput, tokenizer: Any, *, limit: int) ->
                 "prompt": _question(group.example),
                 "privileged_context": group.example.privileged_context
                 or _added(group.prompt_ids, batch.conditioned[g].teacher_prompts[i], tokenizer),
-                "completion": rollout.text,
+                "completion": rollout.transcript(str),
                 "tokens": [tokenizer.decode([token]) for token in rollout.completion_ids.tolist()],
-                "per_token": _divergences(per_token, slices[g][i], len(rollout.completion_ids)),
+                "per_token": _divergences(per_token, slices[g][i].start, rollout, turns[i, g]),
                 "reward": rollout.reward,
                 "feedback": rollout.feedback,
                 "active": taught[i, g],
@@ -114,11 +115,15 @@ class RichProgress(TrainerCallback):
         self.bar.stop()
 
 
-def _divergences(per_token: Tensor | None, rows: slice, count: int) -> list[float]:
-    """Returns the divergence at each token of a completion, which has rows if it carried a loss."""
-    if per_token is None or rows.start == rows.stop:
-        return [0.0] * count
-    return per_token[rows].tolist()
+def _divergences(per_token: Tensor | None, start: int, rollout: Trajectory, rows: Sequence[int]) -> list[float]:
+    """Returns the divergence at each token of a trajectory, whose turns have rows where they carried a loss."""
+    values: list[float] = []
+    own = iter(rows)
+    for turn in rollout.turns:
+        count = next(own) if turn.is_own else 0
+        values += [0.0] * len(turn.ids) if per_token is None or not count else per_token[start : start + count].tolist()
+        start += count
+    return values
 
 
 def _question(example: Example) -> str:

@@ -34,7 +34,7 @@ from ..presets.method import Method
 from ..rollouts.samplers import ModelSampler, Sampler, Sampling, sample_groups, seed_of, stop_ids
 from ..rollouts.sandbox import run_limited
 from ..teachers import Snapshot
-from ..types import Example, Prompt, Rollout
+from ..types import Example, Prompt, Trajectory
 from .prepare import within_model
 from .update import Batch, update
 
@@ -155,7 +155,7 @@ def solve(
             tokenizer=tokenizer,
             seed=seed_of(config.seed, len(rounds)),
         )
-        judged: list[Rollout] = []
+        judged: list[Trajectory] = []
         for rollout in group.rollouts:
             if rollout.text not in verdicts:
                 verdicts[rollout.text] = verify(rollout.text)

@@ -26,7 +26,7 @@ Not covered: DeepSpeed and FSDP1 (refused by name), data without a length, and L
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -51,10 +51,10 @@ from ..step import StepOutput
 from ..teachers import Teacher, TrustRegion
 from ..types import Example, Group
 from .checkpoints import OwnState, describe_run, is_in, saving_whole, start_of, writing
-from .collect import Collector
+from .collect import Collector, kwargs_of
 from .config import SelfDistillationConfig
 from .evaluation import evaluate
-from .prepare import args_of, built, check, check_engine, check_objects, examples_of, loaded, of_each, within_model
+from .prepare import agent_of, args_of, built, check, check_engine, examples_of, loaded, of_each, within_model
 from .rows import Rows
 from .samples import RichProgress, sample_rows, show
 from .update import Batch, Normalizers, require_finite, update
@@ -74,6 +74,7 @@ class SelfDistillationTrainer(Trainer):
         eval_dataset: the same, or a dict of several; `evaluate` samples answers and judges them.
         processing_class: the tokenizer; None: that of the model's name.
         reward_funcs: functions, or "module:function"; see `rollouts.rewards`.
+        tools, environment_factory: who answers the student, in several turns; see `rollouts.environments`.
         sampler: who draws completions; None: the model itself.
         teacher, reference: None for the method's own; a module is the frozen one.
         context: None for the method's own builder.
@@ -94,6 +95,8 @@ class SelfDistillationTrainer(Trainer):
         eval_dataset: Data = None,
         processing_class: Any = None,
         reward_funcs: Sequence[RewardFunction | str] = (),
+        tools: Sequence[Callable[..., Any]] = (),
+        environment_factory: Callable[[], Any] | None = None,
         sampler: Sampler | None = None,
         teacher: Teacher | TrustRegion | nn.Module | None = None,
         reference: Teacher | nn.Module | None = None,
@@ -102,22 +105,22 @@ class SelfDistillationTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
     ) -> None:
-        args = args_of(args, method)
-        check_objects(teacher=teacher, reference=reference, sampler=sampler, context=context)
-        check_objects(processing_class=processing_class, peft_config=peft_config)
+        given = {"teacher": teacher, "reference": reference, "sampler": sampler, "context": context}
+        args = args_of(args, method, **given, processing_class=processing_class, peft_config=peft_config)
         self.method = method
         self.rewards = prepare(reward_funcs, args.reward_weights)
         self.sampler: Sampler = sampler or ModelSampler(prompts_at_a_time=args.generation_batch_size)
-        self.context = context or method.build_context(chat_template_kwargs=cast(Any, args.chat_template_kwargs))
+        self.agent = agent = agent_of(args, tools, environment_factory)
+        self.context = context or method.build_context(chat_template_kwargs=kwargs_of(args.chat_template_kwargs, agent))
         skipped: dict[str, list[str]] | None = {} if args.on_bad_row == "skip" else None
         self._read: Any = partial(examples_of, skipped=skipped)
         train_examples = self._read(train_dataset, "train_dataset")
         eval_examples = of_each(eval_dataset, self._read, "eval_dataset")
-        check(args, method, self.rewards, self.sampler)
+        check(args, method, self.rewards, self.sampler, agent)
         check_examples(self.context, train_examples or [])
         if skipped is None:
             check_columns(self.rewards, train_examples, eval_examples)
-        model, processing_class = loaded(model, processing_class, args, peft_config)
+        model, processing_class = loaded(model, processing_class, args, peft_config, agent)
         head_of(model)  # refuses a model whose logits are not its states times a matrix, before any work
         self.context = within_model(self.context, find_body(model).max_positions, args.max_completion_length)
         super().__init__(
@@ -213,7 +216,7 @@ class SelfDistillationTrainer(Trainer):
     def collector(self) -> Collector:
         """Samples and judges by the arguments as they are now: a callback may have changed the temperature."""
         chosen = (self.args, self.method, self.processing_class, self.sampler, self.rewards, self.context)
-        return Collector.of_run(*chosen, stop_ids=self._stop_ids)
+        return Collector.of_run(*chosen, stop_ids=self._stop_ids, agent=self.agent)
 
     def _collected(self, batches: Sequence[Sequence[Example]]) -> list[list[Group]]:
         """Returns judged groups of completions, drawn from the weights as they are."""
@@ -305,9 +308,9 @@ class SelfDistillationTrainer(Trainer):
             data,
             self.rewards,
             success_threshold=self.method.success_threshold,
-            sampler=self.sampler,
             gather=gather_object,
-            **args.evaluation_options() | {"on_bad_row": None},  # asked once, when the data came
+            # The rows were looked at when the data came.
+            **args.evaluation_options() | {"on_bad_row": None, "sampler": self.sampler, "agent": self.agent},
         )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items()}
         metrics |= speed_metrics(metric_key_prefix, started, num_samples=len(data) * args.eval_generations)
@@ -320,10 +323,7 @@ class SelfDistillationTrainer(Trainer):
         raise ArgumentError("test_dataset must go to evaluate(test_dataset), which measures; there are no logits here")
 
     def floating_point_ops(self, inputs: Batch) -> int:
-        """Counts six per weight and token of the student, two of the teacher's; shared tokens once."""
-        student = sum(tree.tokens(read_shared=False) for tree in inputs.plan.student)
-        teacher = sum(tree.tokens(read_shared=False) for tree in inputs.plan.teacher)
-        return (6 * student + 2 * teacher) * int(self.model.num_parameters(exclude_embeddings=True))
+        return inputs.flops(int(self.model.num_parameters(exclude_embeddings=True)))
 
     def _track_num_input_tokens(self, inputs: Batch) -> None:
         """Counts completion tokens; transformers would look for a batch's `input_ids`."""

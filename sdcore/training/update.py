@@ -17,7 +17,7 @@ are divided by is a sum over all batches of an optimizer step on all ranks.
 
 Not covered: sampling, rewards and the optimizer, which are the trainer's.
 
-Letters: B groups, S completions in all, N tokens of the completions that carry a loss.
+Letters: B groups, S completions in all, T turns of the student in all, N tokens of those that carry a loss.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from ..step import StepOutput, distill_step, imitate_step, policy_gradient_step,
 from ..step.parts import Backward
 from ..teachers import Teacher, TrustRegion
 from ..types import Conditioned, Group
+from .turns import active_turns, plan_turns
 
 
 class Normalizers(NamedTuple):
@@ -67,7 +68,7 @@ class Batch:
     groups: tuple[Group, ...]  # B
     conditioned: tuple[Conditioned, ...]  # B
     plan: Plan
-    lengths: tuple[int, ...]  # S, rows in the plan: 0 for a completion that carries no loss
+    turns: tuple[tuple[int, ...], ...]  # S, of each of the student's turns its rows in the plan: 0 without a loss
     tokens: int  # of all completions
     rewards: Tensor  # (S,) float32; NaN where a completion was not judged
     judged: Tensor  # (S,) bool
@@ -96,21 +97,28 @@ class Batch:
         `mask_truncated`: nor do those that were cut. `norm_length` is for the aggregation "sum-norm".
         """
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        lengths = [len(rollout.completion_ids) for rollout in rollouts]
+        turns_S = [[len(turn.ids) for turn in rollout.own] for rollout in rollouts]
+        turns = [length for of_rollout in turns_S for length in of_rollout]  # T turns of the student
+        counts, lengths = [len(of_rollout) for of_rollout in turns_S], [sum(of_rollout) for of_rollout in turns_S]
         sizes = [len(group.rollouts) for group in groups]
         rewards = torch.tensor([float("nan") if r.reward is None else r.reward for r in rollouts])
-        whole = torch.tensor([rollout.finished or not mask_truncated for rollout in rollouts], dtype=torch.bool)
+        whole = torch.tensor(
+            [r.finished or (not mask_truncated and r.outcome != "failed") for r in rollouts], dtype=torch.bool
+        )
         judged = ~rewards.isnan() & whole
-        active = torch.tensor([one for seen in conditioned for one in seen.active], dtype=torch.bool)
-        taught = active & whole & (judged if must_be_judged or method.target == "token_tilt" else True)
+        active = torch.tensor(active_turns(groups, conditioned), dtype=torch.bool)
+        taught = whole & (judged if must_be_judged or method.target == "token_tilt" else True)
+        taught_T = active & spread(taught, counts)
         if method.target == "imitation":
-            taught = whole
-        positions = torch.cat([torch.arange(length) for length in lengths] or [torch.zeros(0, dtype=torch.int64)])
+            taught_T = spread(whole, counts)
+        positions = torch.cat([torch.arange(length) for length in turns] or [torch.zeros(0, dtype=torch.int64)])
         counted = positions >= method.skip_first_tokens  # (N,)
+        by_turn = method.aggregation == "turn-mean-token-mean"
+        aggregation: Any = "seq-mean-token-mean" if by_turn else method.aggregation
         parts = []
-        for of_completion in (taught, judged):
-            mask = counted & spread(of_completion, lengths)
-            parts.append(token_weights(method.aggregation, lengths, mask, norm_length=norm_length))
+        for carries_T in (taught_T, spread(judged, counts)):
+            mask = counted & spread(carries_T, turns)
+            parts.append(token_weights(aggregation, turns if by_turn else lengths, mask, norm_length=norm_length))
         (divergence_weights, of_divergence), (policy_weights, of_policy) = parts
         if method.target == "tilt":
             has_tokens = per_completion(policy_weights, lengths) > 0
@@ -118,21 +126,22 @@ class Batch:
         loss_weights = policy_weights if method.target in ("tilt", "policy_gradient") else divergence_weights
         if method.distillation_weight < 1:
             loss_weights = loss_weights + policy_weights
-        carries = per_completion((loss_weights != 0).float(), lengths) > 0
-        # What carries no loss is not computed at all: to the plan it is an empty completion.
-        planned = tuple(length * bool(one) for length, one in zip(lengths, carries.tolist(), strict=True))
-        rows = spread(carries, lengths)
+        carries = per_completion((loss_weights != 0).float(), turns) > 0
+        # What carries no loss is not computed at all: to the plan it is an empty turn.
+        left = iter(length * bool(one) for length, one in zip(turns, carries.tolist(), strict=True))
+        planned = tuple(tuple(next(left) for _ in of_rollout) for of_rollout in turns_S)
+        rows = spread(carries, turns)
         old = [rollout.logprobs for rollout in rollouts]
         known = [logprobs for logprobs in old if logprobs is not None]
         return cls(
             groups=tuple(groups),
             conditioned=tuple(conditioned),
             plan=_plan(groups, planned, conditioned if method.has_teacher else None, device),
-            lengths=planned,
+            turns=planned,
             tokens=len(rows),
             rewards=rewards.to(device),
             judged=judged.to(device),
-            taught=taught.to(device),
+            taught=(per_completion(taught_T.float(), counts) > 0).to(device),
             divergence_weights=divergence_weights[rows].to(device),
             policy_weights=policy_weights[rows].to(device),
             old_logprobs=torch.cat(known)[rows].to(device) if len(known) == len(old) else None,
@@ -140,10 +149,22 @@ class Batch:
             counts={
                 "completions/count": len(rollouts),
                 "completions/by_teacher": sum(rollout.by_teacher for rollout in rollouts),
-                "completions/without_loss": int((~carries).sum()),
+                "completions/without_loss": sum(not any(of_rollout) for of_rollout in planned),
                 "completions/truncated_masked": int((~whole).sum()),
             },
         )
+
+    def flops(self, parameters: int) -> int:
+        """Counts six per weight and token of the student, two of the teacher's; shared tokens once."""
+        student, teacher = (
+            sum(tree.tokens(read_shared=False) for tree in trees) for trees in (self.plan.student, self.plan.teacher)
+        )
+        return (6 * student + 2 * teacher) * parameters
+
+    @property
+    def lengths(self) -> list[int]:
+        """Are the rows of each completion, S."""
+        return [sum(of_rollout) for of_rollout in self.turns]
 
     @property
     def sizes(self) -> list[int]:
@@ -254,11 +275,17 @@ def _tilted(method: Method) -> Tilted:
 
 
 def _plan(
-    groups: Sequence[Group], lengths: Sequence[int], conditioned: Sequence[Conditioned] | None, device: Any
+    groups: Sequence[Group], turns: Sequence[Sequence[int]], conditioned: Sequence[Conditioned] | None, device: Any
 ) -> Plan:
-    """Plans the completions that have a length; a teacher's prompt that the whole group has is given once."""
-    prompts, left = [group.prompt_ids.to(device) for group in groups], iter(lengths)
-    completions = [[rollout.completion_ids[: next(left)].to(device) for rollout in group.rollouts] for group in groups]
+    """Plans the turns that have a length; a teacher's prompt that the whole group has is given once."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    of_turns = conditioned is not None and any(seen.turns is not None for seen in conditioned)
+    if of_turns or any(len(rollout.turns) > 1 for rollout in rollouts):
+        return plan_turns(groups, turns, conditioned, device)
+    prompts, left = [group.prompt_ids.to(device) for group in groups], iter(turns)
+    completions = [
+        [rollout.completion_ids[: sum(next(left))].to(device) for rollout in group.rollouts] for group in groups
+    ]
     if conditioned is None:
         return plan_of(prompts, completions)
     teachers: list[Tensor | list[Tensor]] = []

@@ -34,6 +34,7 @@ from ..presets.method import Method
 from ..step import StepOutput
 from ..teachers import Snapshot
 from .config import SelfDistillationConfig
+from .turns import first_turns
 from .update import Batch
 
 SUMS: Final = frozenset({*COUNTS, "loss/active_tokens"})
@@ -70,18 +71,19 @@ class Watch:
         return values | {"loss/active_fraction": values["loss/active_tokens"] / max(1, batch.tokens)}
 
     def probes(self, model: nn.Module, batch: Batch, step: int) -> dict[str, float]:
-        """Runs the probes that are due after `step` optimizer steps."""
+        """Runs the probes that are due after `step` optimizer steps, on the first turns of trajectories."""
         values: dict[str, float] = {}
         method, args = self.method, self.args
+        groups, conditioned = first_turns(batch.groups, batch.conditioned)
         strategy: Any = "auto" if args.strategy == "two_phase" else args.strategy
         taught = {"teacher": self.teacher, "temperature": method.temperature, "strategy": strategy}
         if method.has_teacher and due(args.leak_probe_every, step):
-            values |= leak(model, batch.groups, self.context, self.tokenizer, alpha=method.alpha, **taught)
+            values |= leak(model, groups, self.context, self.tokenizer, alpha=method.alpha, **taught)
         if method.has_teacher and due(args.overlap_probe_every, step):
             k, of = method.topk or OVERLAP_TOKENS, method.topk_of
-            values |= overlap(model, batch.groups, batch.conditioned, k=k, of=of, **taught)
+            values |= overlap(model, groups, conditioned, k=k, of=of, **taught)
         if self.origin is not None and due(args.drift_probe_every, step):
-            values |= drift(model, batch.groups, self.origin, strategy=strategy)
+            values |= drift(model, groups, self.origin, strategy=strategy)
         return values
 
 

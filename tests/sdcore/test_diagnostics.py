@@ -27,7 +27,7 @@ from sdcore.prefix import plan
 from sdcore.presets import Method
 from sdcore.step import distill_step
 from sdcore.teachers import Frozen, Live, TrustRegion
-from sdcore.types import Conditioned, Example, Group, Rollout
+from sdcore.types import Conditioned, Example, Group, Trajectory
 from sdkernels import LogitTransform
 from tests.sdcore.prefix.models import CONFIGS, VOCAB, build
 
@@ -219,12 +219,12 @@ def test_a_directory_that_is_a_file_or_has_no_run_is_refused(tmp_path: Path) -> 
 # What a step says: counts and averages.
 
 
-def rollout(length: int, **values: Any) -> Rollout:
+def rollout(length: int, **values: Any) -> Trajectory:
     ids = torch.randint(VOCAB, (length,))
-    return Rollout(completion_ids=ids, logprobs=None, text="", **{"finished": True} | values)
+    return Trajectory.answer(completion_ids=ids, logprobs=None, text="", **{"finished": True} | values)
 
 
-def group_of(prompt: Sequence[int], rollouts: Sequence[Rollout], **example: Any) -> Group:
+def group_of(prompt: Sequence[int], rollouts: Sequence[Trajectory], **example: Any) -> Group:
     asked = Example(**{"prompt": " ".join(map(str, prompt))} | example)
     return Group(example=asked, prompt_ids=torch.tensor(prompt), rollouts=tuple(rollouts))
 

@@ -34,8 +34,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from sdcore.errors import UnsupportedModelError
 from sdcore.presets import GRPO, SFT, Method, RLTilt
+from sdcore.rollouts.environments import Reply
 from sdcore.training.prepare import check_engine
 from sdcore.training.trainer import SelfDistillationTrainer
+from sdcore.types import Example
 from sdcore.world import CHECKPOINT
 from sdcore.world.data import fraction, rows, with_feedback
 from tests.sdcore.trainer_runs import SDFT_METHOD, SDPO_METHOD, lines, losses, trainer
@@ -54,7 +56,7 @@ LAUNCHERS = {
 }
 # Every case under one of the two at least; what may hang, or be divided wrongly, under both.
 RUN = {
-    "ddp": ("sdpo", "sparse", "sft", "grpo", "ema", "reused", "by teacher"),
+    "ddp": ("sdpo", "sparse", "sft", "grpo", "ema", "reused", "by teacher", "turns"),
     "fsdp": ("sdft", "sparse", "sft", "tilt", "parted", "ema", "reused", "by live teacher"),
 }
 RESUMED = ("ema", "reused")
@@ -74,6 +76,19 @@ def ragged() -> list[dict[str, Any]]:
 def sometimes(*, answer: str, **columns: Any) -> tuple[float, str | None]:
     """Half of the questions have feedback: on some ranks and steps nothing is active, on others all."""
     return (0.0, answer) if int(answer[1]) % 2 else (0.0, None)
+
+
+class Hints:
+    """Some trajectories have one turn and some three, so that ranks have trees of different depths, or no teacher."""
+
+    def reset(self, example: Example) -> None:
+        self.turns = 0
+
+    def step(self, message: dict[str, Any]) -> Reply | None:
+        self.turns += 1
+        if len(message["content"]) % 2 or self.turns == 3:
+            return None
+        return Reply("H a9 H e1", reward=float(self.turns), feedback="H g0")
 
 
 CASES: dict[str, tuple[Method, dict[str, Any]]] = {
@@ -98,6 +113,10 @@ CASES: dict[str, tuple[Method, dict[str, Any]]] = {
     ),
     "reused": (GRPO(num_generations=4), {"kind": "rl", "reward_funcs": [fraction], "num_iterations": 2}),
     "by teacher": (replace(SDFT_METHOD, update_rate=0.5, teacher_samples=0.5), {"kind": "sdft"}),
+    "turns": (
+        Method(context="turn_feedback", num_generations=2, teacher="ema", template="{{ prompt }} {{ feedback }}"),
+        {"kind": "rl", "environment_factory": Hints, "per_device_train_batch_size": 1, "max_completion_length": 6},
+    ),
     "by live teacher": (replace(SDFT_METHOD, teacher="live", update_rate=0.05, teacher_samples=0.5), {"kind": "sdft"}),
 }
 

@@ -66,6 +66,7 @@ def trainer(
     sampler: Any = None,
     peft_config: Any = None,
     processing_class: Any = None,
+    environment_factory: Any = None,
     **changes: Any,
 ) -> SelfDistillationTrainer:
     made = SelfDistillationTrainer(
@@ -79,6 +80,7 @@ def trainer(
         callbacks=callbacks,
         sampler=sampler,
         peft_config=peft_config,
+        environment_factory=environment_factory,
     )
     return made
 

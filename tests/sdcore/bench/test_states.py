@@ -23,7 +23,7 @@ from sdcore.cli.main import app
 from sdcore.contexts import Template, student_prompt_ids
 from sdcore.errors import ArgumentError
 from sdcore.models import gguf
-from sdcore.types import Group, Rollout
+from sdcore.types import Group, Trajectory
 from tests.sdcore.contexts.chats import chat_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,7 +82,7 @@ def test_rows_are_what_the_output_layer_gets_at_the_answers_tokens(folder: Path)
     sides = states_of(model, tokenizer, answers)
     example = questions[1]  # its rows are the fifth to the eighth
     prompt = student_prompt_ids(example, tokenizer)
-    rollout = Rollout(completion_ids=answers[1][0], logprobs=None, text="", finished=True)
+    rollout = Trajectory.answer(completion_ids=answers[1][0], logprobs=None, text="", finished=True)
     group = Group(example=example, prompt_ids=prompt, rollouts=(rollout,))
     taught = Template("{{ privileged_context }}\n\n{{ prompt }}").condition(group, tokenizer).teacher_prompts[0]
     assert example.privileged_context in tokenizer.decode(taught)

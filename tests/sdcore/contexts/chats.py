@@ -13,7 +13,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from sdcore.contexts import student_prompt_ids
-from sdcore.types import Example, Group, Message, Prompt, Rollout
+from sdcore.types import Example, Group, Message, Prompt, Trajectory
 
 # System turns; the thinking of turns before the last question is taken out; thinking can be switched off.
 QWEN = """\
@@ -91,8 +91,8 @@ def example(prompt: Prompt = "What is 3 + 4?", context: str | None = None, **col
     return Example(prompt=prompt, privileged_context=context, columns=columns, source="train.jsonl:7")
 
 
-def rollout(text: str, reward: float | None = None, feedback: str | None = None) -> Rollout:
-    return Rollout(
+def rollout(text: str, reward: float | None = None, feedback: str | None = None) -> Trajectory:
+    return Trajectory.answer(
         completion_ids=torch.tensor([1, 2]), logprobs=None, text=text, finished=True, reward=reward, feedback=feedback
     )
 
@@ -100,7 +100,7 @@ def rollout(text: str, reward: float | None = None, feedback: str | None = None)
 def group_of(
     given: Example,
     tokenizer: Any,
-    *rollouts: Rollout,
+    *rollouts: Trajectory,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> Group:

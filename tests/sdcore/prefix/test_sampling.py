@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sdcore.errors import ArgumentError, PlanError, PlanTypeError, UnsupportedModelError
-from sdcore.prefix.sampling import Sampled, generate
+from sdcore.prefix.sampling import Kept, Sampled, generate
 from tests.sdcore.prefix.models import VOCAB, tiny
 
 FAMILIES = ["llama", "mistral", "gemma2", "gemma3", "gpt_neox", "qwen3_moe", "qwen3_next", "qwen3_5"]
@@ -262,3 +262,38 @@ def test_positions_that_depend_on_the_length_are_refused_where_they_change() -> 
     }
     with pytest.raises(UnsupportedModelError, match=r"Phi3ForCausalLM encodes positions otherwise .* longer than 20"):
         generate(model, PROMPTS, num_completions=2, max_new_tokens=13, eos_token_id=None)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox", "gemma3", "qwen3_next"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_talk_that_goes_on_reads_what_is_new_and_samples_the_same(name: str, temperature: float) -> None:
+    """Rows of several lengths, of which one stops and another one hears more; against reading all anew."""
+    model = tiny(name)
+    options: dict[str, Any] = {"max_new_tokens": 4, "eos_token_id": [1, 2, 3], "temperature": temperature}
+    prompts = [torch.arange(4, 13), torch.arange(6, 15)]
+    read: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    kept = Kept()
+    first = generate(model, prompts, num_completions=2, seed=3, kept=kept, **options)
+    assert as_lists(first) == as_lists(generate(model, prompts, num_completions=2, seed=3, **options))
+    rows = [torch.cat([prompts[b], ids]) for b, group in enumerate(first.completions) for ids in group]
+    for turn, replies in enumerate(([5, 1, 3, 2], [2, 4, 1])):
+        rows = [torch.cat([row, torch.arange(4, 4 + more)]) for row, more in zip(rows, replies, strict=False)]
+        rows = rows[1:] if turn else rows  # the first one has ended
+        generate(model, rows, num_completions=1, seed=turn, **options)  # the first-use check is done
+        read.clear()
+        gone_on = generate(model, rows, num_completions=1, seed=turn, kept=kept, **options)
+        most_new = max(replies) + 2  # the reply, and what was sampled and not read
+        assert (read[0] <= most_new + 4) is (name not in ("gemma3", "qwen3_next"))
+        anew = generate(model, rows, num_completions=1, seed=turn, **options)
+        assert as_lists(gone_on) == as_lists(anew)
+        torch.testing.assert_close(gone_on.logprobs, anew.logprobs, rtol=1e-5, atol=1e-5)
+        rows = [torch.cat([row, ids]) for row, (ids,) in zip(rows, gone_on.completions, strict=True)]
+    # What it did not read before, it reads as a whole.
+    other = [torch.arange(7, 20)]
+    assert as_lists(generate(model, other, num_completions=1, seed=9, kept=kept, **options)) == as_lists(
+        generate(model, other, num_completions=1, seed=9, **options)
+    )
+    hook.remove()

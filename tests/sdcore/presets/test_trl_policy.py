@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sdcore.presets import from_trl
 from sdcore.training.update import Batch, update
-from sdcore.types import Conditioned, Example, Group, Rollout
+from sdcore.types import Conditioned, Example, Group, Trajectory
 from tests.sdcore.prefix.models import VOCAB, double_precision, tiny
 
 with warnings.catch_warnings():
@@ -30,10 +30,10 @@ def judged_groups() -> list[Group]:
     """Two, with prompts of different lengths, whose completions a slightly different policy has sampled."""
     generator = torch.Generator().manual_seed(4)
 
-    def rollout(length: int, reward: float) -> Rollout:
+    def rollout(length: int, reward: float) -> Trajectory:
         ids = torch.randint(VOCAB, (length,), generator=generator)
         logprobs = torch.randn(length, generator=generator).mul(0.3) - 4
-        return Rollout(completion_ids=ids, logprobs=logprobs, text="", finished=True, reward=reward)
+        return Trajectory.answer(completion_ids=ids, logprobs=logprobs, text="", finished=True, reward=reward)
 
     return [
         Group(

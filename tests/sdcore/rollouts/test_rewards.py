@@ -13,16 +13,16 @@ import pytest
 import torch
 
 from sdcore.errors import ArgumentError
-from sdcore.rollouts import rewards
+from sdcore.rollouts import calls
 from sdcore.rollouts.named import load
 from sdcore.rollouts.rewards import RewardError, check_columns, contains, judge, prepare, score
-from sdcore.types import Example, Group, Rollout
+from sdcore.types import Example, Group, Trajectory
 
 
 def group(*texts: str, **columns: Any) -> Group:
     example = Example(prompt="2 + 2?", privileged_context="four", columns=columns, source="train.jsonl:7")
     rollouts = tuple(
-        Rollout(completion_ids=torch.tensor([1]), logprobs=None, text=text, finished=True) for text in texts
+        Trajectory.answer(completion_ids=torch.tensor([1]), logprobs=None, text=text, finished=True) for text in texts
     )
     return Group(example=example, prompt_ids=torch.tensor([5]), rollouts=rollouts)
 
@@ -42,7 +42,9 @@ def test_a_function_gets_prompt_completion_and_the_rows_columns() -> None:
         seen.append(columns)
         return 0.0
 
-    score([group("a", "b", answer=4, level="easy")], [watch])
+    asked = group("a", "b", answer=4, level="easy")
+    score([asked], [watch])
+    assert [columns.pop("trajectory") for columns in seen] == [*asked.rollouts]
     common = {"prompt": "2 + 2?", "privileged_context": "four", "answer": 4, "level": "easy"}
     assert seen == [common | {"completion": t, "raw_completion": t, "completion_ids": [1]} for t in ("a", "b")]
 
@@ -215,7 +217,7 @@ def release() -> Any:
     event = threading.Event()
     yield event
     event.set()
-    for thread in list(rewards._ABANDONED):
+    for thread in list(calls._ABANDONED):
         thread.join(5)
 
 
@@ -228,7 +230,7 @@ def test_a_function_that_hangs_is_left_behind_and_the_others_go_on(release: thre
     scored = judge([group("a", "hang", "b")], [hangs], timeout=0.05, on_error="drop")
     assert rewards_of(scored.groups) == [1.0, None, 1.0]
     assert scored.counts["rewards/timeout"] == scored.counts["rewards/dropped"] == 1
-    assert rewards._left_behind() == 1
+    assert calls._left_behind() == 1
     with pytest.raises(RewardError, match=r"completion 1: did not return within 0.05 seconds"):
         score([group("a", "hang", "b")], [hangs], timeout=0.05)
 
@@ -247,13 +249,13 @@ def test_an_async_function_that_hangs_is_cancelled() -> None:
     scored = judge([group("a", "hang", "b")], [hangs], timeout=0.1, on_error="drop")
     assert rewards_of(scored.groups) == [1.0, None, 1.0]
     assert cancelled == ["hang"]
-    assert rewards._left_behind() == 0
+    assert calls._left_behind() == 0
 
 
 def test_an_async_function_that_blocks_its_loop_does_not_block_the_run(
     release: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rewards, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(calls, "GRACE_SECONDS", 0.1)
 
     async def blocks(**columns: Any) -> float:
         release.wait()
@@ -267,7 +269,7 @@ def test_an_async_function_that_blocks_its_loop_does_not_block_the_run(
 def test_too_many_calls_left_behind_stop_the_run_in_either_case(
     release: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rewards, "MOST_LEFT_BEHIND", 2)
+    monkeypatch.setattr(calls, "MOST_LEFT_BEHIND", 2)
 
     def hangs(**columns: Any) -> float:
         release.wait()
@@ -293,9 +295,9 @@ def test_a_hung_function_does_not_keep_the_process_from_ending(run_python: Any) 
     code = """
 import time
 from sdcore.rollouts.rewards import judge
-from sdcore.types import Example, Group, Rollout
+from sdcore.types import Example, Group, Trajectory
 import torch
-rollout = Rollout(completion_ids=torch.tensor([1]), logprobs=None, text="a", finished=True)
+rollout = Trajectory.answer(completion_ids=torch.tensor([1]), logprobs=None, text="a", finished=True)
 group = Group(example=Example(prompt="p"), prompt_ids=torch.tensor([1]), rollouts=(rollout,))
 def hangs(**columns):
     time.sleep(1000)

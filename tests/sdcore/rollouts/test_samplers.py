@@ -31,7 +31,7 @@ from sdcore.rollouts.samplers import (
     whole_weights,
 )
 from sdcore.rollouts.window import WindowOrder, given_completion, load_rollouts, save_rollouts
-from sdcore.types import Example, Group, Rollout
+from sdcore.types import Example, Group, Trajectory
 from sdcore.world import CHECKPOINT
 from tests.sdcore.contexts.chats import chat_tokenizer
 
@@ -150,7 +150,7 @@ def test_an_engines_answer_needs_a_log_probability_per_token() -> None:
 # Completions from data.
 
 
-def given(tokenizer: Any, prompt: Any, completion: Any, **changes: Any) -> Rollout:
+def given(tokenizer: Any, prompt: Any, completion: Any, **changes: Any) -> Trajectory:
     example = Example(prompt=prompt, columns={"completion": completion}, source="train.jsonl:3")
     prompt_ids = student_prompt_ids(example, tokenizer)
     options: dict[str, Any] = {"stop_ids": [tokenizer.eos_token_id], "max_length": 20}
@@ -275,7 +275,7 @@ def test_a_last_window_can_be_dropped_where_it_is_repeated() -> None:
 def test_rollouts_are_saved_and_loaded_to_the_last_digit(tmp_path: Path) -> None:
     logprobs = torch.randn(5).log_softmax(-1)
     rollouts = (
-        Rollout(
+        Trajectory.answer(
             completion_ids=torch.tensor([3, 1, 4, 1, 5]),
             logprobs=logprobs,
             text="π ≈ 3\n",
@@ -283,7 +283,7 @@ def test_rollouts_are_saved_and_loaded_to_the_last_digit(tmp_path: Path) -> None
             reward=0.1 + 0.2,
             feedback="nearly",
         ),
-        Rollout(completion_ids=torch.zeros(0, dtype=torch.int64), logprobs=None, text="", finished=False),
+        Trajectory.answer(completion_ids=torch.zeros(0, dtype=torch.int64), logprobs=None, text="", finished=False),
     )
     group = Group(example=Example(prompt="π?"), prompt_ids=torch.tensor([1]), rollouts=rollouts)
     save_rollouts(tmp_path / "deep" / "rollouts-0.json", [[group], []])
@@ -342,7 +342,7 @@ def test_tags_that_are_special_tokens_are_seen_by_rewards_and_taken_out_of_attem
 
 def test_a_window_that_was_saved_keeps_what_was_said(tmp_path: Path) -> None:
     ids = torch.tensor([5, 2])
-    rollout = Rollout(completion_ids=ids, logprobs=None, text="a", finished=True, raw_text="a <eos>")
+    rollout = Trajectory.answer(completion_ids=ids, logprobs=None, text="a", finished=True, raw_text="a <eos>")
     group = Group(example=Example(prompt="q"), prompt_ids=ids, rollouts=(rollout,))
     save_rollouts(tmp_path / "window.json", [[group]])
     assert load_rollouts(tmp_path / "window.json")[0][0][0].raw_text == "a <eos>"
