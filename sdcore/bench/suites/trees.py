@@ -295,11 +295,14 @@ def _dense_states(setup: TreeSetup, trees: Sequence[Tree]) -> Tensor:
     """Runs each tree as one row with a mask of all pairs, (N, H)."""
     hidden = torch.empty_like(setup.direction)
     for tree in trees:
+        # As numbers: from a bool mask every layer would make them, and keep them for backward.
+        mask = torch.zeros(tree.starts[-1], tree.starts[-1], dtype=hidden.dtype, device=setup.device)
+        mask.masked_fill_(~dense_mask(tree).to(setup.device), float("-inf"))
         at = [torch.arange(begin, begin + len(ids)) for begin, ids in zip(tree.begins, tree.spans, strict=True)]
         states = setup.body.base(
             input_ids=torch.cat(tree.spans)[None],
             position_ids=torch.cat(at)[None].to(setup.device),
-            attention_mask=dense_mask(tree)[None, None].to(setup.device),
+            attention_mask=mask[None, None],
         ).last_hidden_state[0]
         hidden = hidden.index_copy(0, tree.places.to(setup.device), states[tree.rows.to(setup.device)])
     return hidden
