@@ -15,7 +15,7 @@ from sdkernels.live_bytes import LiveBytes
 from sdkernels.testing import make_arguments, make_inputs, relative_error, run_operation, run_reference
 from sdkernels.tile.head import Head
 from sdkernels.tile.native_backend import products
-from sdkernels.tile.native_backend.products import NativeHead, make_head, takes
+from sdkernels.tile.native_backend.products import NativeHead, PairHead, make_head, takes, takes_pairs
 
 pytestmark = pytest.mark.skipif(products.compiled() is None, reason="this machine compiles no products")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,11 +53,13 @@ def is_product(out: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> 
     return bool((error <= 1e-6 * abs(scale) * (left.abs() @ right.abs())).all())
 
 
-def check(rows: int, vocab: int, width: int, dtype: torch.dtype, seed: int, gap: int) -> None:
+def check(
+    rows: int, vocab: int, width: int, dtype: torch.dtype, seed: int, gap: int, kind: type[NativeHead] = NativeHead
+) -> None:
     """All three products, the last one as it is written first and as it is added to."""
-    head = NativeHead(random(vocab, width, seed=seed, dtype=dtype, gap=gap), torch.float32)
-    sides = [random(rows, width, seed=seed + i, gap=gap) for i in (1, 2)]
-    gradient = random(rows, vocab, seed=seed + 3, gap=gap)
+    head = kind(random(vocab, width, seed=seed, dtype=dtype, gap=gap), torch.float32)
+    sides = [random(rows, width, seed=seed + i, gap=gap, dtype=head.operand_dtype) for i in (1, 2)]
+    gradient = random(rows, vocab, seed=seed + 3, gap=gap, dtype=head.operand_dtype)
     outs = [torch.full((rows, vocab + gap), torch.nan)[:, :vocab] for _ in sides]
     head.project(sides, outs)
     assert all(is_product(out, side, head.weight.t()) for side, out in zip(sides, outs, strict=True))
@@ -84,6 +86,39 @@ def test_products_are_float64s_up_to_rounding(
 def test_products_of_more_than_a_block_are(dtype: torch.dtype, threads: int) -> None:
     torch.set_num_threads(threads)
     check(*LARGE, dtype, seed=0, gap=0)
+
+
+with_pairs = pytest.mark.skipif(
+    products.compiled() is None or not takes_pairs(torch.zeros(2, 2, dtype=torch.bfloat16), torch.float32),
+    reason="this processor has no products of pairs of bfloat16",
+)
+
+
+@with_pairs
+@shapes
+def test_products_of_pairs_are_float64s_up_to_rounding(
+    rows: int, vocab: int, width: int, dtype: torch.dtype, threads: int, seed: int
+) -> None:
+    torch.set_num_threads(threads)
+    check(rows, 2 * vocab, 2 * width, torch.bfloat16, seed, gap=2 * (seed % 3), kind=PairHead)
+
+
+@with_pairs
+@pytest.mark.parametrize("shape", [(2061, 1202, 700), (70, 2302, 1302)], ids=str)
+def test_products_of_pairs_of_more_than_a_block_are(shape: tuple[int, int, int]) -> None:
+    torch.set_num_threads(2)
+    check(*shape, torch.bfloat16, seed=0, gap=0, kind=PairHead)
+
+
+@with_pairs
+def test_pairs_are_for_bfloat16_rows_and_even_sizes() -> None:
+    even = torch.zeros(4, 6, dtype=torch.bfloat16)
+    assert takes_pairs(even, torch.float32)
+    assert not takes_pairs(even, torch.float64)
+    for other in (even[:3], even[:, :5], torch.zeros(4, 7, dtype=torch.bfloat16)[:, :6], even.float(), even.half()):
+        assert not takes_pairs(other, torch.float32)
+        with pytest.raises(TypeError, match="no products of pairs"):
+            PairHead(other, torch.float32)
 
 
 def test_nothing_is_written_beside_what_was_asked_for() -> None:
@@ -137,16 +172,23 @@ def test_a_probe_sees_each_of_them_once_and_the_workspace_holds_their_scratch(
 
 
 def test_heads_that_are_small_wide_or_laid_out_by_columns_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "FASTER_ON", {products.cpu_vendor()})
-    monkeypatch.setattr(products, "prefers_bfloat16", lambda: False)
+    monkeypatch.setattr(products, "_tried", lambda dtype, names: names[-1])
     assert type(make_head(torch.zeros(2000, 300), torch.float32)) is NativeHead
     assert type(make_head(torch.zeros(2000, 300, dtype=torch.bfloat16), torch.float32)) is NativeHead
     assert type(make_head(torch.zeros(20, 30), torch.float32)) is Head
     assert type(make_head(torch.zeros(300, 2000).t(), torch.float32)) is Head
     assert type(make_head(torch.zeros(2000, 300), torch.float64)) is Head
     assert not takes(torch.zeros(2000, 300, dtype=torch.float64), torch.float64)
-    monkeypatch.setattr(products, "FASTER_ON", set())
-    assert type(make_head(torch.zeros(2000, 300), torch.float32)) is Head
-    monkeypatch.setattr(products, "FASTER_ON", {products.cpu_vendor()})
-    monkeypatch.setattr(products, "prefers_bfloat16", lambda: True)
-    assert type(make_head(torch.zeros(2000, 300, dtype=torch.bfloat16), torch.float32)) is Head
+
+
+@with_pairs
+def test_rows_that_are_not_bfloat16_are_not_rounded_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_tried", lambda dtype, names: names[-1])
+    weight = torch.zeros(2000, 300, dtype=torch.bfloat16)
+    assert type(make_head(weight, torch.float32, torch.bfloat16)) is PairHead
+    assert type(make_head(weight, torch.float32, torch.float32)) is NativeHead
+    inputs = make_inputs(20, 300, 2000, dtype=torch.bfloat16)
+    hidden = inputs.student_hidden.float() * 1.001  # no bfloat16 numbers
+    arguments = make_arguments(inputs, "reverse KL") | {"student_hidden": hidden}
+    actual, exact = run_operation(linear_divergence, **arguments), run_reference(**arguments)
+    assert relative_error(actual.output.loss, exact.output.loss) < 1e-5

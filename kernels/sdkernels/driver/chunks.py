@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import groupby
 from typing import Any
 
@@ -126,7 +126,12 @@ class HeadWalk(RowWalk):
         # Neighbours with one weight are projected together: a tile of the head is cast once for all of them.
         runs = [list(run) for _, run in groupby(sides, key=lambda side: id(side[1]))]
         make_head = self.backend.make_head
-        self.groups = [(make_head(run[0][1][: self.vocab], self.dtype), [side[0] for side in run]) for run in runs]
+        self.groups = []
+        for run in runs:
+            hidden_dtype = reduce(torch.promote_types, (side[0].dtype for side in run))
+            self.groups.append(
+                (make_head(run[0][1][: self.vocab], self.dtype, hidden_dtype), [side[0] for side in run])
+            )
         self.student_head = self.groups[0][0]
         self.gradient_dtype = self.dtype if self.student_head.narrow else self.student_head.operand_dtype
         hidden = operands.student_hidden

@@ -21,6 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .trials import fastest
+
 Product = Literal["projection", "gradient"]
 
 FASTER_IN_ONEDNN: dict[str, frozenset[Product]] = {
@@ -34,11 +36,14 @@ def prefers_bfloat16() -> bool:
     """True where a bfloat16 product on this CPU is faster than one in float32, and not a hundred times slower.
 
     Of two CPUs with AVX-512's bfloat16 instructions and without AMX, an AMD EPYC has it 2.3 times as fast, an Intel
-    Emerald Rapids in 1.5 times the time.
+    Emerald Rapids in 1.5 times the time: so it is tried.
     """
-    return torch.cpu._is_amx_tile_supported() or (
-        torch.cpu._is_avx512_bf16_supported() and cpu_vendor() == "AuthenticAMD"
-    )
+    if not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
+        return False
+    left, right = torch.ones(128, 512), torch.ones(512, 2048)
+    narrow_left, narrow_right = left.bfloat16(), right.bfloat16()
+    ways = {"float32": lambda: left @ right, "bfloat16": lambda: narrow_left @ narrow_right}
+    return fastest("torch's products", ways) == "bfloat16"
 
 
 @cache
@@ -111,11 +116,12 @@ def fast_products(device: torch.device, product: Product) -> Iterator[None]:
 class Head:
     """Multiplies rows by one (V, H) weight.
 
-    `dtype` is that of the logits, `operand_dtype` that in which hidden rows are projected. `narrow`: the gradient
-    products take tile and hidden rows in the dtype of the weight, to which the tile comes in `dtype` to be rounded.
+    `dtype` is that of the logits, `operand_dtype` that in which hidden rows are projected, `hidden_dtype` that in which
+    they come, for heads that take no other. `narrow`: the gradient products take tile and hidden rows in the dtype of
+    the weight, to which the tile comes in `dtype` to be rounded.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, dtype: torch.dtype, hidden_dtype: torch.dtype | None = None) -> None:
         self.weight = weight
         self.dtype = dtype
         self.mixed = has_mixed_products(weight) and dtype == torch.float32

@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from ..elementwise import CLOSE, FAR
+from ..trials import cache_folder, processor
 
 FOLDER = Path(__file__).parent
 SOURCES = sorted(FOLDER.glob("*.c"))
@@ -94,14 +95,6 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def cache_folder() -> Path:
-    """Returns where libraries are kept; made if need be, for its owner alone: what lies there is run."""
-    chosen = os.environ.get("SDKERNELS_CACHE")
-    folder = Path(chosen) if chosen else Path.home() / ".cache" / "sdkernels"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
-
-
 def _compiler() -> list[str] | None:
     command = shlex.split(os.environ.get("CC", "cc"))
     return command if command and shutil.which(command[0]) else None
@@ -109,14 +102,8 @@ def _compiler() -> list[str] | None:
 
 def _key(command: list[str]) -> str:
     said = subprocess.run([command[0], "--version"], capture_output=True, check=True, timeout=SECONDS).stdout
-    try:
-        processor = [
-            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("model", "fl"))
-        ]
-    except OSError:
-        processor = [platform.processor()]
     sources = (path.read_bytes() for path in [*SOURCES, *HEADERS])
-    parts = (*sources, repr(command).encode(), said, repr(sorted(set(processor))).encode())
+    parts = (*sources, repr(command).encode(), said, repr(list(processor())).encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

@@ -1,5 +1,7 @@
-/* float32 products with a head in float32, bfloat16 or float16, where AVX-512 is: the head is widened while it is packed,
- * so that 16 bits cost no more than 32, and nothing but packed pieces of it is ever wide.
+/* Products with float32 sums and a head in float32, bfloat16 or float16, where AVX-512 is: the head is widened while it
+ * is packed, so that 16 bits cost no more than 32, and nothing but packed pieces of it is ever wide. Where the processor
+ * multiplies pairs of bfloat16 (AVX512_BF16) and both factors are in it, they are packed as they are, PAIRS: a word of
+ * 32 bits holds two summands, so that everything that counts depth counts words.
  *
  * A product is made of tiles of TILE_ROWS x TILE_COLUMNS sums, which stay in registers over up to DEPTH summands. The
  * left factor of a tile is read one number at a time, the right one TILE_COLUMNS numbers at a time. Both are packed
@@ -40,18 +42,21 @@ int64_t sdkernels_weight_gradient_scratch(int64_t rows) {
 enum { STEPS = 8 };
 #define UNROLLED _Pragma("GCC unroll 16")
 
-enum { FLOAT32, BFLOAT16, FLOAT16 };
+enum { FLOAT32, BFLOAT16, FLOAT16, PAIRS };
 
 INLINE __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
 
+/* Words that so many numbers of the depth take. */
+INLINE int64_t words(int64_t depth, int dtype) { return dtype == PAIRS ? (depth + 1) / 2 : depth; }
+
 INLINE const char *at(const void *x, int dtype, int64_t i) {
-    return (const char *)x + i * (dtype == FLOAT32 ? 4 : 2);
+    return (const char *)x + i * (dtype == FLOAT32 || dtype == PAIRS ? 4 : 2);
 }
 
 /* Numbers i to i + 15, those outside the mask 0 and not touched. */
 INLINE __m512 load(const void *x, int dtype, int64_t i, __mmask16 mask) {
     const char *from = at(x, dtype, i);
-    if (dtype == FLOAT32)
+    if (dtype == FLOAT32 || dtype == PAIRS)
         return _mm512_maskz_loadu_ps(mask, from);
     __m256i half = _mm256_maskz_loadu_epi16(mask, from);
     if (dtype == FLOAT16)
@@ -59,21 +64,29 @@ INLINE __m512 load(const void *x, int dtype, int64_t i, __mmask16 mask) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-INLINE void add_products(const float *left, const float *right, __m512 sums[TILE_ROWS][2]) {
+INLINE __m512 multiply_add(__m512 x, __m512 y, __m512 sum, int dtype) {
+#ifdef __AVX512BF16__
+    if (dtype == PAIRS)
+        return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y);
+#endif
+    return _mm512_fmadd_ps(x, y, sum);
+}
+
+INLINE void add_products(const float *left, const float *right, __m512 sums[TILE_ROWS][2], int dtype) {
     __m512 low = _mm512_load_ps(right), high = _mm512_load_ps(right + 16);
     UNROLLED
     for (int m = 0; m < TILE_ROWS; m++) {
         __m512 x = _mm512_set1_ps(left[m]);
-        sums[m][0] = _mm512_fmadd_ps(x, low, sums[m][0]);
-        sums[m][1] = _mm512_fmadd_ps(x, high, sums[m][1]);
+        sums[m][0] = multiply_add(x, low, sums[m][0], dtype);
+        sums[m][1] = multiply_add(x, high, sums[m][1], dtype);
     }
 }
 
-/* `out` (rows, columns) of at most a tile = or += left . right, with TILE_ROWS numbers of the left factor and TILE_COLUMNS
+/* `out` (rows, columns) of at most a tile = or += scale times left . right, with TILE_ROWS numbers of the left factor and TILE_COLUMNS
  * of the right one for each summand. What is added to is fetched a row at a time while the sums are made: all of it at
  * once would take all the places for lines on their way into the cache. */
 INLINE void tile(const float *left, const float *right, int64_t depth, float *out, int64_t stride, int64_t rows,
-                 int64_t columns, int add) {
+                 int64_t columns, int add, float scale, int dtype) {
     __m512 sums[TILE_ROWS][2];
     UNROLLED
     for (int m = 0; m < TILE_ROWS; m++)
@@ -85,10 +98,10 @@ INLINE void tile(const float *left, const float *right, int64_t depth, float *ou
         if (i + STEPS <= depth) {
             UNROLLED
             for (int k = 0; k < STEPS; k++)
-                add_products(left + k * TILE_ROWS, right + k * TILE_COLUMNS, sums);
+                add_products(left + k * TILE_ROWS, right + k * TILE_COLUMNS, sums, dtype);
         } else {
             for (int k = 0; k < depth - i; k++)
-                add_products(left + k * TILE_ROWS, right + k * TILE_COLUMNS, sums);
+                add_products(left + k * TILE_ROWS, right + k * TILE_COLUMNS, sums, dtype);
         }
     }
     UNROLLED
@@ -99,7 +112,7 @@ INLINE void tile(const float *left, const float *right, int64_t depth, float *ou
         for (int half = 0; half < 2; half++) {
             float *place = out + m * stride + 16 * half;
             __mmask16 mask = first(columns - 16 * half);
-            __m512 sum = sums[m][half];
+            __m512 sum = _mm512_mul_ps(sums[m][half], _mm512_set1_ps(scale));
             _mm512_mask_storeu_ps(place, mask, add ? _mm512_add_ps(_mm512_maskz_loadu_ps(mask, place), sum) : sum);
         }
     }
@@ -151,16 +164,25 @@ INLINE void pack_left(const void *x, int dtype, int64_t stride, int64_t rows, in
         }
 }
 
-/* A right factor: panels of TILE_COLUMNS columns, the last one filled up with zeros. Row i is multiplied by factors[i]. */
-INLINE void pack_right(const void *x, int dtype, int64_t stride, int64_t depth, int64_t columns, const float *factors,
-                       float *out) {
+/* Numbers j to j + 15 of row i of x; of pairs those of rows 2 i and 2 i + 1, of which there are `rows`. `stride` counts
+ * numbers. */
+INLINE __m512 load_row(const void *x, int dtype, int64_t stride, int64_t rows, int64_t i, int64_t j, __mmask16 mask) {
+    if (dtype != PAIRS)
+        return load(x, dtype, i * stride + j, mask);
+    const uint16_t *from = (const uint16_t *)x + 2 * i * stride + j;
+    __m512i one = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), other = _mm512_setzero_si512();
+    if (2 * i + 1 < rows)
+        other = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from + stride));
+    return _mm512_castsi512_ps(_mm512_or_si512(one, _mm512_slli_epi32(other, 16)));
+}
+
+/* A right factor x (rows, columns): panels of TILE_COLUMNS columns, the last one filled up with zeros. */
+INLINE void pack_right(const void *x, int dtype, int64_t stride, int64_t rows, int64_t columns, float *out) {
+    int64_t depth = words(rows, dtype);
     for (int64_t i = 0; i < depth; i++)
-        for (int64_t j = 0; j < multiple(columns, TILE_COLUMNS); j += 16) {
-            __m512 entries = load(x, dtype, i * stride + j, first(columns - j));
-            if (factors)
-                entries = _mm512_mul_ps(entries, _mm512_set1_ps(factors[i]));
-            _mm512_store_ps(out + j / TILE_COLUMNS * TILE_COLUMNS * depth + i * TILE_COLUMNS + j % TILE_COLUMNS, entries);
-        }
+        for (int64_t j = 0; j < multiple(columns, TILE_COLUMNS); j += 16)
+            _mm512_store_ps(out + j / TILE_COLUMNS * TILE_COLUMNS * depth + i * TILE_COLUMNS + j % TILE_COLUMNS,
+                            load_row(x, dtype, stride, rows, i, j, first(columns - j)));
 }
 
 /* The transpose of x (columns, depth) as a right factor. */
@@ -194,28 +216,31 @@ INLINE void project(int sides, const float *const *packed, int64_t rows, const v
                 for (int64_t n = 0; n < wide; n += TILE_COLUMNS)
                     for (int64_t m = 0; m < rows; m += TILE_ROWS)
                         tile(left + m * deep, scratch + n * deep, deep, outs[side] + m * out_stride + j + n, out_stride,
-                             rows - m, wide - n, p > 0);
+                             rows - m, wide - n, p > 0, 1.0f, dtype);
             }
         }
 }
 
-/* Summed in tiles that lie one after the other, and written to `out` at the end. */
-INLINE void hidden_gradient(const float *gradient, int64_t gradient_stride, int64_t rows, const void *weight, int dtype,
-                            int64_t weight_stride, int64_t columns, int64_t depth, float *scratch, float *out,
+/* Summed in tiles that lie one after the other, and written to `out` at the end. The gradient is in float32, or in
+ * bfloat16 for PAIRS. `vocab` counts numbers, `p` words. */
+INLINE void hidden_gradient(const void *gradient, int64_t gradient_stride, int64_t rows, const void *weight, int dtype,
+                            int64_t weight_stride, int64_t columns, int64_t vocab, float *scratch, float *out,
                             int64_t out_stride) {
+    int64_t depth = words(vocab, dtype), of_word = dtype == PAIRS ? 2 : 1, size = dtype == FLOAT32 ? 4 : 2;
     float *left = scratch, *right = left + sdkernels_left_entries(rows, least(depth, DEPTH));
     float *sums = right + sdkernels_project_scratch(depth, columns);
     int64_t high = multiple(rows, TILE_ROWS);
     for (int64_t p = 0; p < depth; p += DEPTH) {
-        int64_t deep = least(DEPTH, depth - p);
-        pack_left(gradient + p, FLOAT32, gradient_stride, rows, deep, left);
+        int64_t deep = least(DEPTH, depth - p), first_row = p * of_word;
+        pack_left(at(gradient, FLOAT32, p), FLOAT32, gradient_stride / of_word, rows, deep, left);  /* words as they are */
         for (int64_t j = 0; j < columns; j += BLOCK_COLUMNS) {
             int64_t wide = least(BLOCK_COLUMNS, columns - j);
-            pack_right(at(weight, dtype, p * weight_stride + j), dtype, weight_stride, deep, wide, NULL, right);
+            const char *from = (const char *)weight + size * (first_row * weight_stride + j);
+            pack_right(from, dtype, weight_stride, least(deep * of_word, vocab - first_row), wide, right);
             for (int64_t n = 0; n < wide; n += TILE_COLUMNS)
                 for (int64_t m = 0; m < rows; m += TILE_ROWS)
                     tile(left + m * deep, right + n * deep, deep, sums + (j + n) * high + m * TILE_COLUMNS, TILE_COLUMNS,
-                         TILE_ROWS, TILE_COLUMNS, p > 0);
+                         TILE_ROWS, TILE_COLUMNS, p > 0, 1.0f, dtype);
         }
     }
     for (int64_t j = 0; j < columns; j += TILE_COLUMNS)
@@ -224,29 +249,57 @@ INLINE void hidden_gradient(const float *gradient, int64_t gradient_stride, int6
                    least(TILE_COLUMNS, columns - j) * sizeof(float));
 }
 
+INLINE void weight_gradient(const void *gradient, int dtype, int64_t gradient_stride, int64_t rows, int64_t vocab,
+                            const float *packed, int64_t columns, float *scratch, float *out, int64_t out_stride,
+                            float scale, int add) {
+    int64_t depth = words(rows, dtype), of_word = dtype == PAIRS ? 2 : 1, size = dtype == FLOAT32 ? 4 : 2;
+    for (int64_t v = 0; v < vocab; v += BLOCK_ROWS)
+        for (int64_t p = 0; p < depth; p += DEPTH) {
+            int64_t high = least(BLOCK_ROWS, vocab - v), deep = least(DEPTH, depth - p), first_row = p * of_word;
+            const char *from = (const char *)gradient + size * (first_row * gradient_stride + v);
+            for (int64_t i = 0; i < deep; i++)
+                for (int64_t m = 0; m < high; m += TILE_ROWS)
+                    _mm512_mask_storeu_ps(scratch + m * deep + i * TILE_ROWS, first(TILE_ROWS),
+                                          load_row(from, dtype, gradient_stride, rows - first_row, i, m,
+                                                   first(least(TILE_ROWS, high - m))));
+            for (int64_t n = 0; n < columns; n += TILE_COLUMNS)
+                for (int64_t m = 0; m < high; m += TILE_ROWS)
+                    tile(scratch + m * deep, packed + sdkernels_right_entries(p, columns) + n * deep, deep,
+                         out + (v + m) * out_stride + n, out_stride, high - m, columns - n, add || p > 0, scale, dtype);
+        }
+}
+
 /* One copy of `call` for each dtype, so that no loop asks for it. */
-#define FOR_EACH_DTYPE(call)                                                                                          \
-    switch (dtype) {                                                                                                  \
-    case FLOAT32: { enum { DTYPE = FLOAT32 }; call; break; }                                                          \
-    case BFLOAT16: { enum { DTYPE = BFLOAT16 }; call; break; }                                                        \
-    case FLOAT16: { enum { DTYPE = FLOAT16 }; call; break; }                                                          \
+#define OF(code, call)                                                                                                \
+    case code: {                                                                                                      \
+        enum { DTYPE = code };                                                                                        \
+        call;                                                                                                         \
+        break;                                                                                                        \
     }
+#define FOR_EACH_DTYPE(call)                                                                                          \
+    switch (dtype) { OF(FLOAT32, call) OF(BFLOAT16, call) OF(FLOAT16, call) OF(PAIRS, call) }
 
 int sdkernels_has_products(void) { return 1; }
+#ifdef __AVX512BF16__
+int sdkernels_has_pairs(void) { return 1; }
+#else
+int sdkernels_has_pairs(void) { return 0; }
+#endif
 
-/* A left factor x (rows, depth) for sdkernels_project. */
+/* A left factor x (rows, depth) for sdkernels_project. Of pairs, stride and depth count words here and there. */
 void sdkernels_pack_left(const void *x, int dtype, int64_t stride, int64_t rows, int64_t depth, float *out) {
     for (int64_t p = 0; p < depth; p += DEPTH)
         FOR_EACH_DTYPE(pack_left(at(x, DTYPE, p), DTYPE, stride, rows, least(DEPTH, depth - p),
                                  out + sdkernels_left_entries(rows, p)))
 }
 
-/* A right factor x (depth, columns), its rows times `factors`, for sdkernels_weight_gradient. */
-void sdkernels_pack_right(const void *x, int dtype, int64_t stride, int64_t depth, int64_t columns,
-                          const float *factors, float *out) {
-    for (int64_t p = 0; p < depth; p += DEPTH)
-        FOR_EACH_DTYPE(pack_right(at(x, DTYPE, p * stride), DTYPE, stride, least(DEPTH, depth - p), columns,
-                                  factors + p, out + sdkernels_right_entries(p, columns)))
+/* A right factor x (rows, columns) for sdkernels_weight_gradient. */
+void sdkernels_pack_right(const void *x, int dtype, int64_t stride, int64_t rows, int64_t columns, float *out) {
+    int64_t of_word = dtype == PAIRS ? 2 : 1, size = dtype == FLOAT32 ? 4 : 2;
+    for (int64_t p = 0; p * of_word < rows; p += DEPTH)
+        FOR_EACH_DTYPE(pack_right((const char *)x + size * p * of_word * stride, DTYPE, stride,
+                                  least(DEPTH * of_word, rows - p * of_word), columns,
+                                  out + sdkernels_right_entries(p, columns)))
 }
 
 /* outs[side] (rows, columns) = packed[side] (rows, depth) . weight (columns, depth), transposed. */
@@ -256,33 +309,22 @@ void sdkernels_project(int sides, const float *const *packed, int64_t rows, cons
     FOR_EACH_DTYPE(project(sides, packed, rows, weight, DTYPE, weight_stride, columns, depth, scratch, outs, out_stride))
 }
 
-/* out (rows, columns) = gradient (rows, depth) . weight (depth, columns). */
-void sdkernels_hidden_gradient(const float *gradient, int64_t gradient_stride, int64_t rows, const void *weight,
-                               int dtype, int64_t weight_stride, int64_t columns, int64_t depth, float *scratch,
+/* out (rows, columns) = gradient (rows, vocab) . weight (vocab, columns). */
+void sdkernels_hidden_gradient(const void *gradient, int64_t gradient_stride, int64_t rows, const void *weight,
+                               int dtype, int64_t weight_stride, int64_t columns, int64_t vocab, float *scratch,
                                float *out, int64_t out_stride) {
-    FOR_EACH_DTYPE(hidden_gradient(gradient, gradient_stride, rows, weight, DTYPE, weight_stride, columns, depth,
+    FOR_EACH_DTYPE(hidden_gradient(gradient, gradient_stride, rows, weight, DTYPE, weight_stride, columns, vocab,
                                    scratch, out, out_stride))
 }
 
-/* out (vocab, columns) = or += gradient (rows, vocab), transposed . packed (rows, columns). */
-void sdkernels_weight_gradient(const float *gradient, int64_t gradient_stride, int64_t rows, int64_t vocab,
+/* out (vocab, columns) = or += scale times gradient (rows, vocab), transposed . packed (rows, columns). */
+void sdkernels_weight_gradient(const void *gradient, int dtype, int64_t gradient_stride, int64_t rows, int64_t vocab,
                                const float *packed, int64_t columns, float *scratch, float *out, int64_t out_stride,
-                               int add) {
-    for (int64_t v = 0; v < vocab; v += BLOCK_ROWS)
-        for (int64_t p = 0; p < rows; p += DEPTH) {
-            int64_t high = least(BLOCK_ROWS, vocab - v), deep = least(DEPTH, rows - p);
-            for (int64_t i = 0; i < deep; i++)
-                for (int64_t m = 0; m < high; m += TILE_ROWS) {
-                    const float *from = gradient + (p + i) * gradient_stride + v + m;
-                    _mm512_mask_storeu_ps(scratch + m * deep + i * TILE_ROWS, first(TILE_ROWS),
-                                          _mm512_maskz_loadu_ps(first(least(TILE_ROWS, high - m)), from));
-                }
-            for (int64_t n = 0; n < columns; n += TILE_COLUMNS)
-                for (int64_t m = 0; m < high; m += TILE_ROWS)
-                    tile(scratch + m * deep, packed + sdkernels_right_entries(p, columns) + n * deep, deep,
-                         out + (v + m) * out_stride + n, out_stride, high - m, columns - n, add || p > 0);
-        }
+                               float scale, int add) {
+    FOR_EACH_DTYPE(weight_gradient(gradient, DTYPE, gradient_stride, rows, vocab, packed, columns, scratch, out,
+                                   out_stride, scale, add))
 }
 #else
 int sdkernels_has_products(void) { return 0; }
+int sdkernels_has_pairs(void) { return 0; }
 #endif
