@@ -3,9 +3,9 @@
 Logits must not be rounded to 16 bits before the difference of two sides is taken, so a 16-bit head is multiplied into
 float32 outputs: by cuBLAS's mixed-precision products on a GPU. On a CPU PyTorch has no such product, so a tile of the
 head at a time is widened to float32, which costs a few percent of the products themselves; `native_backend.products`
-does better. The two gradient products take a gradient tile rounded to 16 bits (0.2 % of it), on a GPU and on a CPU whose
-16-bit products are the faster ones. float16 has too small a range for the tile as it is: the driver brings it there by a
-power of two (`narrow`).
+does better. The two gradient products take a gradient tile rounded to 16 bits (0.2 % of it), on a GPU and on a CPU
+whose 16-bit products are the faster ones. float16 has too small a range for the tile as it is: the driver brings it
+there by a power of two (`narrow`).
 
 float32 products on a CPU go to oneDNN where that computes them exactly and is faster than what `torch.mm` picks.
 """
