@@ -91,7 +91,7 @@ def bench(
       sdcore bench --states gemma --dtype bf16 --divergences jsd     V=262,144: one at a time
       sdcore bench prefix                              passes that share their prompt; ten minutes
       sdcore bench prefix --model qwen3-0.6b --shape L=2,G=4
-      sdcore bench trees                               conversations: views of turns, searches, forks; half an hour
+      sdcore bench trees                               conversations: views of turns, searches, forks; 40 minutes
       sdcore bench step                                SDPO's update beside TRL's; half an hour
       sdcore bench trainer                             whole trainers beside TRL's; ten minutes
       sdcore bench trainer --trainers sdpo --shape P=256,G=4

@@ -1,6 +1,6 @@
 """The suite `trees` measures passes over conversations: a teacher's view of every turn, a search, attempts that fork.
 
-    run(SUITE, Options(suite="trees"))                 # this machine; half an hour on two cores
+    run(SUITE, Options(suite="trees"))                 # this machine; forty minutes on two cores
     run(SUITE, Options(suite="trees", quick=True))     # seconds
 
 The conversations are drawn from the distributions of `WORKLOADS`, which are ours: of recorded agents only lengths are
@@ -68,7 +68,7 @@ class Workload(NamedTuple):
 
 WORKLOADS: Final = {
     "turns": Workload("12 turns, a view of each", 500, (50, 150), (50, 800), turns=12, context=200),
-    "search": Workload("a search of depth 6, branching 3", 200, (8, 24), turns=6, branching=3),
+    "search": Workload("a search of depth 6, branching 3", 100, (4, 12), turns=6, branching=3),
     "forks": Workload("8 attempts that fork at turns", 500, (50, 150), (50, 800), turns=6, attempts=8),
 }
 QUICK: Final = {
