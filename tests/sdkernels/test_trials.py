@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from sdkernels.live_bytes import LiveBytes
 from sdkernels.tile import trials
 
 
@@ -32,6 +34,13 @@ def test_the_first_way_stays_where_another_is_hardly_faster(monkeypatch: pytest.
     clock = iter([0.0, 1.0, 1.0, 1.98] * trials.REPETITIONS)
     monkeypatch.setattr(trials.time, "perf_counter", lambda: next(clock))
     assert trials.fastest("work", {"first": lambda: None, "second": lambda: None}) == "first"
+
+
+def test_no_probe_counts_a_trial() -> None:
+    with LiveBytes() as probe:
+        trials.fastest("work", {name: lambda: torch.ones(8, 8) @ torch.ones(8, 8) for name in ("one", "other")})
+    assert not probe.matmuls
+    assert probe.peak_bytes == 0
 
 
 def test_a_single_way_is_not_tried() -> None:

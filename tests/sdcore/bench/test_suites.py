@@ -156,7 +156,9 @@ WRONG_CASES = [
     (name, case)
     for name in COMPARED
     for case in (
-        [replace(one, topk=None) for one in trainer.own_cases("cpu", quick=True)] if name == "trainer" else [tiny(name)]
+        [replace(one, topk=None) for one in trainer.own_cases("cpu", quick=True)]
+        if name == "trainer"
+        else [replace(tiny(name), work=prefix.STUDENT) if name == "trees" else tiny(name)]
     )
 ]
 
