@@ -13,8 +13,8 @@ from sdkernels.live_bytes import LiveBytes
 from sdkernels.tile import trials
 
 
-def taking(seconds: float) -> Callable[[], object]:
-    return lambda: time.sleep(seconds)
+def taking(seconds: float) -> trials.Way:
+    return lambda: lambda: time.sleep(seconds)
 
 
 @pytest.fixture(autouse=True)
@@ -33,12 +33,16 @@ def test_the_fastest_is_kept_for_the_next_process(own_cache: Path) -> None:
 def test_the_first_way_stays_where_another_is_hardly_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 1.0, 1.98] * trials.REPETITIONS)
     monkeypatch.setattr(trials.time, "perf_counter", lambda: next(clock))
-    assert trials.fastest("work", {"first": lambda: None, "second": lambda: None}) == "first"
+    assert trials.fastest("work", {"first": lambda: lambda: None, "second": lambda: lambda: None}) == "first"
 
 
 def test_no_probe_counts_a_trial() -> None:
+    def way() -> Callable[[], object]:
+        left = torch.ones(8, 8)
+        return lambda: left @ torch.ones(8, 8)
+
     with LiveBytes() as probe:
-        trials.fastest("work", {name: lambda: torch.ones(8, 8) @ torch.ones(8, 8) for name in ("one", "other")})
+        trials.fastest("work", {"one": way, "other": way})
     assert not probe.matmuls
     assert probe.peak_bytes == 0
 

@@ -13,9 +13,9 @@ float32 products on a CPU go to oneDNN where that computes them exactly and is f
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -41,9 +41,12 @@ def prefers_bfloat16() -> bool:
     """
     if not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
         return False
-    left, right = torch.ones(128, 512), torch.ones(512, 2048)
-    narrow_left, narrow_right = left.bfloat16(), right.bfloat16()
-    ways = {"float32": lambda: left @ right, "bfloat16": lambda: narrow_left @ narrow_right}
+
+    def way(dtype: torch.dtype) -> Callable[[], object]:
+        left, right = torch.ones(128, 512, dtype=dtype), torch.ones(512, 2048, dtype=dtype)
+        return lambda: left @ right
+
+    ways = {"float32": partial(way, torch.float32), "bfloat16": partial(way, torch.bfloat16)}
     return fastest("torch's products", ways) == "bfloat16"
 
 

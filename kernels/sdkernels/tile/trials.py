@@ -1,6 +1,6 @@
 """Tries once which way to the same result is the fastest on this machine, and remembers it for the next process.
 
-    fastest("bfloat16 products", {"torch": by_torch, "pairs": by_pairs})      # "pairs"
+    fastest("bfloat16 products", {"torch": by_torch, "pairs": by_pairs})      # "pairs"; by_torch() makes what is timed
 
 What is chosen decides how results are rounded, so that a run that goes on must choose as it did before: the answer is
 kept in the cache folder, under a name made of processor, torch and number of threads, and the first to write it wins.
@@ -17,12 +17,14 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
 REPETITIONS = 5
 # Another way than the first has to be so much faster: less is noise.
 GAIN = 0.97
+Way: TypeAlias = Callable[[], Callable[[], object]]
 
 
 def cache_folder() -> Path:
@@ -43,8 +45,11 @@ def processor() -> tuple[str, ...]:
     return tuple(sorted({line for line in lines if line.startswith(("model", "fl"))}))
 
 
-def fastest(name: str, ways: Mapping[str, Callable[[], object]]) -> str:
-    """Returns the key of the fastest way; the first one's unless another is clearly faster."""
+def fastest(name: str, ways: Mapping[str, Way]) -> str:
+    """Returns the key of the fastest way; the first one's unless another is clearly faster.
+
+    A way makes its operands and returns what is timed. It is asked only where the answer is not known yet.
+    """
     if len(ways) == 1:
         return next(iter(ways))
     known = repr((name, list(ways), processor(), torch.__version__, torch.get_num_threads()))
@@ -65,18 +70,19 @@ def fastest(name: str, ways: Mapping[str, Callable[[], object]]) -> str:
     return chosen if chosen in ways else next(iter(ways))
 
 
-def _tried(ways: Mapping[str, Callable[[], object]]) -> str:
+def _tried(ways: Mapping[str, Way]) -> str:
     # In a thread of its own, where no probe counts it and no autocast or inference mode of the caller changes it.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_measured, ways).result()
 
 
-def _measured(ways: Mapping[str, Callable[[], object]]) -> str:
+def _measured(ways: Mapping[str, Way]) -> str:
+    calls = {key: way() for key, way in ways.items()}
     seconds = dict.fromkeys(ways, float("inf"))
     for _ in range(REPETITIONS):  # in turns, so that a disturbance hits all alike
-        for key, way in ways.items():
+        for key, call in calls.items():
             start = time.perf_counter()
-            way()
+            call()
             seconds[key] = min(seconds[key], time.perf_counter() - start)
     first = next(iter(ways))
     best = min(seconds, key=lambda key: seconds[key])

@@ -46,11 +46,17 @@ enum { FLOAT32, BFLOAT16, FLOAT16, PAIRS };
 
 INLINE __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
 
-/* Words that so many numbers of the depth take. */
-INLINE int64_t words(int64_t depth, int dtype) { return dtype == PAIRS ? (depth + 1) / 2 : depth; }
+/* Summands in a word, and words that so many take. */
+INLINE int64_t summands(int dtype) { return dtype == PAIRS ? 2 : 1; }
+INLINE int64_t words(int64_t depth, int dtype) { return (depth + summands(dtype) - 1) / summands(dtype); }
 
 INLINE const char *at(const void *x, int dtype, int64_t i) {
     return (const char *)x + i * (dtype == FLOAT32 || dtype == PAIRS ? 4 : 2);
+}
+
+/* The first row of x, its numbers `stride` apart from row to row, that is in word p of the depth. */
+INLINE const char *row_at(const void *x, int dtype, int64_t stride, int64_t p) {
+    return (const char *)x + (dtype == FLOAT32 ? 4 : 2) * summands(dtype) * p * stride;
 }
 
 /* Numbers i to i + 15, those outside the mask 0 and not touched. */
@@ -82,9 +88,9 @@ INLINE void add_products(const float *left, const float *right, __m512 sums[TILE
     }
 }
 
-/* `out` (rows, columns) of at most a tile = or += scale times left . right, with TILE_ROWS numbers of the left factor and TILE_COLUMNS
- * of the right one for each summand. What is added to is fetched a row at a time while the sums are made: all of it at
- * once would take all the places for lines on their way into the cache. */
+/* `out` (rows, columns) of at most a tile = or += scale times left . right, with TILE_ROWS numbers of the left factor and
+ * TILE_COLUMNS of the right one for each summand. What is added to is fetched a row at a time while the sums are made: all
+ * of it at once would take all the places for lines on their way into the cache. */
 INLINE void tile(const float *left, const float *right, int64_t depth, float *out, int64_t stride, int64_t rows,
                  int64_t columns, int add, float scale, int dtype) {
     __m512 sums[TILE_ROWS][2];
@@ -226,17 +232,18 @@ INLINE void project(int sides, const float *const *packed, int64_t rows, const v
 INLINE void hidden_gradient(const void *gradient, int64_t gradient_stride, int64_t rows, const void *weight, int dtype,
                             int64_t weight_stride, int64_t columns, int64_t vocab, float *scratch, float *out,
                             int64_t out_stride) {
-    int64_t depth = words(vocab, dtype), of_word = dtype == PAIRS ? 2 : 1, size = dtype == FLOAT32 ? 4 : 2;
+    int64_t depth = words(vocab, dtype), size = dtype == FLOAT32 ? 4 : 2;
     float *left = scratch, *right = left + sdkernels_left_entries(rows, least(depth, DEPTH));
     float *sums = right + sdkernels_project_scratch(depth, columns);
     int64_t high = multiple(rows, TILE_ROWS);
     for (int64_t p = 0; p < depth; p += DEPTH) {
-        int64_t deep = least(DEPTH, depth - p), first_row = p * of_word;
-        pack_left(at(gradient, FLOAT32, p), FLOAT32, gradient_stride / of_word, rows, deep, left);  /* words as they are */
+        int64_t deep = least(DEPTH, depth - p), left_over = vocab - p * summands(dtype);
+        /* Words as they are. */
+        pack_left(at(gradient, FLOAT32, p), FLOAT32, gradient_stride / summands(dtype), rows, deep, left);
         for (int64_t j = 0; j < columns; j += BLOCK_COLUMNS) {
             int64_t wide = least(BLOCK_COLUMNS, columns - j);
-            const char *from = (const char *)weight + size * (first_row * weight_stride + j);
-            pack_right(from, dtype, weight_stride, least(deep * of_word, vocab - first_row), wide, right);
+            pack_right(row_at(weight, dtype, weight_stride, p) + size * j, dtype, weight_stride,
+                       least(deep * summands(dtype), left_over), wide, right);
             for (int64_t n = 0; n < wide; n += TILE_COLUMNS)
                 for (int64_t m = 0; m < rows; m += TILE_ROWS)
                     tile(left + m * deep, right + n * deep, deep, sums + (j + n) * high + m * TILE_COLUMNS, TILE_COLUMNS,
@@ -252,15 +259,15 @@ INLINE void hidden_gradient(const void *gradient, int64_t gradient_stride, int64
 INLINE void weight_gradient(const void *gradient, int dtype, int64_t gradient_stride, int64_t rows, int64_t vocab,
                             const float *packed, int64_t columns, float *scratch, float *out, int64_t out_stride,
                             float scale, int add) {
-    int64_t depth = words(rows, dtype), of_word = dtype == PAIRS ? 2 : 1, size = dtype == FLOAT32 ? 4 : 2;
+    int64_t depth = words(rows, dtype), size = dtype == FLOAT32 ? 4 : 2;
     for (int64_t v = 0; v < vocab; v += BLOCK_ROWS)
         for (int64_t p = 0; p < depth; p += DEPTH) {
-            int64_t high = least(BLOCK_ROWS, vocab - v), deep = least(DEPTH, depth - p), first_row = p * of_word;
-            const char *from = (const char *)gradient + size * (first_row * gradient_stride + v);
+            int64_t high = least(BLOCK_ROWS, vocab - v), deep = least(DEPTH, depth - p);
+            const char *from = row_at(gradient, dtype, gradient_stride, p) + size * v;
             for (int64_t i = 0; i < deep; i++)
                 for (int64_t m = 0; m < high; m += TILE_ROWS)
                     _mm512_mask_storeu_ps(scratch + m * deep + i * TILE_ROWS, first(TILE_ROWS),
-                                          load_row(from, dtype, gradient_stride, rows - first_row, i, m,
+                                          load_row(from, dtype, gradient_stride, rows - p * summands(dtype), i, m,
                                                    first(least(TILE_ROWS, high - m))));
             for (int64_t n = 0; n < columns; n += TILE_COLUMNS)
                 for (int64_t m = 0; m < high; m += TILE_ROWS)
@@ -295,10 +302,9 @@ void sdkernels_pack_left(const void *x, int dtype, int64_t stride, int64_t rows,
 
 /* A right factor x (rows, columns) for sdkernels_weight_gradient. */
 void sdkernels_pack_right(const void *x, int dtype, int64_t stride, int64_t rows, int64_t columns, float *out) {
-    int64_t of_word = dtype == PAIRS ? 2 : 1, size = dtype == FLOAT32 ? 4 : 2;
-    for (int64_t p = 0; p * of_word < rows; p += DEPTH)
-        FOR_EACH_DTYPE(pack_right((const char *)x + size * p * of_word * stride, DTYPE, stride,
-                                  least(DEPTH * of_word, rows - p * of_word), columns,
+    for (int64_t p = 0; p < words(rows, dtype); p += DEPTH)
+        FOR_EACH_DTYPE(pack_right(row_at(x, DTYPE, stride, p), DTYPE, stride,
+                                  least(DEPTH * summands(DTYPE), rows - p * summands(DTYPE)), columns,
                                   out + sdkernels_right_entries(p, columns)))
 }
 

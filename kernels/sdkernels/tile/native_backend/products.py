@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import Any, Final
 
@@ -26,7 +26,7 @@ PAIRS: Final = 3
 LEAST_HEAD = 1 << 18
 # Of a product; less is not worth another thread.
 LEAST_SUMMANDS = 1 << 20
-# Rows, vocabulary and hidden size of a trial, which takes a tenth of a second.
+# Rows, vocabulary and hidden size of a trial.
 TRIAL = (128, 2048, 512)
 
 
@@ -95,29 +95,28 @@ def make_head(weight: Tensor, dtype: torch.dtype, hidden_dtype: torch.dtype | No
 @cache
 def _tried(dtype: torch.dtype, names: tuple[str, ...]) -> str:
     """Returns which kind of head does its three products in the least time."""
-    rows, vocab, width = TRIAL
     kinds: dict[str, type[Head]] = {"torch": Head, "widened": NativeHead, "pairs": PairHead}
-    weight = torch.ones(vocab, width, dtype=dtype)
+    return fastest(f"products with a head in {dtype}", {name: partial(_products, kinds[name], dtype) for name in names})
 
-    def way(name: str) -> Callable[[], object]:
-        head = kinds[name](weight, torch.float32)
-        head.reserve(vocab)
-        hidden, logits = torch.ones(rows, width, dtype=head.operand_dtype), torch.zeros(rows, vocab)
-        gradient, sums = torch.zeros(rows, vocab), torch.zeros(vocab, width)
-        if head.narrow:
-            gradient, hidden = gradient.to(dtype), hidden.to(dtype)
-        sides = [hidden.to(head.operand_dtype)]
 
-        def products() -> None:
-            with fast_products(weight.device, "projection"):
-                head.project(sides, [logits])
-            with fast_products(weight.device, "gradient"):
-                head.hidden_gradient(gradient, logits[:, :width])
-                head.weight_gradient(gradient, hidden, sums, 1.0, False)
+def _products(kind: type[Head], dtype: torch.dtype) -> Callable[[], object]:
+    """Returns what makes the three products of a trial."""
+    rows, vocab, width = TRIAL
+    head = kind(torch.ones(vocab, width, dtype=dtype), torch.float32)
+    head.reserve(vocab)
+    given = dtype if head.narrow else torch.float32  # of what enters the gradient products
+    side, hidden = torch.ones(rows, width, dtype=head.operand_dtype), torch.ones(rows, width, dtype=given)
+    gradient, logits = torch.zeros(rows, vocab, dtype=given), torch.zeros(rows, vocab)
+    sums = torch.zeros(vocab, width)
 
-        return products
+    def products() -> None:
+        with fast_products(sums.device, "projection"):
+            head.project([side], [logits])
+        with fast_products(sums.device, "gradient"):
+            head.hidden_gradient(gradient, logits[:, :width])
+            head.weight_gradient(gradient, hidden, sums, 1.0, False)
 
-    return fastest(f"products with a head in {dtype}", {name: way(name) for name in names})
+    return products
 
 
 class NativeHead(Head):
