@@ -35,6 +35,7 @@ ContextKind: TypeAlias = Literal[
     "none", "demonstration", "feedback", "solution", "template", "turn_feedback", "hindsight"
 ]
 OF_TURNS: Final = {"turn_feedback": "feedback", "hindsight": "next_reply"}  # what they show of each turn
+AFTER_ROLLOUTS: Final = frozenset({"feedback", *OF_TURNS})  # contexts that are known when completions have been judged
 TeacherKind: TypeAlias = Literal["live", "frozen", "ema", "periodic", "trust_region", "adapter_off"]
 TargetKind: TypeAlias = Literal["divergence", "tilt", "token_tilt", "policy_gradient", "imitation"]
 Aggregation: TypeAlias = Literal[
@@ -310,7 +311,7 @@ def _rewards_problems(method: Method) -> Iterator[str]:
         )
     if method.samples == "dataset" and method.target not in ("divergence", "imitation"):
         yield f"samples must be 'student' with target={method.target!r}, which learns from rewards, got 'dataset'"
-    if method.samples == "dataset" and (mixed or method.context == "feedback" or method.context in OF_TURNS):
+    if method.samples == "dataset" and (mixed or method.context in AFTER_ROLLOUTS):
         yield (
             "samples must be 'student' with a context of feedback and with distillation_weight < 1: both need "
             "completions that were judged, got 'dataset'"
@@ -327,7 +328,7 @@ def _rewards_problems(method: Method) -> Iterator[str]:
         )
     clipped = method.importance_clip is not None or method.sampled_token
     one_teacher = method.target == "divergence" and not mixed and method.teacher != "trust_region"
-    drawn_after = method.samples == "student" and method.context not in ("feedback", *OF_TURNS)
+    drawn_after = method.samples == "student" and method.context not in AFTER_ROLLOUTS
     if method.teacher_samples > 0 and not (one_teacher and drawn_after and not clipped):
         yield (
             "teacher_samples must be 0 except for a divergence alone, of one set of weights with a context known "
@@ -352,7 +353,7 @@ def _idle_problems(method: Method) -> Iterator[str]:
     needed: tuple[tuple[tuple[str, ...], str, bool], ...] = (
         (("overflow", "max_teacher_prompt_length"), "where a context is shown", method.context != "none"),
         (feedback_alone, "with context='feedback'", method.context == "feedback"),
-        (("anchor",), "where a row's context is shown", method.context not in ("none", "feedback", *OF_TURNS)),
+        (("anchor",), "where a row's context is shown", method.context not in ("none", *AFTER_ROLLOUTS)),
         (("teacher",), "where a teacher or a reference is read", reads),
         (("update_rate",), "with teacher='ema'", reads and method.teacher == "ema"),
         (("sync_every",), "with teacher='periodic'", reads and method.teacher == "periodic"),

@@ -50,7 +50,6 @@ from .prefix import (
 
 VIEWS: Final = "teacher: a view of every turn"
 NAIVE, NAIVE_LOOP, ROW_PER_TURN, DENSE = "naive batch", "naive loop", "a row per turn", "dense mask"
-WORKS: Final = (STUDENT, VIEWS, STEP)
 
 
 class Workload(NamedTuple):
@@ -84,7 +83,7 @@ class TreeCase:
     """Is one table: conversations of a workload, and what is done with them."""
 
     workload: str  # a key of WORKLOADS
-    work: str  # of WORKS
+    work: str  # STUDENT, VIEWS or STEP
     model: str  # as `size_of` takes it
     dtype: str = "fp32"
     quick: bool = False

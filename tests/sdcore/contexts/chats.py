@@ -69,16 +69,20 @@ CORPUS = [
 ]
 
 
-@lru_cache(maxsize=4)
-def chat_tokenizer(family: str) -> PreTrainedTokenizerFast:
-    """Byte-level, so that any text has ids, with merges, so that a cut may change its neighbours."""
+def byte_level_tokenizer(corpus: list[str], special: list[str], end: str, *, size: int) -> PreTrainedTokenizerFast:
+    """Any text has ids, and there are merges, so that a cut may change its neighbours; without a template."""
     model = Tokenizer(BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    model.train_from_iterator(CORPUS, BpeTrainer(vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet))
+    model.train_from_iterator(corpus, BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet))
+    return PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<bos>", eos_token=end, pad_token="<pad>")
+
+
+@lru_cache(maxsize=4)
+def chat_tokenizer(family: str) -> PreTrainedTokenizerFast:
     end = {"qwen": "<|im_end|>", "llama": "<|eot_id|>", "gemma": "<end_of_turn>"}[family]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<bos>", eos_token=end, pad_token="<pad>")
+    tokenizer = byte_level_tokenizer(CORPUS, SPECIAL, end, size=500)
     tokenizer.chat_template = FAMILIES[family]
     return tokenizer
 

@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -20,6 +17,7 @@ from sdcore.rollouts.environments import Agent, Reply
 from sdcore.rollouts.episodes import play
 from sdcore.rollouts.samplers import SampledCompletion, Sampling
 from sdcore.types import Example, Group
+from tests.sdcore.contexts.chats import byte_level_tokenizer
 
 SMOLLM2 = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
 You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
@@ -50,13 +48,8 @@ CORPUS = [
 @lru_cache(maxsize=16)
 def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with merges, and TRL's text of a public chat template."""
-    model = Tokenizer(BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    model.train_from_iterator(CORPUS, BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet))
     end = next((end for family, end in ENDS.items() if name.startswith(family)), "<|im_end|>")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<bos>", eos_token=end, pad_token="<pad>")
+    tokenizer = byte_level_tokenizer(CORPUS, SPECIAL, end, size=400)
     if name == "smollm2":
         tokenizer.chat_template = SMOLLM2
         return tokenizer

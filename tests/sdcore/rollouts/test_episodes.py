@@ -13,7 +13,6 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from sdcore.errors import ArgumentError, ContextError
-from sdcore.rollouts import calls
 from sdcore.rollouts.environments import Agent
 from sdcore.rollouts.episodes import EpisodeError
 from sdcore.types import Example, Trajectory
@@ -324,15 +323,6 @@ def test_calls_are_read_by_the_response_template_where_there_is_one() -> None:
     assert first["reasoning_content"].strip() == "add"
     assert first["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 3, "b": 4}}
     assert rollout.turns[1].text == "7"
-
-
-@pytest.fixture
-def release() -> Any:
-    event = threading.Event()
-    yield event
-    event.set()
-    for thread in list(calls._ABANDONED):
-        thread.join(5)
 
 
 @pytest.mark.parametrize("method", ["reset", "step", "get_reward"])

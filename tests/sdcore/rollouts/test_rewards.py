@@ -211,16 +211,6 @@ def test_numbers_of_every_kind_are_numbers(value: Any) -> None:
     assert rewards_of(score([group("a")], [returns(value)])) == [float(value)]
 
 
-@pytest.fixture
-def release() -> Any:
-    """Hung functions wait for it, so that they end with the test."""
-    event = threading.Event()
-    yield event
-    event.set()
-    for thread in list(calls._ABANDONED):
-        thread.join(5)
-
-
 def test_a_function_that_hangs_is_left_behind_and_the_others_go_on(release: threading.Event) -> None:
     def hangs(*, completion: str, **columns: Any) -> float:
         if completion == "hang":
