@@ -117,8 +117,15 @@ class Report:
 
     @property
     def shared_fractions(self) -> tuple[float, ...]:
-        """Says per group which share of the student's prompt the teacher's begin with; () without a teacher."""
-        return tuple(shared / self.prompt_tokens[g] for g, shared in enumerate(self.shared_tokens))
+        """Says per group which share of the student's prompt the teacher's begin with; () without a teacher.
+
+        0 for a group of which nothing is computed.
+        """
+        return tuple(shared / max(1, self.prompt_tokens[g]) for g, shared in enumerate(self.shared_tokens))
+
+    @property
+    def _shared_fraction(self) -> float:
+        return sum(self.shared_tokens) / max(1, sum(self.prompt_tokens))
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -134,7 +141,7 @@ class Report:
                 numbers[f"prefix/{name}_naive_tokens"] = float(sum(report.naive_tokens for report in reports))
                 numbers[f"prefix/{name}_padding"] = max(report.padding for report in reports)
         if self.shared_tokens:
-            numbers["prefix/shared_fraction"] = sum(self.shared_tokens) / sum(self.prompt_tokens)
+            numbers["prefix/shared_fraction"] = self._shared_fraction
         return {name: value for name, value in numbers.items() if value is not None}
 
     def __str__(self) -> str:
@@ -151,8 +158,7 @@ class Report:
         return " ".join(sentences)
 
     def _about_shared(self) -> str:
-        fractions = self.shared_fractions
-        mean = sum(self.shared_tokens) / sum(self.prompt_tokens)
+        fractions, mean = self.shared_fractions, self._shared_fraction
         text = f"The teacher's prompts begin with {_percent(mean)} of the student's"
         if self.student.depth > 1:
             text = f"The teacher's views begin with {_percent(mean)} of the student's tokens"

@@ -10,6 +10,7 @@ from sdcore.prefix.costs.count import cost
 from sdcore.prefix.costs.sizes import ModelSizes
 from sdcore.prefix.planner import plan
 from sdcore.prefix.report import Choice, Fallback, Report
+from sdcore.prefix.trajectories import plan_trajectories
 from tests.sdcore.prefix.trees import conversations, random_plan, turns
 
 SIZES = ModelSizes.dense(layers=2, hidden=8, intermediate=16, heads=2, vocab=61)
@@ -129,3 +130,11 @@ def test_a_plan_without_rows_can_be_reported() -> None:
     report = Report.of(made, cost(made, SIZES), student=Choice("packed"))
     assert (report.student.tokens, report.speedup) == (0, None)
     assert str(report)
+
+
+def test_trajectories_of_which_no_token_has_a_loss_can_be_reported() -> None:
+    made = plan_trajectories([[1, 2, 3]], [[False] * 3], [], teachers=1)
+    report = Report.of(made, cost(made, SIZES), student=Choice("packed"), teacher_shares=True)
+    assert report.shared_fractions == (0.0,)
+    assert report.metrics["prefix/shared_fraction"] == 0.0
+    assert "0 tokens" in str(report)
