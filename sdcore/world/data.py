@@ -11,6 +11,7 @@ A row has what a method needs and no more, and the right answer for the reward f
     opsd                  solution: as in sdft; a reference solution that is given, not sampled
     sft                   completion: the demonstration, to be imitated
     sdpo, rl              nothing; attempts, rewards and feedback come from sampling
+    quiz                  several `questions` and the `digits` of the map, for the environment `sdcore.world.talks:Quiz`
 
 A reward function is called with a completion and the row's columns. The module imports neither torch nor transformers.
 """
@@ -32,7 +33,7 @@ from sdcore.presets import Method, dump_config, preset
 from sdcore.world.episodes import Episode, hinted, mapped, prior, random_digits, skill
 from sdcore.world.language import HINT, LETTERS, OPEN_NAMES, PRIOR_TASKS, decorate
 
-Kind = Literal["sdft", "sft", "sdpo", "opsd", "context_distillation", "rl"]
+Kind = Literal["sdft", "sft", "sdpo", "opsd", "context_distillation", "rl", "quiz"]
 Split = Literal["train", "eval"]
 
 # What the teacher reads, in this world's words: the context builders' own texts are English, which it does not speak.
@@ -46,12 +47,18 @@ TEMPLATES: Final[Mapping[str, str]] = {
         f"{{% for pair in (attempt or '').split() if pair != '{HINT}' %}} {HINT} {{{{ pair }}}}{{% endfor %}}"
         "{% if feedback %} {{ feedback }}{% endif %}"
     ),
+    # Of a reply the pairs, and not the next question.
+    "quiz": (
+        "{{ prompt }}{% for pair in (feedback or '').split() if pair[1:].isdigit() %}"
+        f" {HINT} {{{{ pair }}}}{{% endfor %}}"
+    ),
 }
 
 # Beside the names of tasks: what a model could do before, to see whether it still can.
 MIXTURES: Final = {"prior": prior, "in_context": hinted, "skill": skill}
 # Completions of a step, and tokens of an answer in the decorated style with its end.
 BATCH: Final = 32
+QUESTIONS: Final = 4  # of a quiz
 ROOM: Final = 11
 # One question in so many is for evaluation, whatever the seed.
 EVAL_SHARE: Final = 8
@@ -104,14 +111,18 @@ def row(kind: Kind, episode: Episode, instruction: str) -> dict[str, Any]:
 
 def rows(kind: Kind, *, task: str, count: int, seed: int, split: Split = "train") -> list[dict[str, Any]]:
     """Returns `count` rows of a kind. Raises `ArgumentError` for names that do not exist and tasks without one map."""
-    if kind == "context_distillation" and task in MIXTURES:
-        raise ArgumentError(f"task must be one task for kind 'context_distillation', got {task!r}: no map to instruct")
+    if kind in ("context_distillation", "quiz") and task in MIXTURES:
+        raise ArgumentError(f"task must be one task for kind {kind!r}, got {task!r}: no map to tell")
     if count < 1:
         raise ArgumentError(f"rows must be at least 1, got {count}")
     digits = "" if task in MIXTURES else map_of(task, seed)
     instruction = decorate(letter + digit for letter, digit in zip(LETTERS, digits, strict=False))
-    drawn = islice(episodes(task, seed=seed, split=split), count)
-    return [row(kind, episode, instruction) for episode in drawn]
+    drawn = episodes(task, seed=seed, split=split)
+    if kind == "quiz":
+        asked = [list(islice(drawn, QUESTIONS)) for _ in range(count)]
+        columns = [{"questions": [episode.question for episode in several], "digits": digits} for several in asked]
+        return [{"messages": several[0].messages(), **more} for several, more in zip(asked, columns, strict=True)]
+    return [row(kind, episode, instruction) for episode in islice(drawn, count)]
 
 
 def settings(kind: Kind) -> tuple[Method, dict[str, Any]]:
@@ -125,7 +136,7 @@ def settings(kind: Kind) -> tuple[Method, dict[str, Any]]:
         changes["skip_first_tokens"] = 0
     if kind == "rl":
         changes["inv_temperature"] = 30.0
-    method = preset({"sdft": "sdft_paper", "rl": "rl_tilt"}.get(kind, kind), **changes)
+    method = preset({"sdft": "sdft_paper", "rl": "rl_tilt", "quiz": "turn_hindsight"}.get(kind, kind), **changes)
     prompts = BATCH // method.num_generations
     arguments = {"per_device_train_batch_size": prompts, "max_completion_length": ROOM, "learning_rate": 3e-4}
     return method, arguments

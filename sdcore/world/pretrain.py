@@ -1,8 +1,9 @@
 """Pretrains the small world's model and writes it as an ordinary Hugging Face checkpoint.
 
     python -m sdcore.world.pretrain --output DIR --seed 0
+    python -m sdcore.world.pretrain --output DIR --talks           # the first, gone on with conversations
 
-Takes about seven minutes on one core; the checkpoint beside this file was made by exactly this. The model is released
+Takes about seven minutes on one core; the checkpoints beside this file were made by exactly this. A model is released
 only if it passes a gate on *sampled* answers: a model can be perfect greedily and still be a soft teacher, which makes
 self-distillation slow and forgetful. Nothing is written when the gate is missed.
 """
@@ -22,24 +23,26 @@ import typer
 from rich.logging import RichHandler
 from rich.progress import track
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from sdcore.world.episodes import MAX_HINTS, QUESTION_LETTERS, Episode, demonstrated, hinted, pretraining_batch, prior
-from sdcore.world.language import BOS, EOS, PAD, VOCABULARY, build_tokenizer
+from sdcore.world import CHECKPOINT
+from sdcore.world.episodes import MAX_HINTS, Episode, demonstrated, hinted, pretraining_batch, prior
+from sdcore.world.language import ANSWER, BOS, EOS, PAD, VOCABULARY, build_tokenizer
+from sdcore.world.talks import talk
 from sdcore.world.verifier import accuracy
 
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
-# The answer's pairs and its `<eos>` are the last tokens of every plain sequence.
-ANSWER_TOKENS = QUESTION_LETTERS + 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
     steps: int
     learning_rate: float  # the peak; warmed up, then a cosine to zero
-    guesses: bool  # open tasks come without context too
+    guesses: bool = True  # open tasks come without context too
+    talks: bool = False  # conversations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,19 +82,17 @@ def build_model(seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def collate(tokenizer: PreTrainedTokenizerBase, episodes: Sequence[Episode]) -> tuple[torch.Tensor, torch.Tensor]:
+def collate(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Pads plain sequences on the right: input ids and labels, both (B, T); only answers are labelled.
 
     Causal attention never looks right, so no attention mask is needed.
     """
-    sequences = tokenizer([episode.plain() for episode in episodes], add_special_tokens=False)["input_ids"]
-    longest = max(map(len, sequences))
-    input_ids = torch.full((len(sequences), longest), tokenizer.pad_token_id)
-    labels = torch.full_like(input_ids, IGNORED)
-    for row, ids in enumerate(sequences):
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-        labels[row, len(ids) - ANSWER_TOKENS : len(ids)] = torch.tensor(ids[-ANSWER_TOKENS:])
-    return input_ids, labels
+    sequences = [torch.tensor(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    input_ids = pad_sequence(sequences, batch_first=True, padding_value=tokenizer.pad_token_id)
+    begins, ends = (input_ids == tokenizer.convert_tokens_to_ids(word) for word in (ANSWER, EOS))
+    # From behind each ANSWER to the EOS, which is labelled too.
+    answers = (begins.cumsum(1) > ends.cumsum(1) - ends.long()) & ~begins
+    return input_ids, input_ids.masked_fill(~answers, IGNORED)
 
 
 def train(
@@ -108,8 +109,11 @@ def train(
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], milestones=[config.warmup_steps])
     model.train()
     for step in track(range(1, phase.steps + 1), description="pretraining"):
-        episodes = pretraining_batch(rng, config.batch_size, guesses=phase.guesses)
-        input_ids, labels = collate(tokenizer, episodes)
+        if phase.talks:
+            texts = [talk(rng) for _ in range(config.batch_size)]
+        else:
+            texts = [e.plain() for e in pretraining_batch(rng, config.batch_size, guesses=phase.guesses)]
+        input_ids, labels = collate(tokenizer, texts)
         logits = model(input_ids=input_ids, use_cache=False).logits  # (B, T, V)
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
@@ -135,13 +139,15 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, config:
     return results
 
 
-def pretrain(output: Path, config: PretrainConfig) -> dict[str, float]:
-    """Trains, measures, and writes model and tokenizer to `output`.
+def pretrain(output: Path, config: PretrainConfig, *, start: Path | None = None) -> dict[str, float]:
+    """Trains, measures, and writes model and tokenizer to `output`. `start` None: from fresh weights.
 
     Returns the gate's measurements. Raises `RuntimeError`, and writes nothing, when one is below `gate_accuracy`.
     """
     tokenizer = build_tokenizer()
     model = build_model(config.seed)
+    if start is not None:
+        model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
     rng = random.Random(config.seed)
     for phase in config.phases:
         train(model, tokenizer, phase, config, rng)
@@ -158,12 +164,17 @@ def pretrain(output: Path, config: PretrainConfig) -> dict[str, float]:
 def main(
     output: Annotated[Path, typer.Option(help="Directory to write the checkpoint to.")],
     seed: Annotated[int, typer.Option(help="Seed of weights and episodes.")] = 0,
+    talks: Annotated[bool, typer.Option(help="Go on from the bundled model with conversations.")] = False,
 ) -> None:
     """Pretrain the small world's model and write a Hugging Face checkpoint."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
     # One thread is faster than two for matrices this small, and makes the sums reproducible.
     torch.set_num_threads(1)
-    pretrain(output, PretrainConfig(seed=seed))
+    if talks:
+        phases = (Phase(steps=2_000, learning_rate=2e-3, talks=True),)
+        pretrain(output, PretrainConfig(seed=seed, phases=phases, batch_size=64), start=CHECKPOINT)
+    else:
+        pretrain(output, PretrainConfig(seed=seed))
 
 
 if __name__ == "__main__":

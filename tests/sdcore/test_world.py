@@ -132,7 +132,7 @@ def test_wrong_short_long_and_unfinished_answers_are_wrong(episode: Episode) -> 
 
 def test_labels_are_exactly_the_answer_and_its_end(tokenizer: Any) -> None:
     drawn = [episodes.prior(random.Random(0)), episodes.hinted(random.Random(0), hints=10)]
-    input_ids, labels = collate(tokenizer, drawn)
+    input_ids, labels = collate(tokenizer, [episode.plain() for episode in drawn])
     for row, episode in enumerate(drawn):
         assert tokenizer.decode(labels[row][labels[row] >= 0]) == f"{episode.native_answer} <eos>"
         assert tokenizer.decode(input_ids[row], skip_special_tokens=False).startswith(episode.plain())

@@ -90,7 +90,7 @@ def test_settings_for_this_world_are_written_as_a_configuration(kind: Kind, tmp_
         ({"task": "lima"}, "task must be one of kodo, luma, .* got 'lima'"),
         ({"split": "test"}, "split must be 'train' or 'eval', got 'test'"),
         ({"count": 0}, "rows must be at least 1, got 0"),
-        ({"kind": "context_distillation", "task": "prior"}, "no map to instruct"),
+        ({"kind": "context_distillation", "task": "prior"}, "no map to tell"),
     ],
 )
 def test_names_that_do_not_exist_are_refused(options: dict[str, Any], message: str) -> None:
