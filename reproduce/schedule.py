@@ -26,12 +26,12 @@ from transformers.utils import logging
 
 from sdcore.errors import ArgumentError
 
-from . import context, discovery, real_context, real_feedback, real_sdft, sdft, sdpo, tilt
+from . import context, discovery, real_context, real_feedback, real_sdft, sdft, sdpo, tilt, turns
 from .records import TUNING_SEED, Archive, Arm, Job, Record, Study
 
 STUDIES: dict[str, Study] = {
     study.name: study
-    for claim in (sdft, sdpo, tilt, discovery, context, real_context, real_feedback, real_sdft)
+    for claim in (sdft, sdpo, tilt, discovery, context, turns, real_context, real_feedback, real_sdft)
     for study in claim.STUDIES
 }
 

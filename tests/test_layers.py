@@ -49,7 +49,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"records", "book"},
         {"experiment", "prediction", "real_model"},
         {"real_exam"},
-        {"context", "sdft", "sdpo", "tilt", "real_context", "real_feedback", "real_sdft"},
+        {"context", "sdft", "sdpo", "tilt", "turns", "real_context", "real_feedback", "real_sdft"},
         {"discovery"},
         {"schedule"},
         {"table"},
