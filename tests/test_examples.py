@@ -9,6 +9,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from tests.sdcore.rollouts.talks import tokenizer_of
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 # Of 200 questions, none of which the model can answer before. The tilt's number is a mean reward, .13 before.
@@ -33,7 +36,7 @@ def load(name: str) -> ModuleType:
 
 def test_every_example_is_run_here_and_short() -> None:
     files = {file.stem: file for file in EXAMPLES.glob("*.py")}
-    assert files.keys() == LEARNED.keys() | {"sdpo_code"}
+    assert files.keys() == LEARNED.keys() | {"sdpo_code", "word_game", "calculator"}
     assert {
         name: len(f.read_text().splitlines()) for name, f in files.items() if len(f.read_text().splitlines()) >= 80
     } == {}
@@ -52,3 +55,24 @@ def test_the_example_with_a_code_executing_verifier_runs(tmp_path: Path) -> None
     assert module.verify(prompt="", completion="a1 b3", answer="a1 b3") == (1.0, None)
     assert 0 <= module.main(steps=1, output=str(tmp_path)) <= 1
     assert (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_the_word_game_is_learned_turn_by_turn() -> None:
+    before, after = load("word_game").main()
+    assert before < 0.5
+    assert after > 0.8
+
+
+def test_the_agent_with_a_calculator_runs(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of("qwen3")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **sizes, **heads))
+    module = load("calculator")
+    assert module.check(prompt="", completion="12 times 3 is 36.", product=36) == (1.0, None)
+    assert module.check(prompt="", completion="I do not know.", product=36)[0] == 0.0
+    measured = module.main(model, steps=1, output=str(tmp_path), processing_class=tokenizer)
+    assert measured["eval_reward_mean"] == 0.0
+    assert "tools/called" in (tmp_path / "metrics.jsonl").read_text()
