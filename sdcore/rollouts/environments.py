@@ -95,6 +95,13 @@ class Agent:
         self.release(host)
         return schemas
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Returns what a run's description says of it."""
+        factory = self.environment_factory
+        named = None if factory is None else getattr(factory, "__qualname__", type(factory).__qualname__)
+        return {"tools": [tool.__name__ for tool in self.tools], "environment": named}
+
     def host(self) -> Host:
         """Returns who answers in a new trajectory."""
         environment, methods = None, []

@@ -36,6 +36,7 @@ from ..models.body import noise_of
 from ..models.gguf import plain_folder, require_there
 from ..presets.method import OF_TURNS, Method
 from ..rollouts.environments import Agent
+from ..rollouts.named import load, load_tools
 from ..rollouts.rewards import OnError, Reward
 from ..rollouts.samplers import ModelSampler, Sampler
 from ..types import Example
@@ -83,14 +84,15 @@ def _check_objects(given: Mapping[str, Any]) -> None:
 
 
 def agent_of(
-    args: SelfDistillationConfig, tools: Sequence[Callable[..., Any]], environment_factory: Any
+    args: SelfDistillationConfig, tools: Sequence[Callable[..., Any] | str], environment_factory: Any
 ) -> Agent | None:
-    """Returns who answers the student; None where nobody does. Raises `ArgumentError`."""
+    """Returns who answers the student, loaded where given by name; None where nobody does. Raises `ArgumentError`."""
     if not tools and environment_factory is None:
         return None
+    named = isinstance(environment_factory, str)
     return Agent(
-        tools=tools,
-        environment_factory=environment_factory,
+        tools=load_tools(tools),
+        environment_factory=load(environment_factory) if named else environment_factory,
         max_turns=args.max_turns,
         max_tokens=args.max_trajectory_length,
         max_seconds=args.max_trajectory_seconds,
