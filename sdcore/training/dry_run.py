@@ -43,7 +43,7 @@ from ..types import Example
 from .collect import Collector, kwargs_of
 from .config import SelfDistillationConfig
 from .prepare import check_template_kwargs, check_tools, within_model
-from .previews import COLOURS, Preview, preview
+from .previews import COLOURS, TURNS, Preview, preview
 from .rows import NAMED, Rows
 
 # Rows that are rendered for the lengths.
@@ -199,7 +199,7 @@ def show(run: DryRun, console: Console) -> None:
         console.print(_headline(row))
         console.print(_table_of(row))
         lines = [f"the environment's reset says {row.opening!r}"] if row.opening else []
-        lines += [f"the trajectory of a stand-in: {row.ended}"] if row.ended else []
+        lines += [f"a stand-in of at most {TURNS} turns: {row.ended}"] if row.ended else []
         if row.reward is not None:
             said = "no feedback" if row.feedback is None else f"feedback {row.feedback!r}"
             lines.append(f"reward functions on an empty attempt: reward {row.reward:g}, {said}")

@@ -107,7 +107,7 @@ def preview(
     ended = ""
     if collector.agent is not None:
         given = group.rollouts[0].reward
-        ended = f"{answer.outcome} after {len(answer.own)} turns" + ("" if given is None else f", reward {given:g}")
+        ended = f"turns {len(answer.own)}, outcome {answer.outcome}{'' if given is None else f', reward {given:g}'}"
     return Preview(
         source=example.source,
         segments=tuple(

@@ -296,6 +296,12 @@ def test_a_run_on_trajectories_that_is_resumed_gives_the_same_losses(name: str, 
     assert all(key_of(key) for key in new)
     sample = json.loads((tmp_path / "whole" / "samples.jsonl").read_text().splitlines()[0])
     assert len(sample["tokens"]) == len(sample["per_token"])
+    assert [turn["own"] for turn in sample["turns"]] == [i % 2 == 0 for i in range(len(sample["turns"]))]
+    starts = [turn["start"] for turn in sample["turns"]]
+    for turn, start, end in zip(sample["turns"], starts, [*starts[1:], len(sample["tokens"])], strict=True):
+        # Nobody's text is learned but the student's; a last word has no tokens.
+        assert not any(sample["per_token"][start:end]) or turn["own"]
+        assert "".join(sample["tokens"][start:end]) in (turn["text"], "")
     first = trainer(tmp_path / "part", METHODS[name], num_iterations=2, **stops)
     first.args.max_steps = 3  # between two uses of the same trajectories
     first.train()
