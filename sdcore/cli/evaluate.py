@@ -166,4 +166,7 @@ def evaluate(
 
 def _turns(rollout: Trajectory) -> dict[str, Any]:
     """Returns what is saved of a trajectory beside what is saved of an answer."""
-    return {"outcome": rollout.outcome, "turns": len(rollout.own), "transcript": rollout.transcript(str)}
+    from sdcore.contexts.overflow import plain_feedback
+
+    said = {"transcript": rollout.transcript(str), "feedback": plain_feedback(rollout.feedback)}
+    return {"outcome": rollout.outcome, "turns": len(rollout.own)} | said

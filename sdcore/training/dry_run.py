@@ -161,7 +161,9 @@ def dry_run(
     behind = max_completion_length
     if agent is not None:
         behind = agent.max_tokens or min(agent.max_turns * behind, (positions or math.inf) - max(lengths))
-        remarks.append(f"memory is that of {behind} tokens behind the prompt, as if all were the student's")
+        remarks.append(
+            f"memory is that of {behind} tokens behind the prompt, the most there may be, as if all were the student's"
+        )
     load = Load(
         prompt_tokens=max(lengths),
         context_tokens=max([0, *extra]),

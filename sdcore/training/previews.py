@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contexts import ContextBuilder
+from ..contexts.overflow import plain_feedback
 from ..contexts.rendering import answer_end
 from ..prefix.planner import common_prefix
 from ..presets.method import Method
@@ -119,7 +120,7 @@ def preview(
         active=seen is None or seen.active[-1],
         supposed=supposed,
         reward=reward,
-        feedback=feedback,
+        feedback=plain_feedback(feedback),
         opening=answer.opening,
         ended=ended,
         **taught,
@@ -139,7 +140,7 @@ def _segments(
     active = seen is None or seen.active[-1]
     for turn in rollout.turns:
         if not turn.is_own:
-            if not len(turn.ids):  # the last word, which nobody reads
+            if turn is rollout.turns[-1]:
                 yield "others, no loss", "nobody", turn.ids, turn.text
             past, start = (turn.ids, 0) if turn.restarts else (torch.cat([past, turn.ids]), len(past))
             continue

@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import TrainerCallback
 
+from ..contexts.overflow import plain_feedback
 from ..prefix.planner import common_prefix
 from ..step import StepOutput
 from ..types import Example, Trajectory
@@ -62,7 +63,7 @@ def sample_rows(batch: Batch, out: StepOutput, tokenizer: Any, *, limit: int) ->
                 "active": taught[i, g],
                 "by_teacher": rollout.by_teacher,
             }
-            | ({"turns": _turns(rollout)} if len(rollout.turns) > 1 else {})
+            | (_turns(rollout) if len(rollout.turns) > 1 else {})
         )
     return rows
 
@@ -128,13 +129,14 @@ def _divergences(per_token: Tensor | None, start: int, rollout: Trajectory, rows
     return values
 
 
-def _turns(rollout: Trajectory) -> list[dict[str, Any]]:
-    """Returns whose turns they are, the token at which each begins, and its text as its tokens have it."""
+def _turns(rollout: Trajectory) -> dict[str, Any]:
+    """Says of each turn whose it is, the token at which it begins, and its text as its tokens have it."""
     starts = accumulate((len(turn.ids) for turn in rollout.turns), initial=0)
-    return [
+    turns = [
         {"start": start, "own": turn.is_own, "text": turn.raw_text or turn.text}
         for start, turn in zip(starts, rollout.turns, strict=False)
     ]
+    return {"turns": turns, "feedback": plain_feedback(rollout.feedback)}
 
 
 def _question(example: Example) -> str:

@@ -30,7 +30,7 @@ class Game:
     def step(self, message):
         self.heard.append(message["content"])
         if len(self.heard) == 2:
-            return Reply("b", done=True, reward=1.0)
+            return Reply("b", done=True, reward=1.0, feedback="a3")
         return Reply("luma", reward=0.25, feedback="a3")
 '''
 TOOLS = '''
@@ -117,6 +117,7 @@ def test_a_run_in_an_environment_is_trained_and_measured_by_its_name() -> None:
     answers = [answer for sample in told["samples"] for answer in sample["answers"]]
     assert sum(answer["turns"] for answer in answers) == told["metrics"]["trajectories/turns"]
     assert told["metrics"]["mean_turns"] == pytest.approx(sum(answer["turns"] for answer in answers) / 12)
+    assert any(answer["feedback"] == "a3\n\na3" for answer in answers)
     ended = [answer for answer in answers if answer["outcome"] == "answered"]
     assert len(ended) == told["metrics"]["trajectories/answered"]
     assert any(answer["turns"] == 2 and "\n\nuser: luma\n\nassistant: " in answer["transcript"] for answer in ended)
@@ -170,3 +171,31 @@ def test_a_name_that_is_none_is_refused_before_a_model_is_loaded(
         result = sdcore(*command, *judged, *option)
         assert result.exit_code == 2
         assert message in result.output
+
+
+def test_a_question_is_searched_in_turns_of_which_the_last_is_verified() -> None:
+    words = ["solve", "--verifier", "cat > $OLDPWD/last; true", "--question", "luma a b", *GAME_RUN]
+    Path("check.sh").write_text(f"cat > {Path.cwd()}/last\n")
+    words[2] = f"sh {Path.cwd()}/check.sh"
+    said = done(*words, "--output", "x.json")
+    assert "solved after 1 answers" in said
+    assert Path("last").read_text() == json.loads(Path("x.json").read_text())["answer"]
+    refused = sdcore(*words, "max_turns=0")
+    assert (refused.exit_code, "max_turns must be at least 1, got 0" in refused.output) == (2, True)
+
+
+def test_a_dry_run_plays_a_stand_in() -> None:
+    looked = done("train", "--method", "grpo", "--data", "train.jsonl", *GAME_RUN, "--dry-run")
+    assert "a stand-in of at most 2 turns: turns 2, outcome answered, reward 1.25" in looked
+    assert looked.count("nobody") == 2  # the last word, of the two rows that are shown
+    assert "others, no loss" in looked
+
+
+def test_a_report_shows_turns() -> None:
+    done("train", "--method", "sdpo", "--data", "train.jsonl", "--output", "run", *GAME_RUN, *FEW)
+    samples = [json.loads(line) for line in Path("run/samples.jsonl").read_text().splitlines()]
+    assert any(row["feedback"] == "a3\n\na3" for row in samples)
+    done("report", "run")
+    page = Path("run/report.html").read_text()
+    assert page.count('<p class="soft">turn 2') >= 1
+    assert page.count('<p class="soft">reply</p>') >= 1
