@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -21,9 +21,6 @@ from sdcore.cli.running import (
     readable_errors,
     settings_of,
 )
-
-if TYPE_CHECKING:
-    from sdcore.types import Trajectory
 
 # Of a run, what an evaluation reads beside its own options.
 FIELDS = (
@@ -108,7 +105,7 @@ def evaluate(
             if "sampling_temperature" in values:
                 values.setdefault("eval_temperature", values.pop("sampling_temperature"))
         threshold = taken.pop("success_threshold", 0.5)
-        had = [str(taken.pop(name)) for name in ("tools", "environment") if name in taken]
+        had = [str(value) for name in ("tools", "environment") if (value := taken.pop(name, None))]
         args = SelfDistillationConfig(
             eval_generations=generations, eval_seed=seed, per_device_eval_batch_size=batch_size, **taken | given
         )
@@ -123,8 +120,7 @@ def evaluate(
         loaded, tokenizer = load_model(
             model, gguf_file, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
-        if agent is not None:
-            check_tools(tokenizer, agent)
+        check_tools(tokenizer, agent)
         with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
             bar = progress.add_task("sampling", total=len(examples))
             result = measure(
@@ -164,7 +160,7 @@ def evaluate(
             screen.print(f"answers: {output}")
 
 
-def _turns(rollout: Trajectory) -> dict[str, Any]:
+def _turns(rollout: Any) -> dict[str, Any]:
     """Returns what is saved of a trajectory beside what is saved of an answer."""
     from sdcore.contexts.overflow import plain_feedback
 

@@ -98,9 +98,9 @@ class Agent:
     @property
     def summary(self) -> dict[str, Any]:
         """Returns what a run's description says of it."""
-        factory = self.environment_factory
-        named = None if factory is None else getattr(factory, "__qualname__", type(factory).__qualname__)
-        return {"tools": [tool.__name__ for tool in self.tools], "environment": named}
+        made: Any = self.environment_factory
+        names = [tool.__name__ for tool in self.tools]
+        return {"tools": names, "environment": made and getattr(made, "__qualname__", type(made).__qualname__)}
 
     def host(self) -> Host:
         """Returns who answers in a new trajectory."""

@@ -19,8 +19,8 @@ and, but for the rows that are shown, what an environment adds to prompts.
 
 from __future__ import annotations
 
-import math
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -108,8 +108,7 @@ def dry_run(
     if method.needs_rewards and not (reward_functions or (agent is not None and agent.environment_factory)):
         raise ArgumentError("reward functions must be given: the method learns from judged completions, got none")
     check_template_kwargs(tokenizer, chat_template_kwargs)
-    if agent is not None:
-        check_tools(tokenizer, agent)
+    check_tools(tokenizer, agent)
     chat_template_kwargs = kwargs_of(chat_template_kwargs, agent)
     positions = getattr(config, "max_position_embeddings", None)
     builder = builder or method.build_context(chat_template_kwargs=chat_template_kwargs)
@@ -160,7 +159,7 @@ def dry_run(
     extra = [(row.teacher_tokens or 0) - row.prompt_tokens for row in taught]
     behind = max_completion_length
     if agent is not None:
-        behind = agent.max_tokens or min(agent.max_turns * behind, (positions or math.inf) - max(lengths))
+        behind = agent.max_tokens or min(agent.max_turns * behind, (positions or sys.maxsize) - max(lengths))
         remarks.append(
             f"memory is that of {behind} tokens behind the prompt, the most there may be, as if all were the student's"
         )

@@ -179,8 +179,10 @@ def check_engine(state: Any) -> None:
         )
 
 
-def check_tools(tokenizer: Any, agent: Agent) -> None:
+def check_tools(tokenizer: Any, agent: Agent | None) -> None:
     """Raises `ArgumentError` for a tokenizer whose chat template does not show the student the tools that it has."""
+    if agent is None:
+        return
     tokenizer, turns = getattr(tokenizer, "tokenizer", tokenizer), [{"role": "user", "content": "?"}]
     if getattr(tokenizer, "chat_template", None) is None:
         raise ArgumentError("processing_class must have a chat template with tools or an environment, got one without")
@@ -268,8 +270,7 @@ def loaded(
             raise ArgumentError("processing_class must be the tokenizer of a model that has no name, got None")
         tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=remote)
     check_template_kwargs(tokenizer, args.chat_template_kwargs)  # type: ignore[arg-type]  # an object, once checked
-    if agent is not None:
-        check_tools(tokenizer, agent)
+    check_tools(tokenizer, agent)
     if peft_config is not None:
         if getattr(model, "peft_config", None):
             _refuse_second_adapter(type(model).__name__)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, Final
 
 import torch
@@ -89,7 +90,8 @@ def preview(
     """Previews the last completion of a group of stand-ins, of which one succeeded or none."""
     group = _stand_in(_answer_of(example), example, collector)
     answer = replace(group.rollouts[0], reward=method.success_threshold)
-    reward, feedback, supposed, rollouts = None, None, "", (answer,)
+    rollouts: tuple[Trajectory, ...] = (answer,)
+    reward, feedback, supposed = None, None, ""
     if reward_functions or method.context == "feedback":
         attempt = _stand_in("", example, replace(collector, from_data=False))
         (judged,) = score([attempt], reward_functions) if reward_functions else [attempt]
@@ -101,14 +103,9 @@ def preview(
         supposed = "as if another attempt had succeeded" if success else "as if no attempt had succeeded"
         rollouts = (answer, empty) if success else (empty,)
     seen = builder.condition(replace(group, rollouts=rollouts), collector.tokenizer) if method.has_teacher else None
-    student, taught = group.prompt_ids, {}
-    if seen is not None:
-        teacher = seen.teacher_prompts[-1]
-        taught = {"teacher_tokens": len(teacher), "shared_tokens": _shared(student, teacher)[0]}
-    ended = ""
-    if collector.agent is not None:
-        given = group.rollouts[0].reward
-        ended = f"turns {len(answer.own)}, outcome {answer.outcome}{'' if given is None else f', reward {given:g}'}"
+    student, teacher = group.prompt_ids, None if seen is None else seen.teacher_prompts[-1]
+    given = group.rollouts[0].reward
+    ended = f"turns {len(answer.own)}, outcome {answer.outcome}{'' if given is None else f', reward {given:g}'}"
     return Preview(
         source=example.source,
         segments=tuple(
@@ -122,8 +119,9 @@ def preview(
         reward=reward,
         feedback=plain_feedback(feedback),
         opening=answer.opening,
-        ended=ended,
-        **taught,
+        ended="" if collector.agent is None else ended,
+        teacher_tokens=None if teacher is None else len(teacher),
+        shared_tokens=0 if teacher is None else _shared(student, teacher)[0],
     )
 
 
@@ -173,22 +171,12 @@ def _stand_in(text: str, example: Example, collector: Collector) -> Group:
     """Returns a group of one trajectory, in which the student says this each time; the data's where there is one."""
     ids = collector.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
     end = answer_end(example.prompt, collector.tokenizer)
-    said = torch.tensor(ids if end is None else [*ids, end], dtype=torch.int64)
-    agent = (
-        None if collector.agent is None else replace(collector.agent, max_turns=min(TURNS, collector.agent.max_turns))
-    )
-    (group,) = replace(collector, sampler=_Says(said), agent=agent).draw(nn.Identity(), [example], seed=0)
+    ids = torch.tensor(ids if end is None else [*ids, end], dtype=torch.int64)
+    said = [SampledCompletion(ids, torch.zeros(len(ids)), True)]
+    sampler: Any = SimpleNamespace(sample=lambda model, prompts, **_: [said] * len(prompts))
+    agent = collector.agent and replace(collector.agent, max_turns=min(TURNS, collector.agent.max_turns))
+    (group,) = replace(collector, sampler=sampler, agent=agent).draw(nn.Identity(), [example], seed=0)
     return group
-
-
-class _Says:
-    """Says the same in the place of a sampler."""
-
-    def __init__(self, ids: Tensor) -> None:
-        self.drawn = [SampledCompletion(ids, torch.zeros(len(ids)), True)]
-
-    def sample(self, model: nn.Module, prompts: Sequence[Tensor], **options: Any) -> list[list[SampledCompletion]]:
-        return [self.drawn] * len(prompts)
 
 
 def _answer_of(example: Example) -> str:

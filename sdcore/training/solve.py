@@ -130,8 +130,7 @@ def solve(
     example = question if isinstance(question, Example) else Example(prompt=question, source="the question")
     template_kwargs = kwargs_of(config.chat_template_kwargs, agent)
     builder = method.build_context(chat_template_kwargs=template_kwargs)
-    if agent is not None:
-        check_tools(tokenizer, agent)
+    check_tools(tokenizer, agent)
     builder = within_model(builder, find_body(model).max_positions, config.max_completion_length)
     sampling = Sampling(
         max_new_tokens=config.max_completion_length,

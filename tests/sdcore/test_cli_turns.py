@@ -122,7 +122,7 @@ def test_a_run_in_an_environment_is_trained_and_measured_by_its_name() -> None:
     assert len(ended) == told["metrics"]["trajectories/answered"]
     assert any(answer["turns"] == 2 and "\n\nuser: luma\n\nassistant: " in answer["transcript"] for answer in ended)
     # Without the option nobody answers, which is said, and then somebody has to judge.
-    assert "had tools or an environment ([], Game); here nobody answers" in done(
+    assert "had tools or an environment (Game); here nobody answers" in done(
         *judged, "--reward", "sdcore.world.data:exact"
     )
     assert "turns" not in json.loads(Path("x.json").read_text())["samples"][0]["answers"][0]
