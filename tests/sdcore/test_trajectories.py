@@ -372,3 +372,7 @@ def test_an_evaluation_is_of_trajectories_too() -> None:
     )
     assert any(len(rollout.own) > 1 for group in result.groups for rollout in group.rollouts)
     assert "reward_mean" in result.metrics
+    rollouts = [rollout for group in result.groups for rollout in group.rollouts]
+    spoken = [len(turn.ids) for rollout in rollouts for turn in rollout.own]  # others' words are not the student's
+    assert result.metrics["mean_length"] == sum(spoken) / len(rollouts)
+    assert result.metrics["mean_turns"] == len(spoken) / len(rollouts)
