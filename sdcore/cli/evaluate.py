@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from sdcore.cli.running import (
     MODEL_HELP,
+    TURNS,
+    Environment,
     GgufFile,
+    Tools,
     check_alone,
     console,
     load_model,
@@ -22,16 +25,20 @@ from sdcore.cli.running import (
 # Of a run, what an evaluation reads beside its own options.
 FIELDS = (
     *("chat_template_kwargs", "top_p", "top_k", "stop_token_ids", "on_bad_row"),
-    *("reward_weights", "reward_timeout", "reward_on_error", "reward_workers"),
+    *("reward_weights", "reward_timeout", "reward_on_error", "reward_workers", *TURNS),
 )
 SAVED = ("text", "finished", "reward", "feedback")  # of each answer
 
 
 def evaluate(
     data: Annotated[str, typer.Option(help="Questions: .jsonl, .json, .parquet, a folder or a Hub id.")],
-    reward: Annotated[list[str], typer.Option(help="module:function or file.py:function; may be given several times.")],
+    reward: Annotated[
+        list[str] | None, typer.Option(help="module:function or file.py:function; may be given several times.")
+    ] = None,
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "world",
     gguf_file: GgufFile = None,
+    tools: Tools = None,
+    environment: Environment = None,
     generations: Annotated[int, typer.Option(min=1, help="Answers to each question.")] = 1,
     like: Annotated[
         str | None,
@@ -66,6 +73,9 @@ def evaluate(
     Two models on the same questions and seeds, asked in the same way:
       sdcore eval --model run --data eval.jsonl --reward rewards.py:check --generations 4
       sdcore eval --model Qwen/Qwen3-0.6B --like run --data eval.jsonl --reward rewards.py:check --generations 4
+    In several turns, as the run was trained. Tools are code, so they are named again, not read from a folder:
+      sdcore eval --model run --data eval.jsonl --reward rewards.py:check --tools tools.py
+      sdcore eval --model run --data eval.jsonl --environment game.py:WordGame
     Without a GPU, on the bundled small world:
       python -m sdcore.world.data --kind rl --split eval --rows 200 --output eval.jsonl
       sdcore eval --model run --data eval.jsonl --reward sdcore.world.data:exact --max-completion-length 11
@@ -75,13 +85,17 @@ def evaluate(
         from rich.table import Table
 
         from sdcore.data import read_examples
+        from sdcore.errors import ArgumentError
         from sdcore.presets import types_of
         from sdcore.presets.configure import overridden
         from sdcore.rollouts.rewards import prepare
         from sdcore.training.config import SelfDistillationConfig
         from sdcore.training.evaluation import evaluate as measure
+        from sdcore.training.prepare import agent_of, check_tools
 
         check_alone()
+        if not reward and environment is None:
+            raise ArgumentError("--reward must be given where no --environment judges, got neither")
         known = types_of(SelfDistillationConfig)
         given = overridden(overrides or [], {name: known[name] for name in FIELDS}, "an evaluation")
         options = {"max_completion_length": max_completion_length, "sampling_temperature": temperature}
@@ -91,14 +105,22 @@ def evaluate(
             if "sampling_temperature" in values:
                 values.setdefault("eval_temperature", values.pop("sampling_temperature"))
         threshold = taken.pop("success_threshold", 0.5)
+        had = [str(value) for name in ("tools", "environment") if (value := taken.pop(name, None))]
         args = SelfDistillationConfig(
             eval_generations=generations, eval_seed=seed, per_device_eval_batch_size=batch_size, **taken | given
         )
         settings = args.evaluation_options() | {"rank": 0, "world_size": 1}
-        examples, rewards = read_examples(data, limit=limit), prepare(reward, args.reward_weights)
+        agent = agent_of(args, tools or [], environment)
+        if agent is None:
+            taken = {name: value for name, value in taken.items() if name not in TURNS}
+            if had:
+                note = f"the run in {like or model} had tools or an environment ({', '.join(had)}); here nobody answers"
+                screen.print(note, highlight=False, markup=False)
+        examples, rewards = read_examples(data, limit=limit), prepare(reward or [], args.reward_weights)
         loaded, tokenizer = load_model(
             model, gguf_file, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
+        check_tools(tokenizer, agent)
         with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
             bar = progress.add_task("sampling", total=len(examples))
             result = measure(
@@ -107,6 +129,7 @@ def evaluate(
                 examples,
                 rewards,
                 success_threshold=threshold,
+                agent=agent,
                 advance=lambda count: progress.advance(bar, count),
                 **settings,
             )
@@ -122,11 +145,24 @@ def evaluate(
                 {
                     "source": group.example.source,
                     "prompt": group.example.prompt,
-                    "answers": [{name: getattr(rollout, name) for name in SAVED} for rollout in group.rollouts],
+                    "answers": [
+                        {name: getattr(rollout, name) for name in SAVED} | ({} if agent is None else _turns(rollout))
+                        for rollout in group.rollouts
+                    ],
                 }
                 for group in result.groups
             ]
+            if agent is not None:
+                settings |= agent.summary | {name: getattr(args, name) for name in TURNS}
             about = {"model": model, "data": data, "settings": settings, "metrics": result.metrics}
             text = json.dumps(about | {"samples": answers}, indent=1)
             output.write_text(text, encoding="utf-8")
             screen.print(f"answers: {output}")
+
+
+def _turns(rollout: Any) -> dict[str, Any]:
+    """Returns what is saved of a trajectory beside what is saved of an answer."""
+    from sdcore.contexts.overflow import plain_feedback
+
+    said = {"transcript": rollout.transcript(str), "feedback": plain_feedback(rollout.feedback)}
+    return {"outcome": rollout.outcome, "turns": len(rollout.own)} | said

@@ -21,13 +21,20 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+# Fields of a run with tools or an environment.
+TURNS: Final = ("max_turns", "max_trajectory_length", "max_trajectory_seconds", "history")
 # Fields of a run, and of its method, that say which prompts a model reads and how its answers are drawn and judged.
 ANSWERING: Final = (
     *("chat_template_kwargs", "max_completion_length", "sampling_temperature", "eval_temperature"),
-    *("top_p", "top_k", "stop_token_ids", "success_threshold"),
+    *("top_p", "top_k", "stop_token_ids", "success_threshold", *TURNS, "tools", "environment"),
 )
 WORLD: Final = "world"  # the name of the bundled model
 MODEL_HELP: Final = "Path or Hub name of a causal model, or of a .gguf file; `world` is the bundled small one."
+Tools = Annotated[
+    list[str] | None,
+    typer.Option(help="tools.py or module: its public functions; with :function one. May be given several times."),
+]
+Environment = Annotated[str | None, typer.Option(help="module:Class or file.py:Class, which answers the student.")]
 GgufFile = Annotated[str | None, typer.Option(help="The .gguf file to take of --model; converted once, beside it.")]
 
 
@@ -117,7 +124,7 @@ def settings_of(folder: str) -> dict[str, Any]:
 
     path = Path(folder)
     known = read_description(path.parent if path.name.startswith("checkpoint-") else path)
-    values = known.get("config", {}) | {"success_threshold": known.get("method", {}).get("success_threshold")}
+    values = known | known.get("config", {}) | {"success_threshold": known.get("method", {}).get("success_threshold")}
     return {name: values[name] for name in ANSWERING if values.get(name) is not None}
 
 

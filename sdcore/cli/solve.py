@@ -11,7 +11,10 @@ import typer
 
 from sdcore.cli.running import (
     MODEL_HELP,
+    TURNS,
+    Environment,
     GgufFile,
+    Tools,
     check_alone,
     console,
     load_model,
@@ -23,7 +26,7 @@ from sdcore.cli.running import (
 # What is read of a run's fields, in YAML, as overrides, and of the run that wrote the model.
 FIELDS = (
     *("learning_rate", "max_completion_length", "sampling_temperature", "top_p", "top_k"),
-    *("stop_token_ids", "chat_template_kwargs"),
+    *("stop_token_ids", "chat_template_kwargs", "reward_timeout", "reward_on_error", *TURNS),
 )
 
 
@@ -33,6 +36,8 @@ def solve(
     question_file: Annotated[Path | None, typer.Option(help="Or a file: its text, or of .jsonl the first row.")] = None,
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "world",
     gguf_file: GgufFile = None,
+    tools: Tools = None,
+    environment: Environment = None,
     method: Annotated[str, typer.Option(help="sdpo or sdpo_code.")] = "sdpo",
     config: Annotated[
         Path | None, typer.Option(help=f"YAML as for `train`; of a run's fields, {', '.join(FIELDS)} are read.")
@@ -65,6 +70,8 @@ def solve(
       sdcore solve --model Qwen/Qwen3-0.6B --question-file question.txt --verifier "python $PWD/check.py"
     The baseline at as many answers, best-of-k:
       sdcore solve ... --no-update
+    In several turns, of which the verifier reads the last:
+      sdcore solve ... --tools tools.py max_turns=4
     """
     with readable_errors("solve"), quiet_libraries():
         from sdcore.data import example_of, read_examples
@@ -72,6 +79,7 @@ def solve(
         from sdcore.presets import load_config, types_of
         from sdcore.presets.configure import overridden
         from sdcore.training.config import SelfDistillationConfig
+        from sdcore.training.prepare import agent_of
         from sdcore.training.solve import Round, SolveConfig, command_verifier
         from sdcore.training.solve import solve as search
 
@@ -94,6 +102,8 @@ def solve(
         }
         given = settings_of(model) | run | {name: value for name, value in options.items() if value is not None}
         read = {name: given[name] for name in FIELDS if name in given}
+        of_turns = {name: read.pop(name) for name in ("reward_timeout", "reward_on_error", *TURNS) if name in read}
+        agent = agent_of(SelfDistillationConfig(**of_turns), tools or [], environment)
         settings = SolveConfig(
             max_samples=max_samples,
             temperature=read.pop("sampling_temperature", 1.0),
@@ -111,7 +121,7 @@ def solve(
             model, gguf_file, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
         verify = command_verifier(verifier, wall_seconds=verifier_seconds)
-        ended = search(loaded, tokenizer, example, verify, chosen, settings, on_round=show)
+        ended = search(loaded, tokenizer, example, verify, chosen, settings, agent=agent, on_round=show)
         if output is not None:
             output.write_text(json.dumps(asdict(ended), indent=1), encoding="utf-8")
         tokens = f"{ended.sampled_tokens} tokens sampled, {ended.trained_tokens} trained on, {ended.seconds:.0f} s"

@@ -9,7 +9,9 @@ import typer
 
 from sdcore.cli.running import (
     MODEL_HELP,
+    Environment,
     GgufFile,
+    Tools,
     config_of,
     console,
     lora_config,
@@ -31,6 +33,8 @@ def train(
     reward: Annotated[
         list[str] | None, typer.Option(help="module:function or file.py:function; may be given several times.")
     ] = None,
+    tools: Tools = None,
+    environment: Environment = None,
     eval_data: Annotated[str | None, typer.Option(help="Rows to be measured on, after training.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML with fields of the method and the run.")] = None,
     output: Annotated[Path, typer.Option(help="Directory for the trained model, its checkpoints and logs.")] = Path(
@@ -63,6 +67,9 @@ def train(
       sdcore train --method sft --model path/to/model.gguf --data train.jsonl
     Completions that are Python, judged by the rows' column `tests` in a sandbox, with the error text as feedback:
       sdcore train --method sdpo_code --data train.jsonl --reward sdcore.rollouts.sandbox:python_tests
+    In several turns, with tools that the student calls, or an environment that answers and judges:
+      sdcore train --method sdpo --data train.jsonl --reward rewards.py:check --tools tools.py max_turns=4
+      sdcore train --method grpo --data train.jsonl --environment game.py:WordGame
     Without a GPU, on the bundled small world:
       python -m sdcore.world.data --kind sdft --rows 500 --output train.jsonl --config world.yaml
       sdcore train --data train.jsonl --config world.yaml --output run max_steps=40
@@ -78,7 +85,7 @@ def train(
         from sdcore.training import dry_run as looking
         from sdcore.training.checkpoints import start_of
         from sdcore.training.config import SelfDistillationConfig
-        from sdcore.training.prepare import check
+        from sdcore.training.prepare import agent_of, check
 
         if method is None and config is None:
             raise ArgumentError("a method must be named, by --method or in the file of --config, got none")
@@ -92,7 +99,8 @@ def train(
         arguments.pop("gguf_file", None)  # the trainer gets the folder that is made of it
         defaults: dict[str, Any] = {"output_dir": str(output), "disable_tqdm": False}
         args = SelfDistillationConfig(**defaults | arguments)
-        check(args, chosen, prepare(reward or [], args.reward_weights), ModelSampler())
+        agent = agent_of(args, tools or [], environment)
+        check(args, chosen, prepare(reward or [], args.reward_weights), ModelSampler(), agent)
         screen = console()
         if dry_run:
             refused: list[str] = []
@@ -107,6 +115,7 @@ def train(
                 chosen,
                 model_config,
                 reward_functions=reward or [],
+                agent=agent,
                 chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]  # an object, once checked
                 max_prompt_length=args.max_prompt_length,
                 max_completion_length=args.max_completion_length,
@@ -127,6 +136,8 @@ def train(
             train_dataset=data,
             eval_dataset=eval_data,
             reward_funcs=reward or [],
+            tools=tools or [],
+            environment_factory=environment,
             peft_config=lora_config(lora_rank),
         )
         trainer.start(asked)  # may refuse, before anything is written

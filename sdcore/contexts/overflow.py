@@ -73,6 +73,11 @@ def split_feedback(feedback: str | None) -> tuple[str, ...]:
     return tuple(entry for entry in (feedback or "").split(FEEDBACK_SEPARATOR) if entry.strip())
 
 
+def plain_feedback(feedback: str | None) -> str | None:
+    """Returns a feedback as it is shown to people."""
+    return "\n\n".join(split_feedback(feedback)) or None
+
+
 def check_overflow(overflow: Overflow, limit: int | None, *, shows_feedback: bool) -> None:
     """Raises `ArgumentError`."""
     if overflow not in get_args(Overflow):

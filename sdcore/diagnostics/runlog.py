@@ -98,7 +98,8 @@ class RunLog:
         """Appends a line of `samples.jsonl` for each completion that is shown. Raises `ArgumentError` as `metrics`.
 
         A row has some of "prompt", "privileged_context", "completion", "tokens" (a text per token), "per_token" (their
-        divergences, as many), "reward", "feedback", "active" and "by_teacher".
+        divergences, as many), "reward", "feedback", "active", "by_teacher" and, where it has several, "turns": at which
+        token each begins ("start"), whether it is the student's ("own"), and its "text".
         """
         self._check_step(SAMPLES, step)
         for i, row in enumerate(rows):

@@ -108,6 +108,8 @@ def _sample(sample: Sample, *, with_run: bool) -> list[str]:
     if highest := sample.highest:
         tokens = ", ".join(f"“{inline(token.text.strip() or '␣')}” {shown(token.divergence)}" for token in highest)
         lines += ["", f"Highest divergence in nats: {tokens}."]
+    if means := [f"{part.whose} {shown(part.mean)}" for part in sample.parts if part.whose and part.mean is not None]:
+        lines += ["", f"Mean divergence in nats: {', '.join(means)}."]
     return lines
 
 

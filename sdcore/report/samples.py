@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Final, NamedTuple
 
 from .series import is_number
@@ -27,6 +28,20 @@ class Token(NamedTuple):
     shade: int  # 0: none ... SHADES; -1: not finite
 
 
+class Part(NamedTuple):
+    """Holds what one side says until the other speaks; an answer has one part."""
+
+    whose: str  # "turn 1" of the student, "reply" of others; "" of an answer
+    text: str
+    tokens: tuple[Token, ...]  # () where there is nothing per token
+
+    @property
+    def mean(self) -> float | None:
+        """Returns the mean divergence of its tokens that carried a loss; None where none did."""
+        known = [token.divergence for token in self.tokens if token.divergence]
+        return sum(known) / len(known) if known else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """Holds a completion as it is shown; texts are raw, and whoever writes them somewhere escapes them."""
@@ -37,10 +52,15 @@ class Sample:
     privileged_context: str
     feedback: str
     completion: str
-    tokens: tuple[Token, ...]  # () where there is nothing per token
+    parts: tuple[Part, ...]
     omitted: int  # tokens that are not shown
     reward: float | None
     active: bool | None
+
+    @property
+    def tokens(self) -> list[Token]:
+        """Returns those of all parts."""
+        return [token for part in self.parts for token in part.tokens]
 
     @property
     def highest(self) -> list[Token]:
@@ -103,8 +123,9 @@ def spaced(tokens: Sequence[str], completion: str) -> list[str]:
 def _sample(label: str, row: dict[str, Any], darkest: float) -> Sample:
     completion = _text(row.get("completion"))
     texts = [_text(token) for token in row["tokens"]] if isinstance(row.get("tokens"), list) else []
-    divergences = _divergences(row)
-    pairs = list(zip(spaced(texts, completion), divergences, strict=True)) if len(texts) == len(divergences) else []
+    values = _divergences(row)
+    pairs = list(zip(texts, values, strict=True)) if len(texts) == len(values) else []
+    turns = _turns(row) or [("", 0, completion)]
     reward, active = row.get("reward"), row.get("active")
     return Sample(
         run=label,
@@ -113,11 +134,29 @@ def _sample(label: str, row: dict[str, Any], darkest: float) -> Sample:
         privileged_context=_text(row.get("privileged_context")),
         feedback=_text(row.get("feedback")),
         completion=_cut(completion),
-        tokens=tuple(Token(text, value, _shade(value, darkest)) for text, value in pairs[:MOST_TOKENS]),
+        parts=tuple(
+            _part(whose, text, pairs[start : min(end, MOST_TOKENS)], darkest)
+            for (whose, start, text), end in zip(turns, [*(turn[1] for turn in turns[1:]), len(pairs)], strict=True)
+        ),
         omitted=max(0, len(pairs) - MOST_TOKENS),
         reward=float(reward) if is_number(reward) else None,  # type: ignore[arg-type]
         active=active if isinstance(active, bool) else None,
     )
+
+
+def _part(whose: str, text: str, pairs: Sequence[tuple[str, float | None]], darkest: float) -> Part:
+    texts = spaced([token for token, _ in pairs], text)
+    tokens = (Token(shown, value, _shade(value, darkest)) for shown, (_, value) in zip(texts, pairs, strict=True))
+    return Part(whose, text, tuple(tokens))
+
+
+def _turns(row: dict[str, Any]) -> list[tuple[str, int, str]]:
+    """Returns whose turns they are, where they begin and what they say; [] for an answer."""
+    turns, number = row.get("turns"), count(1)
+    if not isinstance(turns, list) or not all(isinstance(t, dict) and isinstance(t.get("start"), int) for t in turns):
+        return []
+    named = [f"turn {next(number)}" if turn.get("own") else "reply" for turn in turns]
+    return [(name, turn["start"], _text(turn.get("text"))) for name, turn in zip(named, turns, strict=True)]
 
 
 def _divergences(row: dict[str, Any]) -> list[float | None]:

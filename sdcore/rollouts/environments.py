@@ -95,6 +95,13 @@ class Agent:
         self.release(host)
         return schemas
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Returns what a run's description says of it."""
+        made: Any = self.environment_factory
+        names = [tool.__name__ for tool in self.tools]
+        return {"tools": names, "environment": made and getattr(made, "__qualname__", type(made).__qualname__)}
+
     def host(self) -> Host:
         """Returns who answers in a new trajectory."""
         environment, methods = None, []

@@ -1,7 +1,8 @@
-"""Loads functions that are given by name: "module:function", or "path/to/file.py:function".
+"""Loads functions and classes that are given by name: "module:function", or "path/to/file.py:function".
 
     exact = load("my_rewards:exact")          # of a module, installed or in the working directory
     exact = load("rewards.py:exact")          # of a file
+    tools = load_tools(["tools.py"])          # all public functions that a file, or a module, defines
 
 Loading runs the module, which is code of whoever wrote it.
 """
@@ -10,8 +11,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,7 +29,7 @@ def load(name: str) -> Callable[..., Any]:
     place, _, attribute = name.rpartition(":")
     if not place or not attribute:
         raise ArgumentError(f"a function must be given as module:function or file.py:function, got {name!r}")
-    module = _from_file(place, name) if place.endswith(".py") else _from_module(place, name)
+    module = _module(place, name)
     value: Any = module
     for part in attribute.split("."):
         if not hasattr(value, part):
@@ -37,6 +39,29 @@ def load(name: str) -> Callable[..., Any]:
     if not callable(value):
         raise ArgumentError(f"{name} must be a function, got {type(value).__name__}")
     return value
+
+
+def load_tools(tools: Sequence[Callable[..., Any] | str]) -> list[Callable[..., Any]]:
+    """Returns functions as they are, those that are named, and of a file or module alone all public ones it defines.
+
+    Raises `ArgumentError`, as `load`.
+    """
+    loaded: list[Callable[..., Any]] = []
+    for tool in tools:
+        if not isinstance(tool, str) or ":" in tool:
+            loaded.append(load(tool) if isinstance(tool, str) else tool)
+            continue
+        module = _module(tool, tool)
+        public = [value for name, value in vars(module).items() if not name.startswith("_")]
+        own = [value for value in public if inspect.isfunction(value) and value.__module__ == module.__name__]
+        if not own:
+            raise ArgumentError(f"tools must be functions, or a file or module that defines some, got {tool}")
+        loaded += own
+    return loaded
+
+
+def _module(place: str, name: str) -> ModuleType:
+    return _from_file(place, name) if place.endswith(".py") else _from_module(place, name)
 
 
 def _from_module(place: str, name: str) -> ModuleType:

@@ -39,6 +39,7 @@ from torch.distributed.fsdp import StateDictType
 
 from ..errors import SdcoreError
 from ..presets.method import Method, field_types
+from ..rollouts.environments import Agent
 from ..rollouts.episodes import opened_by
 from ..rollouts.window import load_rollouts, save_rollouts
 from ..types import Example, Group
@@ -54,6 +55,7 @@ _UNWRITTEN: Final = re.compile(r"inline_container|PytorchStreamWriter|iostream|F
 # from; and where files are, which decides nothing.
 _FROM_CHECKPOINT: Final = {"learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim"}
 _DECIDES: Final = {"method", "data", "seed", "data_seed", *_FROM_CHECKPOINT, *field_types()}
+DESCRIBED: Final = {"model", "data", "tools", "environment"}  # of it, what run.json says beside method and arguments
 _PLACES: Final = {"output_dir", "resume_from_checkpoint"}
 
 logger = logging.getLogger(__name__)
@@ -141,7 +143,7 @@ def start_of(
 
 
 def describe_run(
-    method: Method, args: SelfDistillationConfig, model: Any, examples: Sequence[Example]
+    method: Method, args: SelfDistillationConfig, model: Any, examples: Sequence[Example], agent: Agent | None = None
 ) -> dict[str, Any]:
     """Returns what decides the losses of a run, flat: the method's fields, the arguments', a digest of the rows."""
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
@@ -151,6 +153,7 @@ def describe_run(
         # What JSON does not know is told apart by its type alone: a text of it may have an address in it.
         digest.update(json.dumps(row, default=lambda value: type(value).__name__).encode())
     own = {"method": type(method).__name__, "model": name, "data": digest.hexdigest(), "world_size": args.world_size}
+    own |= agent.summary if agent is not None else {}
     return json.loads(json.dumps({**vars(method), **args.to_dict(), **own}, default=str))
 
 

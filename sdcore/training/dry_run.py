@@ -11,20 +11,21 @@ Beside them stand the lengths over all rows and the predicted peak memory, with 
 What differs from the obvious: nothing was sampled, so completions are stand-ins, made of the row's own columns. Where
 the teacher sees an attempt and feedback, the group is two of them: one that succeeded, and an empty one that the reward
 functions were really asked about; what they say is its feedback. So a reward function that raises, or wants a column
-that the rows do not have, is found here.
+that the rows do not have, is found here. Where others answer, a stand-in has turns (`previews`).
 
-Not covered: whether the model's shared passes are right (the first step checks), lengths that the student will sample.
+Not covered: whether the model's shared passes are right (the first step checks), lengths that the student will sample
+and, but for the rows that are shown, what an environment adds to prompts.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, Final
 
-import torch
 from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -32,67 +33,23 @@ from rich.text import Text
 from torch import nn
 
 from ..contexts import ContextBuilder, check_examples
-from ..contexts.rendering import answer_end
 from ..contexts.teacher_prompts import columns_of
 from ..errors import ArgumentError, DataError, UnsupportedModelError
 from ..memory import Load, Prediction, Setting, compare, memory_table
-from ..prefix.planner import common_prefix
 from ..presets.method import Method
-from ..rollouts.rewards import score
+from ..rollouts.environments import Agent
 from ..rollouts.samplers import ModelSampler, Sampling, stop_ids
-from ..types import Example, Group, Trajectory
-from .collect import Collector
+from ..types import Example
+from .collect import Collector, kwargs_of
 from .config import SelfDistillationConfig
-from .prepare import check_template_kwargs, within_model
+from .prepare import check_template_kwargs, check_tools, within_model
+from .previews import COLOURS, TURNS, Preview, preview
 from .rows import NAMED, Rows
 
-# Columns that may hold an answer, for the stand-in; the first that a row has.
-ANSWERS: Final = ("completion", "answer", "solution", "response", "target")
-UNKNOWN_ANSWER: Final = "(an answer)"
-UNKNOWN_FEEDBACK: Final = "(feedback)"
 # Rows that are rendered for the lengths.
 MOST_MEASURED: Final = 2_000
 # Characters of a segment that are shown; of more, the beginning and the end.
 MOST_SHOWN: Final = 1_200
-COLOURS: Final = {
-    "prompt": "green",
-    "shared prefix": "green",
-    "c_ext": "yellow",
-    "student only": "blue",
-    "after c_ext": "cyan",
-    "completion, no loss": "dim",
-    "completion, loss": "magenta",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Segment:
-    """Holds neighbouring tokens with the same part to play."""
-
-    name: str  # one of COLOURS
-    read_by: str  # "student", "teacher", "both"
-    tokens: int
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preview:
-    """Holds one row, as student and teacher will read it."""
-
-    source: str
-    segments: tuple[Segment, ...]
-    prompt_tokens: int  # P
-    teacher_tokens: int | None = None  # None: the method has no teacher
-    shared_tokens: int = 0
-    active: bool = True  # False: there is nothing privileged to show, so the completion would carry no loss
-    supposed: str = ""  # what the stand-in group is, where the teacher's context depends on it
-    reward: float | None = None  # of the empty attempt
-    feedback: str | None = None
-
-    @property
-    def shared_fraction(self) -> float:
-        """Returns the share of the student's prompt that both read."""
-        return self.shared_tokens / self.prompt_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +89,7 @@ def dry_run(
     *,
     reward_functions: Sequence[Callable[..., Any] | str] = (),
     builder: ContextBuilder | None = None,
+    agent: Agent | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     max_prompt_length: int | None = None,
     max_completion_length: int = 256,
@@ -141,14 +99,17 @@ def dry_run(
 ) -> DryRun:
     """Renders, counts and predicts. `config` is the model's Hugging Face configuration; no weights are read.
 
-    `builder` None is the method's own. `prompts` is how many groups a device holds at a time. Raises `DataError`,
-    `ContextError`, `RewardError` or `ArgumentError` for what training would stumble over.
+    `builder` None is the method's own. `agent` answers the student, for the rows that are shown. `prompts` is how many
+    groups a device holds at a time. Raises `DataError`, `ContextError`, `RewardError`, `EpisodeError` or
+    `ArgumentError` for what training would stumble over.
     """
     if not examples:
         raise DataError("no rows: there is nothing to learn from")
-    if method.needs_rewards and not reward_functions:
+    if method.needs_rewards and not (reward_functions or (agent is not None and agent.environment_factory)):
         raise ArgumentError("reward functions must be given: the method learns from judged completions, got none")
     check_template_kwargs(tokenizer, chat_template_kwargs)
+    check_tools(tokenizer, agent)
+    chat_template_kwargs = kwargs_of(chat_template_kwargs, agent)
     positions = getattr(config, "max_position_embeddings", None)
     builder = builder or method.build_context(chat_template_kwargs=chat_template_kwargs)
     builder = within_model(builder, positions, max_completion_length)
@@ -162,6 +123,7 @@ def dry_run(
         max_prompt_length=max_prompt_length,
         chat_template_kwargs=chat_template_kwargs,
         read_elsewhere=columns_of(builder),
+        agent=agent,
     )
     vocabulary = getattr(config, "vocab_size", None)
     reader = SimpleNamespace(max_positions=positions, vocab_size=vocabulary, rotary_switch=None)
@@ -170,19 +132,19 @@ def dry_run(
     step = -(-len(usable) // MOST_MEASURED)
     measured = usable[::step]
     previews = [
-        _preview(
+        preview(
             example,
-            collector,
+            # Others may take their time, so only for the rows that are shown.
+            collector if i < shown else replace(collector, agent=None),
             method,
             builder,
-            # Functions may take their time, so only for the rows that are shown.
             reward_functions if i < shown else (),
             success=i % 2 == 0 or i >= shown,
         )
         for i, example in enumerate(measured)
     ]
-    lengths = tuple(preview.prompt_tokens for preview in previews)
-    taught = [preview for preview in previews if preview.teacher_tokens is not None and preview.active]
+    lengths = tuple(row.prompt_tokens for row in previews)
+    taught = [row for row in previews if row.teacher_tokens is not None and row.active]
     remarks = []
     if said := rows.skipped["the data"]:
         remarks.append(
@@ -194,11 +156,17 @@ def dry_run(
     if missing:
         fate = "are learned to be answered as the teacher does" if method.anchor else "carry no loss"
         remarks.append(f"{missing} rows have no privileged context and {fate}")
-    extra = [(preview.teacher_tokens or 0) - preview.prompt_tokens for preview in taught]
+    extra = [(row.teacher_tokens or 0) - row.prompt_tokens for row in taught]
+    behind = max_completion_length
+    if agent is not None:
+        behind = agent.max_tokens or min(agent.max_turns * behind, (positions or sys.maxsize) - max(lengths))
+        remarks.append(
+            f"memory is that of {behind} tokens behind the prompt, the most there may be, as if all were the student's"
+        )
     load = Load(
         prompt_tokens=max(lengths),
         context_tokens=max([0, *extra]),
-        completion_tokens=max_completion_length,
+        completion_tokens=behind,
         completions=method.num_generations,
         prompts=prompts,
         context_per_completion=method.context == "feedback",
@@ -211,8 +179,8 @@ def dry_run(
     return DryRun(
         rows=len(examples),
         prompt_tokens=lengths,
-        teacher_tokens=tuple(preview.teacher_tokens or 0 for preview in taught),
-        shared_fraction=statistics.fmean(preview.shared_fraction for preview in taught) if taught else None,
+        teacher_tokens=tuple(row.teacher_tokens or 0 for row in taught),
+        shared_fraction=statistics.fmean(row.shared_fraction for row in taught) if taught else None,
         without_context=missing,
         previews=tuple(previews[:shown]),
         load=load,
@@ -227,14 +195,17 @@ def show(run: DryRun, console: Console) -> None:
     for name, colour in COLOURS.items():
         legend.append(name, style=colour).append("  ")
     console.print(legend)
-    for preview in run.previews:
+    for row in run.previews:
         console.print()
-        console.print(_headline(preview))
-        console.print(_table_of(preview))
-        if preview.reward is not None:
-            said = "no feedback" if preview.feedback is None else f"feedback {preview.feedback!r}"
-            line = Text(f"reward functions on an empty attempt: reward {preview.reward:g}, {said}", overflow="fold")
-            console.print(Padding(line, (0, 2)))
+        console.print(_headline(row))
+        console.print(_table_of(row))
+        lines = [f"the environment's reset says {row.opening!r}"] if row.opening else []
+        lines += [f"a stand-in of at most {TURNS} turns: {row.ended}"] if row.ended else []
+        if row.reward is not None:
+            said = "no feedback" if row.feedback is None else f"feedback {row.feedback!r}"
+            lines.append(f"reward functions on an empty attempt: reward {row.reward:g}, {said}")
+        for line in lines:
+            console.print(Padding(Text(line, overflow="fold"), (0, 2)))
     console.print()
     console.print(_lengths(run))
     if run.shared_fraction is not None:
@@ -254,108 +225,24 @@ def show(run: DryRun, console: Console) -> None:
         )
 
 
-def _preview(
-    example: Example,
-    collector: Collector,
-    method: Method,
-    builder: ContextBuilder,
-    reward_functions: Sequence[Callable[..., Any] | str],
-    *,
-    success: bool,
-) -> Preview:
-    """Previews the last completion of a group of stand-ins, of which one succeeded or none."""
-    student, tokenizer = collector.prompt(example), collector.tokenizer
-    end = answer_end(example.prompt, tokenizer)
-    answer = _rollout(_answer_of(example), tokenizer, end, reward=method.success_threshold)
-    if collector.from_data:
-        answer = collector.given(example, student)
-    empty = _rollout("", tokenizer, end, reward=-float("inf"), feedback=UNKNOWN_FEEDBACK)
-    reward, feedback = None, None
-    if reward_functions:
-        (judged,) = score([Group(example=example, prompt_ids=student, rollouts=(empty,))], reward_functions)
-        reward, feedback = judged.rollouts[0].reward, judged.rollouts[0].feedback
-        empty = replace(empty, feedback=feedback)
-    rollouts: tuple[Trajectory, ...] = (answer,)
-    supposed = ""
-    if method.context == "feedback":
-        success = method.use_solution and method.num_generations > 1 and (success or not method.use_feedback)
-        supposed = "as if another attempt had succeeded" if success else "as if no attempt had succeeded"
-        rollouts = (answer, empty) if success else (empty,)
-    segments, active = [("prompt", "student", student)], True
-    taught: dict[str, int] = {}
-    if method.has_teacher:
-        conditioned = builder.condition(Group(example=example, prompt_ids=student, rollouts=rollouts), tokenizer)
-        teacher, active = conditioned.teacher_prompts[-1], conditioned.active[-1]
-        # As in a plan: the teacher's last token is computed under its own past.
-        shared = min(common_prefix(student, teacher), len(teacher) - 1)
-        after = common_prefix(student[shared:].flip(0), teacher[shared:].flip(0))
-        segments = [
-            ("shared prefix", "both", student[:shared]),
-            ("student only", "student", student[shared : len(student) - after]),
-            ("c_ext", "teacher", teacher[shared : len(teacher) - after]),
-            ("after c_ext", "both", student[len(student) - after :]),
-        ]
-        taught = {"teacher_tokens": len(teacher), "shared_tokens": shared}
-    ids, read_by = answer.completion_ids, "both" if method.has_teacher else "student"
-    skipped = min(method.skip_first_tokens, len(ids)) if active else len(ids)
-    segments += [("completion, no loss", read_by, ids[:skipped]), ("completion, loss", read_by, ids[skipped:])]
-    return Preview(
-        source=example.source,
-        segments=tuple(
-            Segment(name=name, read_by=reader, tokens=len(part), text=str(tokenizer.decode(part.tolist())))
-            for name, reader, part in segments
-            if len(part)
-        ),
-        prompt_tokens=len(student),
-        active=active,
-        supposed=supposed,
-        reward=reward,
-        feedback=feedback,
-        **taught,
-    )
-
-
-def _answer_of(example: Example) -> str:
-    columns = {**example.columns, "privileged_context": example.privileged_context}
-    for name in (*ANSWERS, "privileged_context"):
-        value = columns.get(name)
-        if isinstance(value, str) and value.strip():
-            return value
-    return UNKNOWN_ANSWER
-
-
-def _rollout(text: str, tokenizer: Any, end: int | None, *, reward: float, feedback: str | None = None) -> Trajectory:
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-    if end is not None:
-        ids = [*ids, end]
-    return Trajectory.answer(
-        completion_ids=torch.tensor(ids, dtype=torch.int64),
-        logprobs=None,
-        text=text,
-        finished=True,
-        reward=reward,
-        feedback=feedback,
-    )
-
-
-def _headline(preview: Preview) -> RenderableType:
-    line = Text(preview.source or "a row", style="bold")
-    line.append(f"  student's prompt {preview.prompt_tokens} tokens", style="not bold")
-    if preview.teacher_tokens is not None:
-        line.append(f", teacher's {preview.teacher_tokens}; shared prefix {preview.shared_tokens}", style="not bold")
-        line.append(f" ({100 * preview.shared_fraction:.0f} % of the student's)", style="not bold")
-    if preview.supposed:
-        line.append(f"; {preview.supposed}", style="not bold")
-    if not preview.active:
+def _headline(row: Preview) -> RenderableType:
+    line = Text(row.source or "a row", style="bold")
+    line.append(f"  student's prompt {row.prompt_tokens} tokens", style="not bold")
+    if row.teacher_tokens is not None:
+        line.append(f", teacher's {row.teacher_tokens}; shared prefix {row.shared_tokens}", style="not bold")
+        line.append(f" ({100 * row.shared_fraction:.0f} % of the student's)", style="not bold")
+    if row.supposed:
+        line.append(f"; {row.supposed}", style="not bold")
+    if not row.active:
         line.append("; nothing privileged to show: no loss", style="red")
     return line
 
 
-def _table_of(preview: Preview) -> RenderableType:
+def _table_of(row: Preview) -> RenderableType:
     table = Table(box=None, padding=(0, 2), show_header=True, header_style="dim")
     for column, justify in (("part", "left"), ("read by", "left"), ("tokens", "right"), ("text", "left")):
         table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]  # two of rich's literals
-    for segment in preview.segments:
+    for segment in row.segments:
         text = segment.text
         if len(text) > MOST_SHOWN:
             half = MOST_SHOWN // 2

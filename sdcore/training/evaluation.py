@@ -31,6 +31,7 @@ from ..types import Example, Group
 from .collect import Collector, kwargs_of
 from .config import OnBadRow
 from .rows import Rows
+from .turns import counts_of
 
 # What every evaluation measures, beside how long it took; and one that judges.
 MEASURED: Final = ("questions", "mean_length", "clipped_ratio", "runtime", "samples_per_second")
@@ -147,9 +148,12 @@ def _metrics(groups: Sequence[Group], counts: Mapping[str, int], threshold: floa
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     metrics = {
         "questions": float(len(groups)),
-        "mean_length": _mean([len(rollout.completion_ids) for rollout in rollouts]),
+        "mean_length": _mean([sum(len(turn.ids) for turn in rollout.own) for rollout in rollouts]),
         "clipped_ratio": _mean([not rollout.finished for rollout in rollouts]),
     }
+    if ended := counts_of(groups):
+        metrics |= {"mean_turns": _mean([len(rollout.own) for rollout in rollouts])}
+        metrics |= {name: float(count) for name, count in ended.items()}
     rewards_B = [[r.reward for r in group.rollouts if r.reward is not None] for group in groups]
     judged_B = [rewards for rewards in rewards_B if rewards]
     if judged_B:

@@ -36,6 +36,7 @@ from ..models.body import noise_of
 from ..models.gguf import plain_folder, require_there
 from ..presets.method import OF_TURNS, Method
 from ..rollouts.environments import Agent
+from ..rollouts.named import load, load_tools
 from ..rollouts.rewards import OnError, Reward
 from ..rollouts.samplers import ModelSampler, Sampler
 from ..types import Example
@@ -83,14 +84,15 @@ def _check_objects(given: Mapping[str, Any]) -> None:
 
 
 def agent_of(
-    args: SelfDistillationConfig, tools: Sequence[Callable[..., Any]], environment_factory: Any
+    args: SelfDistillationConfig, tools: Sequence[Callable[..., Any] | str], environment_factory: Any
 ) -> Agent | None:
-    """Returns who answers the student; None where nobody does. Raises `ArgumentError`."""
+    """Returns who answers the student, loaded where given by name; None where nobody does. Raises `ArgumentError`."""
     if not tools and environment_factory is None:
         return None
+    named = isinstance(environment_factory, str)
     return Agent(
-        tools=tools,
-        environment_factory=environment_factory,
+        tools=load_tools(tools),
+        environment_factory=load(environment_factory) if named else environment_factory,
         max_turns=args.max_turns,
         max_tokens=args.max_trajectory_length,
         max_seconds=args.max_trajectory_seconds,
@@ -177,8 +179,10 @@ def check_engine(state: Any) -> None:
         )
 
 
-def check_tools(tokenizer: Any, agent: Agent) -> None:
+def check_tools(tokenizer: Any, agent: Agent | None) -> None:
     """Raises `ArgumentError` for a tokenizer whose chat template does not show the student the tools that it has."""
+    if agent is None:
+        return
     tokenizer, turns = getattr(tokenizer, "tokenizer", tokenizer), [{"role": "user", "content": "?"}]
     if getattr(tokenizer, "chat_template", None) is None:
         raise ArgumentError("processing_class must have a chat template with tools or an environment, got one without")
@@ -266,8 +270,7 @@ def loaded(
             raise ArgumentError("processing_class must be the tokenizer of a model that has no name, got None")
         tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=remote)
     check_template_kwargs(tokenizer, args.chat_template_kwargs)  # type: ignore[arg-type]  # an object, once checked
-    if agent is not None:
-        check_tools(tokenizer, agent)
+    check_tools(tokenizer, agent)
     if peft_config is not None:
         if getattr(model, "peft_config", None):
             _refuse_second_adapter(type(model).__name__)

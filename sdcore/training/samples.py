@@ -4,14 +4,15 @@
     show(rows, step=1)
     trainer.add_callback(RichProgress())       # in place of transformers' dictionary of some 45 metrics per step
 
-Each row has a completion's tokens with the divergence at each of them, 0 where a token carried no loss. Those that
-carried one come first. All metrics are in `metrics.jsonl` and in the services that `report_to` names; evaluations have
-no bar.
+Each row has a completion's tokens with the divergence at each of them, 0 where a token carried no loss, and where it
+has several turns, at which token each begins. Those that carried a loss come first. All metrics are in `metrics.jsonl`
+and in the services that `report_to` names; evaluations have no bar.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Final
 
 import torch
@@ -21,6 +22,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import TrainerCallback
 
+from ..contexts.overflow import plain_feedback
 from ..prefix.planner import common_prefix
 from ..step import StepOutput
 from ..types import Example, Trajectory
@@ -61,6 +63,7 @@ def sample_rows(batch: Batch, out: StepOutput, tokenizer: Any, *, limit: int) ->
                 "active": taught[i, g],
                 "by_teacher": rollout.by_teacher,
             }
+            | (_turns(rollout) if len(rollout.turns) > 1 else {})
         )
     return rows
 
@@ -124,6 +127,16 @@ def _divergences(per_token: Tensor | None, start: int, rollout: Trajectory, rows
         values += [0.0] * len(turn.ids) if per_token is None or not count else per_token[start : start + count].tolist()
         start += count
     return values
+
+
+def _turns(rollout: Trajectory) -> dict[str, Any]:
+    """Says of each turn whose it is, the token at which it begins, and its text as its tokens have it."""
+    starts = accumulate((len(turn.ids) for turn in rollout.turns), initial=0)
+    turns = [
+        {"start": start, "own": turn.is_own, "text": turn.raw_text or turn.text}
+        for start, turn in zip(starts, rollout.turns, strict=False)
+    ]
+    return {"turns": turns, "feedback": plain_feedback(rollout.feedback)}
 
 
 def _question(example: Example) -> str:

@@ -26,16 +26,19 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import nn
 
-from ..contexts import student_prompt_ids
+from ..contexts import join_feedback
+from ..contexts.overflow import plain_feedback
 from ..contexts.teacher_prompts import columns_of
 from ..errors import ArgumentError, require_positive
 from ..models import find_body
 from ..presets.method import Method
-from ..rollouts.samplers import ModelSampler, Sampler, Sampling, sample_groups, seed_of, stop_ids
+from ..rollouts.environments import Agent
+from ..rollouts.samplers import ModelSampler, Sampler, Sampling, seed_of, stop_ids
 from ..rollouts.sandbox import run_limited
 from ..teachers import Snapshot
 from ..types import Example, Prompt, Trajectory
-from .prepare import within_model
+from .collect import Collector, kwargs_of
+from .prepare import check_tools, within_model
 from .update import Batch, update
 
 
@@ -108,13 +111,15 @@ def solve(
     config: SolveConfig | None = None,
     *,
     sampler: Sampler | None = None,
+    agent: Agent | None = None,
     on_round: Callable[[Round], object] = lambda _: None,
 ) -> Solved:
     """Samples, verifies and learns until the verifier accepts a completion or `max_samples` are spent.
 
     `method` says what the teacher sees, whose weights it has and what is minimised: "feedback" as context and a
-    divergence as target; a group is its `num_generations`. `on_round` hears of each group. Raises `ArgumentError` for a
-    method that learns from something else, and what the verifier raises.
+    divergence as target; a group is its `num_generations`. `on_round` hears of each group. Where an `agent` answers, a
+    sample is a trajectory and its last turn is verified. Raises `ArgumentError` for a method that learns from something
+    else, and what the verifier and the agent raise.
     """
     config = config or SolveConfig()
     if method.context != "feedback" or method.target != "divergence" or method.distillation_weight < 1:
@@ -123,12 +128,10 @@ def solve(
             f"{method.target!r}: a verifier gives feedback"
         )
     example = question if isinstance(question, Example) else Example(prompt=question, source="the question")
-    builder = method.build_context(chat_template_kwargs=config.chat_template_kwargs)
-    prompt = student_prompt_ids(
-        example, tokenizer, chat_template_kwargs=config.chat_template_kwargs, read_elsewhere=columns_of(builder)
-    )
+    template_kwargs = kwargs_of(config.chat_template_kwargs, agent)
+    builder = method.build_context(chat_template_kwargs=template_kwargs)
+    check_tools(tokenizer, agent)
     builder = within_model(builder, find_body(model).max_positions, config.max_completion_length)
-    teacher = method.build_teacher(model)
     sampling = Sampling(
         max_new_tokens=config.max_completion_length,
         temperature=config.temperature,
@@ -137,6 +140,17 @@ def solve(
         eos_token_id=config.stop_token_ids or stop_ids(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
+    collector = Collector(
+        tokenizer=tokenizer,
+        sampler=sampler or ModelSampler(),
+        sampling=sampling,
+        rewards=(),
+        chat_template_kwargs=template_kwargs,
+        read_elsewhere=columns_of(builder),
+        agent=agent,
+    )
+    collector.prompt(example)  # refused before the teacher is built
+    teacher = method.build_teacher(model)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
     verdicts: dict[str, Verdict] = {}
@@ -146,22 +160,17 @@ def solve(
     began = time.monotonic()
 
     while answer is None and samples < config.max_samples:
-        (group,) = sample_groups(
-            sampler or ModelSampler(),
-            model,
-            [example],
-            [prompt],
-            replace(sampling, num_completions=min(method.num_generations, config.max_samples - samples)),
-            tokenizer=tokenizer,
-            seed=seed_of(config.seed, len(rounds)),
-        )
+        size = min(method.num_generations, config.max_samples - samples)
+        drawing = replace(collector, sampling=replace(sampling, num_completions=size))
+        (group,) = drawing.draw(model, [example], seed_of(config.seed, len(rounds)))
         judged: list[Trajectory] = []
         for rollout in group.rollouts:
             if rollout.text not in verdicts:
                 verdicts[rollout.text] = verify(rollout.text)
             solved, reward, feedback = verdicts[rollout.text]
+            feedback = join_feedback([said for said in (rollout.feedback, feedback) if said]) or None
             judged.append(replace(rollout, reward=reward, feedback=feedback))
-            samples, sampled_tokens = samples + 1, sampled_tokens + len(rollout.completion_ids)
+            samples, sampled_tokens = samples + 1, sampled_tokens + sum(len(turn.ids) for turn in rollout.own)
             if solved:
                 answer = rollout.text
                 break
@@ -186,7 +195,7 @@ def solve(
                 samples=samples,
                 best_reward=best.reward or 0.0,
                 attempt=best.text,
-                feedback=best.feedback,
+                feedback=plain_feedback(best.feedback),
                 loss=loss,
                 active=active,
             )

@@ -50,7 +50,7 @@ from ..rollouts.window import WindowOrder
 from ..step import StepOutput
 from ..teachers import Teacher, TrustRegion
 from ..types import Example, Group
-from .checkpoints import OwnState, describe_run, is_in, saving_whole, start_of, writing
+from .checkpoints import DESCRIBED, OwnState, describe_run, is_in, saving_whole, start_of, writing
 from .collect import Collector, kwargs_of
 from .config import SelfDistillationConfig
 from .evaluation import evaluate
@@ -74,7 +74,7 @@ class SelfDistillationTrainer(Trainer):
         eval_dataset: the same, or a dict of several; `evaluate` samples answers and judges them.
         processing_class: the tokenizer; None: that of the model's name.
         reward_funcs: functions, or "module:function"; see `rollouts.rewards`.
-        tools, environment_factory: who answers the student, in several turns; see `rollouts.environments`.
+        tools, environment_factory: who answers the student, or names as above; see `rollouts.environments`.
         sampler: who draws completions; None: the model itself.
         teacher, reference: None for the method's own; a module is the frozen one.
         context: None for the method's own builder.
@@ -95,8 +95,8 @@ class SelfDistillationTrainer(Trainer):
         eval_dataset: Data = None,
         processing_class: Any = None,
         reward_funcs: Sequence[RewardFunction | str] = (),
-        tools: Sequence[Callable[..., Any]] = (),
-        environment_factory: Callable[[], Any] | None = None,
+        tools: Sequence[Callable[..., Any] | str] = (),
+        environment_factory: Callable[[], Any] | str | None = None,
         sampler: Sampler | None = None,
         teacher: Teacher | TrustRegion | nn.Module | None = None,
         reference: Teacher | nn.Module | None = None,
@@ -355,7 +355,7 @@ class SelfDistillationTrainer(Trainer):
 
     def start(self, resume_from_checkpoint: str | bool | None = None) -> None:
         """Finds where the next `train` begins. Raises `CheckpointError`, as `start_of`."""
-        run = describe_run(self.method, self.args, self.model, self.train_dataset or ())
+        run = describe_run(self.method, self.args, self.model, self.train_dataset or (), self.agent)
         self._resumed, self._run = start_of(self.args.output_dir, resume_from_checkpoint, run), run
 
     def begin(self) -> None:
@@ -368,9 +368,9 @@ class SelfDistillationTrainer(Trainer):
             self._early = []  # the log that is gone on with has them, of the model as it was then
         if self.is_world_process_zero():
             self._log_file = RunLog(output_dir, resume_step=step if goes_on else None)
-            method, config = {"name": type(self.method).__name__, **vars(self.method)}, self.args.to_dict()
-            about = {"method": method, "config": config, "examples": len(self.train_dataset)}
-            about |= {"skipped_rows": self.rows.summary} | {name: self._run[name] for name in ("model", "data")}
+            method = {"name": type(self.method).__name__, **vars(self.method)}
+            about = {"method": method, "config": self.args.to_dict(), "examples": len(self.train_dataset)}
+            about |= {"skipped_rows": self.rows.summary} | {k: v for k, v in self._run.items() if k in DESCRIBED}
             self._log_file.describe(about)
             for numbers in self._early:
                 self._log_file.metrics(step, numbers, **self._seen)

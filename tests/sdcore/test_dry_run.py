@@ -15,11 +15,15 @@ from transformers import AutoConfig, AutoTokenizer
 from sdcore import world
 from sdcore.data import read_examples
 from sdcore.errors import ArgumentError, DataError
-from sdcore.presets import Method, preset
+from sdcore.presets import GRPO, SDPO, Method, preset
+from sdcore.rollouts.environments import Agent, Reply
+from sdcore.rollouts.episodes import EpisodeError
 from sdcore.rollouts.rewards import RewardError
 from sdcore.training.dry_run import COLOURS, DryRun, Preview, dry_run, show
 from sdcore.types import Example
 from sdcore.world.data import TEMPLATES, Kind, exact, rows, with_feedback
+from tests.sdcore.rollouts.talks import SMOLLM2, Higher, add, tokenizer_of
+from tests.sdcore.test_trajectories import tiny
 
 CHECKPOINT = Path(world.__file__).parent / "checkpoint"
 TOKENIZER = AutoTokenizer.from_pretrained(CHECKPOINT)
@@ -192,3 +196,110 @@ def test_long_texts_are_shown_in_part(tmp_path: Path) -> None:
     assert len(parts(looked.previews[0])["c_ext"][2]) > 3900
     assert "[…]" in printed(looked)
     assert "long.jsonl:1" in printed(looked)
+
+
+GUESS = Example(
+    prompt=({"role": "user", "content": "Guess!"},),
+    privileged_context="It is 9.",
+    columns={"answer": "Five", "opening": " It is a digit."},
+    source="rows:1",
+)
+
+
+def talk(method: Method, agent: Agent | None = None, **options: Any) -> DryRun:
+    agent = agent or Agent(environment_factory=Higher)
+    given: dict[str, Any] = {"max_completion_length": 8} | options
+    return dry_run([GUESS] * 3, tokenizer_of("smollm2"), method, tiny().config, agent=agent, **given)
+
+
+@pytest.mark.parametrize(
+    ("method", "hints"),
+    [
+        (Method(context="turn_feedback"), ["It is 1 higher.", "It is 2 higher."]),
+        (Method(context="hindsight"), ["Guess 1 is too low.", "Guess 2 is too low."]),
+        (Method(context="solution"), ["It is 9."]),
+        (SDPO(), ["Five"]),
+        (GRPO(), []),
+    ],
+)
+def test_turns_are_shown_with_what_was_really_replied_and_the_view_of_each(method: Method, hints: list[str]) -> None:
+    first, _ = talk(method).previews
+    by = "both" if method.has_teacher else "student"
+    said = [one for one in first.segments if one.name == "completion, loss"]
+    assert [(one.read_by, one.text, one.tokens) for one in said] == [(by, "Five<|im_end|>", said[0].tokens)] * 2
+    order = [one.name for one in first.segments]
+    read = "".join(one.text for one in first.segments if one.read_by == by)
+    assert "Guess! It is a digit." in read
+    assert first.opening == " It is a digit."
+    reply = read.index("<|im_start|>user\nGuess 1 is too low.")
+    assert read.index("Five") < reply < read.rindex("Five")
+    # What came after the last turn is read by nobody, and no token of it is rendered.
+    assert (first.segments[-1].text, first.segments[-1].tokens) == ("Guess 2 is too low.", 0)
+    assert first.segments[-1].read_by == "nobody"
+    shown = [one for one in first.segments if one.name == "c_ext"]
+    assert all(one.read_by == "teacher" for one in shown)
+    for hint, segment in zip(hints, shown, strict=True):
+        assert hint in segment.text
+    turns = [i for i, name in enumerate(order) if name == "completion, loss"]
+    # Each hint stands before the turn that it is about.
+    assert [sum(i < turn for i, name in enumerate(order) if name == "c_ext") for turn in turns] == [
+        min(1, len(hints)),
+        len(hints),
+    ]
+    assert first.ended == "turns 2, outcome turns, reward -1"
+    shown_text = printed(talk(method))
+    assert "the environment's reset says ' It is a digit.'" in shown_text
+    assert "others, no loss" in shown_text
+
+
+def test_a_turn_without_a_hint_carries_no_loss() -> None:
+    class Silent(Higher):
+        def step(self, message: dict[str, Any]) -> Reply:  # type: ignore[override]
+            return super().step(message)._replace(feedback=None) if self.guesses else super().step(message)  # type: ignore[union-attr]
+
+    first = talk(Method(context="turn_feedback", skip_first_tokens=2), Agent(environment_factory=Silent)).previews[0]
+    said = [(one.name, one.tokens > 2) for one in first.segments if one.name.startswith("completion")]
+    assert said == [("completion, no loss", False), ("completion, loss", True), ("completion, no loss", True)]
+    assert sum(one.name == "c_ext" for one in first.segments) == 1
+
+
+def test_tools_are_in_the_prompt_and_nobody_answers_an_answer() -> None:
+    tokenizer = tokenizer_of("smollm2")
+    with pytest.raises(ArgumentError, match="tools must be shown to the student by the tokenizer's chat template"):
+        talk(Method(context="solution"), Agent(tools=[add]))
+    shows = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token=tokenizer.eos_token)
+    shows.chat_template = "{% if tools %}{{ tools | tojson }}\n{% endif %}" + SMOLLM2
+    looked = dry_run([GUESS], shows, Method(context="solution"), tiny().config, agent=Agent(tools=[add]))
+    (first,) = looked.previews
+    assert '"description": "Adds two numbers."' in first.segments[0].text
+    assert [one.name for one in first.segments].count("completion, loss") == 1
+    assert first.ended == "turns 1, outcome answered"
+
+
+def test_memory_is_that_of_the_longest_trajectory() -> None:
+    assert talk(GRPO()).load.completion_tokens == 64
+    assert talk(GRPO(), Agent(environment_factory=Higher, max_tokens=40)).load.completion_tokens == 40
+    long = talk(GRPO(), max_completion_length=500)
+    assert long.load.completion_tokens == 1024 - max(long.prompt_tokens)
+    assert "memory is that of 64 tokens behind the prompt" in printed(talk(GRPO()))
+
+
+def test_an_environment_is_asked_only_about_rows_that_are_shown_and_its_failure_is_found() -> None:
+    began = []
+
+    class Counting(Higher):
+        def reset(self, example: Example) -> None:
+            began.append(example.source)
+            super().reset(example)
+
+    talk(Method(context="hindsight"), Agent(environment_factory=Counting), shown=1)
+    assert began == ["rows:1"]
+
+    class Broken(Higher):
+        def step(self, message: dict[str, Any]) -> Reply:  # type: ignore[override]
+            raise KeyError("no such door")
+
+    with pytest.raises(EpisodeError, match="rows:1, trajectory 0, turn 0: the environment's step raised KeyError"):
+        talk(Method(context="hindsight"), Agent(environment_factory=Broken))
+    with pytest.raises(ArgumentError, match="reward functions must be given"):
+        talk(GRPO(), Agent(tools=[add]))

@@ -18,6 +18,7 @@ from sdcore.diagnostics import RunLog, RunLogError
 from sdcore.diagnostics.runlog import RunData, read_run
 from sdcore.errors import ArgumentError
 from sdcore.report import series, write_report
+from sdcore.report.markdown import markdown
 from sdcore.report.notes import notes_of
 from sdcore.report.samples import Token, samples_of, spaced
 
@@ -404,6 +405,49 @@ def test_of_many_samples_the_first_the_last_and_some_between_are_shown(tmp_path:
     steps = [one.step for one in found.samples]
     assert (steps[0], steps[-1], len(set(steps)), len(steps)) == (1, 100, 6, 24)
     assert found.total == 900
+
+
+def of_turns(*turns: dict[str, Any], tokens: str = "abcdefg", values: Sequence[float] = ()) -> dict[str, Any]:
+    given = list(values) or [0.0] * len(tokens)
+    return sample(completion="assistant: ab", tokens=list(tokens), per_token=given, turns=list(turns))
+
+
+TURNS = (
+    {"start": 0, "own": True, "text": "a b"},
+    {"start": 2, "own": False, "text": "cd"},
+    {"start": 4, "own": True, "text": "efg"},
+    {"start": 7, "own": False, "text": "The end."},
+)
+
+
+def test_a_trajectory_is_shown_turn_by_turn_with_its_divergences(tmp_path: Path) -> None:
+    RunLog(tmp_path).samples(1, [of_turns(*TURNS, values=[1.0, 3.0, 0, 0, 0, 0.25, 0.5])])
+    (shown,) = samples_of([("", read_run(tmp_path))]).samples
+    assert [(part.whose, "".join(token.text for token in part.tokens), part.mean) for part in shown.parts] == [
+        ("turn 1", "a b", 2.0),
+        ("reply", "cd", None),
+        ("turn 2", "efg", 0.375),
+        ("reply", "", None),
+    ]
+    assert [token.divergence for token in shown.tokens] == [1.0, 3.0, 0, 0, 0, 0.25, 0.5]
+    text = page_of(tmp_path).text
+    places = [
+        text.index(words)
+        for words in ("turn 1, mean divergence 2 nats", "reply", "cd", "turn 2, mean divergence 0.375 nats", "The end.")
+    ]
+    assert places == sorted(places)
+    assert "Mean divergence in nats: turn 1 2, turn 2 0.375." in markdown([("", read_run(tmp_path))], tmp_path / "r.md")
+
+
+def test_a_long_trajectory_is_cut_and_turns_of_the_wrong_type_are_an_answer(tmp_path: Path) -> None:
+    long = of_turns(*TURNS[:2], {"start": 1400, "own": True, "text": "late"}, tokens="x" * 2000)
+    wrong = [of_turns() | {"turns": turns} for turns in ("two", [1], [{"start": "0"}], [{}], None)]
+    RunLog(tmp_path).samples(1, [long, *wrong[:2]])
+    RunLog(tmp_path, resume_step=1).samples(2, wrong[2:])
+    first, *others = samples_of([("", read_run(tmp_path))]).samples
+    assert [len(part.tokens) for part in first.parts] == [2, 1398, 100]
+    assert first.omitted == 500
+    assert all([(part.whose, part.text) for part in other.parts] == [("", "assistant: ab")] for other in others)
 
 
 def test_a_completion_of_very_many_tokens_is_cut_and_says_so(tmp_path: Path) -> None:

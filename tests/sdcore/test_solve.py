@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sdcore import world
 from sdcore.errors import ArgumentError
 from sdcore.presets import Method, preset
+from sdcore.rollouts.environments import Agent, Reply
 from sdcore.rollouts.samplers import SampledCompletion
 from sdcore.training.solve import Round, SolveConfig, Solved, Verdict, command_verifier, solve
+from sdcore.types import Example
 from sdcore.world.data import TEMPLATES, rows, with_feedback
 
 CHECKPOINT = Path(world.__file__).parent / "checkpoint"
@@ -192,3 +194,38 @@ def test_long_feedback_is_cut() -> None:
 def test_a_verifier_that_is_not_there_is_an_error_and_no_verdict() -> None:
     with pytest.raises(ArgumentError, match=r"the verifier could not be run, exit code 127: .*no-such-check"):
         command_verifier("no-such-check")("x")
+
+
+class Second:
+    """Wants a second answer, and says what it thinks of the first."""
+
+    def reset(self, example: Example) -> None:
+        self.heard: list[str] = []
+
+    def step(self, message: dict[str, Any]) -> Reply:
+        self.heard.append(message["content"])
+        return Reply("luma", feedback="a3", done=len(self.heard) == 2)
+
+
+def test_in_several_turns_the_last_is_verified_and_what_was_said_of_the_others_is_shown() -> None:
+    asked, rounds, agent = [], [], Agent(environment_factory=Second)
+
+    def never(completion: str) -> Verdict:
+        asked.append(completion)
+        return Verdict(False, 0.0, "b4")
+
+    class Counts(Fixed):
+        """Says its first text in the first turn, and the second in all others."""
+
+        def sample(self, model: nn.Module, prompts: Any, *, num_completions: int, **options: Any) -> Any:
+            first = len(prompts) == 1
+            (said,) = Fixed(self.texts[0] if first else self.texts[1]).sample(model, prompts, num_completions=1)
+            return [said * num_completions for _ in prompts]
+
+    config = SolveConfig(max_samples=16, max_completion_length=8, learning_rate=1e-3)
+    solved = run(config, verify=never, sampler=Counts("a0 a0", "b1"), agent=agent, on_round=rounds.append)
+    assert asked == ["b1"]
+    assert (solved.samples, solved.sampled_tokens) == (16, 16 * (3 + 2))  # the student's own
+    assert (rounds[0].attempt, rounds[0].feedback, rounds[0].active) == ("b1", "a3\n\na3\n\nb4", 8)
+    assert rounds[0].loss is not None
+    assert rounds[0].loss > 0

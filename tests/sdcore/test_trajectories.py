@@ -296,6 +296,12 @@ def test_a_run_on_trajectories_that_is_resumed_gives_the_same_losses(name: str, 
     assert all(key_of(key) for key in new)
     sample = json.loads((tmp_path / "whole" / "samples.jsonl").read_text().splitlines()[0])
     assert len(sample["tokens"]) == len(sample["per_token"])
+    assert [turn["own"] for turn in sample["turns"]] == [i % 2 == 0 for i in range(len(sample["turns"]))]
+    starts = [turn["start"] for turn in sample["turns"]]
+    for turn, start, end in zip(sample["turns"], starts, [*starts[1:], len(sample["tokens"])], strict=True):
+        # Nobody's text is learned but the student's; a last word has no tokens.
+        assert not any(sample["per_token"][start:end]) or turn["own"]
+        assert "".join(sample["tokens"][start:end]) in (turn["text"], "")
     first = trainer(tmp_path / "part", METHODS[name], num_iterations=2, **stops)
     first.args.max_steps = 3  # between two uses of the same trajectories
     first.train()
@@ -366,3 +372,7 @@ def test_an_evaluation_is_of_trajectories_too() -> None:
     )
     assert any(len(rollout.own) > 1 for group in result.groups for rollout in group.rollouts)
     assert "reward_mean" in result.metrics
+    rollouts = [rollout for group in result.groups for rollout in group.rollouts]
+    spoken = [len(turn.ids) for rollout in rollouts for turn in rollout.own]  # others' words are not the student's
+    assert result.metrics["mean_length"] == sum(spoken) / len(rollouts)
+    assert result.metrics["mean_turns"] == len(spoken) / len(rollouts)
