@@ -17,8 +17,8 @@ from sdcore import SelfDistillationConfig, SelfDistillationTrainer
 from sdcore.presets import preset
 from sdcore.rollouts.environments import Reply
 from sdcore.types import Example, Message
+from sdcore.world import TALKS
 from sdcore.world.data import rows
-from sdcore.world.talks import TALKS
 
 # What the teacher reads of a reply: the pairs, and not the next question. None: a text in English.
 TEMPLATE = "{{ prompt }}{% for word in (feedback or '').split() if word[1:].isdigit() %} H {{ word }}{% endfor %}"

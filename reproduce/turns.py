@@ -30,9 +30,10 @@ from sdcore.training.config import SelfDistillationConfig
 from sdcore.training.evaluation import evaluate
 from sdcore.training.trainer import SelfDistillationTrainer
 from sdcore.types import Example, Message
+from sdcore.world import TALKS
 from sdcore.world.data import QUESTIONS, ROOM, TEMPLATES, rows
 from sdcore.world.language import LETTERS
-from sdcore.world.talks import TALKS, Quiz
+from sdcore.world.talks import Quiz
 
 from .book import OnTheWay
 from .experiment import GAP, draw_tasks

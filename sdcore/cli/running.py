@@ -28,8 +28,10 @@ ANSWERING: Final = (
     *("chat_template_kwargs", "max_completion_length", "sampling_temperature", "eval_temperature"),
     *("top_p", "top_k", "stop_token_ids", "success_threshold", *TURNS, "tools", "environment"),
 )
-WORLD: Final = "world"  # the name of the bundled model
-MODEL_HELP: Final = "Path or Hub name of a causal model, or of a .gguf file; `world` is the bundled small one."
+MODEL_HELP: Final = (
+    "Path or Hub name of a causal model, or of a .gguf file; `world` is the bundled small one, `world-talks` another "
+    "that has read conversations."
+)
 Tools = Annotated[
     list[str] | None,
     typer.Option(help="tools.py or module: its public functions; with :function one. May be given several times."),
@@ -72,11 +74,12 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def resolved(model: str, gguf_file: str | None) -> str:
-    """Returns the bundled model's path for its name, and for a GGUF file the folder that is made of it."""
+    """Returns a bundled model's path for its name, and for a GGUF file the folder that is made of it."""
     from sdcore.models.gguf import plain_folder
-    from sdcore.world import CHECKPOINT
+    from sdcore.world import CHECKPOINT, TALKS
 
-    return plain_folder(str(CHECKPOINT) if model == WORLD else model, gguf_file, called="--model")
+    bundled = {"world": CHECKPOINT, "world-talks": TALKS}
+    return plain_folder(str(bundled.get(model, model)), gguf_file, called="--model")
 
 
 def check_alone() -> None:

@@ -3,4 +3,6 @@
 from pathlib import Path
 from typing import Final
 
-CHECKPOINT: Final = Path(__file__).parent / "checkpoint"  # the model and its tokenizer, as Hugging Face writes them
+# Models with their tokenizers, as Hugging Face writes them; the second has read conversations.
+CHECKPOINT: Final = Path(__file__).parent / "checkpoint"
+TALKS: Final = Path(__file__).parent / "checkpoint_talks"

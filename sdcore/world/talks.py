@@ -3,9 +3,9 @@
     <bos> luma a b c d e = a3 b1 c7 d2 e9 <eos> <bos> H b4 H e0 luma f b g a h = ...
 
 What it says stands before the next question, so that an answer can use what was said of all those before. `Quiz` is the
-environment, as agents take it; `data.py` writes its rows. `talk` draws what the model of `TALKS` was pretrained on, the
-bundled one that has gone on with such conversations: prior tasks, skills, and open tasks, of which an answer knows what
-was said before and guesses the rest.
+environment, as agents take it; `data.py` writes its rows. `talk` draws what the second model was pretrained on, which
+is the first, gone on with such conversations: prior tasks, skills, and open tasks, of which an answer knows what was
+said before and guesses the rest.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Final
 
 from sdcore.errors import ArgumentError
 from sdcore.rollouts.environments import Reply
@@ -22,8 +20,6 @@ from sdcore.types import Example, Message
 from sdcore.world.data import QUESTIONS
 from sdcore.world.episodes import Episode, mapped, prior, random_digits, skill
 from sdcore.world.language import DIGITS, LETTERS, OPEN_NAMES, decorate
-
-TALKS: Final = Path(__file__).parent / "checkpoint_talks"  # the model and its tokenizer, as Hugging Face writes them
 
 
 class Quiz:
