@@ -1,10 +1,10 @@
-"""A conversation is learned turn by turn: each turn's teacher has read what the environment replied to it.
+"""A conversation is learned turn by turn: each turn's teacher knows what the environment says about it.
 
     python examples/word_game.py            # two minutes on one core
 
 The game asks four questions, and says after each answer which pairs were wrong. A model that is told can use it in the
-same game; one that has learned needs no telling. The teacher of a turn reads the trajectory up to there, and the reply
-to this very turn at the end of the question: what it reads beyond the student's tokens is all that it costs.
+same game; one that has learned needs no telling. The teacher of a turn reads the trajectory up to there, and what is
+said about this very turn at the end of the question: what it reads beyond the student's tokens is all that it costs.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ from sdcore.types import Example, Message
 from sdcore.world import TALKS
 from sdcore.world.data import rows
 
-# What the teacher reads of a reply: the pairs, and not the next question. None: a text in English.
-TEMPLATE = "{{ prompt }}{% for word in (feedback or '').split() if word[1:].isdigit() %} H {{ word }}{% endfor %}"
-
 
 class Game:
     """Asks a row's questions. An object plays one game at a time."""
@@ -34,8 +31,12 @@ class Game:
         letters, said = self.left.pop(0).split()[1:], message["content"].split()
         right = [letter + self.digits["abcdefghij".index(letter)] for letter in letters]
         wrong = [pair for place, pair in enumerate(right) if said[place : place + 1] != [pair]]
-        told = [f"H {pair}" for pair in wrong] + self.left[:1]
-        return Reply(" ".join(told) or None, done=not self.left, reward=(len(right) - len(wrong)) / 20)
+        return Reply(
+            " ".join([*(f"H {pair}" for pair in wrong), *self.left[:1]]) or None,  # to the student, before it goes on
+            done=not self.left,
+            reward=(len(right) - len(wrong)) / 20,
+            feedback=" ".join(f"H {pair}" for pair in right) if wrong else None,  # to the teacher of this turn
+        )
 
 
 def main(steps: int = 25, output: str | None = None) -> tuple[float, float]:
@@ -51,7 +52,7 @@ def main(steps: int = 25, output: str | None = None) -> tuple[float, float]:
             max_completion_length=11,
             save_strategy="no",
         ),
-        method=preset("turn_hindsight", template=TEMPLATE),
+        method=preset("turn_hindsight", context="turn_feedback", template="{{ prompt }} {{ feedback }}"),
         train_dataset=rows("quiz", task="tiko", count=500, seed=0),
         eval_dataset=rows("quiz", task="tiko", count=50, seed=0, split="eval"),
         environment_factory=Game,

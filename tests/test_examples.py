@@ -60,8 +60,8 @@ def test_the_example_with_a_code_executing_verifier_runs(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_the_word_game_is_learned_turn_by_turn() -> None:
     before, after = load("word_game").main()
-    assert before < 0.5
-    assert after > 0.8
+    assert before < 0.6  # what is wrong is said, so that later answers of a game are better
+    assert after > 0.85
 
 
 def test_the_agent_with_a_calculator_runs(tmp_path: Path) -> None:

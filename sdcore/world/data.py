@@ -47,7 +47,7 @@ TEMPLATES: Final[Mapping[str, str]] = {
         f"{{% for pair in (attempt or '').split() if pair != '{HINT}' %}} {HINT} {{{{ pair }}}}{{% endfor %}}"
         "{% if feedback %} {{ feedback }}{% endif %}"
     ),
-    # Of a reply the pairs, and not the next question.
+    # Of a reply, in hindsight, the pairs and not the next question.
     "quiz": (
         "{{ prompt }}{% for pair in (feedback or '').split() if pair[1:].isdigit() %}"
         f" {HINT} {{{{ pair }}}}{{% endfor %}}"
@@ -136,6 +136,8 @@ def settings(kind: Kind) -> tuple[Method, dict[str, Any]]:
         changes["skip_first_tokens"] = 0
     if kind == "rl":
         changes["inv_temperature"] = 30.0
+    if kind == "quiz":
+        changes["context"] = "turn_feedback"  # the reply says what was wrong, and not that the rest was right
     method = preset({"sdft": "sdft_paper", "rl": "rl_tilt", "quiz": "turn_hindsight"}.get(kind, kind), **changes)
     prompts = BATCH // method.num_generations
     arguments = {"per_device_train_batch_size": prompts, "max_completion_length": ROOM, "learning_rate": 3e-4}
