@@ -47,16 +47,15 @@ class OpenEnvEnvironment:
             raise ImportError('OpenEnvEnvironment needs OpenEnv: pip install "sdcore[openenv]"') from error
         if not isinstance(client, EnvClient):
             raise ArgumentError(f"client must be an EnvClient of OpenEnv, got {client!r:.80}")
-        has_tools = isinstance(client, MCPClientBase)
-        if (action is None) != (observed is None) or not (action or has_tools):
-            raise ArgumentError("action and observed must be given together, and where the client has no tools")
-        self._client, self._action, self._observed, self._reward = client, action, observed, 0.0
 
         async def list_tools() -> Any:
             # By a step, as they are called: `client.list_tools` has none where it fails, `call_tool` no reward.
             return (await client.step(ListToolsAction())).observation.tools
 
-        self.tool_schemas = _schemas(list_tools) if has_tools else []
+        self.tool_schemas = _schemas(list_tools) if isinstance(client, MCPClientBase) else []
+        if (action is None) != (observed is None) or not (action or self.tool_schemas):
+            raise ArgumentError("action and observed must be given together, and where the client lists no tools")
+        self._client, self._action, self._observed, self._reward = client, action, observed, 0.0
 
     async def reset(self, example: Example) -> str | None:
         self._reward = 0.0
@@ -89,6 +88,7 @@ class VerifiersEnvironment:
     def __init__(self, env: Any, tasks: Sequence[Any]) -> None:
         try:
             import verifiers.v1 as vf
+            from verifiers.v1.utils.decorators import discover_decorated
         except ImportError as error:
             raise ImportError('VerifiersEnvironment needs verifiers 0.4: pip install "sdcore[verifiers]"') from error
         seats = [name for name, value in env.config if isinstance(value, vf.AgentConfig)]
@@ -96,10 +96,7 @@ class VerifiersEnvironment:
             raise ArgumentError(f"env must have one agent, got {', '.join(seats)}")
         for task in tasks:
             refused = [hook for hook in task.hooks("reward") if "runtime" in inspect.signature(hook).parameters]
-            refused += [
-                *task.hooks("stop"),
-                *(hook for hook in vars(type(task)).values() if hasattr(hook, "intercept")),
-            ]
+            refused += [*task.hooks("stop"), *discover_decorated(task, "intercept")]
             if refused or task.NEEDS_CONTAINER:
                 names = ", ".join(hook.__name__ for hook in refused) or "NEEDS_CONTAINER"
                 raise ArgumentError(f"tasks must need no box and not stop or change turns, got one with {names}")

@@ -161,6 +161,13 @@ def test_tools_of_verifiers_are_called_in_this_process(verifiers: Any) -> None:
     [
         (("def named(self, trace: vf.Trace)", "def named(self, trace: vf.Trace, runtime)"), "got one with named"),
         (("@vf.reward(weight=0.5)", "@vf.stop"), "got one with turns"),
+        (
+            (
+                "def turns(self, trace)",
+                "def turns(self, trace):\n        ...\n    NEEDS_CONTAINER = True\n    async def f(self)",
+            ),
+            "NEEDS_",
+        ),
         (("    player: vf", "    other: vf.AgentConfig = vf.AgentConfig()\n    player: vf"), "got other, player"),
     ],
 )
