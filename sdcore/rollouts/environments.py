@@ -8,6 +8,7 @@ An environment's object serves one trajectory at a time; any method may be async
 - `reset(example)`, or `reset(**columns)` as TRL calls it: a text that it returns is added to the prompt;
 - `step(message)`: answers `{"role": "assistant", "content": ...}` with a text, a `Reply`, or None where it is over;
 - other public methods, as TRL's `environment_factory` has them: tools of this very object;
+- `tool_schemas`, with `call_tool(name, /, **arguments)`: tools that are no methods, as a template reads them;
 - `get_reward()`: what the trajectory is worth, a number, added to the rewards of its turns.
 
 What goes wrong has one outcome each, and a count. Of a tool that raises, takes too long, returns what is neither text
@@ -15,7 +16,7 @@ nor JSON, is not there or does not take such arguments, the student is told, as 
 does: with `on_error="raise"` the run stops with the row's name, with "drop" the trajectory ends and carries no loss.
 
 Calls are read by the tokenizer's response template where it has one; else they are JSON, alone as Llama 3 writes them
-or between `<tool_call>` and `</tool_call>`. Not covered: images in answers; verifiers' and OpenEnv's own clients.
+or between `<tool_call>` and `</tool_call>`. Not covered: images in answers.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Final, NamedTuple
 
 from transformers.utils import get_json_schema
@@ -85,8 +86,9 @@ class Agent:
     def schemas(self) -> list[dict[str, Any]]:
         """Describes the tools to the chat template."""
         host = self.host()
+        described = _described(host.environment)
         try:
-            schemas = [get_json_schema(tool) for tool in host.tools.values()]
+            schemas = [described.get(name) or get_json_schema(tool) for name, tool in host.tools.items()]
         except (DocstringParsingException, TypeHintParsingException) as error:
             raise ArgumentError(
                 "tools must be functions with typed arguments and a docstring that describes each in a Google-style "
@@ -104,19 +106,20 @@ class Agent:
 
     def host(self) -> Host:
         """Returns who answers in a new trajectory."""
-        environment, methods = None, []
+        environment, methods, own = None, [], {}
         if self.environment_factory is not None:
             environment = self._free.pop() if self._free else self.environment_factory()
             methods = _methods(environment)
+            own = {name: partial(environment.call_tool, name) for name in _described(environment)}
             if not callable(getattr(environment, "reset", None)) or not (
-                methods or self.tools or _has_step(environment)
+                methods or own or self.tools or _has_step(environment)
             ):
                 raise ArgumentError(
                     "environment_factory must make objects that have `reset`, and `step(message)` or methods that are "
                     f"tools, got a {type(environment).__name__}"
                 )
-        tools = {tool.__name__: tool for tool in [*self.tools, *methods]}
-        if len(tools) < len(self.tools) + len(methods):
+        tools = {tool.__name__: tool for tool in [*self.tools, *methods]} | own
+        if len(tools) < len(self.tools) + len(methods) + len(own):
             raise ArgumentError(f"tools must have names of their own, got {', '.join(tools)}, some of them twice")
         return Host(environment, tools)
 
@@ -226,7 +229,14 @@ def _methods(environment: Any) -> list[Callable[..., Any]]:
     """Returns the tools of an environment: its public methods. Looked for on the class, so that no property is read."""
     named = inspect.getmembers(type(environment), predicate=inspect.isfunction)
     names = [name for name, _ in named if not name.startswith("_") and name not in NO_TOOLS]
-    return [getattr(environment, name) for name in names if not (name == "step" and _has_step(environment))]
+    unlisted = {"step"} if _has_step(environment) else set()
+    unlisted |= {"call_tool"} if hasattr(environment, "tool_schemas") else set()
+    return [getattr(environment, name) for name in names if name not in unlisted]
+
+
+def _described(environment: Any) -> dict[str, dict[str, Any]]:
+    """Returns the schemas of the tools that an environment has beside its methods, by name."""
+    return {schema["function"]["name"]: schema for schema in getattr(environment, "tool_schemas", ())}
 
 
 def _has_step(environment: Any) -> bool:

@@ -10,7 +10,8 @@ files but its three, and limits that the kernel keeps. Everything it started die
 leaks into the next one. The code runs as you. It reads what you can read (your files and, through /proc, the
 environment of your own processes), writes where you can write, and has the network. Memory is limited for each
 process, not for all of them, and files by size, not by number; the number of processes is not limited for root. For
-code that you have reason to fear, run the whole trainer in a container or a virtual machine.
+code that you have reason to fear, run the whole trainer in a container or a virtual machine. That goes for what a
+student writes too, where `run_python` is a tool of it.
 
 Linux only: elsewhere `run_limited` raises `SandboxError` instead of running without limits.
 """
@@ -336,3 +337,17 @@ def python_tests(
 ) -> tuple[float, str | None]:
     """Is `code_reward()` with its defaults, for the command line: `--reward sdcore.rollouts.sandbox:python_tests`."""
     return code_reward()(prompt=prompt, completion=completion, tests=tests)
+
+
+def run_python(code: str) -> str:
+    """
+    Runs a Python program for up to ten seconds, in up to one gigabyte of memory, and returns what it printed.
+
+    Args:
+        code: the program; it knows nothing of an earlier one
+    """
+    result = run_limited(python=code, max_output=4_096)
+    if result.ok:
+        return result.stdout
+    error = "" if result.exit_code is None else result.stderr.strip().rpartition("\n")[2]
+    return f"{result.stdout}\nError: {error or result.outcome}".lstrip()

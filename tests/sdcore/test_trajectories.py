@@ -26,7 +26,7 @@ from sdcore.training import SelfDistillationConfig, SelfDistillationTrainer, eva
 from sdcore.training.turns import counts_of
 from sdcore.training.update import Batch, update
 from sdcore.types import Conditioned, Example, Group
-from tests.sdcore.rollouts.talks import QUESTION, Higher, Says, add, run, tokenizer_of
+from tests.sdcore.rollouts.talks import CALL, QUESTION, Higher, Says, add, run, tokenizer_of
 
 KL = Method(context="turn_feedback", alpha=1.0)
 TEXTS = ["Five", "Six", "Nine and more"]
@@ -92,6 +92,51 @@ def require_same(model: nn.Module, group: Group, seen: Conditioned, method: Meth
     torch.testing.assert_close(out.loss, want.detach(), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(gradients(model), expected, rtol=1e-7, atol=1e-10)
     return batch
+
+
+# Public templates, and what they keep of a student's turns when a reply follows: "thinking" opens and closes a block,
+# "opened" closes the one that a generation prompt has opened, "tool" calls twice, the first time after a block.
+EVERYTHING = "plain thinking opened tool"
+KEPT = {
+    **dict.fromkeys(["smollm2", "llama3", "llama3_1", "llama3_2", "qwen3_instruct_2507"], EVERYTHING),
+    **dict.fromkeys(["qwen3_training", "qwen3_5_think_training", "deepseek_r1_distill_training"], EVERYTHING),
+    **dict.fromkeys(["qwen3", "qwen3_5_think"], "plain tool"),
+    **dict.fromkeys(["gemma3", "gemma3_training"], "plain thinking opened"),
+    **dict.fromkeys(["deepseekv3", "deepseekv3_training", "deepseek_r1_distill"], "plain"),
+}
+# These cannot show what a tool has answered.
+NO_TOOLS = {"gemma3", "gemma3_training", "deepseekv3"}
+SAID = {
+    "plain": ["Five", "Six ", "Seven"],
+    "thinking": ["<think>\nIs it  five?\n</think>\n\nFive", "<think>\nno</think>Six", "<think>\n\n</think>\n\nSeven"],
+    "opened": ["Is it  five?\n</think>\n\nFive", "no</think>Six", "so\n</think>\n\nSeven"],
+    "tool": [f"<think>\nadd\n</think>\n\n{CALL}", CALL, "Seven"],
+}
+
+
+@pytest.mark.parametrize("history", ["as_sampled", "as_rendered"])
+@pytest.mark.parametrize("kind", SAID)
+@pytest.mark.parametrize("name", KEPT)
+def test_the_loss_is_on_the_ids_that_were_drawn_behind_what_was_read(name: str, kind: str, history: Any) -> None:
+    """Or the template is refused: never on others, whatever it does to the past."""
+    sampler = Says(tokenizer_of(name), *SAID[kind])
+    host: dict[str, Any] = {"tools": [add]} if kind == "tool" else {"environment_factory": Higher}
+    agent = Agent(**host, history=history)
+    if (kind == "tool" and name in NO_TOOLS) or (history == "as_sampled" and kind not in KEPT[name].split()):
+        with pytest.raises(ContextError, match=r"does not keep its past|chat template refused"):
+            run(agent, sampler)
+        return
+    group = run(agent, sampler)
+    rollout = replace(group.rollouts[0], reward=1.0)
+    assert len(rollout.own) == len(sampler.drawn) == 3
+    nothing = Conditioned(teacher_prompts=(group.prompt_ids,), active=(True,))
+    plan = Batch.of([replace(group, rollouts=(rollout,))], [nothing], GRPO(aggregation="token-mean")).plan
+    assert plan.target_ids.tolist() == [token for ids in sampler.drawn for token in ids]
+    turns = [(ids, start) for ids, starts in rollout.sequences(group.prompt_ids) for start in starts]
+    for (ids, start), read, drawn in zip(turns, sampler.read, sampler.drawn, strict=True):
+        assert ids[: start + len(drawn)].tolist() == read + drawn
+    if history == "as_sampled":
+        assert len(rollout.sequences(group.prompt_ids)) == 1
 
 
 @pytest.mark.parametrize("shows", ["feedback", "next_reply", "all_replies"])

@@ -18,11 +18,13 @@ OPTIONAL = (
     "liger_kernel",
     "matplotlib",
     "openai",
+    "openenv",
     "orda_kernel",
     "peft",
     "requests",
     "triton",
     "trl",
+    "verifiers",
     "verl",
     "vllm",
 )
@@ -46,6 +48,12 @@ USES: dict[str, list[tuple[str, str]]] = {
         ("from sdcore.report import write_report as f; f('run')", 'pip install "sdcore[plot]"'),
         ("from reproduce.table import run as f; f('output', console=None)", 'pip install "sdcore[plot]"'),
     ],
+    "openenv": [
+        (
+            "from sdcore.integrations.environments import OpenEnvEnvironment as f; f(None)",
+            'pip install "sdcore[openenv]"',
+        )
+    ],
     "peft": [
         (
             "from sdcore import SelfDistillationConfig as C; from sdcore.training.prepare import loaded as f; "
@@ -65,6 +73,12 @@ USES: dict[str, list[tuple[str, str]]] = {
         ("from sdcore.presets import from_trl as f; f({}, kind='sdpo')", 'pip install "sdcore[trl]"'),
         ("from sdcore.integrations.trl import patch as f; f(object())", 'pip install "sdcore[trl]"'),
         ("from sdcore.integrations.trl import FusedGKDTrainer", 'pip install "sdcore[trl]"'),
+    ],
+    "verifiers": [
+        (
+            "from sdcore.integrations.environments import VerifiersEnvironment as f; f(None, [])",
+            'pip install "sdcore[verifiers]"',
+        )
     ],
     "verl": [("from sdcore.integrations.verl import register as f; f()", 'pip install "verl')],
     "vllm": [("from sdcore.rollouts.vllm import VLLMColocated as f; f('model')", 'pip install "sdcore[vllm]"')],

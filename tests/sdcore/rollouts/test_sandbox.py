@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 
 from sdcore.errors import ArgumentError
 from sdcore.rollouts import sandbox
-from sdcore.rollouts.sandbox import SandboxError, code_reward, extract_code, python_tests, run_limited
+from sdcore.rollouts.environments import Agent
+from sdcore.rollouts.sandbox import SandboxError, code_reward, extract_code, python_tests, run_limited, run_python
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits need Linux")
 ADD = "def add(a, b):\n    return a + b\n"
@@ -284,3 +286,35 @@ def test_code_is_taken_from_the_last_fence() -> None:
     assert extract_code("no fence") == "no fence"
     assert extract_code("```python\na\n```\nor\n```\nb\n```") == "b\n"
     assert extract_code("So:\n```python\nx = 1\ny") == "x = 1\ny"  # cut at the length limit
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("print(6 * 7)", "42\n"),
+        ("", ""),
+        ("print('so far')\n1 / 0", "so far\n\nError: ZeroDivisionError: division by zero"),
+        ("def add(a, b: return", "Error: SyntaxError: "),
+        ("raise SystemExit(3)", "Error: exit code 3"),
+        ("print(1, flush=True)\nwhile True: pass", "1\n\nError: timed out after "),
+        ("x = bytearray(4 << 30)", "Error: MemoryError"),
+    ],
+)
+def test_a_student_s_program_is_told_what_it_printed_and_its_error(
+    code: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "run_limited", partial(run_limited, wall_seconds=0.7))
+    assert run_python(code).startswith(told)
+    assert told or not run_python(code)
+
+
+def test_a_student_s_long_output_is_cut_with_a_word() -> None:
+    said = run_python("print('a' * 100_000 + 'z')")
+    assert len(said) < 4_200
+    assert "[… 95906 bytes left out …]" in said
+    assert said.endswith("z\n")
+
+
+def test_running_python_is_a_tool() -> None:
+    (schema,) = Agent(tools=[run_python]).schemas
+    assert schema["function"]["parameters"]["required"] == ["code"]
