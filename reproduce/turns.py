@@ -125,7 +125,8 @@ def run(arm: TurnsArm, settings: Settings, learning_rate: float, seed: int) -> l
 
     held_out = read_examples(quizzes(settings.episodes, "eval"))
     agent = Agent(environment_factory=Quiz, max_turns=QUESTIONS)
-    student, points = base().fresh(), []
+    student = base().fresh()
+    points: list[Point] = []
 
     def add(model: Any, step: int) -> None:
         options: dict[str, Any] = {"max_completion_length": ROOM, "success_threshold": 0.999, "agent": agent}

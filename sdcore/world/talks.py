@@ -58,7 +58,8 @@ def talk(rng: random.Random) -> str:
     """
     draw = rng.choice((prior, skill, *(_open(rng),) * 4))
     known: dict[str, str] = {}
-    said, wrong = [], []
+    said: list[str] = []
+    wrong: list[str] = []
     for _ in range(QUESTIONS):
         episode = draw(rng)
         known |= {pair[0]: pair for pair in episode.hints}
