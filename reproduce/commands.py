@@ -63,8 +63,14 @@ class Case:
     reward: str | None = None  # that it learns from
     settings: bool = True  # the world's own, of this kind of rows
     changes: tuple[str, ...] = ()
-    judge: str = "exact"  # of the answers
+    judge: str = "exact"  # of the answers; "share of pairs": the environment
+    environment: str | None = None  # of several turns, which the second bundled model has read
     goal: float
+
+    @property
+    def base(self) -> str:
+        """Is the model before training."""
+        return "world" if self.environment is None else "world-talks"
 
 
 CASES: Final = (
@@ -86,6 +92,14 @@ CASES: Final = (
         goal=0.8,
     ),
     Case(method="sft", kind="sft", steps=60, judge="lenient", changes=("learning_rate=3e-3",), goal=0.75),
+    Case(
+        method="turn_hindsight",
+        kind="quiz",
+        steps=60,
+        environment="sdcore.world.talks:Quiz",
+        judge="share of pairs",
+        goal=0.85,
+    ),
 )
 
 
@@ -118,11 +132,13 @@ def run_case(case: Case, seeds: range, folder: Path) -> Reached:
         words += ["--config", "world.yaml"] if case.settings else []
         if case.reward is not None:
             words += ["--reward", f"{REWARDS}:{case.reward}"]
+        if case.environment is not None:
+            words += ["--model", case.base, "--environment", case.environment]
         words += ["--output", "run", f"max_steps={case.steps}", *case.changes, "save_strategy=no"]
         typed = shlex.join(["sdcore", *map(str, words)])
         _python(here, "-m", "sdcore", *words, f"seed={seed}")
-        after.append(_measured(here, "run", case.judge))
-        before.append(_measured(here, "world", case.judge))
+        after.append(_measured(here, "run", case))
+        before.append(_measured(here, case.base, case))
     return Reached(
         label=case.method,
         typed=typed,
@@ -166,8 +182,9 @@ def run_search(seeds: range, folder: Path) -> Reached:
     )
 
 
-def _measured(here: Path, model: str, judge: str) -> float:
-    words = ("eval", "--model", model, "--data", "eval.jsonl", "--reward", f"{REWARDS}:{judge}")
+def _measured(here: Path, model: str, case: Case) -> float:
+    judge = ("--reward", f"{REWARDS}:{case.judge}") if case.environment is None else ("--environment", case.environment)
+    words = ("eval", "--model", model, "--data", "eval.jsonl", *judge)
     _python(here, "-m", "sdcore", *words, "--max-completion-length", ROOM, "--output", f"{model}.json")
     return float(json.loads((here / f"{model}.json").read_text(encoding="utf-8"))["metrics"]["reward_mean"])
 
@@ -186,7 +203,7 @@ def table(reached: list[Reached], seeds: int, processor_minutes: float) -> Itera
     yield (
         f"Made by `make methods` (`python -m reproduce.commands`): {seeds} seed{'s' if seeds > 1 else ''}, "
         f"{QUESTIONS} questions that are in no training row, {processor_minutes:.1f} processor minutes. "
-        "Before is the bundled model, for `solve` best-of-k with as many answers. A goal says that the method works; "
+        "Before is a bundled model, for `solve` best-of-k with as many answers. A goal says that the method works; "
         "how well it does, with controls, is in [README.md](README.md).\n"
     )
     yield "| method | judged by | before | after | goal |\n| --- | --- | --- | --- | --- |"
@@ -198,7 +215,8 @@ def table(reached: list[Reached], seeds: int, processor_minutes: float) -> Itera
     yield f"\nWhat was typed, after `python -m sdcore.world.data --kind KIND --rows {ROWS} --output train.jsonl"
     yield "--config world.yaml`:\n\n```sh"
     yield from (case.typed for case in reached)
-    yield f"sdcore eval --model run --data eval.jsonl --reward {REWARDS}:JUDGE --max-completion-length {ROOM}\n```\n"
+    yield f"sdcore eval --model run --data eval.jsonl --reward {REWARDS}:JUDGE --max-completion-length {ROOM}"
+    yield "```\n\nWith `--environment` in the place of `--reward` where there is one.\n"
 
 
 def main(

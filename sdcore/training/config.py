@@ -168,6 +168,12 @@ class SelfDistillationConfig(TrainingArguments):
     micro_batch: int | None = field(
         default=None, metadata={"help": "Completions in flight at a time: bounds the memory. None: all, if they fit."}
     )
+    max_pass_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens in flight at a time, of whole groups or conversations: bounds the memory. None: all."
+        },
+    )
     strategy: str = field(
         default="auto", metadata={"help": "How prefixes are shared: auto, packed, cached, two_phase or naive."}
     )
@@ -220,7 +226,7 @@ class SelfDistillationConfig(TrainingArguments):
     def _check(self) -> None:
         lengths = ("max_prompt_length", "max_completion_length", "max_trajectory_length", "max_turns")
         counts = (*lengths, "top_k", "generation_batch_size", "num_iterations")
-        for name in (*counts, "reward_workers", "micro_batch", "eval_generations"):
+        for name in (*counts, "reward_workers", "micro_batch", "max_pass_tokens", "eval_generations"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ArgumentError(f"{name} must be at least 1, got {value}")
@@ -247,6 +253,10 @@ class SelfDistillationConfig(TrainingArguments):
             if known.name in WITHOUT_EFFECT and value != default:
                 why = WITHOUT_EFFECT[known.name]
                 raise ArgumentError(f"{known.name} must be {default!r}, got {value!r}: it has no effect here, as {why}")
+        if self.max_pass_tokens is not None and (self.micro_batch is not None or self.strategy == "two_phase"):
+            raise ArgumentError(
+                f"max_pass_tokens must be None with micro_batch and strategy='two_phase', got {self.max_pass_tokens}"
+            )
         if self.strategy == "naive" and self.verify == "always":
             raise ArgumentError("verify must not be 'always' with strategy='naive', which is what others are held to")
         if self.print_completions and not (self.log_completions_every and self.num_completions_shown):
@@ -285,6 +295,11 @@ class SelfDistillationConfig(TrainingArguments):
                 f"optim must be an optimizer that steps after the last backward of a step, got {optimizer!r}, which "
                 "steps within each"
             )
+
+    def pass_options(self) -> dict[str, Any]:
+        """Returns how the passes of a step are run."""
+        own = {name: getattr(self, name) for name in ("micro_batch", "strategy", "verify")}
+        return own | {"max_tokens": self.max_pass_tokens}
 
     def evaluation_options(self) -> dict[str, Any]:
         """Returns what `evaluate` is asked for in a run."""

@@ -197,10 +197,8 @@ class SelfDistillationTrainer(Trainer):
                 # The log-probabilities of who sampled are needed: another engine, or an older student.
                 off_policy=self.args.num_iterations > 1 or not isinstance(self.sampler, ModelSampler),
                 sampling_temperature=self.args.sampling_temperature,
-                micro_batch=self.args.micro_batch,
-                strategy=self.args.strategy,
-                verify=self.args.verify,
                 backward=self.accelerator.backward,
+                **self.args.pass_options(),
             )
         self._observe(inputs, out)
         return out.loss.to(self.args.device)

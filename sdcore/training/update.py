@@ -186,6 +186,7 @@ def update(
     off_policy: bool = False,
     sampling_temperature: float = 1.0,
     micro_batch: int | None = None,
+    max_tokens: int | None = None,
     strategy: Strategy = "auto",
     verify: Verify = "once",
     backward: Backward = Tensor.backward,
@@ -198,12 +199,13 @@ def update(
         off_policy: the student has learned since it sampled, or something else sampled: the policy gradient then needs
             the sampler's log-probabilities.
         sampling_temperature: of the completions, for targets that are about the policy that sampled.
-        micro_batch, strategy, verify: how the passes are run; see `distill_step`.
+        micro_batch, max_tokens, strategy, verify: how the passes are run; see `distill_step`.
 
     Raises what the step raises.
     """
     totals = batch.normalizers if normalizers is None else normalizers
-    run: dict[str, Any] = {"backward": backward, "micro_batch": micro_batch, "strategy": strategy, "verify": verify}
+    run: dict[str, Any] = {"backward": backward, "micro_batch": micro_batch, "max_tokens": max_tokens}
+    run |= {"strategy": strategy, "verify": verify}
     divergence: dict[str, Any] = {"token_weights": batch.divergence_weights, "normalizer": totals.divergence}
     if method.target == "imitation":
         return imitate_step(model, batch.plan, **divergence, **run)

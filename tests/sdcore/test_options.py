@@ -116,6 +116,8 @@ def test_arguments_that_were_checked_can_be_given_again(tmp_path: Path) -> None:
         ({"optim": "galore_adamw_layerwise", "optim_target_modules": ["q"]}, "got 'galore_adamw_layerwise'"),
         ({"ignore_data_skip": True, "num_iterations": 2}, "ignore_data_skip must be False with num_iterations=2"),
         ({"strategy": "naive", "verify": "always"}, "verify must not be 'always' with strategy='naive'"),
+        ({"max_pass_tokens": 40, "micro_batch": 2}, "max_pass_tokens must be None with micro_batch .* got 40"),
+        ({"max_pass_tokens": 40, "strategy": "two_phase"}, "max_pass_tokens must be None with micro_batch .* got 40"),
         ({"print_completions": True, "log_completions_every": 0}, "print_completions must be False where none"),
         ({"print_completions": True, "num_completions_shown": 0}, "print_completions must be False where none"),
         ({"sampling_temperature": 0.0, "top_p": 0.9}, "top_p must be 1 and top_k None with sampling_temperature=0"),

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from sdcore.errors import ArgumentError, DataError, UnsupportedModelError
+from sdcore.prefix import runner
 from sdcore.presets import (
     GRPO,
     OPSD,
@@ -590,11 +591,24 @@ def test_checkpointed_activations_and_micro_batches_give_the_same_loss(tmp_path:
     for name, changes in {
         "checkpointed": {"activation_checkpointing": True},
         "two_phase": {"micro_batch": 2},
+        "a budget of tokens": {"max_pass_tokens": 40},
         "naive": {"strategy": "naive"},
     }.items():
         trainer(tmp_path / name, **options, **changes).train()
         wanted = [loss for _, loss in losses(tmp_path / "plain")]
         assert [loss for _, loss in losses(tmp_path / name)] == pytest.approx(wanted, rel=1e-3), name
+
+
+def test_a_budget_of_tokens_is_what_rows_are_filled_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    budgets = []
+
+    def filled(loads: Any, most: int) -> list[list[int]]:
+        budgets.append(most)
+        return [[index] for index in range(len(loads))]
+
+    monkeypatch.setattr(runner, "filled", filled)
+    trainer(tmp_path, method=SDFT_METHOD, kind="sdft", max_steps=2, max_pass_tokens=40).train()
+    assert budgets == [40, 40]
 
 
 # What is refused.
