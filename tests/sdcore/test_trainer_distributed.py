@@ -57,7 +57,7 @@ LAUNCHERS = {
 # Every case under one of the two at least; what may hang, or be divided wrongly, under both.
 RUN = {
     "ddp": ("sdpo", "sparse", "sft", "grpo", "ema", "reused", "by teacher", "turns"),
-    "fsdp": ("sdft", "sparse", "sft", "tilt", "parted", "ema", "reused", "by live teacher"),
+    "fsdp": ("sdft", "sparse", "sft", "tilt", "parted", "ema", "reused", "by live teacher", "turns"),
 }
 RESUMED = ("ema", "reused")
 COUNTED = ("count", "without_loss", "by_teacher")
