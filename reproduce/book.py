@@ -114,6 +114,17 @@ def answers(
     return tuple(rollout.text for rollout in rollouts), tuple(rollout.reward == 1 for rollout in rollouts)
 
 
+# Arguments of a run that is measured on its way and keeps nothing.
+MEASURED: Final[dict[str, Any]] = {
+    "use_cpu": True,
+    "save_strategy": "no",
+    "log_completions_every": 0,
+    "leak_probe_every": 0,
+    "overlap_probe_every": 0,
+    "disable_tqdm": True,
+}
+
+
 class OnTheWay(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Calls `measure(student, step)` after some of a run's steps, with the student in eval mode."""
 

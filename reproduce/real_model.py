@@ -46,7 +46,7 @@ from sdcore.step import policy_gradient_step, token_logprobs
 from sdcore.training.config import SelfDistillationConfig
 from sdcore.training.trainer import SelfDistillationTrainer
 
-from .book import MOST_TOKENS, OnTheWay, answers, row_of
+from .book import MEASURED, MOST_TOKENS, OnTheWay, answers, row_of
 from .records import Point
 
 # The variable with the path of a model that is elsewhere than in its package, and the package.
@@ -223,13 +223,8 @@ def train(
             sampling_temperature=settings.temperature,
             stop_token_ids=list(subject.stops),
             bf16=True,
-            use_cpu=True,
-            save_strategy="no",
-            log_completions_every=0,
-            leak_probe_every=0,
-            overlap_probe_every=0,
             seed=seed,
-            disable_tqdm=True,
+            **MEASURED,
         )
         trainer = kind(
             subject.folder,

@@ -35,7 +35,7 @@ from sdcore.world.data import QUESTIONS, ROOM, TEMPLATES, rows
 from sdcore.world.language import LETTERS
 from sdcore.world.talks import Quiz
 
-from .book import OnTheWay
+from .book import MEASURED, OnTheWay
 from .experiment import GAP, draw_tasks
 from .records import (
     Arm,
@@ -156,13 +156,8 @@ def run(arm: TurnsArm, settings: Settings, learning_rate: float, seed: int) -> l
             per_device_train_batch_size=settings.batch // GROUP,
             max_completion_length=ROOM,
             max_turns=QUESTIONS,
-            use_cpu=True,
-            save_strategy="no",
-            log_completions_every=0,
-            leak_probe_every=0,
-            overlap_probe_every=0,
             seed=seed,
-            disable_tqdm=True,
+            **MEASURED,
         )
         trainer = SelfDistillationTrainer(
             student,
