@@ -12,6 +12,7 @@ way `alpha` is defined here (0: KL(teacher‖student), 1: KL(student‖teacher))
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -149,6 +150,28 @@ def _compiled(inputs: CaseInputs, divergence: Divergence) -> Loss:
     return lambda: loss(*inputs)
 
 
+def _torch(inputs: CaseInputs, divergence: Divergence) -> Loss:
+    """Builds torch's own fused loss: the cross-entropy to the teacher's probabilities is forward KL and its entropy."""
+    if divergence.topk is not None or divergence.alpha != 0:
+        raise Unavailable("torch's linear_cross_entropy has the forward KL only")
+    if not hasattr(F, "linear_cross_entropy"):
+        raise Unavailable("needs torch 2.13")
+    hidden, weight, teacher_hidden = inputs
+
+    def loss() -> Tensor:
+        with torch.no_grad():
+            log_q = (teacher_hidden @ weight.T).float().log_softmax(-1)  # (N, V)
+            probabilities = log_q.exp()
+            negative_entropy = (probabilities * log_q).sum(-1).mean()
+        with warnings.catch_warnings():
+            # Its chunks take ids alone (torch 2.13): with probabilities all logits are there.
+            warnings.filterwarnings("ignore", "linear_cross_entropy: ``options`` ignored")
+            options = torch.nn.LinearCrossEntropyOptions()
+            return F.linear_cross_entropy(hidden, weight, probabilities, options=options) + negative_entropy
+
+    return loss
+
+
 def _trl(inputs: CaseInputs, divergence: Divergence) -> Loss:
     require("trl", "trl")
     _full_vocabulary_only(divergence, "trl.kernels")
@@ -258,6 +281,7 @@ SDCORE_RECOMPUTE = Contender("sdcore, recompute", partial(_sdcore, recompute=Tru
 PLAIN = Contender("plain torch", _plain, "naive", "#8c8c8c", "X")
 PLAIN_LOW_PRECISION = Contender("plain torch, no upcast", partial(_plain, upcast=False), "naive", "#4d4d4d", "d")
 COMPILED = Contender("torch.compile", _compiled, "compile", "#8a7fb5", "v", compiled=True)
+TORCH = Contender("torch linear_cross_entropy", _torch, "torch", "#5b5b3a", "h")
 TRL = Contender("TRL chunked", _trl, "trl", "#c8443c", "P")
 LIGER = Contender("Liger chunked", _liger, "liger", "#e08a1e", "s", compiled=True)
 _triton, _cute = (partial(_liger_fused, implementation=name) for name in (LIGER_TRITON_KERNEL, LIGER_CUTE_KERNEL))
@@ -265,7 +289,7 @@ LIGER_TRITON = Contender("Liger FusedLinearJSD", _triton, "liger", "#b8621b", "^
 LIGER_CUTE = Contender("Liger FusedLinearJSD, CuTe", _cute, "liger", "#8a4a10", "<")
 ORDA = Contender("orda-kernel", _orda, "orda", "#7a9a3a", "*")
 FLA = Contender("flash-linear-attention", _flash_linear_attention, "fla", "#a0527a", "p")
-CONTENDERS = (SDCORE, SDCORE_RECOMPUTE, PLAIN, COMPILED, TRL, LIGER, LIGER_TRITON, LIGER_CUTE, ORDA, FLA)
+CONTENDERS = (SDCORE, SDCORE_RECOMPUTE, PLAIN, COMPILED, TORCH, TRL, LIGER, LIGER_TRITON, LIGER_CUTE, ORDA, FLA)
 
 
 def at_workspace(megabytes: int) -> Contender:

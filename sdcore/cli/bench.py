@@ -12,7 +12,7 @@ from sdcore.cli.running import console, quiet_libraries, readable_errors
 
 DEFAULT_SUITE: Final = "divergence"
 COMPARE: Final = "compare"
-PEERS: Final = ("naive", "compile", "trl", "liger", "orda", "fla")
+PEERS: Final = ("naive", "compile", "torch", "trl", "liger", "orda", "fla")
 TRAINERS: Final = ("sdpo", "sdft", "gkd", "distillation")
 PRESETS: Final = "qwen3-0.6b, qwen3-4b, qwen3-8b, llama-3.1-8b, gemma-3-4b or qwen3-30b-a3b"
 # Options that not every suite has, and which do.
