@@ -36,7 +36,7 @@ from .tile.triton_backend.configs import TABLE, Config
 from .tile.triton_backend.divergence import full_divergence
 from .tile.triton_backend.softmax_gradient import softmax_gradient
 from .tile.triton_backend.statistics import row_statistics
-from .tile.tuned import KERNELS, KernelRow, Table, WorkspaceRow, architecture, using
+from .tile.tuned import KERNELS, KernelRow, Table, WorkspaceRow, architecture, chip, using
 from .types import Objective, TileRows
 
 # (rows of a chunk, V): the chunks of a small and of a large workspace; first the V where the kernels weigh more.
@@ -153,7 +153,7 @@ def merged(
 ) -> Table:
     """Makes a table of this device, of today."""
     return Table(
-        architecture=architecture(device),
+        architecture=chip(device),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton's interpreter",
         torch=torch.__version__,
         triton=_version("triton"),

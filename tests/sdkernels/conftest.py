@@ -1,10 +1,12 @@
-"""The two backends that a CPU has: a compiled one is what `backend="auto"` takes, and hides the other."""
+"""The two backends that a CPU has, of which the compiled one hides the other; and a GPU's products."""
 
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import Tensor
 
-from sdkernels.tile import native_backend
+from sdkernels.tile import head, native_backend
 
 
 @pytest.fixture(scope="module", params=["torch", "native"])
@@ -14,3 +16,23 @@ def each_cpu_backend(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("torch_backend")
     elif not native_backend.is_available():
         pytest.skip("this machine has no C compiler")
+
+
+@pytest.fixture
+def mixed_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Does as a GPU: products of 16-bit factors, summed in float32."""
+    mm, addmm = torch.mm, torch.addmm
+
+    def mixed_mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
+        assert a.element_size() == b.element_size() == 2
+        return mm(a.to(out_dtype), b.to(out_dtype), out=out)
+
+    def mixed_addmm(
+        c: Tensor, a: Tensor, b: Tensor, *, out_dtype: torch.dtype, beta: float, alpha: float, out: Tensor
+    ) -> Tensor:
+        assert a.element_size() == b.element_size() == 2
+        return addmm(c, a.to(out_dtype), b.to(out_dtype), beta=beta, alpha=alpha, out=out)
+
+    monkeypatch.setattr(torch, "mm", mixed_mm)
+    monkeypatch.setattr(torch, "addmm", mixed_addmm)
+    monkeypatch.setattr(head, "has_mixed_products", lambda weight: weight.element_size() == 2)

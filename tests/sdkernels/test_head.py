@@ -142,3 +142,21 @@ def test_a_teacher_without_the_students_bias_is_not_taken_for_one_with_it() -> N
     )
     actual, exact = run_operation(linear_divergence, **arguments), run_reference(**arguments)
     assert relative_error(actual.output.per_token, exact.output.per_token) < 1e-5
+
+
+@pytest.mark.usefixtures("mixed_products")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_rows_are_not_rounded_to_a_head_of_16_bits(dtype: torch.dtype) -> None:
+    inputs = make_inputs(24, 32, 300)
+    weight = inputs.student_weight.detach().to(dtype).requires_grad_()
+    # Sides that differ by less than a rounding of either to 16 bits.
+    teacher = inputs.student_hidden.detach() + 1e-4 * inputs.teacher_hidden
+    arguments = {
+        "student_hidden": inputs.student_hidden,
+        "student_weight": weight,
+        "teacher_hidden": teacher,
+        "alpha": 1.0,
+    }
+    actual, exact = run_operation(linear_divergence, **arguments, backend="torch"), run_reference(**arguments)
+    assert relative_error(actual.output.loss, exact.output.loss) < 0.01
+    assert relative_error(actual.hidden_gradient, exact.hidden_gradient) < 0.01

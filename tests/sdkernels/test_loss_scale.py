@@ -25,7 +25,6 @@ from sdkernels.testing import (
     run_operation,
     run_reference,
 )
-from sdkernels.tile import head
 from sdkernels.tile.tiling import MOST_ROWS
 from tests.apple import apple_gpu
 
@@ -76,26 +75,6 @@ def test_a_loss_scale_costs_no_digits(dtype: torch.dtype, scale: float, gradient
     actual, exact = run_operation(linear_divergence, **arguments, gradient=gradient), run_reference(**arguments)
     assert_as_good_as_plain(actual, exact, arguments)
     assert_rounded_once(actual, exact, dtype)
-
-
-@pytest.fixture
-def mixed_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Does as a GPU: products of 16-bit factors, summed in float32."""
-    mm, addmm = torch.mm, torch.addmm
-
-    def mixed_mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
-        assert a.element_size() == b.element_size() == 2
-        return mm(a.to(out_dtype), b.to(out_dtype), out=out)
-
-    def mixed_addmm(
-        c: Tensor, a: Tensor, b: Tensor, *, out_dtype: torch.dtype, beta: float, alpha: float, out: Tensor
-    ) -> Tensor:
-        assert a.element_size() == b.element_size() == 2
-        return addmm(c, a.to(out_dtype), b.to(out_dtype), beta=beta, alpha=alpha, out=out)
-
-    monkeypatch.setattr(torch, "mm", mixed_mm)
-    monkeypatch.setattr(torch, "addmm", mixed_addmm)
-    monkeypatch.setattr(head, "has_mixed_products", lambda weight: weight.element_size() == 2)
 
 
 @pytest.mark.usefixtures("mixed_products")

@@ -64,6 +64,12 @@ def test_every_operator_is_among_the_checked_ones() -> None:
     assert len(registered) >= 5
 
 
+def test_passes_are_kept_out_of_cuda_graphs() -> None:
+    for parameter in operator_calls():
+        func = parameter.values[0]
+        assert (torch.Tag.cudagraph_unsafe in func.tags) == (func.name() != "sdkernels::scale_gradient"), func
+
+
 @pytest.mark.parametrize(("func", "args"), operator_calls())
 def test_operators_pass_opcheck(func: Any, args: tuple[Any, ...]) -> None:
     # Operators that are called in backward refuse a gradient of their own (below), and a top-k has none.

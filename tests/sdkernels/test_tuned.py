@@ -48,7 +48,7 @@ def test_every_table_of_the_package_can_be_read() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "sm_70"}, r"architecture must be one of sm_80, .* got 'sm_70'"),
+        ({"architecture": "hopper"}, r"architecture must be sm_ and a compute capability, .* got 'hopper'"),
         ({"architecture": "sm_90"}, r"it is of sm_90, so its name must be sm_90.json"),
         ({"device": 3}, r"device must be a text, got 3"),
         ({"kernels": {"softmax": []}}, r"kernels must be an object by row_statistics, .* got \{'softmax': \[\]\}"),
@@ -113,6 +113,29 @@ def test_tables_hold_inside_the_block_only() -> None:
             assert tuned.table_of("sm_80") is None
             assert tuned.table_of("sm_90") is not None
         assert tuned.table_of("sm_80") is TABLE
+
+
+@pytest.mark.parametrize(
+    ("capability", "launched_as", "reads"),
+    [
+        ((8, 0), "sm_80", "sm_80"),
+        ((8, 6), "sm_80", "sm_80"),
+        ((9, 0), "sm_90", None),
+        ((10, 0), "sm_100", "sm_100"),
+        ((10, 3), "sm_100", "sm_103"),
+        ((12, 0), "sm_100", None),  # half of the shared memory: what a data centre's card measured is not for it
+    ],
+)
+def test_a_chip_reads_its_own_table_or_one_of_its_generation(
+    capability: tuple[int, int], launched_as: str, reads: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda:1")
+    assert tuned.architecture(device) == launched_as
+    assert tuned.chip(device) == f"sm_{capability[0]}{capability[1]}"
+    with tuned.using(TABLE, replace(TABLE, architecture="sm_100"), replace(TABLE, architecture="sm_103")):
+        table = tuned.table_for(device)
+        assert (table and table.architecture) == reads
 
 
 INTERPRETED = """

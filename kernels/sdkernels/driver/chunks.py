@@ -133,7 +133,7 @@ class HeadWalk(RowWalk):
                 (make_head(run[0][1][: self.vocab], self.dtype, hidden_dtype), [side[0] for side in run])
             )
         self.student_head = self.groups[0][0]
-        self.gradient_dtype = self.dtype if self.student_head.narrow else self.student_head.operand_dtype
+        self.gradient_dtype = self.dtype if self.student_head.narrow else self.student_head.factor_dtype
         hidden = operands.student_hidden
         once, per_row = self.backend.scratch_bytes(self.count, widest, hidden.device.type, objective.topk)
         head_once, head_per_row = map(max, zip(*(head.scratch_bytes() for head, _ in self.groups), strict=True))
@@ -173,8 +173,7 @@ class HeadWalk(RowWalk):
 
     def student_rows(self, rows: Rows) -> Tensor:
         """Returns the rows (C, H) as they enter the product with a gradient tile."""
-        head = self.student_head
-        return self.operands.student_hidden[rows].to(head.weight.dtype if head.narrow else head.operand_dtype)
+        return self.operands.student_hidden[rows].to(self.student_head.factor_dtype)
 
     def project(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
         projected: list[Tensor] = []

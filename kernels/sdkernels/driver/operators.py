@@ -76,7 +76,9 @@ def register(
 def _operator(name: str, run: Pass, fake: Pass, outputs: int, more: str = "") -> Any:
     """Registers a pass and its fake, without gradients."""
     schema = f"({SCHEMA}{more}) -> ({', '.join(['Tensor'] * outputs)})"
-    operator = custom_op(f"{NAMESPACE}::{name}", lambda *args: run(*_split(args)), mutates_args=(), schema=schema)
+    # A pass looks at numbers on the host (how many rows have a weight), which no CUDA graph can replay.
+    options: dict[str, Any] = {"mutates_args": (), "schema": schema, "tags": (torch.Tag.cudagraph_unsafe,)}
+    operator = custom_op(f"{NAMESPACE}::{name}", lambda *args: run(*_split(args)), **options)
     operator.register_fake(lambda *args: fake(*_split(args)))
     return operator
 
@@ -149,7 +151,7 @@ def _vocab(objective: Objective, setting: Setting) -> int:
 def _value_tensors(values: Values, reduction: str) -> Tensors:
     rows = values.per_token
     loss = rows.clone() if reduction == "none" else rows.sum() / values.denominator
-    active = torch.tensor(values.active_tokens, device=rows.device)
+    active = torch.full((), values.active_tokens, device=rows.device)  # no copy from the host, which would wait
     return loss, rows, *(_or_empty(tensor, rows) for tensor in values[1:5]), active
 
 

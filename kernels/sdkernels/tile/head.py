@@ -121,8 +121,8 @@ class Head:
     """Multiplies rows by one (V, H) weight.
 
     `dtype` is that of the logits, `operand_dtype` that in which hidden rows are projected, `hidden_dtype` that in which
-    they come, for heads that take no other. `narrow`: the gradient products take tile and hidden rows in the dtype of
-    the weight, to which the tile comes in `dtype` to be rounded.
+    they come. `factor_dtype` is that of tile and hidden rows in the gradient products; `narrow`: the tile comes in
+    `dtype`, to be rounded to it.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, hidden_dtype: torch.dtype | None = None) -> None:
@@ -130,10 +130,15 @@ class Head:
         self.dtype = dtype
         self.mixed = has_mixed_products(weight) and dtype == torch.float32
         self.cast = not self.mixed and weight.dtype != dtype
-        self.operand_dtype = weight.dtype if self.mixed else dtype
+        # Of float32 rows a 16-bit head sees two parts, or they would be rounded like it.
+        self.operand_dtype = weight.dtype if self.mixed and hidden_dtype != torch.float32 else dtype
         on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and prefers_bfloat16()
         self.narrow = (on_cpu and dtype == torch.float32) or (self.mixed and weight.dtype == torch.float16)
         self.tile: Tensor | None = None
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        return self.weight.dtype if self.mixed or self.narrow else self.operand_dtype
 
     def reserve(self, columns: int) -> None:
         """Allocates the tile that casts go through; `columns` of the vocabulary at a time."""
@@ -149,7 +154,11 @@ class Head:
         """Writes hidden rows (R, H) · weightᵀ into each side's `out` (R, V); a cast tile serves all sides."""
         if self.mixed:
             for hidden, out in zip(sides, outs, strict=True):
-                torch.mm(hidden, self.weight.t(), out_dtype=self.dtype, out=out)
+                high, weight = hidden.to(self.weight.dtype), self.weight.t()
+                torch.mm(high, weight, out_dtype=self.dtype, out=out)
+                if hidden.dtype != high.dtype:
+                    low = (hidden - high).to(high.dtype)
+                    torch.addmm(out, low, weight, out_dtype=self.dtype, beta=1.0, alpha=1.0, out=out)
             return
         for columns, tile in self._tiles():
             for hidden, out in zip(sides, outs, strict=True):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -21,7 +22,8 @@ from typing import Any, Final, NamedTuple, TypeVar
 import torch
 
 FOLDER: Final = Path(__file__).resolve().parents[1] / "tables"
-ARCHITECTURES: Final = ("sm_80", "sm_90", "sm_100", "rocm", "interpreter")
+# What may be measured: a compute capability, or one of the others.
+ARCHITECTURE: Final = re.compile(r"sm_\d+|rocm|interpreter")
 KERNELS: Final = ("row_statistics", "divergence", "divergence_clipped", "softmax_gradient")
 # How far V and H may be from those that a workspace was measured at: elsewhere the rule of `driver/call.py` holds.
 NEAR: Final = 2.0
@@ -73,22 +75,34 @@ class Table:
         return None if row is None else row.megabytes
 
 
-def architecture(device: torch.device) -> str:
-    """Says which table a device reads."""
+def chip(device: torch.device) -> str:
+    """Says under which name a device is measured."""
     if device.type == "cpu":
         return "interpreter"
     if torch.version.hip is not None:
         return "rocm"
     if device.type != "cuda":
         return "sm_80"
-    major, _ = torch.cuda.get_device_capability(device)
-    return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def architecture(device: torch.device) -> str:
+    """Says what a device is launched as where nothing was measured: its chip, or an older one of the same kind."""
+    name = chip(device)
+    if not name.startswith("sm_"):
+        return name
+    capability = int(name.removeprefix("sm_"))
+    return "sm_100" if capability >= 100 else "sm_90" if capability >= 90 else "sm_80"
 
 
 def table_for(device: torch.device) -> Table | None:
-    """Returns the table of a device's architecture, where one was measured."""
+    """Returns what was measured on a device's chip, or on another one of its generation; None where nothing was."""
     # Without any table nothing is asked of the device, also not while a call is being traced.
-    return table_of(architecture(device)) if _current else None
+    if not _current:
+        return None
+    name, kind = chip(device), architecture(device)
+    # An sm_120 has half of the shared memory of an sm_100.
+    return table_of(name) or (table_of(kind) if name[:-1] == kind[:-1] else None)
 
 
 def table_of(name: str) -> Table | None:
@@ -122,8 +136,11 @@ def read(path: Path) -> Table:
     for name in ("device", "torch", "triton", "date"):
         if not isinstance(stored[name], str) or not stored[name]:
             raise _wrong(path, f"{name} must be a text, got {stored[name]!r}")
-    if stored["architecture"] not in ARCHITECTURES:
-        raise _wrong(path, f"architecture must be one of {', '.join(ARCHITECTURES)}, got {stored['architecture']!r}")
+    if not ARCHITECTURE.fullmatch(str(stored["architecture"])):
+        raise _wrong(
+            path,
+            f"architecture must be sm_ and a compute capability, rocm or interpreter, got {stored['architecture']!r}",
+        )
     if path.stem != stored["architecture"]:
         raise _wrong(path, f"it is of {stored['architecture']}, so its name must be {stored['architecture']}.json")
     kernels = stored["kernels"]

@@ -1,7 +1,7 @@
 """Attends over a packed row on a GPU: flash kernels on ragged segments, FlexAttention for windows and soft-caps.
 
-UNTESTED on a GPU: written without one at hand, after the signatures of torch 2.13 and flash-attn 2.8. Tests on a CPU
-put plain arithmetic in the place of the flash kernels, and run FlexAttention without a gradient.
+UNTESTED on a GPU: written without one at hand, after the signatures of torch 2.13. Tests on a CPU put plain arithmetic
+in the place of the flash kernels, which are torch's own, and run FlexAttention without a gradient.
 
 `varlen_*` does what `blockwise_*` in function.py does with a handful of launches whatever the number of branches is:
 one for every node of the row against itself, and at each depth of the trees one for the nodes there against what comes
@@ -29,7 +29,18 @@ HALF = (torch.float16, torch.bfloat16)
 def can_varlen(query: Tensor, value: Tensor, call: Call) -> bool:
     size = query.shape[-1]
     plain = call.window is None and call.softcap is None
-    return query.is_cuda and plain and query.dtype in HALF and value.shape[-1] == size and size % 8 == 0 and size <= 256
+    fits = query.dtype in HALF and value.shape[-1] == size and size % 8 == 0 and size <= 256
+    return query.is_cuda and plain and fits and _has_flash(query.device)
+
+
+@cache
+def _has_flash(device: torch.device) -> bool:
+    """True where torch's flash kernels run: its build has them, and the chip is an Ampere or newer.
+
+    On ROCm their log-sum-exp has another layout.
+    """
+    built = torch.version.hip is None and torch.backends.cuda.is_flash_attention_available()
+    return built and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class Launch(NamedTuple):
@@ -147,21 +158,9 @@ def varlen_backward(
     return grad_query, grad_key, grad_value
 
 
-@cache
-def _flash_attn() -> Any:
-    """Returns flash-attn's functions where it is installed, else None: torch's own copy of the kernel is used."""
-    if importlib.util.find_spec("flash_attn") is None:
-        return None
-    from flash_attn import flash_attn_interface  # type: ignore[import-not-found]
-
-    return flash_attn_interface
-
-
 def _forward(query: Tensor, key: Tensor, value: Tensor, launch: Launch, scaling: float) -> tuple[Tensor, Tensor]:
     """Returns (n, Hq, D) and the log-sum-exp (Hq, n) of one launch."""
     bounds = (launch.query_bounds, launch.key_bounds, launch.longest_query, launch.longest_key)
-    if (flash := _flash_attn()) is not None:
-        return flash._flash_attn_varlen_forward(query, key, value, *bounds, 0.0, scaling, causal=launch.causal)[:2]
     return torch.ops.aten._flash_attention_forward(
         query, key, value, *bounds, 0.0, launch.causal, False, scale=scaling
     )[:2]
@@ -178,12 +177,6 @@ def _backward(
     scaling: float,
 ) -> Sequence[Tensor]:
     bounds = (launch.query_bounds, launch.key_bounds, launch.longest_query, launch.longest_key)
-    if (flash := _flash_attn()) is not None:
-        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
-        flash._flash_attn_varlen_backward(
-            grad, query, key, value, out, lse, *grads, *bounds, 0.0, scaling, launch.causal, -1, -1, 0.0, None, True
-        )
-        return grads
     # Without dropout the state of the random numbers is not read.
     state = torch.zeros(2, dtype=torch.uint64, device=query.device)
     return torch.ops.aten._flash_attention_backward(

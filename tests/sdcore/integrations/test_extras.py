@@ -13,7 +13,6 @@ OPTIONAL = (
     "bitsandbytes",
     "deepspeed",
     "fla",
-    "flash_attn",
     "kernels",
     "liger_kernel",
     "matplotlib",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sdcore.errors import UnsupportedModelError
 from sdcore.prefix.attention import cuda as attention_cuda
@@ -376,6 +377,25 @@ def test_the_varlen_launches_of_the_gpu_path_add_up(case: Case) -> None:
         row, borrowed = case.tensors()
         actual = with_gradients(lambda leaves: attend(*leaves, case.call(borrowed)), row)
     assert_same(actual, with_gradients(lambda leaves: case.reference(leaves, borrowed), row))
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "hip", "runs"),
+    [((8, 0), True, None, True), ((7, 5), True, None, False), ((9, 0), False, None, False), ((9, 4), True, "6", False)],
+)
+def test_the_flash_kernels_are_taken_only_where_they_run(
+    capability: tuple[int, int], built: bool, hip: str | None, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    attention_cuda._has_flash.cache_clear()
+    with FakeTensorMode():
+        query = torch.empty(1, 2, 5, 64, dtype=torch.bfloat16, device="cuda:1")
+    call = Case(groups((0, 3, [2]))).call(None)
+    assert attention_cuda.can_varlen(query, query, call) == runs
+    assert not attention_cuda.can_varlen(query.cpu(), query.cpu(), call)
+    attention_cuda._has_flash.cache_clear()
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
