@@ -236,5 +236,13 @@ def _block_mask(call: Call, device: torch.device) -> BlockMask:
     def visible(_: Tensor, __: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (k_first[k] <= q) & (q < k_stop[k]) & (q_position[q] - k_position[k] < window)
 
-    call.shared[name] = create_block_mask(visible, None, None, call.row.length, len(keys), device=str(device))
+    call.shared[name] = create_block_mask(
+        visible,
+        None,
+        None,
+        call.row.length,
+        len(keys),
+        device=str(device),
+        _compile=device.type == "cuda",  # else it holds (L, L) of int64
+    )
     return call.shared[name]
