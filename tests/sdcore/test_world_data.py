@@ -27,7 +27,7 @@ def write(path: Path, *options: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", get_args(Kind))
+@pytest.mark.parametrize("kind", [kind for kind in get_args(Kind) if kind != "quiz"])  # see test_world_talks
 def test_a_row_has_a_question_its_answer_and_what_the_kind_needs(kind: Kind, tmp_path: Path) -> None:
     written = write(tmp_path / "train.jsonl", "--kind", kind, "--rows", "20")
     assert len(written) == 20
