@@ -167,7 +167,7 @@ context/truncated_tokens | down | tokens | tokens cut
 context/{count} | none | count | context: {count}
     What the context builder counted, added up over the step.
 [Turns]
-trajectories/turns | none | count | turns of the student
+turns/count | none | count | turns of the student
     Turns that the student spoke in trajectories with tools or an environment.
 trajectories/{outcome} | none | count | trajectories: {outcome}
     How trajectories ended: answered, or a turn was cut, no room for another turn or its tokens, no time; or the

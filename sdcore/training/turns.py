@@ -94,7 +94,7 @@ def counts_of(groups: Sequence[Group]) -> dict[str, int]:
     counts = Counter({f"trajectories/{outcome}": 0 for outcome in get_args(Outcome)})
     for rollout in rollouts:
         counts[f"trajectories/{rollout.outcome}"] += 1
-        counts["trajectories/turns"] += len(rollout.own)
+        counts["turns/count"] += len(rollout.own)
         counts.update(rollout.counts)
     return dict(counts)
 

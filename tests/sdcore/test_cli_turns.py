@@ -101,9 +101,7 @@ def test_the_functions_of_a_tools_file_are_all_that_it_defines_for_others() -> N
 
 def test_a_run_in_an_environment_is_trained_and_measured_by_its_name() -> None:
     done("train", "--method", "grpo", "--data", "train.jsonl", "--output", "run", *GAME_RUN, *FEW)
-    assert [line["trajectories/turns"] > line["completions/count"] for line in metrics() if "loss" in line] == [
-        True
-    ] * 2
+    assert [line["turns/count"] > line["completions/count"] for line in metrics() if "loss" in line] == [True] * 2
     described = json.loads(Path("run/run.json").read_text())
     assert (described["tools"], described["environment"]) == ([], "Game")
     judged = ["eval", "--model", "run", "--data", "train.jsonl", "--generations", 2, "--output", "x.json"]
@@ -115,7 +113,7 @@ def test_a_run_in_an_environment_is_trained_and_measured_by_its_name() -> None:
     assert told["settings"]["max_turns"] == 3
     assert told["settings"]["environment"] == "Game"
     answers = [answer for sample in told["samples"] for answer in sample["answers"]]
-    assert sum(answer["turns"] for answer in answers) == told["metrics"]["trajectories/turns"]
+    assert sum(answer["turns"] for answer in answers) == told["metrics"]["turns/count"]
     assert told["metrics"]["mean_turns"] == pytest.approx(sum(answer["turns"] for answer in answers) / 12)
     assert any(answer["feedback"] == "a3\n\na3" for answer in answers)
     ended = [answer for answer in answers if answer["outcome"] == "answered"]

@@ -245,13 +245,13 @@ def test_grpo_learns_from_the_same_trajectories_and_from_no_token_of_others() ->
 def test_a_trajectory_whose_environment_failed_carries_no_loss_and_is_counted() -> None:
     group = group_of()
     failed = replace(group.rollouts[1], outcome="failed", reward=None)
-    group = replace(group, rollouts=(group.rollouts[0], failed))
+    group = replace(group, rollouts=(replace(group.rollouts[0], outcome="turns"), failed))
     seen = OfTurn(shows="next_reply").condition(group, tokenizer_of("smollm2"))
     batch = Batch.of([group], [seen], KL)
     assert [sum(rows) > 0 for rows in batch.turns] == [True, False]
     assert batch.counts["completions/without_loss"] == 1
     counts = counts_of([group])
-    assert (counts["trajectories/failed"], counts["trajectories/answered"], counts["trajectories/turns"]) == (1, 1, 6)
+    assert (counts["trajectories/failed"], counts["trajectories/turns"], counts["turns/count"]) == (1, 1, 6)
     (judged,) = score([replace(group, rollouts=group.rollouts[::-1])], [lambda completion: len(completion)])
     assert [rollout.reward for rollout in judged.rollouts] == [None, len("Nine and more 0")]
 
@@ -331,13 +331,12 @@ def test_a_run_on_trajectories_that_is_resumed_gives_the_same_losses(name: str, 
     whole = trainer(tmp_path / "whole", METHODS[name], num_iterations=2, **stops)
     whole.train()
     own = lines(tmp_path / "whole")
-    assert all(line["trajectories/turns"] > line["completions/count"] for line in own if "trajectories/turns" in line)
+    assert all(line["turns/count"] > line["completions/count"] for line in own if "turns/count" in line)
     assert own[0]["trajectories/answered"] + own[0]["trajectories/cut"] == own[0]["completions/count"]
     assert any(line["grad_norm"] > 0 for line in own)
-    new = {
-        key for line in own for key in line if key.startswith(("trajectories/", "tools/", "environment/", "history/"))
-    }
-    assert len(new) == 16
+    prefixes = ("trajectories/", "turns/", "tools/", "environment/", "history/")
+    new = {key for line in own for key in line if key.startswith(prefixes)}
+    assert len(new) == 17
     assert all(key_of(key) for key in new)
     sample = json.loads((tmp_path / "whole" / "samples.jsonl").read_text().splitlines()[0])
     assert len(sample["tokens"]) == len(sample["per_token"])
