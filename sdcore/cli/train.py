@@ -54,6 +54,7 @@ def train(
       sdft_paper, sdft_as_run, opsd   privileged_context (or solution): a demonstration, a reference solution
       context_distillation            privileged_context: an instruction, a document
       sdpo, sdpo_code                 --reward that returns a number, or (number, feedback text)
+      turn_hindsight                  --environment or --tools: the teacher of each turn reads what they say of it
       rl_tilt, grpo                   --reward that returns a number
       sft                             completion
 
