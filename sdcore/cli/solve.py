@@ -23,10 +23,12 @@ from sdcore.cli.running import (
     settings_of,
 )
 
+# Fields of a run that are about who answers.
+ANSWERED = ("reward_timeout", "reward_on_error", *TURNS)
 # What is read of a run's fields, in YAML, as overrides, and of the run that wrote the model.
 FIELDS = (
     *("learning_rate", "max_completion_length", "sampling_temperature", "top_p", "top_k"),
-    *("stop_token_ids", "chat_template_kwargs", "reward_timeout", "reward_on_error", *TURNS),
+    *("stop_token_ids", "chat_template_kwargs", *ANSWERED),
 )
 
 
@@ -102,7 +104,7 @@ def solve(
         }
         given = settings_of(model) | run | {name: value for name, value in options.items() if value is not None}
         read = {name: given[name] for name in FIELDS if name in given}
-        of_turns = {name: read.pop(name) for name in ("reward_timeout", "reward_on_error", *TURNS) if name in read}
+        of_turns = {name: read.pop(name) for name in ANSWERED if name in read}
         agent = agent_of(SelfDistillationConfig(**of_turns), tools or [], environment)
         settings = SolveConfig(
             max_samples=max_samples,

@@ -137,8 +137,9 @@ def train(
             train_dataset=data,
             eval_dataset=eval_data,
             reward_funcs=reward or [],
-            tools=tools or [],
-            environment_factory=environment,
+            # Loaded once: a file is run each time.
+            tools=() if agent is None else agent.tools,
+            environment_factory=None if agent is None else agent.environment_factory,
             peft_config=lora_config(lora_rank),
         )
         trainer.start(asked)  # may refuse, before anything is written

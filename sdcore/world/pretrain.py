@@ -145,8 +145,9 @@ def pretrain(output: Path, config: PretrainConfig, *, start: Path | None = None)
     Returns the gate's measurements. Raises `RuntimeError`, and writes nothing, when one is below `gate_accuracy`.
     """
     tokenizer = build_tokenizer()
-    model = build_model(config.seed)
-    if start is not None:
+    if start is None:
+        model = build_model(config.seed)
+    else:
         model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
     rng = random.Random(config.seed)
     for phase in config.phases:

@@ -17,7 +17,12 @@ from tests.sdcore.test_cli import done, metrics, sdcore, write
 from tests.sdcore.test_trajectories import tiny
 
 GAME = '''
+from pathlib import Path
+
 from sdcore.rollouts.environments import Reply
+
+with Path("loads").open("a") as loads:
+    loads.write("x")
 
 
 class Game:
@@ -102,6 +107,7 @@ def test_the_functions_of_a_tools_file_are_all_that_it_defines_for_others() -> N
 def test_a_run_in_an_environment_is_trained_and_measured_by_its_name() -> None:
     done("train", "--method", "grpo", "--data", "train.jsonl", "--output", "run", *GAME_RUN, *FEW)
     assert [line["turns/count"] > line["completions/count"] for line in metrics() if "loss" in line] == [True] * 2
+    assert Path("loads").read_text() == "x"  # its file was run once
     described = json.loads(Path("run/run.json").read_text())
     assert (described["tools"], described["environment"]) == ([], "Game")
     judged = ["eval", "--model", "run", "--data", "train.jsonl", "--generations", 2, "--output", "x.json"]
