@@ -1,6 +1,6 @@
 """A conversation is learned turn by turn: each turn's teacher knows what the environment says about it.
 
-    python examples/word_game.py            # two minutes on one core
+    python examples/word_game.py            # half a minute on one core
 
 The game asks four questions, and says after each answer which pairs were wrong. A model that is told can use it in the
 same game; one that has learned needs no telling. The teacher of a turn reads the trajectory up to there, and what is

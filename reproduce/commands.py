@@ -225,7 +225,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Only this method; may be given several times.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes at a time, one thread each.")] = 2,
 ) -> None:
-    """Train with every method from the command line and compare with a goal: 4 processor minutes a seed."""
+    """Train with every method from the command line and compare with a goal: 5 processor minutes a seed."""
     cases = [case for case in CASES if only is None or case.method in only]
     searches = only is None or "solve" in only
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(workers) as pool:
