@@ -67,6 +67,7 @@ def linear_divergence(
     reduction: Reduction = "mean",
     backend: Backend | Literal["reference"] = "auto",
     gradient: Gradient = "auto",
+    gradient_tolerance: float | None = None,
     workspace_mb: float | None = None,
     on_nonfinite: Nonfinite = "propagate",
     process_group: ProcessGroup | None = None,
@@ -108,11 +109,16 @@ def linear_divergence(
         backend: "triton" on a GPU, "native" on a CPU with a C compiler, "torch" anywhere; "auto" picks and
             `output.backend` says which. "reference" is the definition itself: float64 inside, gradients through
             autograd, all logits at once, so at most 2²³ of them (N·V), and with none of the options about how a call is
-            run (`gradient`, `workspace_mb`, `on_nonfinite`, `process_group`, `normalizer_group`).
+            run (`gradient`, `gradient_tolerance`, `workspace_mb`, `on_nonfinite`, `process_group`, `normalizer_group`).
         gradient: "in_forward" forms the gradients with the loss (4 matrix products in all), "recompute" in backward
             (6); "auto" recomputes only where the upstream gradient of each token must be known: `reduction="none"`
             with a head that is trained. Gradients of float16 that were formed in forward wait for backward in float32,
             where a loss scale multiplies them before they are rounded: four bytes an entry of the head instead of two.
+        gradient_tolerance: relative error, by Frobenius norm, that the gradients of hidden states and of head may have,
+            each, such as 4e-3; None for none. Then only the columns of the vocabulary that matter are multiplied, and
+            `output.gradient_error` says how large the error is estimated to be; a chunk of rows of which it would be
+            above the tolerance is done in full. Faster on trained models, where rounding to bfloat16 makes as much.
+            The gradients have to be formed in forward.
         workspace_mb: bound on everything beside inputs, outputs and gradients. None: 256, and with a trainable head
             on a GPU up to half the size of its float32 gradient.
         on_nonfinite: "propagate" lets NaN and inf through as plain PyTorch would; "raise" raises FloatingPointError.
@@ -144,6 +150,7 @@ def linear_divergence(
         reduction=reduction,
         backend=backend,
         gradient=gradient,
+        gradient_tolerance=gradient_tolerance,
         workspace_mb=workspace_mb,
         on_nonfinite=on_nonfinite,
     )
@@ -336,7 +343,7 @@ def _formed_in_forward(operands: Operands, options: Options) -> str:
 
 
 def _output(values: Sequence[Any], backend: str, given: Operands) -> DivergenceOutput:
-    loss, per_token, student_logprobs, teacher_logprobs, student_entropy, teacher_entropy, active_tokens, *_ = values
+    loss, per_token, student_logprobs, teacher_logprobs, student_entropy, teacher_entropy, active_tokens, error, *_ = values
     targets, cached = given.target_ids is not None, given.teacher_ids is not None
     return DivergenceOutput(
         loss=loss,
@@ -346,5 +353,6 @@ def _output(values: Sequence[Any], backend: str, given: Operands) -> DivergenceO
         student_entropy=student_entropy,
         teacher_entropy=None if cached else teacher_entropy,
         active_tokens=active_tokens,
+        gradient_error=error if error.numel() else None,
         backend=backend,
     )

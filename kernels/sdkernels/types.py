@@ -97,6 +97,7 @@ class DivergenceOutput(NamedTuple):
     student_entropy: torch.Tensor  # (N,) nats, over the full vocabulary; 0 where the weight is 0
     teacher_entropy: torch.Tensor | None  # (N,) nats; None where the teacher is TopKLogprobs
     active_tokens: torch.Tensor  # () int64, rows with a weight other than 0
+    gradient_error: torch.Tensor | None  # (2,) estimated, of hidden states and of head; None without gradient_tolerance
     backend: str  # "torch", "native" or "triton"
 
 
@@ -117,6 +118,7 @@ class Options:
     reduction: str = "mean"
     backend: str = "auto"
     gradient: str = "auto"
+    gradient_tolerance: float | None = None
     workspace_mb: float | None = None
     on_nonfinite: str = "propagate"
 
@@ -237,6 +239,7 @@ class Setting(NamedTuple):
     reduction: str = "mean"
     normalizer: float = 0.0  # what a mean divides by; 0: the sum of the weights
     raise_on_nonfinite: bool = False
+    gradient_tolerance: float = 0.0  # relative error that the formed gradients may have; 0: none
 
 
 class Gradients(NamedTuple):

@@ -137,6 +137,16 @@ def check_linear_divergence(given: Operands, options: Options, whole_vocab: int)
             "gradient must be 'auto' or 'recompute' for reduction='none' with a head that is trained (its gradient "
             "depends on each token's upstream gradient), got 'in_forward'"
         )
+    if options.gradient_tolerance is not None:
+        check_number("gradient_tolerance", options.gradient_tolerance, 0.0, 1.0, open_low=True)
+        refusals = {
+            f"gradient={options.gradient!r}": options.gradient == "recompute",
+            "reduction='none' and a head that is trained": options.reduction == "none" and trained,
+            "a process_group": bool(whole_vocab),
+        }
+        for came, is_refused in refusals.items():
+            if is_refused:
+                raise ValueError(f"gradient_tolerance must be None with {came}: it is for gradients formed in forward")
 
 
 def check_logit_divergence(given: Operands, options: Options) -> None:
@@ -180,6 +190,7 @@ def check_reference(given: Operands, options: Options, process_group: object, no
     """Refuses what the reference does not know, and inputs too large for it."""
     unknown = {
         "gradient": options.gradient != "auto",
+        "gradient_tolerance": options.gradient_tolerance is not None,
         "workspace_mb": options.workspace_mb is not None,
         "on_nonfinite": options.on_nonfinite != "propagate",
         "process_group": process_group is not None,

@@ -23,7 +23,10 @@ def mixed_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Does as a GPU: products of 16-bit factors, summed in float32."""
     mm, addmm = torch.mm, torch.addmm
 
-    def mixed_mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
+    def mixed_mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, out: Tensor) -> Tensor:
+        if out_dtype is None:
+            assert a.dtype == b.dtype == torch.float32
+            return mm(a, b, out=out)
         assert a.element_size() == b.element_size() == 2
         return mm(a.to(out_dtype), b.to(out_dtype), out=out)
 

@@ -93,6 +93,7 @@ def setting_of(
         reduction=options.reduction,
         normalizer=_normalizer(normalizer_group, operands, options.reduction),
         raise_on_nonfinite=options.on_nonfinite == "raise",
+        gradient_tolerance=options.gradient_tolerance or 0.0,
     )
 
 

@@ -108,7 +108,10 @@ class LogitWalk(RowWalk):
 
 
 class HeadWalk(RowWalk):
-    """Walks over hidden states and projects them by their heads, or, with `shards`, by this rank's rows of them."""
+    """Walks over hidden states and projects them by their heads, or, with `shards`, by this rank's rows of them.
+
+    `more` bytes, once and per row of a chunk, are what is to be done with its tile takes.
+    """
 
     def __init__(
         self,
@@ -117,6 +120,7 @@ class HeadWalk(RowWalk):
         backend: str,
         workspace_bytes: int,
         shards: Shards | None = None,
+        more: tuple[int, int] = (0, 0),
     ) -> None:
         sides = operands.sides()
         super().__init__(operands, objective, backend, shards)
@@ -144,7 +148,7 @@ class HeadWalk(RowWalk):
             hidden_entries=3 * sum(side.shape[1] for side, _ in sides) + 2 * hidden.shape[1],
             cast_width=max((head.weight.shape[1] for head, _ in self.groups if head.cast), default=0),
             itemsize=self.dtype.itemsize,
-            scratch=(once + head_once, per_row + head_per_row),
+            scratch=(once + head_once + more[0], per_row + head_per_row + more[1]),
             workspace_bytes=workspace_bytes,
             most_rows=MOST_ROWS.get(hidden.device.type),
         )
@@ -247,29 +251,44 @@ class HeadGradients:
         elif head.narrow and vocab:
             # The factors go in before the tile is rounded: in hidden rows they would be rounded once more.
             gradient, factors = _into_bfloat16(gradient, factors), None
+        chunk = hidden = None
         if self.hidden is not None:
             chunk = self.chunk[: gradient.shape[0]]
-            if vocab:
-                with fast_products(chunk.device, "gradient"):
-                    head.hidden_gradient(gradient, chunk)
-                if grown is not None:
-                    chunk.div_(grown[:, None])
-            else:
+            if not vocab:
                 chunk.zero_()
+        weight_scale = scale
+        if self.weight is not None and vocab:
+            hidden, by_row = self.walk.student_rows(rows), factors
+            if grown is not None:
+                unit = 2.0 ** self._range[1]
+                by_row, weight_scale = 1 / (grown * unit), scale * unit
+            if by_row is not None:
+                hidden = (hidden * by_row[:, None]).to(hidden.dtype)
+        if vocab:
+            of_row = factors if grown is None else 1 / grown
+            with fast_products(gradient.device, "gradient"):
+                self._multiply(gradient, chunk, hidden, of_row, weight_scale)
+        if self.hidden is not None and chunk is not None:
+            if grown is not None:
+                chunk.div_(grown[:, None])
             if self.walk.shards is not None:
                 self.walk.shards.add_up_(chunk)
             chunk.mul_(scale if factors is None else (factors * scale)[:, None])
             self.hidden[rows] = chunk.to(self.hidden.dtype)
-        if self.weight is not None and vocab:
-            hidden = self.walk.student_rows(rows)
-            if grown is not None:
-                unit = 2.0 ** self._range[1]
-                factors, scale = 1 / (grown * unit), scale * unit
-            if factors is not None:
-                hidden = (hidden * factors[:, None]).to(hidden.dtype)
-            with fast_products(hidden.device, "gradient"):
-                head.weight_gradient(gradient, hidden, self.weight[:vocab], scale, self.first)
         self.first = False
+
+    def _multiply(
+        self, gradient: Tensor, chunk: Tensor | None, hidden: Tensor | None, of_row: Tensor | None, scale: float
+    ) -> None:
+        """Writes tile (C, V) · head to `chunk` (C, H), and adds scale · tileᵀ · `hidden` (C, H) to the head's gradient.
+
+        Row i of the tile counts `of_row[i]` times, of which hidden rows are multiples already.
+        """
+        head = self.walk.student_head
+        if chunk is not None:
+            head.hidden_gradient(gradient, chunk)
+        if hidden is not None and self.weight is not None:
+            head.weight_gradient(gradient, hidden, self.weight[: self.walk.vocab], scale, self.first)
 
     @cached_property
     def _range(self) -> tuple[int, int]:

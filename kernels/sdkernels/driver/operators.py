@@ -29,7 +29,7 @@ LEADING = OPERANDS + OBJECTIVE + SETTING
 SCHEMA = (
     f"Tensor {', Tensor? '.join(Operands._fields)}, str objective, float[] numbers, int[] counts, str backend, "
     "int workspace_bytes, str process_group, int[] shards, str reduction, float normalizer, bool raise_on_nonfinite, "
-    "str wanted"
+    "float gradient_tolerance, str wanted"
 )
 Tensors = tuple[Tensor, ...]
 # What an operator does: operands, objective, setting, wanted and, in backward, gradients of the outputs, to tensors.
@@ -152,7 +152,8 @@ def _value_tensors(values: Values, reduction: str) -> Tensors:
     rows = values.per_token
     loss = rows.clone() if reduction == "none" else rows.sum() / values.denominator
     active = torch.full((), values.active_tokens, device=rows.device)  # no copy from the host, which would wait
-    return loss, rows, *(_or_empty(tensor, rows) for tensor in values[1:5]), active
+    error = _or_empty(values.gradient_error, rows)
+    return loss, rows, *(_or_empty(tensor, rows) for tensor in values[1:5]), active, error
 
 
 def _gradient_tensors(gradients: Gradients, operands: Operands) -> Tensors:
@@ -172,7 +173,7 @@ def _fake_gradients(operands: Operands, objective: Objective, setting: Setting, 
 
 
 def _divergence(operands: Operands, objective: Objective, setting: Setting, wanted: str) -> Tensors:
-    """Returns loss, row values and the number of active rows, seven tensors, and the three gradients."""
+    """Returns loss, row values, active rows and the gradients' error, eight tensors, and the three gradients."""
     # A normalizer that is given has been found positive, and the weights' own sum says nothing.
     check_values(operands, _vocab(objective, setting), "sum" if setting.normalizer else setting.reduction)
     values, formed = divergence_pass(operands, objective, setting, wanted)
@@ -191,6 +192,7 @@ def _fake_divergence(operands: Operands, objective: Objective, setting: Setting,
         torch.empty_like(rows),
         torch.empty_like(none if cached else rows),
         hidden.new_empty((), dtype=torch.int64),
+        rows.new_empty(2 if wanted and setting.gradient_tolerance else 0),
         *(
             gradient.to(held_dtype(gradient.dtype)) if letter in wanted else gradient
             for gradient, letter in zip(_fake_gradients(operands, objective, setting, wanted), "hwb", strict=True)
@@ -243,6 +245,6 @@ def _fake_topk(operands: Operands, objective: Objective, setting: Setting, wante
     return hidden.new_empty(shape, dtype=torch.int64), hidden.new_empty(shape, dtype=operands.dtype)
 
 
-divergence = register("divergence", _divergence, _fake_divergence, outputs=10, backward=_divergence_backward)
+divergence = register("divergence", _divergence, _fake_divergence, outputs=11, backward=_divergence_backward)
 logprobs = register("logprobs", _logprobs, _fake_logprobs, outputs=2, backward=_logprobs_backward, differentiable=2)
 topk = register("topk", _topk, _fake_topk, outputs=2)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..types import Gradients, Objective, Operands, Setting, in_float64
 from ..vocab_parallel.shards import Shards
 from .chunks import HeadGradients, HeadWalk, LogitGradient, LogitWalk, RowWalk
+from .columns import ColumnGradients, scratch_bytes
 
 
 class Values(NamedTuple):
@@ -28,6 +29,7 @@ class Values(NamedTuple):
     teacher_entropy: Tensor | None
     active_tokens: int
     denominator: float  # what the sum over rows is divided by
+    gradient_error: Tensor | None = None  # (2,) estimated, relative: of the gradients of hidden states and of head
 
 
 def divergence_pass(
@@ -43,9 +45,20 @@ def divergence_pass(
         old = operands.old_logprobs
         importance = None if old is None else _importance(old.new_zeros(()), old, objective.importance_clip)
         bounds = (operands.token_weights, upstream, importance)
-        gradients = HeadGradients(walk, wanted, held=upstream is None, bounds=bounds)
-        values = _divergence_values(walk, gradients if wanted else None, setting, upstream)
-        return values, gradients.result()
+        tolerance = setting.gradient_tolerance
+        if not (wanted and tolerance):
+            gradients = HeadGradients(walk, wanted, held=upstream is None, bounds=bounds)
+            values = _divergence_values(walk, gradients if wanted else None, setting, upstream)
+            return values, gradients.result()
+        some = ColumnGradients(walk, wanted, tolerance, held=upstream is None, bounds=bounds)
+        values = _divergence_values(walk, some, setting, upstream)
+        error = some.error
+        if not bool((error > tolerance).any()):
+            return values._replace(gradient_error=error), some.result()
+        # Each chunk's was small: they have added up, and the chunks' gradients of the head have cancelled.
+        del walk, some
+        values, formed = divergence_pass(operands, objective, setting._replace(gradient_tolerance=0.0), wanted, upstream)
+        return values._replace(gradient_error=torch.zeros_like(error)), formed
     logits = LogitWalk(operands, objective, setting.backend, setting.workspace_bytes)
     gradient = LogitGradient(logits) if wanted else None
     values = _divergence_values(logits, gradient, setting, upstream)
@@ -100,7 +113,8 @@ def _head_walk(operands: Operands, objective: Objective, setting: Setting) -> He
     shards = None
     if setting.process_group:
         shards = Shards(setting.process_group, setting.shards, objective.vocab_size or sum(setting.shards))
-    return HeadWalk(operands, objective, setting.backend, setting.workspace_bytes, shards)
+    more = scratch_bytes(*operands.weight.shape) if setting.gradient_tolerance else (0, 0)
+    return HeadWalk(operands, objective, setting.backend, setting.workspace_bytes, shards, more)
 
 
 def _divergence_values(

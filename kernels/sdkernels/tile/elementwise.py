@@ -251,3 +251,13 @@ def transform_(z: Tensor, head: tuple[float, float | None, float], bias: Tensor 
         z.mul_(scale / softcap).tanh_().mul_(softcap / temperature)
     elif scale != temperature:
         z.mul_(scale / temperature)
+
+
+def column_squares(tile: Tensor, weights: Tensor) -> Tensor:
+    """Returns the sums of squares (V,) of a tile's columns, row i times `weights[i]`, in float32 like these."""
+    sums = weights.new_empty(tile.shape[1])
+    step = block_rows(tile.shape[0], tile.device.type)  # of columns
+    for start in range(0, len(sums), step):
+        part = tile[:, start : start + step].float()
+        torch.mv(part.square().t(), weights, out=sums[start : start + step])
+    return sums

@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from functools import cache, partial
 from pathlib import Path
 from typing import Literal
@@ -140,6 +141,17 @@ class Head:
     def factor_dtype(self) -> torch.dtype:
         return self.weight.dtype if self.mixed or self.narrow else self.operand_dtype
 
+    @property
+    def rounds(self) -> bool:
+        """True where the gradient products round what they return to 16 bits."""
+        return self.narrow and not self.mixed
+
+    def of(self, weight: Tensor) -> Head:
+        """Returns what does the same products with another weight (K, H) of the same dtype."""
+        other = copy(self)
+        other.weight = weight
+        return other
+
     def reserve(self, columns: int) -> None:
         """Allocates the tile that casts go through; `columns` of the vocabulary at a time."""
         if self.cast:
@@ -187,7 +199,7 @@ class Head:
         elif self.narrow and self.tile is not None:
             # A 16-bit product rounds its output, so it goes through the tile and is added up in float32.
             buffer = self.tile.view(-1).view(self.weight.dtype).view(-1, self.tile.shape[1])
-            for columns in _slices(self.weight.shape[0], buffer.shape[0]):
+            for columns in _slices(out.shape[0], buffer.shape[0]):
                 product = torch.mm(gradient[:, columns].t(), hidden, out=buffer[: columns.stop - columns.start])
                 if first:
                     out[columns].copy_(product).mul_(scale)

@@ -20,6 +20,7 @@ from .elementwise import (
     centre_,
     chain_,
     clipped_terms,
+    column_squares,
     divergence_terms,
     exponential_sums,
     finalise_,
@@ -36,6 +37,8 @@ from .topk import bucket_divergence, tail_share, with_tail
 TAKES_GAP = True
 # The products with a head (V, H), given also the dtype of the logits.
 make_head = Head
+
+__all__ = ["TAKES_GAP", "column_squares", "divergence_tile", "logprob_tile", "make_head", "scratch_bytes", "topk_tile"]
 
 
 def scratch_bytes(rows: int, vocab: int, device_type: str, topk: int) -> tuple[int, int]:

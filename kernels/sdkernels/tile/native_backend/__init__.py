@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ...types import Objective, RowValues, TileRows
-from .. import torch_backend
+from .. import elementwise, torch_backend
 from ..elementwise import narrow_
-from ..threads import together
+from ..threads import run_all, shares, together
 from ..tiling import gradient_view
 from ..torch_backend import logprob_tile, topk_tile
 from .build import Job, library
@@ -31,6 +31,7 @@ VALUES = 5  # doubles a row: see `Values` in rows.h
 LISTED_BYTES = 56
 # Of a tile; less is not worth another thread.
 LEAST_ENTRIES = 1 << 15
+ALIGNED = 16  # columns, on which shares of threads start
 
 
 def is_available() -> bool:
@@ -92,6 +93,29 @@ def divergence_tile(
         for row, narrowed in zip(student_logits, gradient, strict=True):
             narrow_(row, narrowed)
     return row_values, gradient
+
+
+def column_squares(tile: Tensor, weights: Tensor) -> Tensor:
+    """Does `elementwise.column_squares` in one pass over the tile."""
+    functions = library()
+    if functions is None or tile.dtype not in (torch.float32, torch.bfloat16):
+        return elementwise.column_squares(tile, weights)
+    weights = weights.contiguous()
+    sums = weights.new_empty(tile.shape[1])
+    parts = shares(len(sums), step=ALIGNED, most=tile.numel() // LEAST_ENTRIES)
+
+    def part(share: int) -> None:
+        start, stop = parts[share]
+        functions.sdkernels_column_squares(
+            ctypes.c_void_p(tile[:, start:].data_ptr()),
+            int(tile.dtype == torch.bfloat16),
+            *map(ctypes.c_int64, (tile.stride(0), tile.shape[0], stop - start)),
+            ctypes.c_void_p(weights.data_ptr()),
+            ctypes.c_void_p(sums[start:].data_ptr()),
+        )
+
+    run_all(part, len(parts))
+    return sums
 
 
 def _run(
@@ -189,4 +213,13 @@ def _gain(head: tuple[float, float | None, float]) -> float:
     return scale / temperature
 
 
-__all__ = ["TAKES_GAP", "divergence_tile", "is_available", "logprob_tile", "make_head", "scratch_bytes", "topk_tile"]
+__all__ = [
+    "TAKES_GAP",
+    "column_squares",
+    "divergence_tile",
+    "is_available",
+    "logprob_tile",
+    "make_head",
+    "scratch_bytes",
+    "topk_tile",
+]

@@ -155,6 +155,10 @@ class PairHead(NativeHead):
             raise TypeError(f"no products of pairs with {weight.dtype}, {tuple(weight.shape)}")
         self.narrow, self.operand_dtype = True, torch.bfloat16
 
+    @property
+    def rounds(self) -> bool:
+        return False
+
 
 # Operators, so that whoever counts products by torch's dispatcher sees these too.
 # The package's own name: a copy of it under another one may be loaded beside it.

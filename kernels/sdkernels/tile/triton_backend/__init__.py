@@ -7,6 +7,7 @@ formulas.py; block sizes per architecture: configs.py.
 
 from __future__ import annotations
 
+from ..elementwise import column_squares
 from ..head import Head
 from .tiles import divergence_tile, logprob_tile, scratch_bytes, topk_tile
 
@@ -15,4 +16,4 @@ TAKES_GAP = False
 # The products with a head (V, H), given also the dtype of the logits.
 make_head = Head
 
-__all__ = ["divergence_tile", "logprob_tile", "scratch_bytes", "topk_tile"]
+__all__ = ["column_squares", "divergence_tile", "logprob_tile", "scratch_bytes", "topk_tile"]
