@@ -343,7 +343,9 @@ def _formed_in_forward(operands: Operands, options: Options) -> str:
 
 
 def _output(values: Sequence[Any], backend: str, given: Operands) -> DivergenceOutput:
-    loss, per_token, student_logprobs, teacher_logprobs, student_entropy, teacher_entropy, active_tokens, error, *_ = values
+    loss, per_token, student_logprobs, teacher_logprobs, student_entropy, teacher_entropy, active_tokens, error, *_ = (
+        values
+    )
     targets, cached = given.target_ids is not None, given.teacher_ids is not None
     return DivergenceOutput(
         loss=loss,

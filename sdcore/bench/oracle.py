@@ -88,10 +88,10 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     return (distance / torch.linalg.vector_norm(exact, dtype=torch.float64)).item()
 
 
-def difference(errors: Errors, dtype: str, *, on_states: bool = False) -> str | None:
-    """Says why a result is not the quantity that was asked for; None if it is."""
+def difference(errors: Errors, dtype: str, *, on_states: bool = False, tolerance: float = 0.0) -> str | None:
+    """Says why a result is not the quantity that was asked for, its gradients to `tolerance`; None if it is."""
     if not errors.loss <= EQUAL_LOSS[dtype]:
         return f"loss off by {errors.loss:.1e}"
-    if not errors.gradient <= (EQUAL_ON_STATES if on_states else EQUAL_GRADIENT)[dtype]:
+    if not errors.gradient <= max((EQUAL_ON_STATES if on_states else EQUAL_GRADIENT)[dtype], tolerance):
         return f"gradient off by {errors.gradient:.1e}"
     return None

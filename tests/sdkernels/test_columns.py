@@ -91,7 +91,8 @@ def test_gradients_are_within_the_tolerance_by_fewer_columns(
     sides = peaked(dtype=dtype)
     output, gradients = run(sides, alpha=alpha)
     errors = true_errors(sides, gradients, alpha=alpha)
-    assert counted and all(0 < count < 0.5 * VOCAB for count in counted)
+    assert counted
+    assert all(0 < count < 0.5 * VOCAB for count in counted)
     rounding = 0.004 if dtype == torch.bfloat16 else 0.0
     assert max(errors) <= TOLERANCE + rounding
     assert min(errors) > 1e-4  # or it would be exact, and the test about nothing
@@ -122,7 +123,8 @@ def test_whatever_is_asked_for(arguments: dict[str, Any]) -> None:
     sides = peaked()
     output, gradients = run(sides, **arguments)
     assert max(true_errors(sides, gradients, **arguments)) <= TOLERANCE
-    assert output.gradient_error is not None and bool((output.gradient_error <= TOLERANCE).all())
+    assert output.gradient_error is not None
+    assert bool((output.gradient_error <= TOLERANCE).all())
 
 
 @pytest.mark.parametrize("wanted", ["h", "w"])
@@ -131,7 +133,8 @@ def test_of_one_gradient_alone(wanted: str, counted: list[int]) -> None:
     output, gradients = run(sides, wanted=wanted)
     assert [gradient is not None for gradient in gradients] == [wanted == "h", wanted == "w"]
     errors = true_errors(sides, gradients)
-    assert 1e-4 < max(errors) <= TOLERANCE and all(0 < count < 0.5 * VOCAB for count in counted)
+    assert 1e-4 < max(errors) <= TOLERANCE
+    assert all(0 < count < 0.5 * VOCAB for count in counted)
     assert output.gradient_error is not None
     assert (output.gradient_error > 0).tolist() == [wanted == "h", wanted == "w"]
 
@@ -152,9 +155,11 @@ def test_flat_gradients_are_formed_in_full(counted: list[int]) -> None:
     sides = hidden, 0.01 * weight, hidden + noise
     output, gradients = run(sides)
     assert set(counted) == {-1}
-    assert output.gradient_error is not None and output.gradient_error.tolist() == [0.0, 0.0]
+    assert output.gradient_error is not None
+    assert output.gradient_error.tolist() == [0.0, 0.0]
     for got, right in zip(gradients, run(sides, None)[1], strict=True):
-        assert got is not None and right is not None
+        assert got is not None
+        assert right is not None
         torch.testing.assert_close(got, right, rtol=0, atol=0)
 
 
@@ -186,7 +191,8 @@ def test_no_input_exceeds_the_tolerance(name: str, alpha: float) -> None:
     _, dense = run(sides, None, alpha=alpha)
     _, gradients = run(sides, alpha=alpha)
     for got, right in zip(gradients, dense, strict=True):
-        assert got is not None and right is not None
+        assert got is not None
+        assert right is not None
         # Against ours: where the teacher is next to the student, float32 is what float64 is not.
         assert float((got - right).norm()) <= TOLERANCE * float(right.norm())
 
@@ -194,8 +200,9 @@ def test_no_input_exceeds_the_tolerance(name: str, alpha: float) -> None:
 def test_equal_sides_have_no_gradient() -> None:
     hidden, weight, _ = peaked()
     output, gradients = run((hidden, weight, hidden))
-    assert all(gradient is not None and not bool(gradient.any()) for gradient in gradients)
-    assert output.gradient_error is not None and output.gradient_error.tolist() == [0.0, 0.0]
+    assert not any(gradient is None or bool(gradient.any()) for gradient in gradients)
+    assert output.gradient_error is not None
+    assert output.gradient_error.tolist() == [0.0, 0.0]
 
 
 def test_what_is_not_a_number_stays_so() -> None:
@@ -204,8 +211,10 @@ def test_what_is_not_a_number_stays_so() -> None:
     _, dense = run((hidden, weight, teacher), None)
     _, gradients = run((hidden, weight, teacher))
     for got, right in zip(gradients, dense, strict=True):
-        assert got is not None and right is not None
-        assert torch.equal(got.isnan(), right.isnan()) and bool(got.isnan().any())
+        assert got is not None
+        assert right is not None
+        assert bool(got.isnan().any())
+        assert torch.equal(got.isnan(), right.isnan())
 
 
 def test_errors_that_add_up_are_undone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +229,8 @@ def test_errors_that_add_up_are_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     _, dense = run(sides, None, **arguments)
     _, gradients = run(sides, **arguments)
     for got, right in zip(gradients, dense, strict=True):
-        assert got is not None and right is not None
+        assert got is not None
+        assert right is not None
         assert float((got - right).norm()) <= TOLERANCE * float(right.norm())
 
 

@@ -228,9 +228,13 @@ class HeadGradients:
         hidden, weight = walk.operands.student_hidden, walk.operands.weight
         self.hidden = torch.zeros_like(hidden, dtype=self.result_dtype(hidden.dtype)) if "h" in wanted else None
         self.chunk = hidden.new_empty((walk.chunk_rows if "h" in wanted else 0, hidden.shape[1]), dtype=walk.dtype)
-        self.weight = populated(weight.new_empty(weight.shape, dtype=walk.dtype)) if "w" in wanted else None
+        self.weight = self._sums(weight) if "w" in wanted else None
         self.bias = weight.new_zeros(weight.shape[0], dtype=walk.dtype) if "b" in wanted else None
         self.first = True
+
+    def _sums(self, weight: Tensor) -> Tensor:
+        """Returns where the head's gradient (V, H) is summed: anything, which the `first` chunk overwrites."""
+        return populated(weight.new_empty(weight.shape, dtype=self.walk.dtype))
 
     def add(self, rows: Rows, gradient: Tensor, factors: Tensor | None, scale: float) -> None:
         """Adds the products of one gradient tile (C, V); row i counts `scale · factors[i]` times."""
@@ -251,19 +255,20 @@ class HeadGradients:
         elif head.narrow and vocab:
             # The factors go in before the tile is rounded: in hidden rows they would be rounded once more.
             gradient, factors = _into_bfloat16(gradient, factors), None
-        chunk = hidden = None
+        chunk: Tensor | None = None
+        hidden: Tensor | None = None
         if self.hidden is not None:
             chunk = self.chunk[: gradient.shape[0]]
             if not vocab:
                 chunk.zero_()
         weight_scale = scale
         if self.weight is not None and vocab:
-            hidden, by_row = self.walk.student_rows(rows), factors
+            hidden, of_hidden = self.walk.student_rows(rows), factors
             if grown is not None:
                 unit = 2.0 ** self._range[1]
-                by_row, weight_scale = 1 / (grown * unit), scale * unit
-            if by_row is not None:
-                hidden = (hidden * by_row[:, None]).to(hidden.dtype)
+                of_hidden, weight_scale = 1 / (grown * unit), scale * unit
+            if of_hidden is not None:
+                hidden = (hidden * of_hidden[:, None]).to(hidden.dtype)
         if vocab:
             of_row = factors if grown is None else 1 / grown
             with fast_products(gradient.device, "gradient"):

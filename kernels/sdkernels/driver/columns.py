@@ -17,13 +17,13 @@ of the head, which costs less than a thousandth of the products.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 
 import torch
 from torch import Tensor
 
 from ..tile.head import Head
 from ..tile.tiling import block_rows
+from ..types import in_float64
 from .chunks import HeadGradients, HeadWalk
 
 RANK, PROBES = 8, 12  # directions of the head, and probes of either gradient
@@ -63,30 +63,32 @@ class ColumnGradients(HeadGradients):
         self.thin, self.basis, self.cross = _thin_factor(head.weight[: walk.vocab], self.dtype, generator)
         self.thin_head = head.of(self.thin.to(head.weight.dtype if head.mixed or head.narrow else self.dtype))
         self.thin_head.cast, self.thin_head.tile = False, None
-        if self.weight is not None:
-            self.weight.zero_()
-            self.first = False
+        self.first = False
         vocab, width = head.weight.shape
         block = min(BLOCK, vocab + vocab % 2)
         self.tile = self.thin_head.weight.new_empty((walk.chunk_rows, block), dtype=head.factor_dtype)
         self.picked = head.weight.new_empty((block, width))
         self.product = self.chunk.new_empty((walk.chunk_rows, width))
         self.sums = self.chunk.new_empty((block, width))
-        zero = walk.operands.student_hidden.new_zeros((), dtype=torch.float64)
+        zero = in_float64(self.chunk.new_zeros(()))
         self.missed, self.norm = zero, zero  # of the hidden gradient, squared
-        self.head_missed: Tensor | float = 0.0  # (PROBES, H) of the head's
-        self.head_norm: Tensor | float | None = 0.0  # the same of all of it; None where some chunk was done in full
+        nothing = self.chunk.new_zeros((PROBES, width))
+        self.head_missed = nothing  # of the head's
+        self.head_norm: Tensor | None = nothing  # the same of all of it; None where some chunk was done in full
+
+    def _sums(self, weight: Tensor) -> Tensor:
+        return weight.new_zeros(weight.shape, dtype=self.walk.dtype)  # no chunk writes all of it
 
     @property
     def error(self) -> Tensor:
         """Is the estimated relative error of the gradients of hidden states and head, (2,)."""
         hidden = (self.missed / self.norm.clamp(min=1e-300)).sqrt()
         head = torch.zeros_like(hidden)
-        if self.weight is not None and isinstance(self.head_missed, Tensor):
+        if self.weight is not None:
             whole = self.weight if self.head_norm is None else self.head_norm
-            norm = torch.linalg.vector_norm(whole, dtype=torch.float64)
-            head = torch.linalg.vector_norm(self.head_missed.double()) / norm.clamp(min=1e-300)
-        return torch.stack([hidden, head]).to(self.dtype)
+            norm = in_float64(torch.dot(whole.view(-1), whole.view(-1)))
+            head = (_squared(self.head_missed) / norm.clamp(min=1e-300)).sqrt()
+        return torch.stack([hidden, head]).to(self.chunk)
 
     def _multiply(
         self, gradient: Tensor, chunk: Tensor | None, hidden: Tensor | None, of_row: Tensor | None, scale: float
@@ -178,12 +180,12 @@ class ColumnGradients(HeadGradients):
     def _errors(
         self, whole: Tensor, left: Tensor, hidden: Tensor | None, by_row: Tensor | None
     ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Returns what is missing of the hidden gradient, squared; (PROBES, H) of the head's, missing and all; the error.
+        """Returns what is missing of the hidden gradient, squared; (PROBES, H) of the head's, what is missing and all.
 
-        That is the larger one of both, relative.
+        And the larger of both relative errors.
         """
         probes, signs = slice(RANK, RANK + PROBES), slice(RANK + PROBES, None)
-        missed = whole.new_zeros((), dtype=torch.float64)
+        missed = in_float64(whole.new_zeros(()))
         errors, of_head = [], []
         if self.hidden is not None:
             missed = _squared(left[:, probes], by_row)
@@ -241,10 +243,10 @@ def _least_kept(squares: Tensor, budget: float) -> float:
         first = int((masses.cumsum(0) <= budget).sum())
         return float(torch.tensor(first << BINS, dtype=torch.int32).view(torch.float32))
     ordered = squares.sort().values  # a weighted count would depend on the order of a GPU's additions
-    return float(ordered[(ordered.double().cumsum(0) <= budget).sum().clamp(max=len(ordered) - 1)])
+    return float(ordered[(in_float64(ordered).cumsum(0) <= budget).sum().clamp(max=len(ordered) - 1)])
 
 
 def _squared(x: Tensor, by_row: Tensor | None = None) -> Tensor:
-    """Returns the sum of squares of all entries; row i times `by_row[i]`."""
-    rows = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
-    return (rows if by_row is None else rows * by_row).square().sum()
+    """Returns the sum of squares of all entries, in float64; row i times `by_row[i]`."""
+    rows = torch.linalg.vector_norm(in_float64(x), dim=1)
+    return (rows if by_row is None else rows * in_float64(by_row)).square().sum()

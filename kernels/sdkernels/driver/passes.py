@@ -57,7 +57,9 @@ def divergence_pass(
             return values._replace(gradient_error=error), some.result()
         # Each chunk's was small: they have added up, and the chunks' gradients of the head have cancelled.
         del walk, some
-        values, formed = divergence_pass(operands, objective, setting._replace(gradient_tolerance=0.0), wanted, upstream)
+        values, formed = divergence_pass(
+            operands, objective, setting._replace(gradient_tolerance=0.0), wanted, upstream
+        )
         return values._replace(gradient_error=torch.zeros_like(error)), formed
     logits = LogitWalk(operands, objective, setting.backend, setting.workspace_bytes)
     gradient = LogitGradient(logits) if wanted else None

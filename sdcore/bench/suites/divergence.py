@@ -134,7 +134,8 @@ def built(contender: Contender, inputs: CaseInputs, divergence: Divergence) -> S
 
 def _judge(row: PassRow, outcome: Outcome, exact: Outcome) -> str | None:
     row.errors = compare(outcome, exact)
-    return difference(row.errors, row.group.dtype, on_states=bool(row.group.states))
+    kept = {contender.name: contender.tolerance for contender in peers.OURS}.get(row.contender, 0.0)
+    return difference(row.errors, row.group.dtype, on_states=bool(row.group.states), tolerance=kept)
 
 
 def measure_memory(group: Group, contender: Contender, device: str) -> MemoryRow:
@@ -184,10 +185,10 @@ def _for_this_run(contender: Contender, group: Group, options: Options, device: 
     if device == "cuda" and contender is peers.LIGER and group.divergence == shapes.FORWARD_KL:
         return skipped(contender, "compiled anew for every divergence; timed with the reverse KL and the JSD")
     if device == "cpu" and not (options.quick or options.everything or options.chosen):
-        # Its torch path is the plain code once more, and takes the most time of all.
-        if contender is peers.ORDA and group.shape != shapes.CPU_SHAPES[0]:
+        if contender is peers.ORDA and group.shape != shapes.CPU_SHAPES[0]:  # and takes the most time of all
             return skipped(contender, "plain torch code on a CPU; timed at the first shape only")
-        if contender is SDCORE_RECOMPUTE and (group.states or group.divergence not in (REVERSE_KL, shapes.TOP_K)):
+        wanted = contender.tolerance if group.states else group.divergence in (REVERSE_KL, shapes.TOP_K)
+        if contender in peers.OURS[1:] and not wanted:
             return skipped(contender, "timed on random rows, with the reverse KL and the top-k support only")
     return contender
 

@@ -191,7 +191,7 @@ def test_a_shape_that_would_not_fit_the_memory_keeps_its_rows(monkeypatch: pytes
     monkeypatch.setattr(divergence, "free_bytes", lambda device: 1e9)
     options = Options(suite="divergence", device="cpu", model="qwen3-8b", peers=("naive",), output=tmp_path)
     report = SUITE.load(run(SUITE, options))
-    assert {row.contender for row in report.speed} == {"sdcore", "sdcore, recompute", "plain torch"}
+    assert {row.contender for row in report.speed} == {*(one.name for one in peers.OURS), "plain torch"}
     assert {row.group.shape for row in report.speed} == {Shape(256, 151936, 4096)}
     assert all(str(row.reason).startswith("not run: needs") for row in report.speed)
 
@@ -231,7 +231,7 @@ def test_a_model_or_a_shape_takes_the_place_of_the_suites_own(options: dict[str,
 
 def test_a_choice_of_peers_keeps_ours() -> None:
     kept = [one.name for one in CONTENDERS if peers.wanted(one, ("naive", "fla"))]
-    assert kept == ["sdcore", "sdcore, recompute", "plain torch", "flash-linear-attention"]
+    assert kept == [*(one.name for one in peers.OURS), "plain torch", "flash-linear-attention"]
 
 
 def test_the_kernels_that_are_asked_for_are_there_in_the_installed_liger() -> None:
