@@ -47,13 +47,13 @@ LAYERS: dict[str, list[set[str]]] = {
     ],
     "reproduce": [
         {"records", "book"},
-        {"experiment", "prediction", "real_model"},
+        {"experiment", "prediction", "real_model", "topk"},
         {"real_exam"},
         {"context", "sdft", "sdpo", "tilt", "turns", "real_context", "real_feedback", "real_sdft"},
         {"discovery"},
         {"schedule"},
         {"table"},
-        {"__init__", "__main__", "commands", "handbook", "topk"},
+        {"__init__", "__main__", "columns", "commands", "handbook"},
     ],
 }
 BACKENDS = {"sdkernels.tile.torch_backend", "sdkernels.tile.triton_backend"}

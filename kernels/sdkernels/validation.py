@@ -94,6 +94,13 @@ def check_options(options: Options, backends: tuple[str, ...] = DIVERGENCE_BACKE
     check_choice("reduction", options.reduction, ("mean", "sum", "none"))
     check_choice("gradient", options.gradient, ("auto", "in_forward", "recompute"))
     check_choice("on_nonfinite", options.on_nonfinite, ("propagate", "raise"))
+    if options.gradient_tolerance is not None:
+        check_number("gradient_tolerance", options.gradient_tolerance, 0.0, 1.0, open_low=True)
+        if options.gradient == "recompute":
+            raise ValueError(
+                "gradient_tolerance must be None with gradient='recompute': it is for gradients formed in forward, got "
+                f"{options.gradient_tolerance}"
+            )
     _check_machine(options, backends)
 
 
@@ -138,9 +145,7 @@ def check_linear_divergence(given: Operands, options: Options, whole_vocab: int)
             "depends on each token's upstream gradient), got 'in_forward'"
         )
     if options.gradient_tolerance is not None:
-        check_number("gradient_tolerance", options.gradient_tolerance, 0.0, 1.0, open_low=True)
         refusals = {
-            f"gradient={options.gradient!r}": options.gradient == "recompute",
             "reduction='none' and a head that is trained": options.reduction == "none" and trained,
             "a process_group": bool(whole_vocab),
         }

@@ -92,6 +92,9 @@ loss/active_fraction | up | share | share of tokens with loss
     Share of the completion tokens that carried loss. At 0 nothing is learned.
 loss/unscored_tokens | down | tokens | tokens that no view scores
     Tokens that were to carry loss and that not every teacher's views score (trajectories): they carry none.
+loss/gradient_error | watch | share | error of the gradients
+    With gradient_tolerance: the estimated relative error of the loss's own gradients, the larger of both and of all
+    parts. 0 where they were formed in full.
 loss/position_{i} | watch | nats | divergence of token {i}
     Mean divergence of the completions' token number i, from 0. Where the first few tower over the loss, the
     teacher changes how an answer begins, such as by mentioning its context.

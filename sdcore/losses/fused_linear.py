@@ -41,6 +41,7 @@ class DivergenceOptions:
     vocab_size: int | None = None
     backend: Backend = "auto"
     gradient: Gradient = "auto"
+    gradient_tolerance: float | None = None
     workspace_mb: float | None = None
     on_nonfinite: Nonfinite = "propagate"
 
@@ -75,6 +76,7 @@ class FusedLinearDivergence(nn.Module):
         vocab_size: int | None = None,
         backend: Backend = "auto",
         gradient: Gradient = "auto",
+        gradient_tolerance: float | None = None,
         workspace_mb: float | None = None,
         on_nonfinite: Nonfinite = "propagate",
     ) -> None:
@@ -88,6 +90,7 @@ class FusedLinearDivergence(nn.Module):
             vocab_size=vocab_size,
             backend=backend,
             gradient=gradient,
+            gradient_tolerance=gradient_tolerance,
             workspace_mb=workspace_mb,
             on_nonfinite=on_nonfinite,
         )

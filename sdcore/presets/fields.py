@@ -33,6 +33,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "topk": (1, math.inf, False),
     "importance_clip": (0, math.inf, True),
     "entry_clip": (0, math.inf, True),
+    "gradient_tolerance": (0, 1, True),
     "inv_temperature": (0, math.inf, True),
     "distillation_weight": (0, 1, False),
     "clip_low": (0, math.inf, True),

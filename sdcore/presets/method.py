@@ -79,6 +79,7 @@ class Method:
     sampled_token: bool = False  # the sampled token's log-ratio alone: unbiased for the reverse KL's gradient, noisy
     importance_clip: float | None = None  # None: no importance sampling
     entry_clip: float | None = None
+    gradient_tolerance: float | None = None  # relative error that the loss's own gradients may have; None: none
     inv_temperature: float = 1.0  # "tilt", "token_tilt": p* ∝ p_ref·exp(inv_temperature·reward)
     logz: Literal["group_var", "leave_one_out", "reference_lme", "exact", "mean_reward"] = "group_var"
     distillation_weight: float = 1.0  # 1: distillation alone; the rest is a policy gradient on the rewards
@@ -160,6 +161,7 @@ class Method:
             support=support,
             importance_clip=self.importance_clip,
             entry_clip=self.entry_clip,
+            gradient_tolerance=self.gradient_tolerance,
         )
 
     def build_teacher(
@@ -359,6 +361,7 @@ def _idle_problems(method: Method) -> Iterator[str]:
         (("sync_every",), "with teacher='periodic'", reads and method.teacher == "periodic"),
         (("trust_share",), "with teacher='trust_region'", method.teacher == "trust_region"),
         (("alpha", "temperature"), "for a divergence or a token tilt", method.has_teacher),
+        (("gradient_tolerance",), "with target='divergence'", method.target == "divergence"),
         (("topk_of", "tail"), "with topk", method.topk is not None),
         (("inv_temperature",), "for a tilt", method.target in ("tilt", "token_tilt")),
         (("logz",), "with target='tilt'", method.target == "tilt"),

@@ -108,7 +108,7 @@ class Agent:
         """Returns who answers in a new trajectory."""
         environment, methods, own = None, [], {}
         if self.environment_factory is not None:
-            environment = self._free.pop() if self._free else self.environment_factory()
+            environment = self._free.pop() if self._free else self._made(self.environment_factory)
             methods = _methods(environment)
             own = {name: partial(environment.call_tool, name) for name in _described(environment)}
             if not callable(getattr(environment, "reset", None)) or not (
@@ -122,6 +122,15 @@ class Agent:
         if len(tools) < len(self.tools) + len(methods) + len(own):
             raise ArgumentError(f"tools must have names of their own, got {', '.join(tools)}, some of them twice")
         return Host(environment, tools)
+
+    @staticmethod
+    def _made(factory: Callable[[], Any]) -> Any:
+        try:
+            return factory()
+        except Exception as error:
+            raise ArgumentError(
+                f"environment_factory must make an object without arguments, it raised {type(error).__name__}: {error}"
+            ) from error
 
     def release(self, host: Host) -> None:
         """Takes an environment back that is not in the middle of a call, to be reset and used again."""

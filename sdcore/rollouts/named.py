@@ -33,7 +33,10 @@ def load(name: str) -> Callable[..., Any]:
     value: Any = module
     for part in attribute.split("."):
         if not hasattr(value, part):
-            defined = [key for key, known in vars(module).items() if callable(known) and not key.startswith("_")]
+            public = {key: known for key, known in vars(module).items() if not key.startswith("_") and callable(known)}
+            defined = [
+                key for key, known in public.items() if getattr(known, "__module__", None) == module.__name__
+            ] or [*public]
             raise ArgumentError(f"{place} has no function {attribute!r}; it has {', '.join(defined) or 'none at all'}")
         value = getattr(value, part)
     if not callable(value):

@@ -134,6 +134,8 @@ def distill_step(
         backward=backward,
     )
     metrics = rows.metrics(weights, MEANS)
+    if rows.gradient_error is not None:
+        metrics["loss/gradient_error"] = rows.gradient_error.max()
     if plan.scored is not None:
         metrics["loss/unscored_tokens"] = (~plan.scored).sum().float()
     if policy is not None:

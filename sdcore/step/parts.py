@@ -192,6 +192,7 @@ class RowValues:
     def __init__(self, plan: Plan) -> None:
         self.device, self.count = plan.device, plan.num_rows
         self.by_name: dict[str, Tensor] = {}
+        self.gradient_error: Tensor | None = None  # (2,) the largest of the parts', of hidden states and of head
 
     def add(self, rows: Tensor | slice, values: Mapping[str, Tensor | None]) -> None:
         for name, value in values.items():
@@ -201,6 +202,9 @@ class RowValues:
 
     def add_output(self, rows: Tensor | slice, out: DivergenceOutput, per_token: Tensor | None) -> None:
         self.add(rows, {name: getattr(out, name) for name in MEANS.values()} | {"per_token": per_token})
+        if out.gradient_error is not None:
+            known = out.gradient_error if self.gradient_error is None else self.gradient_error
+            self.gradient_error = torch.maximum(known, out.gradient_error)
 
     def metrics(self, weights: Tensor | None, means: Mapping[str, str]) -> dict[str, Tensor]:
         """Averages row values over the rows with a weight (they are 0 elsewhere), and counts these rows."""

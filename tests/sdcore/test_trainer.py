@@ -611,6 +611,14 @@ def test_a_budget_of_tokens_is_what_rows_are_filled_to(tmp_path: Path, monkeypat
     assert budgets == [40, 40]
 
 
+def test_the_error_of_gradients_that_may_have_one_is_logged(tmp_path: Path) -> None:
+    method = replace(SDFT_METHOD, gradient_tolerance=0.05)
+    trainer(tmp_path, method=method, kind="sdft", max_steps=2).train()
+    found = [line["loss/gradient_error"] for line in lines(tmp_path) if "loss/gradient_error" in line]
+    assert len(found) == 2
+    assert all(0 <= error <= 0.05 for error in found)
+
+
 # What is refused.
 
 

@@ -234,6 +234,22 @@ def test_errors_that_add_up_are_undone(monkeypatch: pytest.MonkeyPatch) -> None:
         assert float((got - right).norm()) <= TOLERANCE * float(right.norm())
 
 
+def test_under_torch_compile_it_is_one_graph() -> None:
+    hidden, weight, teacher = peaked()
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+
+    def loss(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        output = linear_divergence(hidden, weight, teacher, gradient_tolerance=TOLERANCE)
+        return output.loss, output.gradient_error
+
+    value, error = torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden, weight)
+    value.backward()
+    output, gradients = run((hidden.detach(), weight.detach(), teacher))
+    assert torch.equal(error, output.gradient_error)
+    for got, wanted in zip((hidden.grad, weight.grad), gradients, strict=True):
+        assert torch.equal(got, wanted)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),

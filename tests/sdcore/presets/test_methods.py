@@ -138,6 +138,7 @@ def test_flags_and_text_are_of_their_type(name: str) -> None:
         (lambda: RLTilt(teacher="trust_region"), "teacher"),
         (lambda: RLTilt(samples="dataset"), "samples"),
         (lambda: RLTilt(importance_clip=2.0), "importance_clip"),
+        (lambda: RLTilt(gradient_tolerance=0.01), "gradient_tolerance"),
         (lambda: GRPO(kl_anchor=0.1), "teacher"),
         (lambda: GRPO(distillation_weight=0.5), "distillation_weight"),
         (lambda: GRPO(entry_clip=0.1), "entry_clip"),
@@ -277,6 +278,7 @@ def test_a_loss_gets_every_field_that_is_about_it() -> None:
     assert Method(sampled_token=True).build_loss().options.support == "sampled"
     full = OPSD(entry_clip=0.05).build_loss()
     assert (full.options.support, full.options.entry_clip, full.importance_clip) == (None, 0.05, None)
+    assert Method(gradient_tolerance=0.01).build_loss().options.gradient_tolerance == 0.01
 
 
 def test_a_method_builds_its_teacher() -> None:

@@ -372,6 +372,10 @@ def test_an_environment_that_fails_loses_no_trajectory(method: str, why: str, re
         ({"environment_factory": Higher()}, "environment_factory must be callable, got <"),
         ({"environment_factory": dict}, "environment_factory must make objects that have `reset`.*got a dict"),
         (
+            {"environment_factory": lambda: Higher(1, 2, 3)},
+            "environment_factory must make an object without arguments, it raised TypeError: .*Higher",
+        ),
+        (
             {"environment_factory": type("Idle", (), {"reset": lambda self: None})},
             r"must make objects that have `reset`, and `step\(message\)` or methods that are tools, got a Idle",
         ),

@@ -315,6 +315,7 @@ def test_a_function_is_loaded_by_module_or_file(tmp_path: Path, monkeypatch: pyt
         ("not_there_at_all:f", "there is no module 'not_there_at_all', neither installed nor in /"),
         ("not_there.py:f", "there is no file /.*not_there.py"),
         ("sdcore.world.data:exakt", "has no function 'exakt'; it has .*exact"),
+        ("one.py:f", "has no function 'f'; it has g$"),
         ("sdcore.world.data:EVAL_SHARE", "must be a function, got int"),
         ("broken.py:f", "could not be loaded, ZeroDivisionError"),
         ("needy:f", "needy imports not_installed_xyz, which is missing"),
@@ -325,6 +326,7 @@ def test_a_function_that_cannot_be_loaded_is_a_clear_error(
 ) -> None:
     (tmp_path / "broken.py").write_text("1 / 0\n")
     (tmp_path / "needy.py").write_text("import not_installed_xyz\n")
+    (tmp_path / "one.py").write_text("from pathlib import Path\ndef g(): pass\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ArgumentError, match=message):
         load(name)
