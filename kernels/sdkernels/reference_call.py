@@ -19,11 +19,12 @@ from .validation import check_values
 
 
 def divergence_by_definition(given: Operands, options: Options) -> list[Any]:
-    """Returns loss, row values and the number of active rows of a checked call, rounded to its dtype."""
+    """Returns loss, row values, the number of active rows and no error of a checked call, rounded to its dtype."""
     check_values(given, options.vocab_size or 0, options.reduction)
     output = reference_output(given, options)
     values = [None if value is None else value.to(given.dtype) for value in output[:-1]]
-    return [*values, torch.tensor(output.active_tokens, device=given.student_hidden.device)]
+    hidden = given.student_hidden
+    return [*values, torch.tensor(output.active_tokens, device=hidden.device), hidden.new_empty(0)]
 
 
 def reference_output(given: Operands, options: Options, precision: torch.dtype = torch.float64) -> ReferenceOutput:

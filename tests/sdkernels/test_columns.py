@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from sdkernels.driver import columns
 from sdkernels.testing import LiveBytes, relative_error
 from sdkernels.tile import elementwise, native_backend, tiling
 
-ROWS, WIDTH, VOCAB, TOLERANCE = 160, 48, 3000, 0.01
+ROWS, WIDTH, VOCAB, TOLERANCE = 160, 48, 5600, 0.01  # products of so large a head may be of pairs
 MIB = 1 << 20
 Sides = tuple[Tensor, Tensor, Tensor]
 
@@ -90,6 +90,8 @@ def test_gradients_are_within_the_tolerance_by_fewer_columns(
 ) -> None:
     sides = peaked(dtype=dtype)
     output, gradients = run(sides, alpha=alpha)
+    if set(counted) == {-1} and dtype == torch.bfloat16:
+        pytest.skip("this backend rounds its products of 16 bits, and does them in full")
     errors = true_errors(sides, gradients, alpha=alpha)
     assert counted
     assert all(0 < count < 0.5 * VOCAB for count in counted)
@@ -115,7 +117,7 @@ def test_gradients_are_within_the_tolerance_by_fewer_columns(
         {"student_head": LogitTransform(softcap=20.0)},
         {"vocab_size": VOCAB - 77},
         {"alpha": 0.2, "normalize": True},
-        {"workspace_mb": 21.0},
+        {"workspace_mb": 32.0},
     ],
     ids=lambda arguments: " ".join(arguments),
 )
@@ -250,6 +252,41 @@ def test_under_torch_compile_it_is_one_graph() -> None:
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize(("width", "shared"), [(4, 100.0), (4, 30.0), (16, 100.0)])
+def test_a_direction_that_rounding_would_bring_back_is_seen(width: int, shared: float) -> None:
+    # In 16 bits the head's common part, which cancels in each row of a gradient, is rounded anew in every row.
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(2**18 // width, width, generator=generator) + shared * torch.randn(
+            1, width, generator=generator
+        )
+        hidden = torch.randn(ROWS, width, generator=generator) * (48 / width) ** 0.5
+        teacher = hidden + 0.3 * torch.randn(ROWS, width, generator=generator)
+        sides = (hidden.bfloat16(), weight.bfloat16(), teacher.bfloat16())
+        _, dense = run(sides, None)
+        output, gradients = run(sides)
+        assert output.gradient_error is not None
+        for got, wanted, said in zip(gradients, dense, output.gradient_error.tolist(), strict=True):
+            true = relative_error(got.double(), wanted.double())  # type: ignore[union-attr]
+            rounding = 0.004  # of the results, which are of 16 bits
+            assert true <= TOLERANCE + rounding
+            assert true <= 2 * said + rounding
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), alpha=st.sampled_from([0.0, 1.0]))
+@example(seed=464900, alpha=0.0)
+@example(seed=834471, alpha=0.0)
+def test_rows_that_are_all_one_keep_the_tolerance(seed: int, alpha: float) -> None:
+    # What is missing has one direction then, and twelve probes say less of it.
+    hidden, weight, teacher = peaked(rows=94, seed=seed)
+    sides = hidden[:1].repeat(94, 1), weight, teacher[:1].repeat(94, 1)
+    _, dense = run(sides, None, alpha=alpha)
+    _, gradients = run(sides, alpha=alpha)
+    for got, wanted in zip(gradients, dense, strict=True):
+        assert relative_error(got.double(), wanted.double()) <= TOLERANCE  # type: ignore[union-attr]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -307,7 +344,7 @@ def test_squares_of_columns(shape: tuple[int, int], dtype: torch.dtype) -> None:
         ({"tolerance": 2.0}, ValueError, "gradient_tolerance must be"),
         ({"tolerance": "1e-3"}, TypeError, "gradient_tolerance must be"),
         ({"gradient": "recompute"}, ValueError, "must be None with gradient='recompute'"),
-        ({"reduction": "none"}, ValueError, "must be None with reduction='none' and a head that is trained"),
+        ({"reduction": "none"}, ValueError, "must be None with reduction='none', got 0.01"),
         ({"backend": "reference"}, ValueError, "gradient_tolerance must be left at its default"),
     ],
 )

@@ -27,6 +27,12 @@ from sdkernels.testing import (
 
 pytestmark = pytest.mark.usefixtures("each_cpu_backend")
 
+
+def test_the_backend_is_the_one_that_is_named(each_cpu_backend: str) -> None:
+    inputs = make_inputs(3, 4, 20)
+    assert linear_divergence(*inputs[:3]).backend == each_cpu_backend
+
+
 objectives = pytest.mark.parametrize("objective", OBJECTIVES)
 gradients = pytest.mark.parametrize("gradient", ["in_forward", "recompute"])
 # A soft-cap, a scale and both temperatures at once, and a bias that needs its gradient.

@@ -21,7 +21,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sdkernels import linear_divergence
+from sdkernels import linear_divergence, logit_divergence
 from sdkernels.driver import backends
 from sdkernels.reference import divergence
 from sdkernels.testing import allowed_error, assert_within, make_inputs, relative_error
@@ -329,3 +329,20 @@ def test_a_library_is_of_the_sources_and_headers_that_are_there(
         assert found is not None
         assert found.number() == number + 1
     assert len(list(elsewhere.iterdir())) == 2
+
+
+@needs_compiler
+@pytest.mark.parametrize("vocab", [3, 37, 300])
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 0.5, 1.0])
+def test_what_lies_beyond_a_row_is_not_in_its_sums(alpha: float, vocab: int) -> None:
+    # The last vector of a row is filled up, and with the student's logits about 89 above the teacher's the filler's e^u
+    # was infinite.
+    for offset in (-1000.0, -89.0, *torch.linspace(87.0, 91.0, 17).tolist(), 100.0, 1000.0):
+        student, teacher = torch.randn(4, vocab) + offset, torch.randn(4, vocab)
+        student.requires_grad_()
+        found = {}
+        for backend in ("native", "torch"):
+            output = logit_divergence(student, teacher, alpha=alpha, backend=backend)
+            found[backend] = (output.per_token, *torch.autograd.grad(output.loss, student))
+        for got, right in zip(found["native"], found["torch"], strict=True):
+            torch.testing.assert_close(got, right, rtol=1e-3, atol=1e-6)

@@ -294,6 +294,21 @@ def test_student_and_teacher_have_heads_of_their_own(name: str) -> None:
 
 
 @in_this_process
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_gradients_are_within_a_tolerance_by_fewer_columns(alpha: float) -> None:
+    inputs = make_inputs(80, 16, 700, logit_std=5.0, noise=0.3, device=DEVICE)
+    sides = (inputs.student_hidden, inputs.student_weight, inputs.teacher_hidden)
+    found = {}
+    for tolerance in (None, 0.02):
+        output = linear_divergence(*sides, alpha=alpha, backend="triton", gradient_tolerance=tolerance)
+        found[tolerance] = torch.autograd.grad(output.loss, sides[:2])
+    assert output.gradient_error is not None
+    for right, got, said in zip(found[None], found[0.02], output.gradient_error.tolist(), strict=True):
+        assert 1e-4 < relative_error(got, right) <= 0.02
+        assert said == pytest.approx(relative_error(got, right), rel=0.5)
+
+
+@in_this_process
 @pytest.mark.parametrize("noise", [0.3, 0.03, 0.003])
 @pytest.mark.parametrize("name", ["forward KL", "reverse KL", "JSD", "JSD, student top-k", "reverse KL, clipped"])
 def test_a_teacher_near_the_student_costs_no_digits(name: str, noise: float) -> None:

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from ..tile.head import Head
-from ..tile.tiling import block_rows
 from ..types import in_float64
 from .chunks import HeadGradients, HeadWalk
 
@@ -32,15 +31,16 @@ SAMPLED_ROWS, TURNS = 1024, 3  # of the head, to find its directions by
 BLOCK = 4096  # columns that are gathered at a time
 LEAST_ROWS = 32  # of a chunk; the estimate for fewer says little
 MOST_KEPT = 0.7  # of the columns; above it the whole product is faster
-MARGIN = 0.87  # of the tolerance, which the estimate has to keep
+ABOVE = 2.0  # standard errors of the probes' mean, that has to keep the tolerance with them
 TRIES = 3
 BINS = 20  # bits of a float32 that a histogram of squares does not look at: eight bins to each power of two
 SMALLEST = 1e-25  # sum of squares, below which single ones may have been rounded to 0
 
 
-def scratch_bytes(vocab: int, width: int) -> tuple[int, int]:
-    """Returns the bytes needed beside a tile: once, and per row of it."""
-    return 4 * vocab * THIN + 24 * vocab + 8 * BLOCK * width, 4 * (BLOCK + 4 * THIN + width)
+def scratch_bytes(vocab: int, width: int, itemsize: int) -> tuple[int, int]:
+    """Returns the bytes needed beside a tile in a dtype of so many bytes: once, and per row of it."""
+    once = itemsize * (vocab * THIN + 2 * BLOCK * width) + 24 * vocab
+    return once, itemsize * (BLOCK + 4 * THIN + width)
 
 
 class ColumnGradients(HeadGradients):
@@ -60,8 +60,9 @@ class ColumnGradients(HeadGradients):
         head = walk.student_head
         self.dtype = head.dtype
         generator = torch.Generator(head.weight.device).manual_seed(0)
-        self.thin, self.basis, self.cross = _thin_factor(head.weight[: walk.vocab], self.dtype, generator)
-        self.thin_head = head.of(self.thin.to(head.weight.dtype if head.mixed or head.narrow else self.dtype))
+        narrow = head.weight.dtype if head.mixed or head.narrow else self.dtype
+        thin, self.basis = _thin_factor(head.weight[: walk.vocab], self.dtype, narrow, generator)
+        self.thin_head = head.of(thin.to(narrow))
         self.thin_head.cast, self.thin_head.tile = False, None
         self.first = False
         vocab, width = head.weight.shape
@@ -87,7 +88,7 @@ class ColumnGradients(HeadGradients):
         if self.weight is not None:
             whole = self.weight if self.head_norm is None else self.head_norm
             norm = in_float64(torch.dot(whole.view(-1), whole.view(-1)))
-            head = (_squared(self.head_missed) / norm.clamp(min=1e-300)).sqrt()
+            head = (_squares(self.head_missed).sum() / norm.clamp(min=1e-300)).sqrt()
         return torch.stack([hidden, head]).to(self.chunk)
 
     def _multiply(
@@ -100,14 +101,15 @@ class ColumnGradients(HeadGradients):
         else:
             self.in_full = 0
         if chunk is not None:
-            self.norm = self.norm + _squared(chunk, of_row)
+            self.norm = self.norm + _squares(chunk, of_row).sum()
 
     def _by_columns(
         self, gradient: Tensor, chunk: Tensor | None, hidden: Tensor | None, of_row: Tensor | None, scale: float
     ) -> bool:
         """Returns False where the chunk is to be done in full; nothing is done then."""
         rows, vocab = gradient.shape
-        if rows < LEAST_ROWS or self.in_full > 1:
+        # Products that are rounded may cancel in the whole and do not in its parts.
+        if rows < LEAST_ROWS or self.in_full > 1 or self.walk.student_head.rounds:
             return False
         weights = gradient.new_ones(rows, dtype=torch.float32) if of_row is None else of_row.float().square()
         squares = self.walk.backend.column_squares(gradient, weights)
@@ -125,12 +127,12 @@ class ColumnGradients(HeadGradients):
             chunk.zero_()
         for attempt in range(TRIES):
             self._add_columns(columns, gradient, chunk, hidden, left, scale)
-            missed, of_head, errors = self._errors(whole, left, hidden, of_row)
+            missed, of_head, errors = self._errors(whole, left, chunk, hidden, of_row)
             worst = float(errors)
             if attempt == 0 and worst:
-                ratio = MARGIN * self.tolerance / worst
-                self.dropped = min(max(self.dropped * min(0.95 * ratio, 2.0), self.tolerance / 64), self.tolerance)
-            if worst <= MARGIN * self.tolerance or attempt == TRIES - 1:
+                ratio = 0.95 * self.tolerance / worst
+                self.dropped = min(max(self.dropped * min(ratio, 2.0), self.tolerance / 64), self.tolerance)
+            if worst <= self.tolerance or attempt == TRIES - 1:
                 break
             more = ~kept
             if attempt < TRIES - 2:
@@ -144,7 +146,7 @@ class ColumnGradients(HeadGradients):
             if self.head_norm is not None:
                 self.head_norm = self.head_norm + of_head[1] * scale
         if chunk is not None:
-            chunk.addmm_(left[:, :RANK], self.basis.t())
+            chunk += left[:, :RANK] @ self.basis.t()
         return True
 
     def _add_columns(
@@ -178,28 +180,37 @@ class ColumnGradients(HeadGradients):
                 self.weight.index_add_(0, part, self.sums[:count])
 
     def _errors(
-        self, whole: Tensor, left: Tensor, hidden: Tensor | None, by_row: Tensor | None
+        self, whole: Tensor, left: Tensor, chunk: Tensor | None, hidden: Tensor | None, of_row: Tensor | None
     ) -> tuple[Tensor, list[Tensor], Tensor]:
         """Returns what is missing of the hidden gradient, squared; (PROBES, H) of the head's, what is missing and all.
 
-        And the larger of both relative errors.
+        And the larger of both relative errors, as large as it may well be: where what is missing has few directions,
+        what one probe says is far from what the next does.
         """
         probes, signs = slice(RANK, RANK + PROBES), slice(RANK + PROBES, None)
         missed = in_float64(whole.new_zeros(()))
         errors, of_head = [], []
-        if self.hidden is not None:
-            missed = _squared(left[:, probes], by_row)
-            norm = _squared(whole[:, probes] + whole[:, :RANK] @ self.cross, by_row)
-            errors.append(missed / norm.clamp(min=1e-300))
+        if chunk is not None:
+            by_probe = _squares(left[:, probes], of_row)
+            missed = by_probe.sum()
+            norm = _squares(chunk + left[:, :RANK] @ self.basis.t(), of_row).sum()
+            errors.append((missed + _spread(by_probe)) / norm.clamp(min=1e-300))
         if hidden is not None:
             given = hidden.to(self.dtype)
             of_head = [part[:, signs].t() @ given for part in (left, whole)]
-            errors.append(_squared(of_head[0]) / _squared(of_head[1]).clamp(min=1e-300))
+            missing, all_of_it = (_squares(part.t()) for part in of_head)
+            norm = (all_of_it.sum() - _spread(all_of_it)).clamp(min=1e-300)
+            errors.append((missing.sum() + _spread(missing)) / norm)
         return missed, of_head, torch.stack(errors).amax().sqrt() if errors else missed
 
 
-def _thin_factor(weight: Tensor, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns [U | probes of the rest | signs] (V, THIN), Q (H, RANK), and Qᵀ times the probes' directions."""
+def _thin_factor(
+    weight: Tensor, dtype: torch.dtype, narrow: torch.dtype, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Returns [U | probes of the rest | signs] (V, THIN), to be rounded to `narrow`, and Q (H, RANK).
+
+    The probes are of what is left of the head when U has been rounded.
+    """
     vocab, width = weight.shape
 
     def normal(rows: int, columns: int) -> Tensor:
@@ -216,23 +227,21 @@ def _thin_factor(weight: Tensor, dtype: torch.dtype, generator: torch.Generator)
     right = torch.cat([basis, directions - basis @ cross], dim=1)
     for block in range(0, vocab, BLOCK):
         rows = slice(block, block + BLOCK)
-        torch.mm(weight[rows].to(dtype), right, out=thin[rows, : RANK + PROBES])
+        part = torch.mm(weight[rows].to(dtype), right, out=thin[rows, : RANK + PROBES])
+        if narrow != dtype:
+            exact, rounded = part[:, :RANK].clone(), part[:, :RANK].to(narrow)
+            part[:, :RANK] = rounded
+            part[:, RANK:] += (exact - rounded) @ cross
     bits = torch.randint(1 << PROBES, (vocab, 1), generator=generator, device=weight.device)
     signs = bits >> torch.arange(PROBES, device=weight.device) & 1
     thin[:, RANK + PROBES :] = (signs * 2 - 1) / PROBES**0.5
-    return thin, basis, cross
+    return thin, basis
 
 
 def _thin_product(head: Head, tile: Tensor) -> Tensor:
     """Returns a tile (C, K) times a thin factor (K, THIN), summed in the compute dtype."""
     out = tile.new_empty((tile.shape[0], THIN), dtype=head.dtype)
-    if not head.rounds:
-        head.hidden_gradient(tile, out)
-        return out
-    step = block_rows(tile.shape[1], tile.device.type)
-    for start in range(0, tile.shape[0], step):
-        rows = slice(start, start + step)
-        torch.mm(tile[rows].to(head.dtype), head.weight.to(head.dtype), out=out[rows])
+    head.hidden_gradient(tile, out)
     return out
 
 
@@ -246,7 +255,12 @@ def _least_kept(squares: Tensor, budget: float) -> float:
     return float(ordered[(in_float64(ordered).cumsum(0) <= budget).sum().clamp(max=len(ordered) - 1)])
 
 
-def _squared(x: Tensor, by_row: Tensor | None = None) -> Tensor:
-    """Returns the sum of squares of all entries, in float64; row i times `by_row[i]`."""
-    rows = torch.linalg.vector_norm(in_float64(x), dim=1)
-    return (rows if by_row is None else rows * in_float64(by_row)).square().sum()
+def _squares(x: Tensor, by_row: Tensor | None = None) -> Tensor:
+    """Returns the sum of squares of each column, in float64; row i times `by_row[i]`."""
+    wide = in_float64(x)
+    return (wide if by_row is None else wide * in_float64(by_row)[:, None]).square().sum(0)
+
+
+def _spread(by_probe: Tensor) -> Tensor:
+    """Returns how far the sum of so many probes may well be off."""
+    return ABOVE * by_probe.std() * PROBES**0.5

@@ -115,7 +115,8 @@ def _head_walk(operands: Operands, objective: Objective, setting: Setting) -> He
     shards = None
     if setting.process_group:
         shards = Shards(setting.process_group, setting.shards, objective.vocab_size or sum(setting.shards))
-    more = scratch_bytes(*operands.weight.shape) if setting.gradient_tolerance else (0, 0)
+    vocab, width = operands.weight.shape
+    more = scratch_bytes(vocab, width, operands.dtype.itemsize) if setting.gradient_tolerance else (0, 0)
     return HeadWalk(operands, objective, setting.backend, setting.workspace_bytes, shards, more)
 
 

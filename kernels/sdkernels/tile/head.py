@@ -199,7 +199,7 @@ class Head:
         elif self.narrow and self.tile is not None:
             # A 16-bit product rounds its output, so it goes through the tile and is added up in float32.
             buffer = self.tile.view(-1).view(self.weight.dtype).view(-1, self.tile.shape[1])
-            for columns in _slices(out.shape[0], buffer.shape[0]):
+            for columns in _slices(self.weight.shape[0], buffer.shape[0]):
                 product = torch.mm(gradient[:, columns].t(), hidden, out=buffer[: columns.stop - columns.start])
                 if first:
                     out[columns].copy_(product).mul_(scale)

@@ -48,7 +48,9 @@ INLINE int divergence(Row row, int mode, int kind, Extremes by, double alpha, do
             int64_t left = row.vocab - i;
             /* p and q times the student's total */
             Floats p = load(row.student + i, left, 0.0f), q, t, u, summand;
-            u = load(row.teacher + i, left, 0.0f) * (mode == CLOSE_GAP ? row.teacher_gain : 1.0f) - shift - shift_rest;
+            /* Beyond the row u is 0, or near it: another one's e^u may be infinite, and 0 times that no number. */
+            float filler = mode == CLOSE_GAP ? 0.0f : shift;
+            u = load(row.teacher + i, left, filler) * (mode == CLOSE_GAP ? row.teacher_gain : 1.0f) - shift - shift_rest;
             Exponential e = exponential(u);
             if (mode == CLOSE_GAP) {
                 /* With the very numbers that the mean was made of: where one token has all the mass the rest is their
