@@ -159,7 +159,7 @@ def test_tools_of_a_file_are_shown_called_and_counted() -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (["--tools", "tools.py:triple"], "tools.py has no function 'triple'; it has borrowed, add, double"),
+        (["--tools", "tools.py:triple"], "tools.py has no function 'triple'; it has add, double"),
         (
             ["--environment", "game.py"],
             "a function must be given as module:function or file.py:function, got 'game.py'",

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -273,7 +273,6 @@ def test_a_direction_that_rounding_would_bring_back_is_seen(width: int, shared: 
             assert true <= 2 * said + rounding
 
 
-@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), alpha=st.sampled_from([0.0, 1.0]))
 @example(seed=464900, alpha=0.0)
 @example(seed=834471, alpha=0.0)
@@ -287,7 +286,6 @@ def test_rows_that_are_all_one_keep_the_tolerance(seed: int, alpha: float) -> No
         assert relative_error(got.double(), wanted.double()) <= TOLERANCE  # type: ignore[union-attr]
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     rows=st.integers(33, 200),
