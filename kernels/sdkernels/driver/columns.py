@@ -31,7 +31,7 @@ SAMPLED_ROWS, TURNS = 1024, 3  # of the head, to find its directions by
 BLOCK = 4096  # columns that are gathered at a time
 LEAST_ROWS = 32  # of a chunk; the estimate for fewer says little
 MOST_KEPT = 0.7  # of the columns; above it the whole product is faster
-ABOVE = 2.0  # standard errors of the probes' mean, that has to keep the tolerance with them
+ABOVE = 3.0  # standard errors of the probes' mean, that has to keep the tolerance with them
 TRIES = 3
 BINS = 20  # bits of a float32 that a histogram of squares does not look at: eight bins to each power of two
 SMALLEST = 1e-25  # sum of squares, below which single ones may have been rounded to 0
@@ -198,9 +198,8 @@ class ColumnGradients(HeadGradients):
         if hidden is not None:
             given = hidden.to(self.dtype)
             of_head = [part[:, signs].t() @ given for part in (left, whole)]
-            missing, all_of_it = (_squares(part.t()) for part in of_head)
-            norm = (all_of_it.sum() - _spread(all_of_it)).clamp(min=1e-300)
-            errors.append((missing.sum() + _spread(missing)) / norm)
+            missing, norm = _squares(of_head[0].t()), _squares(of_head[1]).sum()
+            errors.append((missing.sum() + _spread(missing)) / norm.clamp(min=1e-300))
         return missed, of_head, torch.stack(errors).amax().sqrt() if errors else missed
 
 
