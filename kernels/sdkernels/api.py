@@ -116,8 +116,8 @@ def linear_divergence(
             where a loss scale multiplies them before they are rounded: four bytes an entry of the head instead of two.
         gradient_tolerance: relative error, by Frobenius norm, that the gradients of hidden states and of head may have,
             each, such as 4e-3; None for none. Then only the columns of the vocabulary that matter are multiplied, and
-            `output.gradient_error` says how large the error is estimated to be; a chunk of rows of which it would be
-            above the tolerance is done in full. Faster on trained models, where rounding to bfloat16 makes as much.
+            `output.gradient_error` says how large the error is estimated to be; where it would be above the tolerance
+            more columns are, in the end all. Faster on trained models, where rounding to bfloat16 makes as much.
             The gradients have to be formed in forward.
         workspace_mb: bound on everything beside inputs, outputs and gradients. None: 256, and with a trainable head
             on a GPU up to half the size of its float32 gradient.

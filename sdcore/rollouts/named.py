@@ -33,11 +33,8 @@ def load(name: str) -> Callable[..., Any]:
     value: Any = module
     for part in attribute.split("."):
         if not hasattr(value, part):
-            public = {key: known for key, known in vars(module).items() if not key.startswith("_") and callable(known)}
-            defined = [
-                key for key, known in public.items() if getattr(known, "__module__", None) == module.__name__
-            ] or [*public]
-            raise ArgumentError(f"{place} has no function {attribute!r}; it has {', '.join(defined) or 'none at all'}")
+            named = _own(module) or _public(module)
+            raise ArgumentError(f"{place} has no function {attribute!r}; it has {', '.join(named) or 'none at all'}")
         value = getattr(value, part)
     if not callable(value):
         raise ArgumentError(f"{name} must be a function, got {type(value).__name__}")
@@ -55,12 +52,23 @@ def load_tools(tools: Sequence[Callable[..., Any] | str]) -> list[Callable[..., 
             loaded.append(load(tool) if isinstance(tool, str) else tool)
             continue
         module = _module(tool, tool)
-        public = [value for name, value in vars(module).items() if not name.startswith("_")]
-        own = [value for value in public if inspect.isfunction(value) and value.__module__ == module.__name__]
+        own = [value for value in _own(module).values() if inspect.isfunction(value)]
         if not own:
             raise ArgumentError(f"tools must be functions, or a file or module that defines some, got {tool}")
         loaded += own
     return loaded
+
+
+def _public(module: ModuleType) -> dict[str, Callable[..., Any]]:
+    """Returns what can be called of a module's public names."""
+    return {name: value for name, value in vars(module).items() if callable(value) and not name.startswith("_")}
+
+
+def _own(module: ModuleType) -> dict[str, Callable[..., Any]]:
+    """Returns of these what the module defines itself."""
+    return {
+        name: value for name, value in _public(module).items() if getattr(value, "__module__", None) == module.__name__
+    }
 
 
 def _module(place: str, name: str) -> ModuleType:

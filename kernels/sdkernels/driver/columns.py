@@ -10,8 +10,8 @@ signs ζ, X the hidden rows, and their squares have the right mean whatever G is
 thin right factor (V, 32) that the tile is multiplied by; the kept columns' part of that is taken off. Where the
 estimate is above the tolerance more columns are added, in the end all.
 
-What differs from the obvious: nothing is kept from one call to the next. The directions come from a few thousand rows
-of the head, which costs less than a thousandth of the products.
+What differs from the obvious: nothing is kept from one call to the next. The directions come from rows all over
+the head, some thousand of them.
 """
 
 from __future__ import annotations
@@ -58,11 +58,9 @@ class ColumnGradients(HeadGradients):
         self.tolerance, self.dropped = tolerance, tolerance / 2  # share of a tile's norm
         self.in_full = 0  # chunks, one after the other, that had to be
         head = walk.student_head
-        self.dtype = head.dtype
         generator = torch.Generator(head.weight.device).manual_seed(0)
-        narrow = head.weight.dtype if head.mixed or head.narrow else self.dtype
-        thin, self.basis = _thin_factor(head.weight[: walk.vocab], self.dtype, narrow, generator)
-        self.thin_head = head.of(thin.to(narrow))
+        thin, self.basis = _thin_factor(head.weight[: walk.vocab], head.dtype, head.factor_dtype, generator)
+        self.thin_head = head.of(thin.to(head.factor_dtype))
         self.thin_head.cast, self.thin_head.tile = False, None
         self.first = False
         vocab, width = head.weight.shape
@@ -196,7 +194,7 @@ class ColumnGradients(HeadGradients):
             norm = _squares(chunk + left[:, :RANK] @ self.basis.t(), of_row).sum()
             errors.append((missed + _spread(by_probe)) / norm.clamp(min=1e-300))
         if hidden is not None:
-            given = hidden.to(self.dtype)
+            given = hidden.to(self.walk.dtype)
             of_head = [part[:, signs].t() @ given for part in (left, whole)]
             missing, norm = _squares(of_head[0].t()), _squares(of_head[1]).sum()
             errors.append((missing.sum() + _spread(missing)) / norm.clamp(min=1e-300))
