@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from sdkernels import TopK, linear_divergence, logit_divergence
 from sdkernels.reference import divergence
@@ -123,3 +124,31 @@ def test_from_given_float32_logits_every_row_keeps_its_digits(noise: float, alph
     log_p, log_q = (logits.double().log_softmax(-1) for logits in (student, teacher))
     exact = divergence(log_p, log_q, alpha, normalize)
     assert_within(rows, exact, 2e-6 * exact)
+
+
+@alphas
+@pytest.mark.parametrize("levels", [(0, 0), (48, -46), (48, -60), (-60, 48), (-120, 90)])
+def test_logits_of_any_level_lose_nothing(levels: tuple[int, int], alpha: float, normalize: bool) -> None:
+    """What is added to all logits of a side changes nothing; one side's sum of e^z may be 1e-45 of the other's."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (5 * torch.randn(8, 300, generator=generator) + level for level in levels)
+    assert_as_in_float64(student, teacher, alpha=alpha, normalize=normalize)
+
+
+@alphas
+def test_a_small_part_of_a_small_sum_does_not_underflow(alpha: float, normalize: bool) -> None:
+    """The sums lie above what float32 has, 1e-29, and the part that the other side favours below it, 1e-44."""
+    logits = torch.tensor([[-67.0, -102.0]])
+    assert_as_in_float64(logits, logits.flip(1), alpha=alpha, normalize=normalize)
+
+
+def assert_as_in_float64(student: Tensor, teacher: Tensor, **options: Any) -> None:
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        logits = student.to(dtype, copy=True).requires_grad_()
+        output = logit_divergence(logits, teacher.to(dtype), **options)
+        output.loss.backward()
+        assert logits.grad is not None
+        results.append((output.per_token, logits.grad))
+    for actual, exact in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(actual, exact, rtol=2e-5, atol=1e-5, check_dtype=False)

@@ -26,8 +26,9 @@ FAR = 40.0
 NEAR = 1e-2
 # Gaps between the two sides' logits up to this size leave e^gap - 1 its digits next to 1.
 CLOSE = 4.0
-# Sums of e^z between this and its inverse are taken as they are: neither they nor their parts over- or underflow.
-ORDINARY = 1e30
+# Sums of e^z between these are taken as they are. Nothing overflows, and only parts below 1e-27 of a sum underflow, which
+# a log-ratio of up to `FAR` leaves below 1e-9.
+ORDINARY = 1e-10, 1e30
 
 
 class Scratch(NamedTuple):
@@ -101,7 +102,7 @@ def exponential_sums(z: Tensor, exponentials: Tensor, spare: Tensor) -> Sums:
     low, high = total.aminmax()
     shift = None
     # Logits of usual size need no shift to a maximum of 0, which would cost two more passes.
-    if not (float(low) > 1 / ORDINARY and float(high) < ORDINARY):
+    if not (float(low) > ORDINARY[0] and float(high) < ORDINARY[1]):
         shift = z.amax(-1, keepdim=True)
         z.sub_(shift)
         total = torch.exp(z, out=exponentials).sum(-1, keepdim=True)

@@ -187,7 +187,9 @@ def _teacher(student: Side, z_teacher: Tensor, rows: TileRows, objective: Object
             return _close_teacher(student, z_teacher, scratch)
         z_teacher.add_(student.z)
     side = _normalise(z_teacher, scratch.a, scratch.b)
-    u = torch.sub(side.z, student.z, out=scratch.u).sub_((side.total / student.total).log_())
+    # In float64, since the one sum may be 1e-40 of the other.
+    shift = (in_float64(side.total) / in_float64(student.total)).log_()
+    u = torch.sub(side.z, student.z, out=scratch.u).sub_(shift.to(scratch.u))
     return Teacher(u, None, side, side.entropy)
 
 
