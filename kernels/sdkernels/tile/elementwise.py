@@ -26,8 +26,8 @@ FAR = 40.0
 NEAR = 1e-2
 # Gaps between the two sides' logits up to this size leave e^gap - 1 its digits next to 1.
 CLOSE = 4.0
-# Sums of e^z between these are taken as they are: nothing overflows, and what underflows is below 1e-27 of the sum, which
-# a log-ratio of up to `FAR` leaves below 1e-9.
+# Sums of e^z between these are taken as they are: nothing overflows, and what underflows is below 1e-27 of the sum,
+# which a log-ratio of up to `FAR` leaves below 1e-9.
 ORDINARY = 1e-10, 1e30
 
 
