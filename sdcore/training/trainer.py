@@ -26,6 +26,7 @@ Not covered: DeepSpeed and FSDP1 (refused by name), data without a length, and L
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -355,6 +356,14 @@ class SelfDistillationTrainer(Trainer):
         """Finds where the next `train` begins. Raises `CheckpointError`, as `start_of`."""
         run = describe_run(self.method, self.args, self.model, self.train_dataset or (), self.agent)
         self._resumed, self._run = start_of(self.args.output_dir, resume_from_checkpoint, run), run
+
+    def _init_training_state(self, max_steps: int, per_epoch: int, epochs: int, *checkpoint: Any) -> tuple[int, int]:
+        """Begins behind the last epoch where no step is left: within one, transformers would do another step."""
+        begun: tuple[int, int] = super()._init_training_state(max_steps, per_epoch, epochs, *checkpoint)
+        if self.state.global_step < max_steps:
+            return begun
+        warnings.warn(f"{self._resumed} has all {max_steps} steps of this run: there is nothing to train", stacklevel=2)
+        return epochs, 0
 
     def begin(self) -> None:
         """Takes up a checkpoint's state of ours and opens the run's log, once model and optimizer are loaded."""
