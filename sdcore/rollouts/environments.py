@@ -11,8 +11,9 @@ An environment's object serves one trajectory at a time; any method may be async
 - `tool_schemas`, with `call_tool(name, /, **arguments)`: tools that are no methods, as a template reads them;
 - `get_reward()`: what the trajectory is worth, a number, added to the rewards of its turns.
 
-What goes wrong has one outcome each, and a count. Of a tool that raises, takes too long, returns what is neither text
-nor JSON, is not there or does not take such arguments, the student is told, as the tool's answer. An environment that
+A tool answers with a text, what JSON has, or a `Reply`, which may end the trajectory. What goes wrong has one outcome
+each, and a count. Of a tool that raises, takes too long, returns something else, is not there or does not take such
+arguments, the student is told, as the tool's answer. An environment that
 does: with `on_error="raise"` the run stops with the row's name, with "drop" the trajectory ends and carries no loss.
 
 Calls are read by the tokenizer's response template where it has one; else they are JSON, alone as Llama 3 writes them
@@ -48,12 +49,13 @@ _TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 
 
 class Reply(NamedTuple):
-    """Is what an environment answers a turn with."""
+    """Is what an environment answers a turn with, or a tool a call."""
 
     content: str | None = None  # None: nothing more, and the conversation is over
     done: bool = False  # True: the content, if any, is the last word
     reward: float | None = None  # of the turn
     feedback: str | None = None  # about the turn, for whoever teaches it
+    failed: bool = False  # of a tool: the content says what went wrong; counted as if the tool had raised
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -197,12 +199,12 @@ def read_number(returned: Any) -> float:
     raise Invalid(f"must return a finite number, got {returned!r:.80}")
 
 
-def read_text(returned: Any) -> str:
-    """Reads what a tool returned: a text, or what JSON has. Raises `Invalid`."""
-    if isinstance(returned, str):
-        return returned
+def read_result(returned: Any) -> Reply:
+    """Reads what a tool returned: a text, what JSON has, or a `Reply`. Raises `Invalid`."""
+    if isinstance(returned, str | Reply):
+        return read_reply(returned)
     try:
-        return json.dumps(returned, ensure_ascii=False)
+        return Reply(json.dumps(returned, ensure_ascii=False))
     except (TypeError, ValueError) as error:
         raise Invalid(f"must return a text or what JSON has, got {returned!r:.80}") from error
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -281,6 +283,21 @@ class Echo(Higher):
         )
 
 
+def sub(a: int, b: int) -> int:
+    """
+    Subtracts.
+
+    Args:
+        a: from this
+        b: this
+    """
+    return a - b
+
+
+def len_of(completion: str) -> int:
+    return len(completion)
+
+
 ROWS = [Example(prompt=({"role": "user", "content": f"Row {i}:"},), source=f"rows:{i}") for i in range(4)]
 
 
@@ -298,9 +315,9 @@ def trainer(folder: Path, method: Method, **options: Any) -> SelfDistillationTra
         "disable_tqdm": True,
         "log_completions_every": 1,
     }
-    tokenizer = tokenizer_of("smollm2")
     given = {key: options.pop(key) for key in ("reward_funcs", "tools", "sampler") if key in options}
     factory = options.pop("environment_factory", Echo)
+    tokenizer = tokenizer_of(options.pop("template", "smollm2"))
     return SelfDistillationTrainer(
         tiny(dtype=torch.float32),
         SelfDistillationConfig(**arguments | options),
@@ -355,6 +372,33 @@ def test_a_run_on_trajectories_that_is_resumed_gives_the_same_losses(name: str, 
     assert [[line[key] for key in kept] for line in lines(tmp_path / "part")] == [
         [line[key] for key in kept] for line in own
     ]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "words"),
+    [
+        ({"tools": [add]}, {"tools": [add, sub]}, r"with tools=\['add', 'sub'\] \(was \['add'\]\)$"),
+        ({"tools": [add]}, {}, r"with tools=\[\] \(was \['add'\]\)$"),
+        ({}, {"environment_factory": None}, r"with environment=None \(was 'Echo'\)$"),
+        (
+            {"environment_factory": None},
+            {"tools": [sub]},
+            r"tools=\['sub'\] \(was \[\]\), environment='Echo' \(was None\)$",
+        ),
+        ({"tools": [add]}, {"tools": [add]}, None),
+    ],
+)
+def test_a_run_that_is_resumed_with_other_tools_says_so(
+    before: dict[str, Any], now: dict[str, Any], words: str | None, tmp_path: Path
+) -> None:
+    common: dict[str, Any] = {"template": "qwen3_training", "max_steps": 1, "reward_funcs": [len_of], "max_turns": 1}
+    trainer(tmp_path, METHODS["grpo"], **common | before).train()
+    again = trainer(tmp_path, METHODS["grpo"], **common | now)
+    with warnings.catch_warnings(record=True) as said:
+        again.start(resume_from_checkpoint=True)
+    texts = [str(warning.message) for warning in said if "is gone on from" in str(warning.message)]
+    assert len(texts) == (words is not None)
+    assert all(re.search(str(words), text) for text in texts)
 
 
 @pytest.mark.parametrize(

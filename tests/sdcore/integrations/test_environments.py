@@ -233,7 +233,9 @@ def served() -> Iterator[str]:
 
         async def step_async(self, action: Any, **options: Any) -> Any:
             seen = await super().step_async(action, **options)
-            return seen.model_copy(update={"reward": 0.5 if isinstance(action, CallToolAction) else None})
+            if not isinstance(action, CallToolAction):
+                return seen
+            return seen.model_copy(update={"reward": 0.5, "done": action.arguments["a"] == 9})
 
         def _step_impl(self, action: Any, **options: Any) -> Any:
             raise NotImplementedError
@@ -288,8 +290,22 @@ def test_tools_of_openenv_are_called_through_its_client(served: str) -> None:
     sampler = Says(tokenizer_of("smollm2"), call, call.replace("3", '"x"'), "7")
     rollout = run(agent, sampler, Example(prompt=({"role": "user", "content": "3 + 4?"},), source="rows:1")).rollouts[0]
     assert [turn.text for turn in rollout.turns][:2] == [call, "7"]
-    assert rollout.turns[3].text.startswith("Error: the tool raised RuntimeError: ")
-    assert (rollout.outcome, rollout.reward) == ("answered", 1.0)
+    assert rollout.turns[3].text.startswith("Error: ")
+    assert (rollout.outcome, rollout.reward, rollout.counts["tools/raised"]) == ("answered", 1.0, 1)
+    assert [turn.reward for turn in rollout.own] == [0.5, 0.5, None]
+
+
+def test_a_tool_of_openenv_that_ends_the_episode_ends_the_trajectory(served: str) -> None:
+    from openenv.core import MCPToolClient
+
+    agent = Agent(environment_factory=lambda: OpenEnvEnvironment(MCPToolClient(base_url=f"{served}/add")))
+    call = '<tool_call>{"name": "add", "arguments": {"a": 3, "b": 4}}</tool_call>'
+    sampler = Says(tokenizer_of("smollm2"), call, call.replace("3", "9"), "never said")
+    for _ in range(2):  # the second time with the same object, reset
+        rollout = run(agent, sampler, Example(prompt=({"role": "user", "content": "3 + 4?"},))).rollouts[0]
+        assert [turn.text for turn in rollout.turns] == [call, "7", call.replace("3", "9"), "13"]
+        assert (rollout.outcome, rollout.reward) == ("answered", 1.0)
+        sampler.seeds.clear()
 
 
 def test_clients_of_openenv_that_do_not_fit_are_refused(served: str) -> None:
