@@ -28,6 +28,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
@@ -117,30 +118,31 @@ class InTemplate:
         given: str | None = getattr(self, self.given_as)
         return self.own_text if given is None else given
 
+    def _place(self, example: Example, shown: Shown, question: str) -> str:
+        """Returns the question, or what else was said last, with what is shown."""
+        given = {**shown.variables, "prompt": question}
+        return templates.render(self._text, given, example.columns, source=example.source)
+
+    def _prompt(self, example: Example, tokenizer: Any, shown: Shown) -> Tensor:
+        """Returns the ids of the prompt that shows this."""
+        prompt = with_context(example.prompt, partial(self._place, example, shown))
+        kwargs = template_arguments(example, self.chat_template_kwargs)
+        return prompt_ids(prompt, tokenizer, chat_template_kwargs=kwargs, source=example.source)
+
+    def _fit(
+        self, example: Example, tokenizer: Any, shown: Shown, student: Tensor, render: Callable[[Shown], Tensor]
+    ) -> Fitted:
+        """Returns what fits of it, where the student reads so much."""
+        limit = self.max_teacher_prompt_length
+        options: Any = {"overflow": self.overflow, "limit": limit, "source": example.source}
+        return fit(shown, render, tokenizer, student_length=len(student), **options)
+
     def _condition(self, group: Group, tokenizer: Any, shown_G: Sequence[Shown | None]) -> Conditioned:
         """Returns the prompts that show these; None is a completion without anything to show."""
         example, student = group.example, group.prompt_ids
         # Most completions of a group show the same, and looking for what fits asks for the same prompt twice.
-        rendered: dict[Shown, Tensor] = {}
+        render = cache(partial(self._prompt, example, tokenizer))
         fitted: dict[Shown, Fitted] = {}
-
-        def render(shown: Shown) -> Tensor:
-            if shown not in rendered:
-                variables = {
-                    "privileged_context": shown.privileged_context,
-                    "attempt": shown.attempt,
-                    "feedback": shown.feedback_text,
-                }
-
-                def place(question: str) -> str:
-                    given = variables | {"prompt": question}
-                    return templates.render(self._text, given, example.columns, source=example.source)
-
-                prompt = with_context(example.prompt, place)
-                kwargs = template_arguments(example, self.chat_template_kwargs)
-                rendered[shown] = prompt_ids(prompt, tokenizer, chat_template_kwargs=kwargs, source=example.source)
-            return rendered[shown]
-
         prompts_G, active, counts = [], [], Counter(dict.fromkeys(COUNTS, 0))
         for shown in shown_G:
             if shown is None:
@@ -149,15 +151,7 @@ class InTemplate:
                 active.append(False)
                 continue
             if shown not in fitted:
-                fitted[shown] = fit(
-                    shown,
-                    render,
-                    tokenizer,
-                    overflow=self.overflow,
-                    limit=self.max_teacher_prompt_length,
-                    student_length=len(student),
-                    source=example.source,
-                )
+                fitted[shown] = self._fit(example, tokenizer, shown, student, render)
             teacher = fitted[shown]
             count_fitted(counts, teacher, student)
             prompts_G.append(student if teacher.ids is None else teacher.ids)

@@ -87,6 +87,8 @@ class VerifiersEnvironment:
             from verifiers.v1.utils.decorators import discover_decorated
         except ImportError as error:
             raise ImportError('VerifiersEnvironment needs verifiers 0.4: pip install "sdcore[verifiers]"') from error
+        if not tasks:
+            raise ArgumentError("tasks must have at least one, got none")
         seats = [name for name, value in env.config if isinstance(value, vf.AgentConfig)]
         if len(seats) != 1:
             raise ArgumentError(f"env must have one agent, got {', '.join(seats)}")
@@ -115,7 +117,10 @@ class VerifiersEnvironment:
     async def reset(self, example: Example) -> str | None:
         if self._run is not None:
             self._run.cancel()
-        self._task = self._tasks[example.columns["task"]]
+        number = example.columns.get("task")
+        if not isinstance(number, int) or not 0 <= number < len(self._tasks):
+            raise ArgumentError(f"column `task` must be in [0, {len(self._tasks)}), got {number!r:.60}")
+        self._task = self._tasks[number]
         self._tools, own, shared = self._served(self._task)
         for server in [*own, *shared]:
             await server.setup()
@@ -124,6 +129,7 @@ class VerifiersEnvironment:
         self._seat = seat = _Seat(self._vf, example)
         agents = self._vf.Agents(self._env.config, lambda name, config: seat)
         self._run = asyncio.ensure_future(self._env.run(self._task, agents))
+        self._run.add_done_callback(lambda _: seat.told.put_nowait(None))
         return await self._told()
 
     async def step(self, message: Message) -> str | None:
@@ -131,12 +137,8 @@ class VerifiersEnvironment:
         return await self._told()
 
     async def _told(self) -> str | None:
-        told = asyncio.ensure_future(self._seat.told.get())
-        done, _ = await asyncio.wait({told, self._run}, return_when=asyncio.FIRST_COMPLETED)
-        if told in done:
-            return told.result()
-        told.cancel()
-        return await self._run  # None, or what it raised
+        told = await self._seat.told.get()
+        return await self._run if self._run.done() else told  # None, or what it raised
 
     async def call_tool(self, name: str, /, **arguments: Any) -> str:
         call = self._vf.ToolCall(id=uuid.uuid4().hex, name=name, arguments=json.dumps(arguments))

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
+import numbers
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -92,6 +94,17 @@ def call_all(
         for thread in lanes:
             thread.join()
     return [answer or Answer(problem="was not called") for answer in answers]
+
+
+def read_number(returned: Any, what: str = "a number") -> float:
+    """Reads a number, Python's or that of an array without dimensions. Raises `Invalid`."""
+    is_array = not isinstance(returned, numbers.Real) and getattr(returned, "ndim", None) == 0
+    value = returned.item() if is_array and hasattr(returned, "item") else returned
+    if not isinstance(value, numbers.Real):
+        raise Invalid(f"must return {what}, got {returned!r:.80}")
+    if not math.isfinite(value):
+        raise Invalid(f"must return a finite number, got {float(value)}")
+    return float(value)
 
 
 def is_async(function: Callable[..., Any]) -> bool:

@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, get_args
 
 from transformers.utils import get_json_schema
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
@@ -38,7 +38,7 @@ from transformers.utils.chat_template_utils import DocstringParsingException, Ty
 from ..contexts.conversation import History
 from ..errors import ArgumentError, require_positive
 from ..types import Example, Message, Turn
-from .calls import Call, Invalid
+from .calls import Call, Invalid, read_number
 from .rewards import OnError
 
 # Methods of an environment that are no tools.
@@ -73,8 +73,13 @@ class Agent:
     _free: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if isinstance(self.tools, str) or not all(callable(tool) and hasattr(tool, "__name__") for tool in self.tools):
+            raise ArgumentError(f"tools must be a list of functions, got {self.tools!r:.80}")
         if not self.tools and self.environment_factory is None:
             raise ArgumentError("tools or environment_factory must be given, got neither: nobody would answer")
+        for name, kind in (("on_error", OnError), ("history", History)):
+            if getattr(self, name) not in get_args(kind):
+                raise ArgumentError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
         require_positive(max_turns=self.max_turns, max_tokens=self.max_tokens)
         for name, seconds in (("timeout", self.timeout), ("max_seconds", self.max_seconds)):
             if seconds is not None and not 0 < seconds < math.inf:
@@ -189,14 +194,6 @@ def read_reply(returned: Any) -> Reply:
     if reply.reward is not None:
         reply = reply._replace(reward=read_number(reply.reward))
     return reply._replace(done=bool(reply.done) or reply.content is None)
-
-
-def read_number(returned: Any) -> float:
-    """Reads a reward. Raises `Invalid`."""
-    number = returned.item() if getattr(returned, "ndim", None) == 0 else returned
-    if isinstance(number, int | float) and math.isfinite(number):
-        return float(number)
-    raise Invalid(f"must return a finite number, got {returned!r:.80}")
 
 
 def read_result(returned: Any) -> Reply:

@@ -26,8 +26,8 @@ from ..contexts.rendering import prompt_ids, template_arguments, with_context
 from ..errors import ArgumentError, ContextError, SdcoreError
 from ..models import find_body
 from ..types import Example, Group, Message, Outcome, Trajectory, Turn
-from .calls import Call, call_all, too_many_left
-from .environments import Agent, Host, Reply, message_of, read_number, read_opening, read_reply, read_result
+from .calls import Call, call_all, read_number, too_many_left
+from .environments import Agent, Host, Reply, message_of, read_opening, read_reply, read_result
 from .rewards import OnError
 from .samplers import ModelSampler, Sampler, Sampling, check_room_of, seed_of, turns_of
 
@@ -227,26 +227,23 @@ def _answer(agent: Agent, spoken: Iterable[tuple[_Episode, Turn]], is_last: bool
             steps.append((episode, Call(episode.host.environment.step, {"message": message}, "step")))
         elif not requests:
             episode.outcome = "answered"
-    goes_on: Outcome | None = "turns" if is_last else None
-    for episode, reply in _asked(agent, steps, read_reply):
-        episode.credit(reply.reward, reply.feedback)
-        messages = [] if reply.content is None else [{"role": "user", "content": reply.content}]
-        episode.hear(messages, "answered" if reply.done else goes_on, agent.on_error)
     told: dict[_Episode, list[Message]] = {}
     over: set[_Episode] = set()
-    for (episode, name, _), reply in zip(tools, _replies(agent, tools), strict=True):
+    of_steps = ((episode, {"role": "user"}, reply) for episode, reply in _asked(agent, steps, read_reply))
+    for episode, who, reply in (*of_steps, *_replies(agent, tools)):
         episode.credit(reply.reward, reply.feedback)
-        results = [] if reply.content is None else [{"role": "tool", "name": name, "content": reply.content}]
-        told.setdefault(episode, []).extend(results)
+        told.setdefault(episode, []).extend([] if reply.content is None else [{**who, "content": reply.content}])
         over |= {episode} if reply.done else set()
     for episode, messages in told.items():
-        episode.hear(messages, "answered" if episode in over else goes_on, agent.on_error)
+        episode.hear(messages, "answered" if episode in over else "turns" if is_last else None, agent.on_error)
 
 
-def _replies(agent: Agent, tools: Sequence[tuple[_Episode, str, Call | str]]) -> Iterator[Reply]:
-    """Yields what the student is told of each call."""
+def _replies(
+    agent: Agent, tools: Sequence[tuple[_Episode, str, Call | str]]
+) -> Iterator[tuple[_Episode, dict[str, str], Reply]]:
+    """Yields what the student is told of each call, and by whom."""
     answers = iter(call_all([call for *_, call in tools if isinstance(call, Call)], agent.timeout, read=read_result))
-    for episode, _, call in tools:
+    for episode, name, call in tools:
         if isinstance(call, str):
             reply, why = Reply(f"Error: {call}"), "refused"
         else:
@@ -256,7 +253,7 @@ def _replies(agent: Agent, tools: Sequence[tuple[_Episode, str, Call | str]]) ->
         episode.counts.update(["tools/called", *([f"tools/{why}"] if why == "refused" or reply.failed else [])])
         # A method of its environment that goes on must not find another trajectory there.
         episode.hangs = episode.hangs or why == "timeout"
-        yield reply
+        yield episode, {"role": "tool", "name": name}, reply
 
 
 __all__ = ["COUNTS", "EpisodeError", "opened_by", "play"]

@@ -214,8 +214,8 @@ class SelfDistillationTrainer(Trainer):
     @property
     def collector(self) -> Collector:
         """Samples and judges by the arguments as they are now: a callback may have changed the temperature."""
-        chosen = (self.args, self.method, self.processing_class, self.sampler, self.rewards, self.context)
-        return Collector.of_run(*chosen, stop_ids=self._stop_ids, agent=self.agent)
+        parts = {"tokenizer": self.processing_class, "sampler": self.sampler, "rewards": self.rewards}
+        return Collector.of_run(self.args, self.method, self.context, self.agent, stop_ids=self._stop_ids, **parts)
 
     def _collected(self, batches: Sequence[Sequence[Example]]) -> list[list[Group]]:
         """Returns judged groups of completions, drawn from the weights as they are."""

@@ -21,7 +21,7 @@ from sdcore.errors import ArgumentError, ContextError, DataError
 from sdcore.presets import GRPO, SDPO, Method
 from sdcore.rollouts.environments import Agent, Reply
 from sdcore.rollouts.episodes import play
-from sdcore.rollouts.rewards import score
+from sdcore.rollouts.rewards import judge
 from sdcore.rollouts.samplers import ModelSampler, Sampling
 from sdcore.rollouts.window import load_rollouts, save_rollouts
 from sdcore.training import SelfDistillationConfig, SelfDistillationTrainer, evaluate
@@ -181,7 +181,7 @@ def test_a_teacher_of_each_turn_is_a_pass_of_its_own(shows: Any, aggregation: An
 def test_one_context_in_the_prompt_is_one_teacher_of_the_whole_trajectory(builder: Any) -> None:
     model, group = tiny(), group_of()
     if isinstance(builder, SuccessOrFeedback):
-        (group,) = score([group], [lambda *, completion, **columns: (float("0" in completion), "so-so")])
+        (group,) = judge([group], [lambda *, completion, **columns: (float("0" in completion), "so-so")]).groups
         assert [rollout.reward for rollout in group.rollouts] == [1.0, 0.0]  # the environment's add up to 0
     seen = builder.condition(group, tokenizer_of("smollm2"))
 
@@ -223,7 +223,7 @@ def test_a_past_that_the_template_rewrites_is_several_sequences_with_views_of_th
 
 def test_grpo_learns_from_the_same_trajectories_and_from_no_token_of_others() -> None:
     model = tiny()
-    (group,) = score([group_of()], [lambda *, completion, **columns: float("0" in completion)])
+    (group,) = judge([group_of()], [lambda *, completion, **columns: float("0" in completion)]).groups
     method = GRPO(num_generations=2, aggregation="token-mean")
     ones = []
     for rollout, advantage in zip(group.rollouts, (1.0, -1.0), strict=True):
@@ -254,7 +254,7 @@ def test_a_trajectory_whose_environment_failed_carries_no_loss_and_is_counted() 
     assert batch.counts["completions/without_loss"] == 1
     counts = counts_of([group])
     assert (counts["trajectories/failed"], counts["trajectories/turns"], counts["turns/count"]) == (1, 1, 6)
-    (judged,) = score([replace(group, rollouts=group.rollouts[::-1])], [lambda completion: len(completion)])
+    (judged,) = judge([replace(group, rollouts=group.rollouts[::-1])], [lambda completion: len(completion)]).groups
     assert [rollout.reward for rollout in judged.rollouts] == [None, len("Nine and more 0")]
 
 

@@ -177,6 +177,16 @@ def test_what_would_be_left_out_of_verifiers_is_refused(verifiers: Any, change: 
         VerifiersEnvironment(env, tasks)
 
 
+@pytest.mark.parametrize("number", [-1, 2, "0", None])
+def test_a_row_without_a_task_of_verifiers_is_refused_by_name(verifiers: Any, number: Any) -> None:
+    env, tasks = verifiers(TASKS, f"numbers_without_{type(number).__name__.lower()}{len(str(number))}")
+    with pytest.raises(ArgumentError, match="tasks must have at least one, got none"):
+        VerifiersEnvironment(env, [])
+    agent = Agent(environment_factory=lambda: VerifiersEnvironment(env, tasks))
+    with pytest.raises(EpisodeError, match=rf"rows:1, .*column `task` must be in \[0, 2\), got {number!r}"):
+        run(agent, Says(tokenizer_of("smollm2"), "Five"), row(tasks[0], number))
+
+
 def test_what_an_environment_of_verifiers_raises_has_the_row_s_name(verifiers: Any) -> None:
     env, tasks = verifiers(TASKS.replace('"Too low."', "task.data.answer"), "numbers_broken")
     agent = Agent(environment_factory=lambda: VerifiersEnvironment(env, tasks))

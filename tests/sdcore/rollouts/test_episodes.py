@@ -393,6 +393,10 @@ def test_an_environment_that_fails_loses_no_trajectory(method: str, why: str, re
             {"environment_factory": type("Idle", (), {"reset": lambda self: None})},
             r"must make objects that have `reset`, and `step\(message\)` or methods that are tools, got a Idle",
         ),
+        ({"tools": "tools.py"}, "tools must be a list of functions, got 'tools.py'"),
+        ({"tools": [3]}, r"tools must be a list of functions, got \[3\]"),
+        ({"tools": [add], "on_error": "skip"}, "on_error must be one of raise, drop, got 'skip'"),
+        ({"tools": [add], "history": "kept"}, "history must be one of as_sampled, as_rendered, got 'kept'"),
     ],
 )
 def test_agents_that_could_do_nothing_are_refused(options: dict[str, Any], message: str) -> None:
