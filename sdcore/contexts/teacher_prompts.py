@@ -86,14 +86,10 @@ class No:
     def condition(self, group: Group, tokenizer: Any) -> Conditioned:
         """Returns the student's prompt; every completion is active."""
         del tokenizer
-        size = len(group.rollouts)
-        student = group.prompt_ids
-        counts = dict.fromkeys(COUNTS, 0) | {
-            "context/prompt_tokens": len(student) * size,
-            "context/shared_tokens": (len(student) - 1) * size,  # the last token's state is always its own
-            "context/teacher_tokens": len(student) * size,
-        }
-        return Conditioned(teacher_prompts=(student,) * size, active=(True,) * size, counts=counts)
+        size, student, counts = len(group.rollouts), group.prompt_ids, Counter(dict.fromkeys(COUNTS, 0))
+        for _ in range(size):
+            count_fitted(counts, Fitted(ids=student, shown=Shown()), student)
+        return Conditioned(teacher_prompts=(student,) * size, active=(True,) * size, counts=dict(counts))
 
 
 @dataclass(frozen=True, kw_only=True)

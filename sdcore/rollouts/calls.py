@@ -20,6 +20,7 @@ import numbers
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
@@ -81,12 +82,10 @@ def call_all(
             left.put(i)
 
         def lane() -> None:
-            while True:
-                try:
+            with suppress(queue.Empty):
+                while True:
                     i = left.get_nowait()
-                except queue.Empty:
-                    return
-                answers[i] = _call(calls[i], timeout, read)
+                    answers[i] = _call(calls[i], timeout, read)
 
         lanes = [threading.Thread(target=lane, daemon=True) for _ in range(min(workers, len(todo)))]
         for thread in lanes:

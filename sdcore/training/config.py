@@ -31,6 +31,7 @@ from ..prefix.verification import Verify
 from ..rollouts.rewards import OnError
 
 OnBadRow: TypeAlias = Literal["raise", "skip"]
+TURNS: Final = ("max_turns", "max_trajectory_length", "max_trajectory_seconds", "history")  # of a run with an agent
 PROBES: Final = ("leak_probe_every", "overlap_probe_every", "drift_probe_every")
 
 _EVALUATION: Final = "an evaluation samples answers and judges them"
@@ -171,8 +172,10 @@ class SelfDistillationConfig(TrainingArguments):
                 raise ArgumentError(f"{name} must be at least 0 and finite, got {value}")
         if not 0 < self.top_p <= 1:
             raise ArgumentError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.reward_timeout is not None and not 0 < self.reward_timeout < math.inf:
-            raise ArgumentError(f"reward_timeout must be positive seconds or None, got {self.reward_timeout}")
+        for name in ("reward_timeout", "max_trajectory_seconds"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ArgumentError(f"{name} must be positive seconds or None, got {value}")
         choices: dict[str, Any] = {"strategy": Strategy, "verify": Verify, "history": History}
         choices |= {"reward_on_error": OnError, "on_bad_row": OnBadRow}
         allowed = {name: get_args(kind) for name, kind in choices.items()}

@@ -161,7 +161,9 @@ def solve(
         judged: list[Trajectory] = []
         for rollout in group.rollouts:
             if rollout.text not in verdicts:
-                verdicts[rollout.text] = verify(rollout.text)
+                verdicts[rollout.text] = verdict = verify(rollout.text)
+                if not isinstance(verdict, Verdict) or not math.isfinite(verdict.reward):
+                    raise ArgumentError(f"verify must return a Verdict of a finite reward, got {verdict!r:.80}")
             solved, reward, feedback = verdicts[rollout.text]
             feedback = join_feedback([said for said in (rollout.feedback, feedback) if said]) or None
             judged.append(replace(rollout, reward=reward, feedback=feedback))

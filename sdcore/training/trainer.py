@@ -177,7 +177,12 @@ class SelfDistillationTrainer(Trainer):
             self._window = self._collected(examples)
         else:
             self._window = self._window or self._own.window(cast(Path, self._resumed), examples, self.collector.prompt)
-        batches = [self._batch(groups) for groups in self._window]
+        args, tokenizer = self.args, self.processing_class
+        options: Any = {"norm_length": args.max_completion_length, "mask_truncated": args.mask_truncated_completions}
+        options |= {"device": args.device, "must_be_judged": bool(self.rewards)}
+        conditioned = [[self.rows.condition(group, tokenizer) for group in groups] for groups in self._window]
+        pairs = zip(self._window, conditioned, strict=True)
+        batches = [Batch.of(groups, seen, self.method, **options) for groups, seen in pairs]
         return batches, self._over_ranks(batches)
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Normalizers | None = None) -> Tensor:
@@ -220,28 +225,14 @@ class SelfDistillationTrainer(Trainer):
     def _collected(self, batches: Sequence[Sequence[Example]]) -> list[list[Group]]:
         """Returns judged groups of completions, drawn from the weights as they are."""
         step, args = self.state.global_step, self.args
-        self._hand_over_weights()
+        if isinstance(self.sampler, FollowsWeights):
+            self.sampler.follow(self.model_wrapped, step)
         # Batches of all ranks are numbered in the order of the data, whatever the number of ranks.
         seeds = [seed_of(args.seed, step, i * args.world_size + args.process_index) for i in range(len(batches))]
         drawn = self.collector.collect(self.model_wrapped, batches, seeds, (self.teacher, self.rows))
         self._tally.count(drawn.counts)
         self._tally.add(drawn.means)
         return drawn.groups
-
-    def _hand_over_weights(self) -> None:
-        if isinstance(self.sampler, FollowsWeights):
-            self.sampler.follow(self.model_wrapped, self.state.global_step)
-
-    def _batch(self, groups: Sequence[Group]) -> Batch:
-        return Batch.of(
-            groups,
-            [self.rows.condition(group, self.processing_class) for group in groups],
-            self.method,
-            device=self.args.device,
-            norm_length=self.args.max_completion_length,
-            must_be_judged=bool(self.rewards),
-            mask_truncated=self.args.mask_truncated_completions,
-        )
 
     def _over_ranks(self, batches: Sequence[Batch]) -> Normalizers:
         """Averages what the losses are divided by over ranks, since gradients are averaged; counts what is new."""
@@ -300,7 +291,8 @@ class SelfDistillationTrainer(Trainer):
         args, started, own = self.args, time.time(), self.eval_dataset
         if not any(data is known for known in (own.values() if isinstance(own, dict) else [own])):
             data = self.rows.of_evaluation().usable(self._read(data, "eval_dataset"), "eval_dataset")
-        self._hand_over_weights()
+        if isinstance(self.sampler, FollowsWeights):
+            self.sampler.follow(self.model_wrapped, self.state.global_step)
         result = evaluate(
             self.model_wrapped,
             self.processing_class,

@@ -391,7 +391,7 @@ def test_a_run_on_trajectories_that_is_resumed_gives_the_same_losses(name: str, 
 def test_a_run_that_is_resumed_with_other_tools_says_so(
     before: dict[str, Any], now: dict[str, Any], words: str | None, tmp_path: Path
 ) -> None:
-    common: dict[str, Any] = {"template": "qwen3_training", "max_steps": 1, "reward_funcs": [len_of], "max_turns": 1}
+    common: dict[str, Any] = {"template": "qwen3_training", "max_steps": 1, "reward_funcs": [len_of], "max_turns": 8}
     trainer(tmp_path, METHODS["grpo"], **common | before).train()
     again = trainer(tmp_path, METHODS["grpo"], **common | now)
     with warnings.catch_warnings(record=True) as said:
@@ -405,13 +405,24 @@ def test_a_run_that_is_resumed_with_other_tools_says_so(
     ("method", "options", "message"),
     [
         (METHODS["grpo"], {"tools": [add]}, "tools must be shown to the student by the tokenizer's chat template"),
-        (Method(context="hindsight"), {"environment_factory": None}, "context must be one of whole answers without"),
+        (
+            Method(context="hindsight"),
+            {"environment_factory": None, "max_turns": 8},
+            "context must be one of whole answers without",
+        ),
         (Method(context="template", samples="dataset"), {}, "samples must be 'student'"),
         (
             Method(context="hindsight"),
             {"history": "kept"},
             "history must be one of as_sampled, as_rendered, got 'kept'",
         ),
+        (GRPO(), {"environment_factory": None, "reward_funcs": [len_of]}, "for turns, got neither and max_turns=3$"),
+        (
+            GRPO(),
+            {"max_trajectory_length": 5},
+            "max_trajectory_length must be at least max_completion_length=6, the tokens of a turn, got 5",
+        ),
+        (GRPO(), {"max_trajectory_seconds": 0.0}, "max_trajectory_seconds must be positive seconds or None, got 0"),
         (Method(context="hindsight"), {"max_turns": 0}, "max_turns must be at least 1, got 0"),
     ],
 )
