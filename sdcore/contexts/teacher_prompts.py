@@ -72,6 +72,12 @@ def count_fitted(counts: Counter[str], teacher: Fitted, student: Tensor) -> None
         counts["context/with_feedback"] += bool(teacher.shown.feedback)
 
 
+def successes(group: Group, threshold: float, edit: Callable[[str], str] = str.strip) -> dict[int, str]:
+    """Returns index → text of the attempts that succeeded, in order; one that says nothing teaches nothing."""
+    won = {i: one for i, one in enumerate(group.rollouts) if one.reward is not None and one.reward >= threshold}
+    return {i: text for i, one in won.items() if (text := one.transcript(edit))}
+
+
 class ContextBuilder(Protocol):
     """Says what the teacher reads."""
 
@@ -249,19 +255,10 @@ class SuccessOrFeedback(InTemplate):
 
     def condition(self, group: Group, tokenizer: Any) -> Conditioned:
         """Returns a prompt per completion, the same tensor where they show the same."""
-        attempts = self._attempts(group)
+        edit = templates.without_thinking if self.remove_thinking else str.strip
+        attempts = successes(group, self.success_threshold, edit) if self.use_solution else {}
         shown_G = [self._shown(group, i, attempts) for i in range(len(group.rollouts))]
         return self._condition(group, tokenizer, shown_G)
-
-    def _attempts(self, group: Group) -> dict[int, str]:
-        """Returns index → text of the completions that may be shown, in the group's order."""
-        attempts = {}
-        for i, rollout in enumerate(group.rollouts):
-            if self.use_solution and rollout.reward is not None and rollout.reward >= self.success_threshold:
-                text = rollout.transcript(templates.without_thinking if self.remove_thinking else str.strip)
-                if text:  # a success that says nothing teaches nothing
-                    attempts[i] = text
-        return attempts
 
     def _shown(self, group: Group, index: int, attempts: Mapping[int, str]) -> Shown | None:
         others = (text for i, text in attempts.items() if i != index or not self.dont_reprompt_on_self_success)

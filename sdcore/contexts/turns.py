@@ -29,7 +29,7 @@ from ..types import Conditioned, Group, Turn
 from . import templates
 from .conversation import added_ids, end_of
 from .overflow import Shown, split_feedback
-from .teacher_prompts import COUNTS, InTemplate, count_fitted
+from .teacher_prompts import COUNTS, InTemplate, count_fitted, successes
 
 Shows: TypeAlias = Literal["feedback", "next_reply", "all_replies"]
 VARIABLES = {"attempt", "feedback", "privileged_context"}
@@ -80,11 +80,7 @@ class OfTurn(InTemplate):
 
     def _shown(self, group: Group, index: int, j: int) -> Shown:
         variables, rollout = templates.variables_of(self._text), group.rollouts[index]
-        won = [
-            other.transcript()
-            for i, other in enumerate(group.rollouts)
-            if i != index and other.reward is not None and other.reward >= self.success_threshold
-        ]
+        won = [text for i, text in successes(group, self.success_threshold).items() if i != index]
         said = split_feedback(rollout.turns[j].feedback)
         if self.shows != "feedback":
             replies = [turn.text for turn in rollout.turns[j + 1 :] if not turn.is_own and turn.text.strip()]

@@ -73,7 +73,7 @@ class Agent:
     _free: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if isinstance(self.tools, str) or not all(callable(tool) and hasattr(tool, "__name__") for tool in self.tools):
+        if not all(callable(tool) and hasattr(tool, "__name__") for tool in self.tools):
             raise ArgumentError(f"tools must be a list of functions, got {self.tools!r:.80}")
         if not self.tools and self.environment_factory is None:
             raise ArgumentError("tools or environment_factory must be given, got neither: nobody would answer")

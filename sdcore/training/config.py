@@ -160,9 +160,9 @@ class SelfDistillationConfig(TrainingArguments):
 
     def _check(self) -> None:
         lengths = ("max_prompt_length", "max_completion_length", "max_trajectory_length", "max_turns")
-        counts = (*lengths, "top_k", "generation_batch_size", "num_iterations")
-        counts += ("reward_workers", "micro_batch", "max_pass_tokens", "eval_generations")
-        require_positive(**{name: getattr(self, name) for name in counts})
+        counts = ("top_k", "generation_batch_size", "num_iterations", "reward_workers", "eval_generations")
+        passes = ("micro_batch", "max_pass_tokens")
+        require_positive(**{name: getattr(self, name) for name in (*lengths, *counts, *passes)})
         for name in ("log_completions_every", "num_completions_shown", *PROBES):
             if getattr(self, name) < 0:
                 raise ArgumentError(f"{name} must be at least 0, got {getattr(self, name)}")
