@@ -48,8 +48,10 @@ class Shown:
         return bool(self.privileged_context or self.attempt or self.feedback)
 
     @property
-    def feedback_text(self) -> str | None:
-        return BETWEEN_ENTRIES.join(self.feedback) or None
+    def variables(self) -> dict[str, str | None]:
+        """Are the texts by the names that templates have for them; in the order in which they are cut."""
+        feedback = BETWEEN_ENTRIES.join(self.feedback) or None
+        return {"feedback": feedback, "attempt": self.attempt, "privileged_context": self.privileged_context}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -144,8 +146,7 @@ def _shorter(shown: Shown) -> Iterator[Shown]:
 
 def _cut(shown: Shown, render: Callable[[Shown], Tensor], tokenizer: Any, limit: int) -> Iterator[Shown]:
     """Yields ever shorter ones, by as many tokens as the last one was too long by; never nothing."""
-    pieces = {"feedback": shown.feedback_text, "attempt": shown.attempt, "privileged_context": shown.privileged_context}
-    for name, text in pieces.items():
+    for name, text in shown.variables.items():
         if text is None:
             continue
         edges = _edges(text, tokenizer)

@@ -28,6 +28,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
@@ -71,6 +72,12 @@ def count_fitted(counts: Counter[str], teacher: Fitted, student: Tensor) -> None
         counts["context/with_feedback"] += bool(teacher.shown.feedback)
 
 
+def successes(group: Group, threshold: float, edit: Callable[[str], str] = str.strip) -> dict[int, str]:
+    """Returns index → text of the attempts that succeeded, in order; one that says nothing teaches nothing."""
+    won = {i: one for i, one in enumerate(group.rollouts) if one.reward is not None and one.reward >= threshold}
+    return {i: text for i, one in won.items() if (text := one.transcript(edit))}
+
+
 class ContextBuilder(Protocol):
     """Says what the teacher reads."""
 
@@ -85,14 +92,10 @@ class No:
     def condition(self, group: Group, tokenizer: Any) -> Conditioned:
         """Returns the student's prompt; every completion is active."""
         del tokenizer
-        size = len(group.rollouts)
-        student = group.prompt_ids
-        counts = dict.fromkeys(COUNTS, 0) | {
-            "context/prompt_tokens": len(student) * size,
-            "context/shared_tokens": (len(student) - 1) * size,  # the last token's state is always its own
-            "context/teacher_tokens": len(student) * size,
-        }
-        return Conditioned(teacher_prompts=(student,) * size, active=(True,) * size, counts=counts)
+        size, student, counts = len(group.rollouts), group.prompt_ids, Counter(dict.fromkeys(COUNTS, 0))
+        for _ in range(size):
+            count_fitted(counts, Fitted(ids=student, shown=Shown()), student)
+        return Conditioned(teacher_prompts=(student,) * size, active=(True,) * size, counts=dict(counts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,30 +120,31 @@ class InTemplate:
         given: str | None = getattr(self, self.given_as)
         return self.own_text if given is None else given
 
+    def _place(self, example: Example, shown: Shown, question: str) -> str:
+        """Returns the question, or what else was said last, with what is shown."""
+        given = {**shown.variables, "prompt": question}
+        return templates.render(self._text, given, example.columns, source=example.source)
+
+    def _prompt(self, example: Example, tokenizer: Any, shown: Shown) -> Tensor:
+        """Returns the ids of the prompt that shows this."""
+        prompt = with_context(example.prompt, partial(self._place, example, shown))
+        kwargs = template_arguments(example, self.chat_template_kwargs)
+        return prompt_ids(prompt, tokenizer, chat_template_kwargs=kwargs, source=example.source)
+
+    def _fit(
+        self, example: Example, tokenizer: Any, shown: Shown, student: Tensor, render: Callable[[Shown], Tensor]
+    ) -> Fitted:
+        """Returns what fits of it, where the student reads so much."""
+        limit = self.max_teacher_prompt_length
+        options: Any = {"overflow": self.overflow, "limit": limit, "source": example.source}
+        return fit(shown, render, tokenizer, student_length=len(student), **options)
+
     def _condition(self, group: Group, tokenizer: Any, shown_G: Sequence[Shown | None]) -> Conditioned:
         """Returns the prompts that show these; None is a completion without anything to show."""
         example, student = group.example, group.prompt_ids
         # Most completions of a group show the same, and looking for what fits asks for the same prompt twice.
-        rendered: dict[Shown, Tensor] = {}
+        render = cache(partial(self._prompt, example, tokenizer))
         fitted: dict[Shown, Fitted] = {}
-
-        def render(shown: Shown) -> Tensor:
-            if shown not in rendered:
-                variables = {
-                    "privileged_context": shown.privileged_context,
-                    "attempt": shown.attempt,
-                    "feedback": shown.feedback_text,
-                }
-
-                def place(question: str) -> str:
-                    given = variables | {"prompt": question}
-                    return templates.render(self._text, given, example.columns, source=example.source)
-
-                prompt = with_context(example.prompt, place)
-                kwargs = template_arguments(example, self.chat_template_kwargs)
-                rendered[shown] = prompt_ids(prompt, tokenizer, chat_template_kwargs=kwargs, source=example.source)
-            return rendered[shown]
-
         prompts_G, active, counts = [], [], Counter(dict.fromkeys(COUNTS, 0))
         for shown in shown_G:
             if shown is None:
@@ -149,15 +153,7 @@ class InTemplate:
                 active.append(False)
                 continue
             if shown not in fitted:
-                fitted[shown] = fit(
-                    shown,
-                    render,
-                    tokenizer,
-                    overflow=self.overflow,
-                    limit=self.max_teacher_prompt_length,
-                    student_length=len(student),
-                    source=example.source,
-                )
+                fitted[shown] = self._fit(example, tokenizer, shown, student, render)
             teacher = fitted[shown]
             count_fitted(counts, teacher, student)
             prompts_G.append(student if teacher.ids is None else teacher.ids)
@@ -259,19 +255,10 @@ class SuccessOrFeedback(InTemplate):
 
     def condition(self, group: Group, tokenizer: Any) -> Conditioned:
         """Returns a prompt per completion, the same tensor where they show the same."""
-        attempts = self._attempts(group)
+        edit = templates.without_thinking if self.remove_thinking else str.strip
+        attempts = successes(group, self.success_threshold, edit) if self.use_solution else {}
         shown_G = [self._shown(group, i, attempts) for i in range(len(group.rollouts))]
         return self._condition(group, tokenizer, shown_G)
-
-    def _attempts(self, group: Group) -> dict[int, str]:
-        """Returns index → text of the completions that may be shown, in the group's order."""
-        attempts = {}
-        for i, rollout in enumerate(group.rollouts):
-            if self.use_solution and rollout.reward is not None and rollout.reward >= self.success_threshold:
-                text = rollout.transcript(templates.without_thinking if self.remove_thinking else str.strip)
-                if text:  # a success that says nothing teaches nothing
-                    attempts[i] = text
-        return attempts
 
     def _shown(self, group: Group, index: int, attempts: Mapping[int, str]) -> Shown | None:
         others = (text for i, text in attempts.items() if i != index or not self.dont_reprompt_on_self_success)

@@ -28,9 +28,8 @@ from ..errors import ArgumentError, ContextError
 from ..types import Conditioned, Group, Turn
 from . import templates
 from .conversation import added_ids, end_of
-from .overflow import Shown, fit, split_feedback
-from .rendering import prompt_ids, template_arguments, with_context
-from .teacher_prompts import COUNTS, InTemplate, count_fitted
+from .overflow import Shown, split_feedback
+from .teacher_prompts import COUNTS, InTemplate, count_fitted, successes
 
 Shows: TypeAlias = Literal["feedback", "next_reply", "all_replies"]
 VARIABLES = {"attempt", "feedback", "privileged_context"}
@@ -73,26 +72,15 @@ class OfTurn(InTemplate):
                 counts["context/missing"] += not shown
                 before, student = rollout.turns[max(0, j - 2) : j], torch.cat(read)
                 if shown:
-                    fitted = fit(
-                        shown,
-                        partial(self._read, group, before, read[:-1], tokenizer),
-                        tokenizer,
-                        overflow=self.overflow,
-                        limit=self.max_teacher_prompt_length,
-                        student_length=len(student),
-                        source=group.example.source,
-                    )
+                    render = partial(self._read, group, before, read[:-1], tokenizer)
+                    fitted = self._fit(group.example, tokenizer, shown, student, render)
                     count_fitted(counts, fitted, student)
                 yield fitted.ids if shown else None
             read = [turn.ids] if turn.restarts else [*read, turn.ids]
 
     def _shown(self, group: Group, index: int, j: int) -> Shown:
         variables, rollout = templates.variables_of(self._text), group.rollouts[index]
-        won = [
-            other.transcript()
-            for i, other in enumerate(group.rollouts)
-            if i != index and other.reward is not None and other.reward >= self.success_threshold
-        ]
+        won = [text for i, text in successes(group, self.success_threshold).items() if i != index]
         said = split_feedback(rollout.turns[j].feedback)
         if self.shows != "feedback":
             replies = [turn.text for turn in rollout.turns[j + 1 :] if not turn.is_own and turn.text.strip()]
@@ -106,16 +94,8 @@ class OfTurn(InTemplate):
     def _read(self, group: Group, before: tuple[Turn, ...], read: list[Tensor], tokenizer: Any, shown: Shown) -> Tensor:
         """Returns the ids of what was read, with this at the end of what was said last."""
         example = group.example
-        given = {"privileged_context": shown.privileged_context, "attempt": shown.attempt}
-        given["feedback"] = shown.feedback_text
-
-        def place(said: str) -> str:
-            return templates.render(self._text, given | {"prompt": said}, example.columns, source=example.source)
-
         if not before:
-            kwargs = template_arguments(example, self.chat_template_kwargs)
-            prompt = with_context(example.prompt, place)
-            return prompt_ids(prompt, tokenizer, chat_template_kwargs=kwargs, source=example.source)
+            return self._prompt(example, tokenizer, shown)
         own, others = before
         said = str(others.messages[-1]["content"]).strip()
         start, found, rest = (others.raw_text or "").rpartition(said)
@@ -125,4 +105,4 @@ class OfTurn(InTemplate):
                 f"got {others.raw_text!r:.80} of {said!r:.60}"
             )
         end = None if others.restarts else end_of(own, tokenizer)
-        return torch.cat([*read, added_ids(start + place(said) + rest, end, tokenizer)])
+        return torch.cat([*read, added_ids(start + self._place(example, shown, said) + rest, end, tokenizer)])

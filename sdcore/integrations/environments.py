@@ -7,8 +7,8 @@
 What differs from the obvious: an agent of verifiers is a program in a box that asks an endpoint for a model's words.
 Here the student sits in the agent's place, in this process, and tools are called where they are written.
 
-Not covered: a tool that says that all is over. Refused: environments of several agents; tasks that need a box, or that
-stop or change turns; tools with a state in common with their task. The classic `MultiTurnEnv` left verifiers with 0.4.
+Refused: environments of several agents; tasks that need a box, or that stop or change turns; tools with a state in
+common with their task. The classic `MultiTurnEnv` left verifiers with 0.4.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 from ..errors import ArgumentError
 from ..rollouts.calls import Call, call_all
-from ..rollouts.environments import Reply
+from ..rollouts.environments import Reply, read_result
 from ..types import Example, Message
 
 
@@ -55,10 +55,9 @@ class OpenEnvEnvironment:
         self.tool_schemas = _schemas(list_tools) if isinstance(client, MCPClientBase) else []
         if (action is None) != (observed is None) or not (action or self.tool_schemas):
             raise ArgumentError("action and observed must be given together, and where the client lists no tools")
-        self._client, self._action, self._observed, self._reward = client, action, observed, 0.0
+        self._client, self._action, self._observed = client, action, observed
 
     async def reset(self, example: Example) -> str | None:
-        self._reward = 0.0
         result = await self._client.reset(**(example.columns.get("reset") or {}))
         return self._observed and self._observed(result.observation)
 
@@ -68,18 +67,15 @@ class OpenEnvEnvironment:
         result = await self._client.step(self._action(message["content"]))
         return Reply(self._observed(result.observation), done=result.done, reward=result.reward)
 
-    async def call_tool(self, name: str, /, **arguments: Any) -> Any:
+    async def call_tool(self, name: str, /, **arguments: Any) -> Reply:
         from openenv.core.env_server.mcp_types import CallToolAction
 
         result = await self._client.step(CallToolAction(tool_name=name, arguments=arguments))
-        self._reward += result.reward or 0.0
-        if result.observation.error is not None:
-            raise RuntimeError(result.observation.error.message)
-        returned = result.observation.result
-        return returned["data"] if isinstance(returned, dict) and "data" in returned else returned
-
-    def get_reward(self) -> float:
-        return self._reward  # of the calls
+        error, returned = result.observation.error, result.observation.result
+        if isinstance(returned, dict) and "data" in returned:
+            returned = returned["data"]
+        text = read_result(returned).content if error is None else f"Error: {error.message}"
+        return Reply(text, done=result.done, reward=result.reward, failed=error is not None)
 
 
 class VerifiersEnvironment:
@@ -91,6 +87,8 @@ class VerifiersEnvironment:
             from verifiers.v1.utils.decorators import discover_decorated
         except ImportError as error:
             raise ImportError('VerifiersEnvironment needs verifiers 0.4: pip install "sdcore[verifiers]"') from error
+        if not tasks:
+            raise ArgumentError("tasks must have at least one, got none")
         seats = [name for name, value in env.config if isinstance(value, vf.AgentConfig)]
         if len(seats) != 1:
             raise ArgumentError(f"env must have one agent, got {', '.join(seats)}")
@@ -119,7 +117,10 @@ class VerifiersEnvironment:
     async def reset(self, example: Example) -> str | None:
         if self._run is not None:
             self._run.cancel()
-        self._task = self._tasks[example.columns["task"]]
+        number = example.columns.get("task")
+        if not isinstance(number, int) or not 0 <= number < len(self._tasks):
+            raise ArgumentError(f"column `task` must be in [0, {len(self._tasks)}), got {number!r:.60}")
+        self._task = self._tasks[number]
         self._tools, own, shared = self._served(self._task)
         for server in [*own, *shared]:
             await server.setup()
@@ -128,6 +129,7 @@ class VerifiersEnvironment:
         self._seat = seat = _Seat(self._vf, example)
         agents = self._vf.Agents(self._env.config, lambda name, config: seat)
         self._run = asyncio.ensure_future(self._env.run(self._task, agents))
+        self._run.add_done_callback(lambda _: seat.told.put_nowait(None))
         return await self._told()
 
     async def step(self, message: Message) -> str | None:
@@ -135,12 +137,8 @@ class VerifiersEnvironment:
         return await self._told()
 
     async def _told(self) -> str | None:
-        told = asyncio.ensure_future(self._seat.told.get())
-        done, _ = await asyncio.wait({told, self._run}, return_when=asyncio.FIRST_COMPLETED)
-        if told in done:
-            return told.result()
-        told.cancel()
-        return await self._run  # None, or what it raised
+        told = await self._seat.told.get()
+        return await self._run if self._run.done() else told  # None, or what it raised
 
     async def call_tool(self, name: str, /, **arguments: Any) -> str:
         call = self._vf.ToolCall(id=uuid.uuid4().hex, name=name, arguments=json.dumps(arguments))

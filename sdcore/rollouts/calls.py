@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
+import numbers
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
@@ -79,12 +82,10 @@ def call_all(
             left.put(i)
 
         def lane() -> None:
-            while True:
-                try:
+            with suppress(queue.Empty):
+                while True:
                     i = left.get_nowait()
-                except queue.Empty:
-                    return
-                answers[i] = _call(calls[i], timeout, read)
+                    answers[i] = _call(calls[i], timeout, read)
 
         lanes = [threading.Thread(target=lane, daemon=True) for _ in range(min(workers, len(todo)))]
         for thread in lanes:
@@ -92,6 +93,17 @@ def call_all(
         for thread in lanes:
             thread.join()
     return [answer or Answer(problem="was not called") for answer in answers]
+
+
+def read_number(returned: Any, what: str = "a number") -> float:
+    """Reads a number, Python's or that of an array without dimensions. Raises `Invalid`."""
+    is_array = not isinstance(returned, numbers.Real) and getattr(returned, "ndim", None) == 0
+    value = returned.item() if is_array and hasattr(returned, "item") else returned
+    if not isinstance(value, numbers.Real):
+        raise Invalid(f"must return {what}, got {returned!r:.80}")
+    if not math.isfinite(value):
+        raise Invalid(f"must return a finite number, got {float(value)}")
+    return float(value)
 
 
 def is_async(function: Callable[..., Any]) -> bool:

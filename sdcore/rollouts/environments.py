@@ -11,8 +11,9 @@ An environment's object serves one trajectory at a time; any method may be async
 - `tool_schemas`, with `call_tool(name, /, **arguments)`: tools that are no methods, as a template reads them;
 - `get_reward()`: what the trajectory is worth, a number, added to the rewards of its turns.
 
-What goes wrong has one outcome each, and a count. Of a tool that raises, takes too long, returns what is neither text
-nor JSON, is not there or does not take such arguments, the student is told, as the tool's answer. An environment that
+A tool answers with a text, what JSON has, or a `Reply`, which may end the trajectory. What goes wrong has one outcome
+each, and a count. Of a tool that raises, takes too long, returns something else, is not there or does not take such
+arguments, the student is told, as the tool's answer. An environment that
 does: with `on_error="raise"` the run stops with the row's name, with "drop" the trajectory ends and carries no loss.
 
 Calls are read by the tokenizer's response template where it has one; else they are JSON, alone as Llama 3 writes them
@@ -29,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, get_args
 
 from transformers.utils import get_json_schema
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
@@ -37,7 +38,7 @@ from transformers.utils.chat_template_utils import DocstringParsingException, Ty
 from ..contexts.conversation import History
 from ..errors import ArgumentError, require_positive
 from ..types import Example, Message, Turn
-from .calls import Call, Invalid
+from .calls import Call, Invalid, read_number
 from .rewards import OnError
 
 # Methods of an environment that are no tools.
@@ -48,12 +49,13 @@ _TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 
 
 class Reply(NamedTuple):
-    """Is what an environment answers a turn with."""
+    """Is what an environment answers a turn with, or a tool a call."""
 
     content: str | None = None  # None: nothing more, and the conversation is over
     done: bool = False  # True: the content, if any, is the last word
     reward: float | None = None  # of the turn
     feedback: str | None = None  # about the turn, for whoever teaches it
+    failed: bool = False  # of a tool: the content says what went wrong; counted as if the tool had raised
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,8 +73,13 @@ class Agent:
     _free: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if not all(callable(tool) and hasattr(tool, "__name__") for tool in self.tools):
+            raise ArgumentError(f"tools must be a list of functions, got {self.tools!r:.80}")
         if not self.tools and self.environment_factory is None:
             raise ArgumentError("tools or environment_factory must be given, got neither: nobody would answer")
+        for name, kind in (("on_error", OnError), ("history", History)):
+            if getattr(self, name) not in get_args(kind):
+                raise ArgumentError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
         require_positive(max_turns=self.max_turns, max_tokens=self.max_tokens)
         for name, seconds in (("timeout", self.timeout), ("max_seconds", self.max_seconds)):
             if seconds is not None and not 0 < seconds < math.inf:
@@ -189,20 +196,12 @@ def read_reply(returned: Any) -> Reply:
     return reply._replace(done=bool(reply.done) or reply.content is None)
 
 
-def read_number(returned: Any) -> float:
-    """Reads a reward. Raises `Invalid`."""
-    number = returned.item() if getattr(returned, "ndim", None) == 0 else returned
-    if isinstance(number, int | float) and math.isfinite(number):
-        return float(number)
-    raise Invalid(f"must return a finite number, got {returned!r:.80}")
-
-
-def read_text(returned: Any) -> str:
-    """Reads what a tool returned: a text, or what JSON has. Raises `Invalid`."""
-    if isinstance(returned, str):
-        return returned
+def read_result(returned: Any) -> Reply:
+    """Reads what a tool returned: a text, what JSON has, or a `Reply`. Raises `Invalid`."""
+    if isinstance(returned, str | Reply):
+        return read_reply(returned)
     try:
-        return json.dumps(returned, ensure_ascii=False)
+        return Reply(json.dumps(returned, ensure_ascii=False))
     except (TypeError, ValueError) as error:
         raise Invalid(f"must return a text or what JSON has, got {returned!r:.80}") from error
 

@@ -26,8 +26,8 @@ from ..contexts.rendering import prompt_ids, template_arguments, with_context
 from ..errors import ArgumentError, ContextError, SdcoreError
 from ..models import find_body
 from ..types import Example, Group, Message, Outcome, Trajectory, Turn
-from .calls import Call, call_all, too_many_left
-from .environments import Agent, Host, message_of, read_number, read_opening, read_reply, read_text
+from .calls import Call, call_all, read_number, too_many_left
+from .environments import Agent, Host, Reply, message_of, read_opening, read_reply, read_result
 from .rewards import OnError
 from .samplers import ModelSampler, Sampler, Sampling, check_room_of, seed_of, turns_of
 
@@ -74,6 +74,14 @@ class _Episode:
             text = "\n\n".join(str(message["content"]) for message in messages)
             nothing = torch.zeros(0, dtype=torch.int64)
             self.turns.append(Turn(ids=nothing, text=text, raw_text="", is_own=False, messages=tuple(messages)))
+
+    def credit(self, reward: float | None, feedback: str | None = None) -> None:
+        """Adds to the reward of the student's last turn, and to the feedback on it."""
+        last = -1 if self.turns[-1].is_own else -2
+        own = self.turns[last]
+        said = join_feedback([text for text in (own.feedback, feedback) if text]) or None
+        rewards = [value for value in (own.reward, reward) if value is not None]
+        self.turns[last] = replace(own, reward=sum(rewards) if rewards else None, feedback=said)
 
     def trajectory(self) -> Trajectory:
         nothing = Turn(ids=torch.zeros(0, dtype=torch.int64), text="", logprobs=torch.zeros(0), finished=False)
@@ -146,9 +154,7 @@ def play(
     judges = [e for e in everyone if e.turns and e.outcome != "failed" and hasattr(e.host.environment, "get_reward")]
     asked = [(episode, Call(episode.host.environment.get_reward, {}, "get_reward")) for episode in judges]
     for episode, reward in _asked(agent, asked, read_number):
-        last = -1 if episode.turns[-1].is_own else -2
-        own = episode.turns[last]
-        episode.turns[last] = replace(own, reward=(own.reward or 0.0) + reward)
+        episode.credit(reward)
     for episode in everyone:
         if not episode.hangs:
             agent.release(episode.host)
@@ -221,31 +227,33 @@ def _answer(agent: Agent, spoken: Iterable[tuple[_Episode, Turn]], is_last: bool
             steps.append((episode, Call(episode.host.environment.step, {"message": message}, "step")))
         elif not requests:
             episode.outcome = "answered"
-    goes_on: Outcome | None = "turns" if is_last else None
-    for episode, reply in _asked(agent, steps, read_reply):
-        episode.turns[-1] = replace(episode.turns[-1], reward=reply.reward, feedback=reply.feedback)
-        messages = [] if reply.content is None else [{"role": "user", "content": reply.content}]
-        episode.hear(messages, "answered" if reply.done else goes_on, agent.on_error)
-    told: dict[int, tuple[_Episode, list[Message]]] = {}
-    for (episode, name, _), text in zip(tools, _texts(agent, tools), strict=True):
-        told.setdefault(id(episode), (episode, []))[1].append({"role": "tool", "name": name, "content": text})
-    for episode, results in told.values():
-        episode.hear(results, goes_on, agent.on_error)
+    told: dict[_Episode, list[Message]] = {}
+    over: set[_Episode] = set()
+    of_steps = ((episode, {"role": "user"}, reply) for episode, reply in _asked(agent, steps, read_reply))
+    for episode, who, reply in (*of_steps, *_replies(agent, tools)):
+        episode.credit(reply.reward, reply.feedback)
+        told.setdefault(episode, []).extend([] if reply.content is None else [{**who, "content": reply.content}])
+        over |= {episode} if reply.done else set()
+    for episode, messages in told.items():
+        episode.hear(messages, "answered" if episode in over else "turns" if is_last else None, agent.on_error)
 
 
-def _texts(agent: Agent, tools: Sequence[tuple[_Episode, str, Call | str]]) -> Iterator[str]:
-    """Yields what the student is told of each call."""
-    answers = iter(call_all([call for *_, call in tools if isinstance(call, Call)], agent.timeout, read=read_text))
-    for episode, _, call in tools:
-        answer = next(answers) if isinstance(call, Call) else None
-        why = "refused" if answer is None else answer.why if answer.problem is not None else None
-        episode.counts.update(["tools/called", *([f"tools/{why}"] if why else [])])
+def _replies(
+    agent: Agent, tools: Sequence[tuple[_Episode, str, Call | str]]
+) -> Iterator[tuple[_Episode, dict[str, str], Reply]]:
+    """Yields what the student is told of each call, and by whom."""
+    answers = iter(call_all([call for *_, call in tools if isinstance(call, Call)], agent.timeout, read=read_result))
+    for episode, name, call in tools:
+        if isinstance(call, str):
+            reply, why = Reply(f"Error: {call}"), "refused"
+        else:
+            answer = next(answers)
+            reply = answer.value if answer.problem is None else Reply(f"Error: the tool {answer.problem}", failed=True)
+            why = "raised" if answer.problem is None else answer.why
+        episode.counts.update(["tools/called", *([f"tools/{why}"] if why == "refused" or reply.failed else [])])
         # A method of its environment that goes on must not find another trajectory there.
         episode.hangs = episode.hangs or why == "timeout"
-        if answer is None:
-            yield f"Error: {call}"
-        else:
-            yield answer.value if answer.problem is None else f"Error: the tool {answer.problem}"
+        yield episode, {"role": "tool", "name": name}, reply
 
 
 __all__ = ["COUNTS", "EpisodeError", "opened_by", "play"]

@@ -46,6 +46,8 @@ def load_tools(tools: Sequence[Callable[..., Any] | str]) -> list[Callable[..., 
 
     Raises `ArgumentError`, as `load`.
     """
+    if isinstance(tools, str) or callable(tools):
+        raise ArgumentError(f"tools must be a list, got {tools!r:.80}")
     loaded: list[Callable[..., Any]] = []
     for tool in tools:
         if not isinstance(tool, str) or ":" in tool:

@@ -4,7 +4,7 @@
         right = completion.strip() == answer
         return (1.0, None) if right else (0.0, f"The answer is not {completion!r}.")
 
-    groups = score(groups, ["rewards.py:exact"], timeout=10)
+    groups = judge(groups, ["rewards.py:exact"], timeout=10).groups
 
 A function is called once per completion with keywords: `prompt`, `completion`, `raw_completion`, `completion_ids`,
 `trajectory`, `privileged_context` and every other column of the example; one without `**columns` gets those that it
@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import numbers
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +39,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 from ..contexts import join_feedback
 from ..errors import ArgumentError, SdcoreError
 from ..types import Example, Group, Trajectory
-from .calls import Call, Invalid, call_all, too_many_left
+from .calls import Call, Invalid, call_all, read_number, too_many_left
 from .named import load
 
 RewardFunction: TypeAlias = Callable[..., Any]
@@ -74,19 +73,6 @@ class Scored(NamedTuple):
     sums: dict[str, tuple[float, int]]  # name of a function → sum and number of the rewards that it gave the student
 
 
-def score(
-    groups: Sequence[Group],
-    reward_functions: Sequence[RewardFunction | Reward | str],
-    *,
-    weights: Sequence[float] | None = None,
-    timeout: float | None = 60.0,
-    on_error: OnError = "raise",
-    workers: int = 1,
-) -> list[Group]:
-    """Returns the groups of `judge`, without its counts."""
-    return judge(groups, reward_functions, weights=weights, timeout=timeout, on_error=on_error, workers=workers).groups
-
-
 def judge(
     groups: Sequence[Group],
     reward_functions: Sequence[RewardFunction | Reward | str],
@@ -113,20 +99,19 @@ def judge(
     if not rewards:
         return Scored(list(groups), {}, {})
     calls = [
-        _Call(reward, group, i, reward.arguments(group, group.rollouts[i]))
+        Call(reward.function, reward.arguments(group, rollout), f"reward-{reward.name}")
         for group in groups
-        for i in range(len(group.rollouts))
-        if group.rollouts[i].outcome != "failed"
+        for rollout in group.rollouts
+        if rollout.outcome != "failed"
         for reward in rewards
     ]
-    plain = [Call(call.reward.function, call.arguments, f"reward-{call.reward.name}") for call in calls]
-    answers = call_all(plain, timeout, read=_checked, workers=workers, stop_early=on_error == "raise")
+    answers = iter(call_all(calls, timeout, read=_checked, workers=workers, stop_early=on_error == "raise"))
     counts: Counter[str] = Counter({f"rewards/{why}": 0 for why in ("dropped", "raised", "timeout", "invalid")})
     sums = {reward.name: (0.0, 0) for reward in rewards}
-    judged, given = [], iter(zip(calls, answers, strict=True))
+    judged = []
     for group in groups:
         rollouts = []
-        for rollout in group.rollouts:
+        for i, rollout in enumerate(group.rollouts):
             if rollout.outcome == "failed":
                 rollouts.append(rollout)
                 continue
@@ -134,10 +119,11 @@ def judge(
             total, failed = sum((turn.reward for turn in rollout.turns if turn.reward is not None), 0.0), False
             remarks = [said] if (said := join_feedback([t.feedback for t in rollout.turns if t.feedback])) else []
             for reward in rewards:
-                call, answer = next(given)
+                answer = next(answers)
                 if answer.problem is not None:
                     if on_error == "raise":
-                        raise RewardError(f"{call.where}: {answer.problem}") from answer.error
+                        where = f"{reward.name}, {group.example.source or 'an example'}, completion {i}"
+                        raise RewardError(f"reward function {where}: {answer.problem}") from answer.error
                     counts[f"rewards/{answer.why}"] += 1
                     failed = True
                     continue
@@ -242,32 +228,9 @@ def prepare(functions: Sequence[RewardFunction | Reward | str], weights: Sequenc
     return rewards
 
 
-@dataclass(frozen=True, eq=False)
-class _Call:
-    reward: Reward
-    group: Group
-    index: int
-    arguments: dict[str, Any]
-
-    @property
-    def where(self) -> str:
-        return (
-            f"reward function {self.reward.name}, {self.group.example.source or 'an example'}, completion {self.index}"
-        )
-
-
 def _checked(returned: Any) -> tuple[float, str | None]:
     """Reads what a function returned: a number, or a number and a text. Raises `Invalid`."""
-    feedback = None
-    value = returned
-    if isinstance(returned, tuple):
-        if len(returned) != 2 or not (returned[1] is None or isinstance(returned[1], str)):
-            raise Invalid(f"must return a number or (number, feedback text or None), got {returned!r:.80}")
-        value, feedback = returned
-    if not isinstance(value, numbers.Real) and getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-        value = value.item()  # a 0-d tensor or array
-    if not isinstance(value, numbers.Real):
-        raise Invalid(f"must return a number or (number, feedback), got {returned!r:.80}")
-    if not math.isfinite(value):
-        raise Invalid(f"must return a finite number, got {float(value)}")
-    return float(value), feedback
+    value, feedback = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
+    if isinstance(value, tuple) or not (feedback is None or isinstance(feedback, str)):
+        raise Invalid(f"must return a number or (number, feedback text or None), got {returned!r:.80}")
+    return read_number(value, "a number or (number, feedback)"), feedback

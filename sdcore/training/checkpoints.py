@@ -153,7 +153,7 @@ def describe_run(
         # What JSON does not know is told apart by its type alone: a text of it may have an address in it.
         digest.update(json.dumps(row, default=lambda value: type(value).__name__).encode())
     own = {"method": type(method).__name__, "model": name, "data": digest.hexdigest(), "world_size": args.world_size}
-    own |= agent.summary if agent is not None else {}
+    own |= {"tools": [], "environment": None} if agent is None else agent.summary
     return json.loads(json.dumps({**vars(method), **args.to_dict(), **own}, default=str))
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -53,9 +53,14 @@ class Collector:
     """Samples and judges. Raises `DataError` and what sampling and rewards raise."""
 
     tokenizer: Any
-    sampler: Sampler
-    sampling: Sampling
-    rewards: Sequence[Reward]
+    sampler: Sampler = field(default_factory=ModelSampler)
+    stop_ids: Sequence[int] = ()  # this and the next five: see `Sampling`
+    num_generations: int = 1
+    max_completion_length: int = 256
+    temperature: float = 1.0
+    top_p: float | None = None
+    top_k: int | None = None
+    rewards: Sequence[Reward] = ()
     from_data: bool = False  # True: completions are the examples' own
     max_prompt_length: int | None = None  # tokens; None: what the model can read
     chat_template_kwargs: Mapping[str, Any] | None = None
@@ -66,33 +71,30 @@ class Collector:
     read_elsewhere: Collection[str] = frozenset()  # columns that the chat template need not use
     agent: Agent | None = None  # who answers the student; None: nobody does, a completion is an answer
 
+    @property
+    def sampling(self) -> Sampling:
+        """Says how completions are drawn."""
+        return Sampling(
+            num_completions=self.num_generations,
+            max_new_tokens=self.max_completion_length,
+            temperature=self.temperature,
+            top_p=None if self.top_p == 1 else self.top_p,
+            top_k=self.top_k,
+            eos_token_id=tuple(self.stop_ids),
+            pad_token_id=getattr(self.tokenizer, "pad_token_id", None),
+        )
+
     @classmethod
     def of_run(
-        cls,
-        args: SelfDistillationConfig,
-        method: Method,
-        tokenizer: Any,
-        sampler: Sampler,
-        rewards: Sequence[Reward],
-        context: ContextBuilder,
-        *,
-        stop_ids: Sequence[int],
-        agent: Agent | None = None,
+        cls, args: SelfDistillationConfig, method: Method, context: ContextBuilder, agent: Agent | None, **others: Any
     ) -> Collector:
-        """Makes the collector of a run's training steps."""
+        """Makes the collector of a run's training steps; the others are fields."""
         return cls(
-            tokenizer=tokenizer,
-            sampler=sampler,
-            sampling=Sampling(
-                num_completions=method.num_generations,
-                max_new_tokens=args.max_completion_length,
-                temperature=args.sampling_temperature,
-                top_p=None if args.top_p == 1 else args.top_p,
-                top_k=args.top_k,
-                eos_token_id=tuple(stop_ids),
-                pad_token_id=getattr(tokenizer, "pad_token_id", None),
-            ),
-            rewards=rewards,
+            num_generations=method.num_generations,
+            max_completion_length=args.max_completion_length,
+            temperature=args.sampling_temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
             from_data=method.samples == "dataset",
             max_prompt_length=args.max_prompt_length,
             chat_template_kwargs=kwargs_of(args.chat_template_kwargs, agent),
@@ -102,6 +104,7 @@ class Collector:
             workers=args.reward_workers,
             teacher_samples=method.teacher_samples,
             read_elsewhere=columns_of(context),
+            **others,
         )
 
     def check(self, teacher: Any, context: ContextBuilder, state: Any) -> None:
@@ -177,11 +180,11 @@ class Collector:
         nothing privileged to read, the student draws all.
         """
         # The builder is asked before there are completions, about one of the greatest length.
-        unknown = torch.zeros(self.sampling.max_new_tokens, dtype=torch.int64)
+        unknown = torch.zeros(self.max_completion_length, dtype=torch.int64)
         rollouts = (Trajectory.answer(completion_ids=unknown, logprobs=None, text="", finished=False),)
         asked = [Group(example=e, prompt_ids=ids, rollouts=rollouts) for e, ids in zip(examples, prompts, strict=True)]
         seen = [context.condition(group, self.tokenizer) for group in asked]
-        size, rng = self.sampling.num_completions, random.Random(seed_of(seed, 0))
+        size, rng = self.num_generations, random.Random(seed_of(seed, 0))
         shares = [int(size * self.teacher_samples + rng.random()) if each.active[0] else 0 for each in seen]
 
         def drawn(module: nn.Module, after: Sequence[Tensor], counts: Sequence[int], part: int) -> list[Any]:
@@ -228,7 +231,7 @@ class Collector:
             example,
             self.tokenizer,
             prompt,
-            stop_ids=self.sampling.eos_token_id,
-            max_length=self.sampling.max_new_tokens,
+            stop_ids=self.stop_ids,
+            max_length=self.max_completion_length,
             chat_template_kwargs=self.chat_template_kwargs,
         )

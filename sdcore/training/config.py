@@ -25,12 +25,13 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..contexts.conversation import History
-from ..errors import ArgumentError
+from ..errors import ArgumentError, require_positive
 from ..prefix.choice import Strategy
 from ..prefix.verification import Verify
 from ..rollouts.rewards import OnError
 
 OnBadRow: TypeAlias = Literal["raise", "skip"]
+TURNS: Final = ("max_turns", "max_trajectory_length", "max_trajectory_seconds", "history")  # of a run with an agent
 PROBES: Final = ("leak_probe_every", "overlap_probe_every", "drift_probe_every")
 
 _EVALUATION: Final = "an evaluation samples answers and judges them"
@@ -59,6 +60,10 @@ WITHOUT_EFFECT: Final = {
 }
 
 
+def _arg(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class SelfDistillationConfig(TrainingArguments):
     """Says how a method is run. Raises `ArgumentError`, which names the argument, beside what transformers raises."""
@@ -66,147 +71,77 @@ class SelfDistillationConfig(TrainingArguments):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "chat_template_kwargs"]
 
     # Other defaults than transformers'.
-    learning_rate: float = field(
-        default=1e-5, metadata={"help": "The initial learning rate. 1e-5 to 5e-5 is usual; LoRA stands ten times more."}
-    )
-    num_train_epochs: float = field(
-        default=1.0, metadata={"help": "How often to go through the data; max_steps overrides it."}
-    )
-    logging_steps: float = field(
-        default=1, metadata={"help": "Log every so many optimizer steps; metrics.jsonl gets the same lines."}
-    )
-    report_to: str | list[str] | None = field(
-        default="none", metadata={"help": "Services that get the metrics too, such as wandb; or all."}
-    )
-    remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "Stays False: columns are for the reward functions."}
-    )
-    bf16: bool | None = field(
-        default=None, metadata={"help": "bfloat16 autocast. None: on a GPU that has it, unless fp16 is on."}
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Stays False: every trained parameter has a gradient."}
-    )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are NaN from the log."})
-    data_seed: int | None = field(default=None, metadata={"help": "Of the order of the data. None: seed."})
-    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Examples are text: there is nothing to pin."})
+    learning_rate: float = _arg(1e-5, "The initial learning rate. 1e-5 to 5e-5 is usual; LoRA stands ten times more.")
+    num_train_epochs: float = _arg(1.0, "How often to go through the data; max_steps overrides it.")
+    logging_steps: float = _arg(1, "Log every so many optimizer steps; metrics.jsonl gets the same lines.")
+    report_to: str | list[str] | None = _arg("none", "Services that get the metrics too, such as wandb; or all.")
+    remove_unused_columns: bool | None = _arg(False, "Stays False: columns are for the reward functions.")
+    bf16: bool | None = _arg(None, "bfloat16 autocast. None: on a GPU that has it, unless fp16 is on.")
+    ddp_find_unused_parameters: bool | None = _arg(False, "Stays False: every trained parameter has a gradient.")
+    logging_nan_inf_filter: bool = _arg(False, "Hide losses that are NaN from the log.")
+    data_seed: int | None = _arg(None, "Of the order of the data. None: seed.")
+    dataloader_pin_memory: bool = _arg(False, "Examples are text: there is nothing to pin.")
 
     # Models given by name.
-    model_dtype: str = field(
-        default="float32",
-        metadata={"help": "Of a model that is given by name: float32, bfloat16, or auto, the file's."},
-    )
-    gguf_file: str | None = field(
-        default=None, metadata={"help": "The GGUF file of a model that is given by name; converted once, beside it."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that a model given by name brings along. It can do anything."}
-    )
+    model_dtype: str = _arg("float32", "Of a model that is given by name: float32, bfloat16, or auto, the file's.")
+    gguf_file: str | None = _arg(None, "The GGUF file of a model that is given by name; converted once, beside it.")
+    trust_remote_code: bool = _arg(False, "Run code that a model given by name brings along. It can do anything.")
 
     # Prompts and completions.
-    on_bad_row: str = field(
-        default="raise",
-        metadata={"help": "A row that cannot be rendered, or is too long for the model: raise, or skip and count it."},
+    on_bad_row: str = _arg(
+        "raise", "A row that cannot be rendered, or is too long for the model: raise, or skip and count it."
     )
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Refuse prompts of more tokens. None: what the model can read."}
+    max_prompt_length: int | None = _arg(None, "Refuse prompts of more tokens. None: what the model can read.")
+    max_completion_length: int = _arg(256, "Tokens of a completion, at most; longer ones are cut, and counted.")
+    sampling_temperature: float = _arg(1.0, "Of sampling; 0 takes the likeliest token.")
+    top_p: float = _arg(1.0, "Sample from the likeliest tokens that together have this probability. 1: from all.")
+    top_k: int | None = _arg(None, "Sample from so many likeliest tokens. None: from all.")
+    stop_token_ids: list[int] | None = _arg(None, "Ids that end a completion. None: the tokenizer's and the model's.")
+    chat_template_kwargs: dict[str, Any] | str | None = _arg(
+        None, 'For the chat template, as {"enable_thinking": false}'
     )
-    max_completion_length: int = field(
-        default=256, metadata={"help": "Tokens of a completion, at most; longer ones are cut, and counted."}
-    )
-    sampling_temperature: float = field(default=1.0, metadata={"help": "Of sampling; 0 takes the likeliest token."})
-    top_p: float = field(
-        default=1.0,
-        metadata={"help": "Sample from the likeliest tokens that together have this probability. 1: from all."},
-    )
-    top_k: int | None = field(default=None, metadata={"help": "Sample from so many likeliest tokens. None: from all."})
-    stop_token_ids: list[int] | None = field(
-        default=None, metadata={"help": "Ids that end a completion. None: the tokenizer's and the model's."}
-    )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": 'For the chat template, as {"enable_thinking": false}'}
-    )
-    mask_truncated_completions: bool = field(
-        default=False, metadata={"help": "Completions that were cut carry no loss."}
-    )
-    generation_batch_size: int | None = field(
-        default=None, metadata={"help": "Prompts sampled at a time: bounds the memory. None: a whole batch."}
-    )
-    num_iterations: int = field(
-        default=1, metadata={"help": "Optimizer steps for which completions are used before new ones are sampled."}
-    )
+    mask_truncated_completions: bool = _arg(False, "Completions that were cut carry no loss.")
+    generation_batch_size: int | None = _arg(None, "Prompts sampled at a time: bounds the memory. None: a whole batch.")
+    num_iterations: int = _arg(1, "Optimizer steps for which completions are used before new ones are sampled.")
 
     # Turns, where there are tools or an environment.
-    max_turns: int = field(default=8, metadata={"help": "Turns of the student in a trajectory."})
-    max_trajectory_length: int | None = field(
-        default=None, metadata={"help": "Tokens behind the prompt, of all sides. None: what the model can read."}
+    max_turns: int = _arg(8, "Turns of the student in a trajectory.")
+    max_trajectory_length: int | None = _arg(
+        None, "Tokens behind the prompt, of all sides. None: what the model can read."
     )
-    max_trajectory_seconds: float | None = field(
-        default=None, metadata={"help": "Seconds for the trajectories of a batch; then no turn begins. None: no limit."}
+    max_trajectory_seconds: float | None = _arg(
+        None, "Seconds for the trajectories of a batch; then no turn begins. None: no limit."
     )
-    history: str = field(
-        default="as_sampled",
-        metadata={
-            "help": "Refuse a chat template that rewrites earlier turns; as_rendered: learn what it makes of them."
-        },
+    history: str = _arg(
+        "as_sampled", "Refuse a chat template that rewrites earlier turns; as_rendered: learn what it makes of them."
     )
 
     # Rewards; the limit of time and what becomes of errors are those of tools and environments too.
-    reward_weights: list[float] | None = field(default=None, metadata={"help": "One per reward function. None: all 1."})
-    reward_timeout: float | None = field(
-        default=60.0, metadata={"help": "Seconds for each call of a reward function. None: no limit."}
-    )
-    reward_on_error: str = field(
-        default="raise", metadata={"help": "A reward that fails, hangs or is NaN: raise, or drop the completion."}
-    )
-    reward_workers: int = field(
-        default=1,
-        metadata={"help": "Calls of sync reward functions at the same time: more need a thread-safe function."},
-    )
+    reward_weights: list[float] | None = _arg(None, "One per reward function. None: all 1.")
+    reward_timeout: float | None = _arg(60.0, "Seconds for each call of a reward function. None: no limit.")
+    reward_on_error: str = _arg("raise", "A reward that fails, hangs or is NaN: raise, or drop the completion.")
+    reward_workers: int = _arg(1, "Calls of sync reward functions at the same time: more need a thread-safe function.")
 
     # The passes.
-    micro_batch: int | None = field(
-        default=None, metadata={"help": "Completions in flight at a time: bounds the memory. None: all, if they fit."}
+    micro_batch: int | None = _arg(None, "Completions in flight at a time: bounds the memory. None: all, if they fit.")
+    max_pass_tokens: int | None = _arg(
+        None, "Tokens in flight at a time, of whole groups or conversations: bounds the memory. None: all."
     )
-    max_pass_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens in flight at a time, of whole groups or conversations: bounds the memory. None: all."
-        },
-    )
-    strategy: str = field(
-        default="auto", metadata={"help": "How prefixes are shared: auto, packed, cached, two_phase or naive."}
-    )
-    verify: str = field(
-        default="once",
-        metadata={"help": "Compare the strategy with the naive one: once per kind of model, always, or off."},
-    )
-    teacher_device: str | None = field(
-        default=None, metadata={"help": "Where a teacher's own weights are kept, such as cpu. None: the student's."}
-    )
+    strategy: str = _arg("auto", "How prefixes are shared: auto, packed, cached, two_phase or naive.")
+    verify: str = _arg("once", "Compare the strategy with the naive one: once per kind of model, always, or off.")
+    teacher_device: str | None = _arg(None, "Where a teacher's own weights are kept, such as cpu. None: the student's.")
 
     # Evaluation and logs.
-    eval_generations: int = field(default=1, metadata={"help": "Completions per question of the evaluation."})
-    eval_temperature: float | None = field(
-        default=None, metadata={"help": "Of the evaluation's sampling. None: sampling_temperature."}
-    )
-    eval_seed: int | None = field(
-        default=None, metadata={"help": "Of the evaluation's sampling, the same each time. None: seed."}
-    )
-    log_completions_every: int = field(
-        default=10, metadata={"help": "Write samples.jsonl every so many steps, the first one too. 0: never."}
-    )
-    num_completions_shown: int = field(default=4, metadata={"help": "Completions written then."})
-    print_completions: bool = field(default=False, metadata={"help": "Show them as a table on the terminal, too."})
-    leak_probe_every: int = field(
-        default=50, metadata={"help": "Every so many steps, measure what another row's context teaches. 0: never."}
-    )
-    overlap_probe_every: int = field(
-        default=50, metadata={"help": "Every so many steps, measure how student's and teacher's top tokens overlap."}
-    )
-    drift_probe_every: int = field(
-        default=0,
-        metadata={"help": "Every so many steps, measure the distance from the start; may keep a copy of the weights."},
+    eval_generations: int = _arg(1, "Completions per question of the evaluation.")
+    eval_temperature: float | None = _arg(None, "Of the evaluation's sampling. None: sampling_temperature.")
+    eval_seed: int | None = _arg(None, "Of the evaluation's sampling, the same each time. None: seed.")
+    log_completions_every: int = _arg(10, "Write samples.jsonl every so many steps, the first one too. 0: never.")
+    num_completions_shown: int = _arg(4, "Completions written then.")
+    print_completions: bool = _arg(False, "Show them as a table on the terminal, too.")
+    leak_probe_every: int = _arg(50, "Every so many steps, measure what another row's context teaches. 0: never.")
+    overlap_probe_every: int = _arg(50, "Every so many steps, measure how student's and teacher's top tokens overlap.")
+    drift_probe_every: int = _arg(
+        0, "Every so many steps, measure the distance from the start; may keep a copy of the weights."
     )
 
     def __post_init__(self) -> None:
@@ -225,11 +160,9 @@ class SelfDistillationConfig(TrainingArguments):
 
     def _check(self) -> None:
         lengths = ("max_prompt_length", "max_completion_length", "max_trajectory_length", "max_turns")
-        counts = (*lengths, "top_k", "generation_batch_size", "num_iterations")
-        for name in (*counts, "reward_workers", "micro_batch", "max_pass_tokens", "eval_generations"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ArgumentError(f"{name} must be at least 1, got {value}")
+        counts = ("top_k", "generation_batch_size", "num_iterations", "reward_workers", "eval_generations")
+        passes = ("micro_batch", "max_pass_tokens")
+        require_positive(**{name: getattr(self, name) for name in (*lengths, *counts, *passes)})
         for name in ("log_completions_every", "num_completions_shown", *PROBES):
             if getattr(self, name) < 0:
                 raise ArgumentError(f"{name} must be at least 0, got {getattr(self, name)}")
@@ -239,8 +172,10 @@ class SelfDistillationConfig(TrainingArguments):
                 raise ArgumentError(f"{name} must be at least 0 and finite, got {value}")
         if not 0 < self.top_p <= 1:
             raise ArgumentError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.reward_timeout is not None and not 0 < self.reward_timeout < math.inf:
-            raise ArgumentError(f"reward_timeout must be positive seconds or None, got {self.reward_timeout}")
+        for name in ("reward_timeout", "max_trajectory_seconds"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ArgumentError(f"{name} must be positive seconds or None, got {value}")
         choices: dict[str, Any] = {"strategy": Strategy, "verify": Verify, "history": History}
         choices |= {"reward_on_error": OnError, "on_bad_row": OnBadRow}
         allowed = {name: get_args(kind) for name, kind in choices.items()}
@@ -309,7 +244,7 @@ class SelfDistillationConfig(TrainingArguments):
             "seed": self.seed if self.eval_seed is None else self.eval_seed,
             "batch_size": self.per_device_eval_batch_size,
             "temperature": self.sampling_temperature if self.eval_temperature is None else self.eval_temperature,
-            "top_p": None if self.top_p == 1 else self.top_p,
+            "top_p": self.top_p,
             "top_k": self.top_k,
             "stop_token_ids": self.stop_token_ids,
             "chat_template_kwargs": self.chat_template_kwargs,

@@ -38,7 +38,7 @@ from ..errors import ArgumentError, DataError, UnsupportedModelError
 from ..memory import Load, Prediction, Setting, compare, memory_table
 from ..presets.method import Method
 from ..rollouts.environments import Agent
-from ..rollouts.samplers import ModelSampler, Sampling, stop_ids
+from ..rollouts.samplers import stop_ids
 from ..types import Example
 from .collect import Collector, kwargs_of
 from .config import SelfDistillationConfig
@@ -116,9 +116,8 @@ def dry_run(
     missing = check_examples(builder, examples) if method.has_teacher else 0
     collector = Collector(
         tokenizer=tokenizer,
-        sampler=ModelSampler(),
-        sampling=Sampling(max_new_tokens=max_completion_length, eos_token_id=stop_ids(nn.Identity(), tokenizer)),
-        rewards=(),
+        stop_ids=stop_ids(nn.Identity(), tokenizer),
+        max_completion_length=max_completion_length,
         from_data=method.samples == "dataset",
         max_prompt_length=max_prompt_length,
         chat_template_kwargs=chat_template_kwargs,

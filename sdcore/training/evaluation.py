@@ -22,11 +22,11 @@ from typing import Any, Final
 from torch import nn
 
 from ..contexts.rendering import TEMPLATE_INPUTS
-from ..errors import ArgumentError
+from ..errors import ArgumentError, require_positive
 from ..models import find_body
 from ..rollouts.environments import Agent
 from ..rollouts.rewards import OnError, Reward, RewardFunction, prepare
-from ..rollouts.samplers import ModelSampler, Sampler, Sampling, seed_of, stop_ids, whole_weights
+from ..rollouts.samplers import ModelSampler, Sampler, seed_of, stop_ids, whole_weights
 from ..types import Example, Group
 from .collect import Collector, kwargs_of
 from .config import OnBadRow
@@ -96,25 +96,18 @@ def evaluate(
     """
     if not examples:
         raise ArgumentError("examples must have at least one, got none")
-    if batch_size < 1 or num_generations < 1:
-        raise ArgumentError(
-            f"batch_size and num_generations must be at least 1, got {batch_size} and {num_generations}"
-        )
-    if max_completion_length < 1:
-        raise ArgumentError(f"max_completion_length must be at least 1, got {max_completion_length}")
-    stops = stop_token_ids or stop_ids(model, tokenizer)
+    require_positive(
+        batch_size=batch_size, num_generations=num_generations, max_completion_length=max_completion_length
+    )
     collector = Collector(
         tokenizer=tokenizer,
         sampler=ModelSampler() if sampler is None else sampler,
-        sampling=Sampling(
-            num_completions=num_generations,
-            max_new_tokens=max_completion_length,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            eos_token_id=tuple(stops),
-            pad_token_id=getattr(tokenizer, "pad_token_id", None),
-        ),
+        stop_ids=stop_token_ids or stop_ids(model, tokenizer),
+        num_generations=num_generations,
+        max_completion_length=max_completion_length,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
         rewards=prepare(reward_funcs, reward_weights),
         chat_template_kwargs=kwargs_of(chat_template_kwargs, agent),
         agent=agent,

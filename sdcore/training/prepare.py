@@ -40,7 +40,7 @@ from ..rollouts.named import load, load_tools
 from ..rollouts.rewards import OnError, Reward
 from ..rollouts.samplers import ModelSampler, Sampler
 from ..types import Example
-from .config import SelfDistillationConfig
+from .config import TURNS, SelfDistillationConfig
 from .evaluation import JUDGED, MEASURED
 
 
@@ -114,6 +114,15 @@ def check(
     if method.needs_rewards and not is_judged:
         raise ArgumentError(
             f"reward_funcs must have a function for {type(method).__name__}, which needs rewards, got none"
+        )
+    known = SelfDistillationConfig.__dataclass_fields__
+    turns = [f"{name}={getattr(args, name)!r}" for name in TURNS if getattr(args, name) != known[name].default]
+    if agent is None and turns:
+        raise ArgumentError(f"tools or environment_factory must be given for turns, got neither and {', '.join(turns)}")
+    if agent is not None and agent.max_tokens is not None and agent.max_tokens < args.max_completion_length:
+        raise ArgumentError(
+            f"max_trajectory_length must be at least max_completion_length={args.max_completion_length}, the tokens of "
+            f"a turn, got {agent.max_tokens}"
         )
     if agent is None and method.context in OF_TURNS:
         raise ArgumentError(

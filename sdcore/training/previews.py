@@ -24,7 +24,7 @@ from ..contexts.overflow import plain_feedback
 from ..contexts.rendering import answer_end
 from ..prefix.planner import common_prefix
 from ..presets.method import Method
-from ..rollouts.rewards import score
+from ..rollouts.rewards import judge
 from ..rollouts.samplers import SampledCompletion
 from ..types import Conditioned, Example, Group, Trajectory
 from .collect import Collector
@@ -94,7 +94,7 @@ def preview(
     reward, feedback, supposed = None, None, ""
     if reward_functions or method.context == "feedback":
         attempt = _stand_in("", example, replace(collector, from_data=False))
-        (judged,) = score([attempt], reward_functions) if reward_functions else [attempt]
+        (judged,) = judge([attempt], reward_functions).groups
         reward, feedback = (judged.rollouts[0].reward if reward_functions else None), judged.rollouts[0].feedback
         is_known = reward_functions or collector.agent is not None
         empty = replace(judged.rollouts[0], reward=-math.inf, feedback=feedback if is_known else UNKNOWN_FEEDBACK)

@@ -201,7 +201,7 @@ class Rows:
                 f"{where}ids must be in [0, V={self.body.vocab_size}), the model's vocabulary, got {highest}"
             )
         name = "max_completion_length" if completion is None else "tokens of the completion"
-        most = self.collector.sampling.max_new_tokens if completion is None else len(completion)
+        most = self.collector.max_completion_length if completion is None else len(completion)
         check_room(self.body, len(prompt), most, name=name, where=where)
 
 

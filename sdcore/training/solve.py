@@ -33,7 +33,7 @@ from ..errors import ArgumentError, require_positive
 from ..models import find_body
 from ..presets.method import Method
 from ..rollouts.environments import Agent
-from ..rollouts.samplers import ModelSampler, Sampler, Sampling, seed_of, stop_ids
+from ..rollouts.samplers import ModelSampler, Sampler, seed_of, stop_ids
 from ..rollouts.sandbox import run_limited
 from ..teachers import Snapshot
 from ..types import Example, Prompt, Trajectory
@@ -132,19 +132,14 @@ def solve(
     builder = method.build_context(chat_template_kwargs=template_kwargs)
     check_tools(tokenizer, agent)
     builder = within_model(builder, find_body(model).max_positions, config.max_completion_length)
-    sampling = Sampling(
-        max_new_tokens=config.max_completion_length,
-        temperature=config.temperature,
-        top_p=None if config.top_p == 1 else config.top_p,
-        top_k=config.top_k,
-        eos_token_id=config.stop_token_ids or stop_ids(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-    )
     collector = Collector(
         tokenizer=tokenizer,
         sampler=sampler or ModelSampler(),
-        sampling=sampling,
-        rewards=(),
+        stop_ids=config.stop_token_ids or stop_ids(model, tokenizer),
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
         chat_template_kwargs=template_kwargs,
         read_elsewhere=columns_of(builder),
         agent=agent,
@@ -161,12 +156,14 @@ def solve(
 
     while answer is None and samples < config.max_samples:
         size = min(method.num_generations, config.max_samples - samples)
-        drawing = replace(collector, sampling=replace(sampling, num_completions=size))
+        drawing = replace(collector, num_generations=size)
         (group,) = drawing.draw(model, [example], seed_of(config.seed, len(rounds)))
         judged: list[Trajectory] = []
         for rollout in group.rollouts:
             if rollout.text not in verdicts:
-                verdicts[rollout.text] = verify(rollout.text)
+                verdicts[rollout.text] = verdict = verify(rollout.text)
+                if not isinstance(verdict, Verdict) or not math.isfinite(verdict.reward):
+                    raise ArgumentError(f"verify must return a Verdict of a finite reward, got {verdict!r:.80}")
             solved, reward, feedback = verdicts[rollout.text]
             feedback = join_feedback([said for said in (rollout.feedback, feedback) if said]) or None
             judged.append(replace(rollout, reward=reward, feedback=feedback))

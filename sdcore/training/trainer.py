@@ -26,6 +26,7 @@ Not covered: DeepSpeed and FSDP1 (refused by name), data without a length, and L
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -176,7 +177,12 @@ class SelfDistillationTrainer(Trainer):
             self._window = self._collected(examples)
         else:
             self._window = self._window or self._own.window(cast(Path, self._resumed), examples, self.collector.prompt)
-        batches = [self._batch(groups) for groups in self._window]
+        args, tokenizer = self.args, self.processing_class
+        options: Any = {"norm_length": args.max_completion_length, "mask_truncated": args.mask_truncated_completions}
+        options |= {"device": args.device, "must_be_judged": bool(self.rewards)}
+        conditioned = [[self.rows.condition(group, tokenizer) for group in groups] for groups in self._window]
+        pairs = zip(self._window, conditioned, strict=True)
+        batches = [Batch.of(groups, seen, self.method, **options) for groups, seen in pairs]
         return batches, self._over_ranks(batches)
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Normalizers | None = None) -> Tensor:
@@ -213,34 +219,20 @@ class SelfDistillationTrainer(Trainer):
     @property
     def collector(self) -> Collector:
         """Samples and judges by the arguments as they are now: a callback may have changed the temperature."""
-        chosen = (self.args, self.method, self.processing_class, self.sampler, self.rewards, self.context)
-        return Collector.of_run(*chosen, stop_ids=self._stop_ids, agent=self.agent)
+        parts = {"tokenizer": self.processing_class, "sampler": self.sampler, "rewards": self.rewards}
+        return Collector.of_run(self.args, self.method, self.context, self.agent, stop_ids=self._stop_ids, **parts)
 
     def _collected(self, batches: Sequence[Sequence[Example]]) -> list[list[Group]]:
         """Returns judged groups of completions, drawn from the weights as they are."""
         step, args = self.state.global_step, self.args
-        self._hand_over_weights()
+        if isinstance(self.sampler, FollowsWeights):
+            self.sampler.follow(self.model_wrapped, step)
         # Batches of all ranks are numbered in the order of the data, whatever the number of ranks.
         seeds = [seed_of(args.seed, step, i * args.world_size + args.process_index) for i in range(len(batches))]
         drawn = self.collector.collect(self.model_wrapped, batches, seeds, (self.teacher, self.rows))
         self._tally.count(drawn.counts)
         self._tally.add(drawn.means)
         return drawn.groups
-
-    def _hand_over_weights(self) -> None:
-        if isinstance(self.sampler, FollowsWeights):
-            self.sampler.follow(self.model_wrapped, self.state.global_step)
-
-    def _batch(self, groups: Sequence[Group]) -> Batch:
-        return Batch.of(
-            groups,
-            [self.rows.condition(group, self.processing_class) for group in groups],
-            self.method,
-            device=self.args.device,
-            norm_length=self.args.max_completion_length,
-            must_be_judged=bool(self.rewards),
-            mask_truncated=self.args.mask_truncated_completions,
-        )
 
     def _over_ranks(self, batches: Sequence[Batch]) -> Normalizers:
         """Averages what the losses are divided by over ranks, since gradients are averaged; counts what is new."""
@@ -299,7 +291,8 @@ class SelfDistillationTrainer(Trainer):
         args, started, own = self.args, time.time(), self.eval_dataset
         if not any(data is known for known in (own.values() if isinstance(own, dict) else [own])):
             data = self.rows.of_evaluation().usable(self._read(data, "eval_dataset"), "eval_dataset")
-        self._hand_over_weights()
+        if isinstance(self.sampler, FollowsWeights):
+            self.sampler.follow(self.model_wrapped, self.state.global_step)
         result = evaluate(
             self.model_wrapped,
             self.processing_class,
@@ -355,6 +348,14 @@ class SelfDistillationTrainer(Trainer):
         """Finds where the next `train` begins. Raises `CheckpointError`, as `start_of`."""
         run = describe_run(self.method, self.args, self.model, self.train_dataset or (), self.agent)
         self._resumed, self._run = start_of(self.args.output_dir, resume_from_checkpoint, run), run
+
+    def _init_training_state(self, max_steps: int, per_epoch: int, epochs: int, *checkpoint: Any) -> tuple[int, int]:
+        """Begins behind the last epoch where no step is left: within one, transformers would do another step."""
+        begun: tuple[int, int] = super()._init_training_state(max_steps, per_epoch, epochs, *checkpoint)
+        if self.state.global_step < max_steps:
+            return begun
+        warnings.warn(f"{self._resumed} has all {max_steps} steps of this run: there is nothing to train", stacklevel=2)
+        return epochs, 0
 
     def begin(self) -> None:
         """Takes up a checkpoint's state of ours and opens the run's log, once model and optimizer are loaded."""

@@ -151,5 +151,5 @@ def test_a_completion_ends_with_the_models_ends_too() -> None:
 def test_options_are_refused_by_name() -> None:
     with pytest.raises(ArgumentError, match="examples must have at least one"):
         evaluate(world_model(), tokenizer(), [])
-    with pytest.raises(ArgumentError, match="batch_size and num_generations must be at least 1, got 0 and 1"):
+    with pytest.raises(ArgumentError, match="batch_size must be at least 1, got 0"):
         evaluate(world_model(), tokenizer(), QUESTIONS, batch_size=0)

@@ -127,6 +127,20 @@ def test_the_teachers_state_is_saved_as_safetensors_and_restored(tmp_path: Path)
         assert torch.equal(kept.value, saved[name]), name
 
 
+@pytest.mark.parametrize(("count", "done"), [(20, 4), (8, 4), (20, 5)])
+def test_a_finished_run_that_is_resumed_does_nothing_and_says_so(count: int, done: int, tmp_path: Path) -> None:
+    """Within an epoch, of five steps, as at the end of one; and where fewer steps are asked for than were done."""
+    first = run("sdft", tmp_path, count=count, max_steps=done, save_steps=1)
+    before = lines(tmp_path), lines(tmp_path, "samples.jsonl")
+    with pytest.warns(UserWarning, match=f"checkpoint-{done} has all 4 steps of this run: there is nothing to train"):
+        again = run("sdft", tmp_path, count=count, max_steps=4, save_steps=1, resume=True)
+    assert again.state.global_step == done
+    assert (lines(tmp_path), lines(tmp_path, "samples.jsonl")) == before
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{i + 1}" for i in range(done)]
+    for name, weight in first.model.state_dict().items():
+        assert torch.equal(weight, again.model.state_dict()[name]), name
+
+
 def test_a_torn_checkpoint_is_passed_over(tmp_path: Path) -> None:
     run("sdft", tmp_path, save_steps=2)
     torn = tmp_path / "checkpoint-6"

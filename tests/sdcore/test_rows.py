@@ -22,7 +22,7 @@ from sdcore.errors import ArgumentError, ContextError, DataError, SdcoreError
 from sdcore.models import find_body
 from sdcore.presets import SFT
 from sdcore.report.notes import notes_of
-from sdcore.rollouts.samplers import ModelSampler, SampledCompletion, Sampling
+from sdcore.rollouts.samplers import SampledCompletion
 from sdcore.training.collect import Collector
 from sdcore.training.evaluation import evaluate
 from sdcore.training.rows import Rows
@@ -168,7 +168,7 @@ def test_ranks_that_share_the_rows_come_to_the_same_decision(on_bad_row: str) ->
             checked.append(example.source)
             return super().prompt(example)
 
-    collector = Watched(tokenizer=tokenizer(), sampler=ModelSampler(), sampling=Sampling(), rewards=())
+    collector = Watched(tokenizer=tokenizer())
     made = Rows(collector=collector, body=None, on_bad_row=on_bad_row)  # type: ignore[arg-type]
     ranks = Ranks()
     with ThreadPoolExecutor(2) as pool:
@@ -226,7 +226,7 @@ def test_the_leak_probe_leaves_out_a_context_that_is_too_long_for_another_questi
     builder, tok, model = Demonstration(template=SHOW), tokenizer(), world_model()
     given = {LONG[:120]: "a b", "b": LONG[:200]}
     examples = read_examples([{"prompt": prompt, "privileged_context": context} for prompt, context in given.items()])
-    collector = Collector(tokenizer=tok, sampler=ModelSampler(), sampling=Sampling(max_new_tokens=4), rewards=())
+    collector = Collector(tokenizer=tok, max_completion_length=4)
     assert Rows(collector=collector, body=find_body(model), context=builder).usable(examples, "data") == examples
     groups = collector.draw(model, examples, seed=0)
     assert set(leak(model, groups, builder, tok)) > {"teacher/leak_kl"}  # the other way round there is room

@@ -144,6 +144,12 @@ def test_the_question_is_asked_with_the_chat_templates_arguments_and_the_samplin
     assert len(asked) == 2  # something was learned between them
 
 
+@pytest.mark.parametrize("verdict", [True, Verdict(False, float("nan")), (False, 0.0, None)])
+def test_a_verifier_that_gives_no_verdict_is_refused(verdict: Any) -> None:
+    with pytest.raises(ArgumentError, match="verify must return a Verdict of a finite reward, got "):
+        run(verify=lambda _: verdict)
+
+
 @pytest.mark.parametrize("name", ["rl_tilt", "sdft_paper", "grpo"])
 def test_a_method_that_has_no_use_for_feedback_is_refused(name: str) -> None:
     with pytest.raises(ArgumentError, match="method must have context 'feedback' and target 'divergence' alone"):

@@ -58,9 +58,9 @@ def examples(count: int = 6, **changes: Any) -> list[Example]:
 
 
 def collector(share: float, count: int, **options: Any) -> Collector:
-    sampling = Sampling(num_completions=count, max_new_tokens=8, eos_token_id=(tokenizer().eos_token_id,))
-    given: dict[str, Any] = {"tokenizer": tokenizer(), "sampler": Named(), "sampling": sampling, "rewards": ()}
-    return Collector(**given | {"teacher_samples": share} | options)
+    given: dict[str, Any] = {"tokenizer": tokenizer(), "sampler": Named(), "stop_ids": [tokenizer().eos_token_id]}
+    given |= {"num_generations": count, "max_completion_length": 8, "teacher_samples": share}
+    return Collector(**given | options)
 
 
 def ids(groups: Sequence[Group]) -> list[list[list[int]]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from sdcore.errors import ArgumentError, ContextError, DataError
 from sdcore.presets import GRPO, SDPO, Method
 from sdcore.rollouts.environments import Agent, Reply
 from sdcore.rollouts.episodes import play
-from sdcore.rollouts.rewards import score
+from sdcore.rollouts.rewards import judge
 from sdcore.rollouts.samplers import ModelSampler, Sampling
 from sdcore.rollouts.window import load_rollouts, save_rollouts
 from sdcore.training import SelfDistillationConfig, SelfDistillationTrainer, evaluate
@@ -179,7 +181,7 @@ def test_a_teacher_of_each_turn_is_a_pass_of_its_own(shows: Any, aggregation: An
 def test_one_context_in_the_prompt_is_one_teacher_of_the_whole_trajectory(builder: Any) -> None:
     model, group = tiny(), group_of()
     if isinstance(builder, SuccessOrFeedback):
-        (group,) = score([group], [lambda *, completion, **columns: (float("0" in completion), "so-so")])
+        (group,) = judge([group], [lambda *, completion, **columns: (float("0" in completion), "so-so")]).groups
         assert [rollout.reward for rollout in group.rollouts] == [1.0, 0.0]  # the environment's add up to 0
     seen = builder.condition(group, tokenizer_of("smollm2"))
 
@@ -221,7 +223,7 @@ def test_a_past_that_the_template_rewrites_is_several_sequences_with_views_of_th
 
 def test_grpo_learns_from_the_same_trajectories_and_from_no_token_of_others() -> None:
     model = tiny()
-    (group,) = score([group_of()], [lambda *, completion, **columns: float("0" in completion)])
+    (group,) = judge([group_of()], [lambda *, completion, **columns: float("0" in completion)]).groups
     method = GRPO(num_generations=2, aggregation="token-mean")
     ones = []
     for rollout, advantage in zip(group.rollouts, (1.0, -1.0), strict=True):
@@ -252,7 +254,7 @@ def test_a_trajectory_whose_environment_failed_carries_no_loss_and_is_counted() 
     assert batch.counts["completions/without_loss"] == 1
     counts = counts_of([group])
     assert (counts["trajectories/failed"], counts["trajectories/turns"], counts["turns/count"]) == (1, 1, 6)
-    (judged,) = score([replace(group, rollouts=group.rollouts[::-1])], [lambda completion: len(completion)])
+    (judged,) = judge([replace(group, rollouts=group.rollouts[::-1])], [lambda completion: len(completion)]).groups
     assert [rollout.reward for rollout in judged.rollouts] == [None, len("Nine and more 0")]
 
 
@@ -281,6 +283,21 @@ class Echo(Higher):
         )
 
 
+def sub(a: int, b: int) -> int:
+    """
+    Subtracts.
+
+    Args:
+        a: from this
+        b: this
+    """
+    return a - b
+
+
+def len_of(completion: str) -> int:
+    return len(completion)
+
+
 ROWS = [Example(prompt=({"role": "user", "content": f"Row {i}:"},), source=f"rows:{i}") for i in range(4)]
 
 
@@ -298,9 +315,9 @@ def trainer(folder: Path, method: Method, **options: Any) -> SelfDistillationTra
         "disable_tqdm": True,
         "log_completions_every": 1,
     }
-    tokenizer = tokenizer_of("smollm2")
     given = {key: options.pop(key) for key in ("reward_funcs", "tools", "sampler") if key in options}
     factory = options.pop("environment_factory", Echo)
+    tokenizer = tokenizer_of(options.pop("template", "smollm2"))
     return SelfDistillationTrainer(
         tiny(dtype=torch.float32),
         SelfDistillationConfig(**arguments | options),
@@ -358,16 +375,54 @@ def test_a_run_on_trajectories_that_is_resumed_gives_the_same_losses(name: str, 
 
 
 @pytest.mark.parametrize(
+    ("before", "now", "words"),
+    [
+        ({"tools": [add]}, {"tools": [add, sub]}, r"with tools=\['add', 'sub'\] \(was \['add'\]\)$"),
+        ({"tools": [add]}, {}, r"with tools=\[\] \(was \['add'\]\)$"),
+        ({}, {"environment_factory": None}, r"with environment=None \(was 'Echo'\)$"),
+        (
+            {"environment_factory": None},
+            {"tools": [sub]},
+            r"tools=\['sub'\] \(was \[\]\), environment='Echo' \(was None\)$",
+        ),
+        ({"tools": [add]}, {"tools": [add]}, None),
+    ],
+)
+def test_a_run_that_is_resumed_with_other_tools_says_so(
+    before: dict[str, Any], now: dict[str, Any], words: str | None, tmp_path: Path
+) -> None:
+    common: dict[str, Any] = {"template": "qwen3_training", "max_steps": 1, "reward_funcs": [len_of], "max_turns": 8}
+    trainer(tmp_path, METHODS["grpo"], **common | before).train()
+    again = trainer(tmp_path, METHODS["grpo"], **common | now)
+    with warnings.catch_warnings(record=True) as said:
+        again.start(resume_from_checkpoint=True)
+    texts = [str(warning.message) for warning in said if "is gone on from" in str(warning.message)]
+    assert len(texts) == (words is not None)
+    assert all(re.search(str(words), text) for text in texts)
+
+
+@pytest.mark.parametrize(
     ("method", "options", "message"),
     [
         (METHODS["grpo"], {"tools": [add]}, "tools must be shown to the student by the tokenizer's chat template"),
-        (Method(context="hindsight"), {"environment_factory": None}, "context must be one of whole answers without"),
+        (
+            Method(context="hindsight"),
+            {"environment_factory": None, "max_turns": 8},
+            "context must be one of whole answers without",
+        ),
         (Method(context="template", samples="dataset"), {}, "samples must be 'student'"),
         (
             Method(context="hindsight"),
             {"history": "kept"},
             "history must be one of as_sampled, as_rendered, got 'kept'",
         ),
+        (GRPO(), {"environment_factory": None, "reward_funcs": [len_of]}, "for turns, got neither and max_turns=3$"),
+        (
+            GRPO(),
+            {"max_trajectory_length": 5},
+            "max_trajectory_length must be at least max_completion_length=6, the tokens of a turn, got 5",
+        ),
+        (GRPO(), {"max_trajectory_seconds": 0.0}, "max_trajectory_seconds must be positive seconds or None, got 0"),
         (Method(context="hindsight"), {"max_turns": 0}, "max_turns must be at least 1, got 0"),
     ],
 )

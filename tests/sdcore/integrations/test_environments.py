@@ -177,6 +177,16 @@ def test_what_would_be_left_out_of_verifiers_is_refused(verifiers: Any, change: 
         VerifiersEnvironment(env, tasks)
 
 
+@pytest.mark.parametrize("number", [-1, 2, "0", None])
+def test_a_row_without_a_task_of_verifiers_is_refused_by_name(verifiers: Any, number: Any) -> None:
+    env, tasks = verifiers(TASKS, f"numbers_without_{type(number).__name__.lower()}{len(str(number))}")
+    with pytest.raises(ArgumentError, match="tasks must have at least one, got none"):
+        VerifiersEnvironment(env, [])
+    agent = Agent(environment_factory=lambda: VerifiersEnvironment(env, tasks))
+    with pytest.raises(EpisodeError, match=rf"rows:1, .*column `task` must be in \[0, 2\), got {number!r}"):
+        run(agent, Says(tokenizer_of("smollm2"), "Five"), row(tasks[0], number))
+
+
 def test_what_an_environment_of_verifiers_raises_has_the_row_s_name(verifiers: Any) -> None:
     env, tasks = verifiers(TASKS.replace('"Too low."', "task.data.answer"), "numbers_broken")
     agent = Agent(environment_factory=lambda: VerifiersEnvironment(env, tasks))
@@ -233,7 +243,9 @@ def served() -> Iterator[str]:
 
         async def step_async(self, action: Any, **options: Any) -> Any:
             seen = await super().step_async(action, **options)
-            return seen.model_copy(update={"reward": 0.5 if isinstance(action, CallToolAction) else None})
+            if not isinstance(action, CallToolAction):
+                return seen
+            return seen.model_copy(update={"reward": 0.5, "done": action.arguments["a"] == 9})
 
         def _step_impl(self, action: Any, **options: Any) -> Any:
             raise NotImplementedError
@@ -288,8 +300,22 @@ def test_tools_of_openenv_are_called_through_its_client(served: str) -> None:
     sampler = Says(tokenizer_of("smollm2"), call, call.replace("3", '"x"'), "7")
     rollout = run(agent, sampler, Example(prompt=({"role": "user", "content": "3 + 4?"},), source="rows:1")).rollouts[0]
     assert [turn.text for turn in rollout.turns][:2] == [call, "7"]
-    assert rollout.turns[3].text.startswith("Error: the tool raised RuntimeError: ")
-    assert (rollout.outcome, rollout.reward) == ("answered", 1.0)
+    assert rollout.turns[3].text.startswith("Error: ")
+    assert (rollout.outcome, rollout.reward, rollout.counts["tools/raised"]) == ("answered", 1.0, 1)
+    assert [turn.reward for turn in rollout.own] == [0.5, 0.5, None]
+
+
+def test_a_tool_of_openenv_that_ends_the_episode_ends_the_trajectory(served: str) -> None:
+    from openenv.core import MCPToolClient
+
+    agent = Agent(environment_factory=lambda: OpenEnvEnvironment(MCPToolClient(base_url=f"{served}/add")))
+    call = '<tool_call>{"name": "add", "arguments": {"a": 3, "b": 4}}</tool_call>'
+    sampler = Says(tokenizer_of("smollm2"), call, call.replace("3", "9"), "never said")
+    for _ in range(2):  # the second time with the same object, reset
+        rollout = run(agent, sampler, Example(prompt=({"role": "user", "content": "3 + 4?"},))).rollouts[0]
+        assert [turn.text for turn in rollout.turns] == [call, "7", call.replace("3", "9"), "13"]
+        assert (rollout.outcome, rollout.reward) == ("answered", 1.0)
+        sampler.seeds.clear()
 
 
 def test_clients_of_openenv_that_do_not_fit_are_refused(served: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from sdcore.errors import ArgumentError, ContextError
-from sdcore.rollouts.environments import Agent
+from sdcore.rollouts.environments import Agent, Reply
 from sdcore.rollouts.episodes import EpisodeError
 from sdcore.types import Example, Trajectory
 from tests.sdcore.rollouts.talks import CALL, QUESTION, Higher, Says, add, learned, run, tokenizer_of
@@ -251,6 +251,8 @@ def fails() -> Any:
         (fails, "tools/raised", "Error: the tool raised ValueError: no such page"),
         (lambda: time.sleep(0.5), "tools/timeout", "Error: the tool did not return within 0.05 seconds"),
         (object(), "tools/invalid", "Error: the tool must return a text or what JSON has, got <object"),
+        (Reply("no such page", failed=True), "tools/raised", "no such page"),
+        (Reply(7), "tools/invalid", "Error: the tool must return a text, a Reply or None, got 7"),  # type: ignore[arg-type]
         ({"a": [1.5, None]}, None, '{"a": [1.5, null]}'),
         ("text", None, "text"),
     ],
@@ -264,6 +266,18 @@ def test_what_a_tool_does_wrong_is_told_and_counted(returned: Any, count: str | 
         {count} if count else set()
     )
     assert rollout.outcome == "answered"
+
+
+def test_a_tool_may_end_the_trajectory_and_say_what_the_turn_was_worth() -> None:
+    replies = iter([Reply("warm", reward=0.5, feedback="It is near."), Reply("found", done=True, reward=2.0)])
+    call = '<tool_call>{"name": "look", "arguments": {}}</tool_call>'
+    sampler = Says(tokenizer_of("smollm2"), call, f"{call}{CALL}", "never said")
+    rollout = run(Agent(tools=[tool(lambda: next(replies)), add]), sampler).rollouts[0]
+    assert [turn.text for turn in rollout.turns] == [call, "warm", f"{call}{CALL}", "found\n\n7"]
+    assert [(turn.reward, turn.feedback) for turn in rollout.own] == [(0.5, "It is near."), (2.0, None)]
+    assert (rollout.outcome, rollout.reward, rollout.turns[-1].ids.tolist()) == ("answered", 2.5, [])
+    wordless = run(Agent(tools=[tool(Reply(None, reward=1.0))]), Says(tokenizer_of("smollm2"), call)).rollouts[0]
+    assert (len(wordless.turns), wordless.outcome, wordless.reward) == (1, "answered", 1.0)
 
 
 @pytest.mark.parametrize(
@@ -379,6 +393,10 @@ def test_an_environment_that_fails_loses_no_trajectory(method: str, why: str, re
             {"environment_factory": type("Idle", (), {"reset": lambda self: None})},
             r"must make objects that have `reset`, and `step\(message\)` or methods that are tools, got a Idle",
         ),
+        ({"tools": "tools.py"}, "tools must be a list of functions, got 'tools.py'"),
+        ({"tools": [3]}, r"tools must be a list of functions, got \[3\]"),
+        ({"tools": [add], "on_error": "skip"}, "on_error must be one of raise, drop, got 'skip'"),
+        ({"tools": [add], "history": "kept"}, "history must be one of as_sampled, as_rendered, got 'kept'"),
     ],
 )
 def test_agents_that_could_do_nothing_are_refused(options: dict[str, Any], message: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from sdcore.errors import ArgumentError
 from sdcore.rollouts import calls
 from sdcore.rollouts.named import load
-from sdcore.rollouts.rewards import RewardError, check_columns, contains, judge, prepare, score
+from sdcore.rollouts.rewards import RewardError, check_columns, contains, judge, prepare
 from sdcore.types import Example, Group, Trajectory
 
 
@@ -29,6 +29,10 @@ def group(*texts: str, **columns: Any) -> Group:
 
 def length(*, completion: str, **columns: Any) -> float:
     return float(len(completion))
+
+
+def score(groups: list[Group], functions: list[Any], **options: Any) -> list[Group]:
+    return judge(groups, functions, **options).groups
 
 
 def rewards_of(groups: list[Group]) -> list[float | None]:

@@ -19,7 +19,7 @@ from sdcore.contexts import SuccessOrFeedback, student_prompt_ids
 from sdcore.contexts.templates import unopened
 from sdcore.errors import ArgumentError, DataError
 from sdcore.prefix import generate
-from sdcore.rollouts.rewards import score
+from sdcore.rollouts.rewards import judge
 from sdcore.rollouts.samplers import (
     FollowsWeights,
     ModelSampler,
@@ -328,7 +328,7 @@ def test_tags_that_are_special_tokens_are_seen_by_rewards_and_taken_out_of_attem
         seen.update(completion=completion, raw=raw_completion, ids=completion_ids)
         return float(end in completion)
 
-    (group,) = score(groups, [look])
+    (group,) = judge(groups, [look]).groups
     assert group.rollouts[0].reward == 1
     assert seen == {"completion": f"{begin} euler root {end} golden", "raw": f"{said} <eos>", "ids": ids.tolist()}
     builder = SuccessOrFeedback(
