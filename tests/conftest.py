@@ -11,8 +11,10 @@ import os
 import random
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 # cuBLAS is deterministic only with a fixed workspace, which it reads once, when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -32,6 +34,9 @@ COMMON = hypothesis.settings(
 hypothesis.settings.register_profile("fixed", COMMON, derandomize=True, max_examples=100)
 hypothesis.settings.register_profile("random", COMMON, derandomize=False, max_examples=1000)
 hypothesis.settings.load_profile("fixed")  # --hypothesis-profile=random comes after it
+
+
+OURS = ("sdcore.", "sdkernels.")
 
 
 class TorchRandom:
@@ -92,6 +97,40 @@ def torch_backend() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sdkernels.driver.backends._can_compile", lambda: False)
         yield
+
+
+def handed_on(frame: FrameType) -> bool:
+    """True for a frame that only hands a call on: torch's call of a module, transformers' and a wrapper's around it."""
+    module = frame.f_globals.get("__name__", "")
+    return module.startswith(("torch.", "transformers.utils.", "accelerate.")) or (
+        module.startswith("peft.") and frame.f_code.co_name == "forward"
+    )
+
+
+@pytest.fixture(autouse=True)
+def warnings_of_our_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attributes what a library warns of to who made the call, so that the filters of pyproject.toml see ours.
+
+    A model warns of an argument of its `forward`, which torch calls: to Python the warning is torch's.
+    """
+    inner = warnings.warn
+
+    def warn(message: Warning | str, category: type[Warning] | None = None, stacklevel: int = 1, *a: object, **k: object):
+        kind = type(message) if isinstance(message, Warning) else category or UserWarning
+        if not issubclass(kind, DeprecationWarning | FutureWarning):
+            return inner(message, category, stacklevel + 1, *a, **k)
+        frame: FrameType | None = sys._getframe(1)
+        for _ in range(stacklevel - 1):
+            frame = frame and frame.f_back
+        through = frame
+        while through is not None and handed_on(through):
+            through = through.f_back
+        if through is None or through is frame or not through.f_globals.get("__name__", "").startswith(OURS):
+            return inner(message, category, stacklevel + 1, *a, **k)
+        place = through.f_code.co_filename, through.f_lineno, through.f_globals["__name__"]
+        return warnings.warn_explicit(message, kind, *place)
+
+    monkeypatch.setattr(warnings, "warn", warn)
 
 
 @pytest.fixture
