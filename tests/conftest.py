@@ -15,6 +15,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
+from unittest import mock
 
 # cuBLAS is deterministic only with a fixed workspace, which it reads once, when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -34,9 +36,6 @@ COMMON = hypothesis.settings(
 hypothesis.settings.register_profile("fixed", COMMON, derandomize=True, max_examples=100)
 hypothesis.settings.register_profile("random", COMMON, derandomize=False, max_examples=1000)
 hypothesis.settings.load_profile("fixed")  # --hypothesis-profile=random comes after it
-
-
-OURS = ("sdcore.", "sdkernels.")
 
 
 class TorchRandom:
@@ -99,6 +98,10 @@ def torch_backend() -> Iterator[None]:
         yield
 
 
+def is_ours(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").startswith(("sdcore.", "sdkernels."))
+
+
 def handed_on(frame: FrameType) -> bool:
     """True for a frame that only hands a call on: torch's call of a module, transformers' and a wrapper's around it."""
     module = frame.f_globals.get("__name__", "")
@@ -108,29 +111,27 @@ def handed_on(frame: FrameType) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def warnings_of_our_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attributes what a library warns of to who made the call, so that the filters of pyproject.toml see ours.
+def warnings_of_our_calls() -> Iterator[None]:
+    """Attributes what a library calls obsolete to who called it, so that the filters of pyproject.toml see our calls.
 
-    A model warns of an argument of its `forward`, which torch calls: to Python the warning is torch's.
+    To Python the warning is of the library itself, or of torch, which calls a model's `forward`.
     """
     inner = warnings.warn
 
-    def warn(message: Warning | str, category: type[Warning] | None = None, stacklevel: int = 1, *a: object, **k: object):
+    def warn(message: Any, category: Any = None, stacklevel: int = 1, *more: Any, **options: Any) -> None:
         kind = type(message) if isinstance(message, Warning) else category or UserWarning
-        if not issubclass(kind, DeprecationWarning | FutureWarning):
-            return inner(message, category, stacklevel + 1, *a, **k)
-        frame: FrameType | None = sys._getframe(1)
-        for _ in range(stacklevel - 1):
-            frame = frame and frame.f_back
-        through = frame
-        while through is not None and handed_on(through):
-            through = through.f_back
-        if through is None or through is frame or not through.f_globals.get("__name__", "").startswith(OURS):
-            return inner(message, category, stacklevel + 1, *a, **k)
-        place = through.f_code.co_filename, through.f_lineno, through.f_globals["__name__"]
+        warns = sys._getframe(1)
+        caller = warns.f_back
+        while caller is not None and handed_on(caller):
+            caller = caller.f_back
+        obsolete = issubclass(kind, DeprecationWarning | FutureWarning)
+        if not obsolete or caller is None or is_ours(warns) or not is_ours(caller):
+            return inner(message, category, stacklevel + 1, *more, **options)
+        place = caller.f_code.co_filename, caller.f_lineno, caller.f_globals["__name__"]
         return warnings.warn_explicit(message, kind, *place)
 
-    monkeypatch.setattr(warnings, "warn", warn)
+    with mock.patch.object(warnings, "warn", warn):
+        yield
 
 
 @pytest.fixture

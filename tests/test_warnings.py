@@ -23,8 +23,13 @@ class Old(nn.Module):
         return states
 
 
-def calls(module: str) -> Callable[[nn.Module], Any]:
-    """A function of a module of this name that calls a model."""
+def obsolete(_: Any) -> None:
+    """Warns as a function that says nothing of who called it."""
+    warnings.warn("`past` is deprecated", FutureWarning)  # noqa: B028
+
+
+def calls(module: str) -> Callable[[Any], Any]:
+    """A function, of a module of this name, that calls a model."""
     namespace: dict[str, Any] = {"__name__": module, "torch": torch}
     exec("def call(model):\n    return model(torch.ones(1))\n", namespace)
     return namespace["call"]
@@ -40,6 +45,11 @@ def test_a_warning_that_torch_hands_on_to_us_is_an_error(module: str, category: 
 def test_it_is_handed_on_through_wrappers_too() -> None:
     with pytest.raises(FutureWarning, match="`past` is deprecated"):
         calls("sdcore.made_up")(nn.Sequential(nn.Sequential(Old(FutureWarning))))
+
+
+def test_a_function_need_not_say_who_called_it() -> None:
+    with pytest.raises(FutureWarning, match="`past` is deprecated"):
+        calls("sdcore.made_up")(obsolete)
 
 
 @pytest.mark.parametrize("module", ["transformers.models.made_up", "sdcore_of_another", "tests.made_up"])

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.utils import ModelOutput
 
-# What models call the cache that they are given: from 5.24 on all, before most, and before those that keep states alone.
+# What models call the cache that they are given: all from 5.24 on; before, most, and those that keep states alone.
 CACHE_ARGUMENTS: Final = ("cache", "past_key_values", "cache_params")
 # What their outputs call it. The output that has a new name keeps the old one as a property.
 CACHE_OUTPUT: Final = "cache" if hasattr(ModelOutput, "past_key_values") else "past_key_values"
