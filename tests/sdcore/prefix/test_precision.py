@@ -31,6 +31,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sdcore.models import Body, find_body
+from sdcore.models.names import set_checkpointing
 from sdcore.prefix.planner import Plan
 from sdcore.prefix.strategies import two_phase
 from sdcore.prefix.tree import Tree
@@ -243,7 +244,7 @@ def test_views_of_inner_nodes_are_as_near_to_float64_as_one_by_one(
 def test_checkpointing_changes_no_bit(strategy: str, name: str, precision: str) -> None:
     """A layer that runs again in backward gets what it got, so its gradients need no comparison of their own."""
     model = copy.deepcopy(model_of(name, precision))
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    set_checkpointing(model, True)
     with PRECISIONS[precision].entered():
         run = student(strategy, model, plan_of(name, 0).student)
     expected = students(strategy, name, precision)[0]

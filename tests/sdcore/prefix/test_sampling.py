@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sdcore.errors import ArgumentError, PlanError, PlanTypeError, UnsupportedModelError
+from sdcore.models.names import set_checkpointing
 from sdcore.prefix.sampling import Kept, Sampled, generate
 from tests.sdcore.prefix.models import VOCAB, tiny
 
@@ -163,7 +164,7 @@ def test_the_padding_token_is_seen_by_nobody() -> None:
 def test_sampling_leaves_no_trace() -> None:
     model = confident("llama").train()
     model.config.use_cache = False
-    model.gradient_checkpointing_enable()
+    set_checkpointing(model, True)
     model.model.layers[0].eval()
     for module in model.modules():
         if hasattr(module, "attention_dropout"):

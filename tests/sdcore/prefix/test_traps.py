@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sdcore.errors import UnsupportedModelError
 from sdcore.models import Body, find_body
+from sdcore.models.names import set_checkpointing
 from sdcore.prefix.strategies import caches
 from sdcore.prefix.strategies.caches import PrefixCache, run_reading, run_recording
 from tests.sdcore.prefix import models
@@ -51,11 +52,8 @@ def test_a_dynamic_cache_grows_when_a_second_branch_reads_it() -> None:
     trunk, branches = ids(TRUNK), ids(2, BRANCH, seed=1)
     cache = DynamicCache(config=body.config)
     with torch.no_grad():
-        body.base(input_ids=trunk[None], past_key_values=cache, use_cache=False)
-        hidden = [
-            body.base(input_ids=branch[None], past_key_values=cache, use_cache=False).last_hidden_state
-            for branch in branches
-        ]
+        body(trunk[None], cache=cache)
+        hidden = [body(branch[None], cache=cache) for branch in branches]
         assert cache.get_seq_length() == TRUNK + 2 * BRANCH
         assert difference(hidden[0], expected(body, trunk, branches)[:1]) < 1e-10
         assert difference(hidden[1], expected(body, trunk, branches)[1:]) > 0.5
@@ -80,11 +78,11 @@ def test_checkpointing_drops_a_cache_without_an_error() -> None:
     body = checkpointed("llama")
     trunk, branch = ids(TRUNK), ids(1, 1, seed=1)
     cache = DynamicCache(config=body.config)
-    body.base(input_ids=trunk[None], past_key_values=cache)
+    body(trunk[None], cache=cache)
     assert cache.get_seq_length() == 0
     states, _ = run_recording(find_body(tiny("llama")), trunk)
     reading = PrefixCache(body, states, batch=1, recording=False)
-    hidden = body(branch, position_ids=torch.tensor([[TRUNK]]), past_key_values=reading)
+    hidden = body(branch, position_ids=torch.tensor([[TRUNK]]), cache=reading)
     assert difference(hidden, expected(body, trunk, branch)) > 0.5
 
 
@@ -122,7 +120,7 @@ def test_running_a_checkpointed_layer_again_records_nothing_new(name: str) -> No
     body = checkpointed(name)
     cache = PrefixCache(body, None, batch=1, recording=True)
     with body.keeping_caches():
-        hidden = body(ids(1, TRUNK), past_key_values=cache)
+        hidden = body(ids(1, TRUNK), cache=cache)
     recorded = [state for layer in cache.recorded() for state in layer]
     hidden.sum().backward()
     assert all(old is new for old, new in zip(recorded, (s for layer in cache.recorded() for s in layer), strict=True))
@@ -139,7 +137,7 @@ def test_reentrant_checkpointing_loses_the_gradient_through_a_cache(monkeypatch:
 
     right = trunk_gradient(find_body(tiny("llama")))
     model = tiny("llama")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    set_checkpointing(model, True, use_reentrant=True)
     with pytest.raises(UnsupportedModelError, match="use_reentrant=True"):
         trunk_gradient(find_body(model))
     monkeypatch.setattr("sdcore.models.body._refuse_reentrant", lambda *_: None)

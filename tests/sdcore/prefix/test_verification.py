@@ -73,7 +73,7 @@ def completions_not_isolated(patch: pytest.MonkeyPatch) -> None:
         places = caches.positions(prefix.length, tokens).reshape(1, -1)
         states = PrefixCache(body, prefix, batch=1, recording=False)
         with body.keeping_caches():
-            hidden = body(tokens.reshape(1, -1), position_ids=places, past_key_values=states)
+            hidden = body(tokens.reshape(1, -1), position_ids=places, cache=states)
         return hidden.reshape(*tokens.shape, -1)
 
     def row_of(*args: Any) -> Any:
