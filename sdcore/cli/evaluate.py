@@ -39,6 +39,14 @@ def evaluate(
     gguf_file: GgufFile = None,
     tools: Tools = None,
     environment: Environment = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="Ask again as this method's teacher is asked, with its context in view, and without."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of a run that is to be: its method's teacher is asked, and as it will sample."),
+    ] = None,
     generations: Annotated[int, typer.Option(min=1, help="Answers to each question.")] = 1,
     like: Annotated[
         str | None,
@@ -61,7 +69,10 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="Torch device; default: a GPU if there is one.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that the model brings along.")] = False,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help=f"Over the run's: {', '.join(FIELDS)}.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help=f"Over the run's: {', '.join(FIELDS)}. With --method, also its fields."
+        ),
     ] = None,
 ) -> None:
     """Measure a model: sample answers and judge them.
@@ -76,6 +87,9 @@ def evaluate(
     In several turns, as the run was trained. Tools are code, so they are named again, not read from a folder:
       sdcore eval --model run --data eval.jsonl --reward rewards.py:check --tools tools.py
       sdcore eval --model run --data eval.jsonl --environment game.py:WordGame
+    Before training: what the teacher knows with its context in view is what a method can teach:
+      sdcore eval --model Qwen/Qwen3-0.6B --data train.jsonl --reward rewards.py:check --method sdpo --output seen.json
+      sdcore eval --model model.gguf --data facts.jsonl --reward rewards.py:check --config examples/facts.yaml
     Without a GPU, on the bundled small world:
       python -m sdcore.world.data --kind rl --split eval --rows 200 --output eval.jsonl
       sdcore eval --model run --data eval.jsonl --reward sdcore.world.data:exact --max-completion-length 11
@@ -86,8 +100,9 @@ def evaluate(
 
         from sdcore.data import read_examples
         from sdcore.errors import ArgumentError
-        from sdcore.presets import types_of
+        from sdcore.presets import load_config, types_of
         from sdcore.presets.configure import overridden
+        from sdcore.presets.method import field_types
         from sdcore.rollouts.rewards import prepare
         from sdcore.training.config import SelfDistillationConfig
         from sdcore.training.evaluation import evaluate as measure
@@ -97,10 +112,17 @@ def evaluate(
         if not reward and environment is None:
             raise ArgumentError("--reward must be given where no --environment judges, got neither")
         known = types_of(SelfDistillationConfig)
-        given = overridden(overrides or [], {name: known[name] for name in FIELDS}, "an evaluation")
+        chosen, words = None, overrides or []
+        if method is not None or config is not None:
+            own = [word for word in words if word.partition("=")[0] in field_types()]
+            words = [word for word in words if word not in own]
+            chosen, run = load_config(config, [*([f"method={method}"] if method else []), *own], trainer_fields=known)
+        given = overridden(words, {name: known[name] for name in FIELDS}, "an evaluation")
         options = {"max_completion_length": max_completion_length, "sampling_temperature": temperature}
         given |= {name: value for name, value in options.items() if value is not None}
         taken, screen = settings_of(like or model), console()
+        if chosen is not None:
+            taken |= {name: value for name, value in run.items() if name in (*FIELDS, *options, "eval_temperature")}
         for values in (taken, given):  # an evaluation has one temperature
             if "sampling_temperature" in values:
                 values.setdefault("eval_temperature", values.pop("sampling_temperature"))
@@ -116,6 +138,8 @@ def evaluate(
             if had:
                 note = f"the run in {like or model} had tools or an environment ({', '.join(had)}); here nobody answers"
                 screen.print(note, highlight=False, markup=False)
+        kwargs: Any = args.chat_template_kwargs
+        context = None if chosen is None else chosen.build_context(chat_template_kwargs=kwargs)
         examples, rewards = read_examples(data, limit=limit), prepare(reward or [], args.reward_weights)
         loaded, tokenizer = load_model(
             model, gguf_file, dtype=dtype, device=device, trust_remote_code=trust_remote_code
@@ -130,6 +154,7 @@ def evaluate(
                 rewards,
                 success_threshold=threshold,
                 agent=agent,
+                context=context,
                 advance=lambda count: progress.advance(bar, count),
                 **settings,
             )
@@ -154,8 +179,13 @@ def evaluate(
             ]
             if agent is not None:
                 settings |= agent.summary | {name: getattr(args, name) for name in TURNS}
+            seen = [
+                {"source": group.example.source, "prompt": tokenizer.decode(group.prompt_ids)}
+                | {name: getattr(group.rollouts[0], name) for name in SAVED}
+                for group in result.in_view
+            ]
             about = {"model": model, "data": data, "settings": settings, "metrics": result.metrics}
-            text = json.dumps(about | {"samples": answers}, indent=1)
+            text = json.dumps(about | {"samples": answers} | ({"in_view": seen} if seen else {}), indent=1)
             output.write_text(text, encoding="utf-8")
             screen.print(f"answers: {output}")
 

@@ -206,6 +206,30 @@ class Collector:
             for group, mine, theirs in zip(asked, own, others, strict=True)
         ]
 
+    def ask_again(
+        self, model: nn.Module, groups: Sequence[Group], context: ContextBuilder, seed: int
+    ) -> tuple[list[Group], list[Group]]:
+        """Asks once more for every completion that a teacher has something to read about: with it in view, and without.
+
+        Returns both judged, a group of one completion for each, as many at a time as there are groups.
+        """
+        asked: list[tuple[Group, Tensor]] = []
+        for group in groups:
+            seen = context.condition(group, self.tokenizer)
+            read = zip(seen.teacher_prompts, seen.active, strict=True)
+            asked += [(group, prompt) for prompt, active in read if active]
+
+        def answered(side: int, prompts: Sequence[Tensor]) -> list[Group]:
+            one, drawn = replace(self.sampling, num_completions=1), []
+            for start in range(0, len(asked), len(groups)):
+                part = slice(start, start + len(groups))
+                options: Any = {"tokenizer": self.tokenizer, "seed": seed_of(seed, side, start)}
+                examples = [group.example for group, _ in asked[part]]
+                drawn += sample_groups(self.sampler, model, examples, prompts[part], one, **options)
+            return self.judge(drawn).groups
+
+        return answered(0, [prompt for _, prompt in asked]), answered(1, [group.prompt_ids for group, _ in asked])
+
     def judge(self, groups: Sequence[Group]) -> Scored:
         """Asks the reward functions about every completion."""
         return judge(groups, self.rewards, timeout=self.timeout, on_error=self.on_error, workers=self.workers)

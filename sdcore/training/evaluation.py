@@ -8,6 +8,9 @@ model at two steps, are compared on the same draws, global random states stay as
 the work does not matter. Another `batch_size` draws other samples. The standard error is over questions: completions of
 one question are no independent measurements.
 
+A method can teach no more than its teacher knows. With `context`, what a method's teacher reads, questions are asked
+again with that in view and without, which says before any training whether there is something to learn.
+
 Not covered: losses on held-out data, and judging by something other than a reward function.
 """
 
@@ -16,12 +19,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from typing import Any, Final, NamedTuple
 
 from torch import nn
 
+from ..contexts import ContextBuilder, No
 from ..contexts.rendering import TEMPLATE_INPUTS
+from ..contexts.teacher_prompts import check_examples, columns_of
 from ..errors import ArgumentError, require_positive
 from ..models import find_body
 from ..rollouts.environments import Agent
@@ -36,6 +41,7 @@ from .turns import counts_of
 # What every evaluation measures, beside how long it took; and one that judges.
 MEASURED: Final = ("questions", "mean_length", "clipped_ratio", "runtime", "samples_per_second")
 JUDGED: Final = ("reward_mean", "reward_stderr", "success_rate", "pass_any", "dropped")
+REPEATED: Final = ("reward_mean", "reward_stderr", "success_rate")  # of what is asked again
 # Told apart from training's seeds, which have other parts.
 EVALUATION = -1
 
@@ -46,6 +52,7 @@ class EvalResult:
 
     groups: tuple[Group, ...]  # in the order of the examples
     metrics: dict[str, float]  # reward_mean, reward_stderr, success_rate, pass_any, mean_length, clipped_ratio, ...
+    in_view: tuple[Group, ...] = ()  # with `context`: one for each completion asked again, with the teacher's prompt
 
 
 def evaluate(
@@ -71,6 +78,7 @@ def evaluate(
     on_bad_row: OnBadRow | None = "raise",
     sampler: Sampler | None = None,
     agent: Agent | None = None,
+    context: ContextBuilder | None = None,
     rank: int = 0,
     world_size: int = 1,
     gather: Callable[[Any], list[Any]] | None = None,
@@ -88,6 +96,9 @@ def evaluate(
             is for rows that `Rows.usable` has returned, and asks about none.
         sampler: None: the model itself.
         agent: who answers the student, in trajectories of several turns; None: nobody.
+        context: a method's, of `Method.build_context`, or a builder of one's own; with `agent` None. Where it has
+            something to show about a completion, its question is asked once more with that in view, and once more
+            without: `with_context_reward_mean`, `without_context_reward_mean`, their `_stderr` and `_success_rate`.
         rank, world_size, gather: to share the batches over processes; `gather` gives the lists of all of them.
         advance: called with the number of questions that are done, for a progress bar.
 
@@ -96,6 +107,10 @@ def evaluate(
     """
     if not examples:
         raise ArgumentError("examples must have at least one, got none")
+    if context is not None:
+        if agent is not None:
+            raise ArgumentError("context must be None with an agent, whose turns cannot be asked again one by one")
+        check_examples(context, examples)
     require_positive(
         batch_size=batch_size, num_generations=num_generations, max_completion_length=max_completion_length
     )
@@ -114,27 +129,61 @@ def evaluate(
         timeout=timeout,
         on_error=on_error,
         workers=workers,
-        read_elsewhere=frozenset() if on_bad_row else frozenset(TEMPLATE_INPUTS),
+        read_elsewhere=(frozenset() if context is None else columns_of(context))
+        | (frozenset() if on_bad_row else frozenset(TEMPLATE_INPUTS)),
     )
     if on_bad_row is not None:
         body = find_body(model) if isinstance(collector.sampler, ModelSampler) else None  # an engine knows its limits
-        examples = Rows(collector=collector, body=body, on_bad_row=on_bad_row, rank=rank).usable(examples, "examples")
-    parts: list[tuple[int, list[Group], dict[str, int]]] = []
+        rows = Rows(collector=collector, body=body, context=context or No(), on_bad_row=on_bad_row, rank=rank)
+        examples = rows.usable(examples, "examples")
+    parts: list[_Part] = []
     with whole_weights(model, collector.sampler):
         for number, start in list(enumerate(range(0, len(examples), batch_size)))[rank::world_size]:
             batch = examples[start : start + batch_size]
-            judged = collector.judge(collector.draw(model, batch, seed_of(seed, EVALUATION, number)))
-            parts.append((number, judged.groups, judged.counts))
+            own = seed_of(seed, EVALUATION, number)
+            judged = collector.judge(collector.draw(model, batch, own))
+            again = ([], []) if context is None else collector.ask_again(model, judged.groups, context, own)
+            parts.append(_Part(number, judged.groups, judged.counts, *again))
             if advance is not None:
                 advance(len(batch))
     if gather is not None:
         parts = gather(parts)
-    parts.sort(key=lambda part: part[0])
+    parts.sort(key=lambda part: part.number)
     counts: Counter[str] = Counter()
-    for _, _, part_counts in parts:
-        counts.update(part_counts)
-    groups = [group for _, part, _ in parts for group in part]
-    return EvalResult(groups=tuple(groups), metrics=_metrics(groups, counts, success_threshold))
+    for part in parts:
+        counts.update(part.counts)
+    groups = [group for part in parts for group in part.groups]
+    metrics = _metrics(groups, counts, success_threshold)
+    if context is None:
+        return EvalResult(groups=tuple(groups), metrics=metrics)
+    seen = [group for part in parts for group in part.with_context]
+    bare = [group for part in parts for group in part.without_context]
+    metrics["asked_again"] = float(len(seen))
+    for name, asked in (("with_context", seen), ("without_context", bare)):
+        found = _metrics(_by_question(asked), {}, success_threshold)
+        metrics |= {f"{name}_{of}": found[of] for of in REPEATED if of in found}
+    return EvalResult(groups=tuple(groups), metrics=metrics, in_view=tuple(seen))
+
+
+class _Part(NamedTuple):
+    """Is what came of one batch of questions."""
+
+    number: int
+    groups: list[Group]
+    counts: dict[str, int]
+    with_context: list[Group]
+    without_context: list[Group]
+
+
+def _by_question(groups: Sequence[Group]) -> list[Group]:
+    """Joins the groups of equal questions."""
+    of_question: dict[int, list[Group]] = {}
+    for group in groups:
+        of_question.setdefault(id(group.example), []).append(group)
+    return [
+        replace(same[0], rollouts=tuple(rollout for group in same for rollout in group.rollouts))
+        for same in of_question.values()
+    ]
 
 
 def _metrics(groups: Sequence[Group], counts: Mapping[str, int], threshold: float) -> dict[str, float]:

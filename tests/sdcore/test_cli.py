@@ -225,6 +225,23 @@ def test_the_path_of_a_new_user() -> None:
     assert reached["run"] >= 0.3  # 0.9 in a trial
 
 
+def test_what_a_teacher_knows_is_measured_before_training() -> None:
+    write("sdft", count=20)
+    words = ["eval", "--data", "train.jsonl", "--reward", "sdcore.world.data:exact", "--max-completion-length", 11]
+    Path("run.yaml").write_text("method: sdft_as_run\ntemplate: '{{ prompt }} {{ privileged_context }}'\n")
+    done(*words, "--config", "run.yaml", "--output", "seen.json")
+    told = json.loads(Path("seen.json").read_text())
+    assert told["metrics"]["with_context_reward_mean"] > told["metrics"]["without_context_reward_mean"] + 0.5
+    first = json.loads(Path("train.jsonl").read_text().splitlines()[0])
+    assert told["in_view"][0].keys() == {"source", "prompt", "text", "finished", "reward", "feedback"}
+    assert first["privileged_context"] in told["in_view"][0]["prompt"]
+    # In words that this model does not know.
+    done(*words, "--method", "sdft_as_run", "--output", "seen.json")
+    assert json.loads(Path("seen.json").read_text())["metrics"]["with_context_reward_mean"] < 0.5
+    assert "context is no field of an evaluation" in sdcore(*words, "context=solution").output
+    assert "method must be one of" in sdcore(*words, "--method", "sdtf").output
+
+
 def test_the_same_seed_measures_the_same() -> None:
     write("rl", count=8)
     words = ["eval", "--data", "train.jsonl", "--reward", "sdcore.world.data:fraction", "--max-completion-length", 11]

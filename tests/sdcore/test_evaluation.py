@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from sdcore.contexts import SuccessOrFeedback, student_prompt_ids
 from sdcore.data import read_examples
-from sdcore.errors import ArgumentError
+from sdcore.errors import ArgumentError, DataError
+from sdcore.presets import SDFTAsRun
+from sdcore.rollouts.environments import Agent
 from sdcore.rollouts.samplers import SampledCompletion, stop_ids
 from sdcore.training.evaluation import evaluate
 from sdcore.training.rows import Rows
@@ -58,6 +61,83 @@ def test_the_means_are_over_questions_and_the_error_is_theirs() -> None:
     assert metrics["mean_length"] == 1.5
     assert metrics["clipped_ratio"] == 0.5
     assert metrics["questions"] == 3
+
+
+class ReadsAll:
+    """Answers with one token where it reads no more than `length`, else with two."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.read: list[list[int]] = []
+
+    def sample(self, model: Any, prompts: Sequence[Any], *, num_completions: int, **options: Any) -> Any:
+        self.read.append([len(prompt) for prompt in prompts])
+        one, two = (SampledCompletion(torch.full((n,), 7), torch.zeros(n), True) for n in (1, 2))
+        return [[one if len(prompt) <= self.length else two] * num_completions for prompt in prompts]
+
+
+def two_tokens(completion_ids: Sequence[int]) -> float:
+    return float(len(completion_ids) == 2)
+
+
+def test_a_question_is_asked_again_with_the_context_in_view_and_without() -> None:
+    questions = read_examples([*rows("sdft", task="pi", count=4, seed=0), *rows("rl", task="pi", count=1, seed=0)])
+    longest = max(len(student_prompt_ids(question, tokenizer())) for question in questions)
+    sampler, context = ReadsAll(longest), SDFTAsRun().build_context()
+    options: dict[str, Any] = {"sampler": sampler, "batch_size": 3, "num_generations": 2}
+    result = evaluate(world_model(), tokenizer(), questions, [two_tokens], context=context, **options)
+    numbers = result.metrics
+    # The last row has nothing to show; two completions of the other four are asked again, three at a time.
+    assert numbers["asked_again"] == len(result.in_view) == 8
+    assert max(map(len, sampler.read)) == 3
+    assert (numbers["reward_mean"], numbers["without_context_reward_mean"]) == (0, 0)
+    assert numbers["with_context_reward_mean"] == numbers["with_context_success_rate"] == 1
+    group = result.in_view[0]
+    assert group.prompt_ids.tolist() in [
+        read.tolist() for read in context.condition(group, tokenizer()).teacher_prompts
+    ]
+    bare = evaluate(world_model(), tokenizer(), questions, [two_tokens], **options)
+    assert bare.metrics == {name: value for name, value in numbers.items() if name in bare.metrics}
+    assert bare.in_view == ()
+
+
+def test_what_the_teacher_is_shown_of_an_answer_is_that_answers() -> None:
+    """Feedback is known when an answer has been judged; right ones have none."""
+
+    def judged(prompt: Any, completion_ids: Sequence[int], **columns: Any) -> tuple[float, str | None]:
+        turns.append(len(completion_ids))
+        return (1.0, None) if len(turns) % 2 else (0.0, f"H b{len(turns)}")
+
+    turns: list[int] = []
+    result = evaluate(
+        world_model(),
+        tokenizer(),
+        QUESTIONS[:2],
+        [judged],
+        num_generations=2,
+        sampler=ReadsAll(0),
+        context=SuccessOrFeedback(use_solution=False, template="{{ prompt }} {{ feedback }}"),
+    )
+    assert result.metrics["asked_again"] == 2
+    assert [rollout.feedback for group in result.groups for rollout in group.rollouts] == [None, "H b2", None, "H b4"]
+    read = [tokenizer().decode(group.prompt_ids) for group in result.in_view]
+    assert ["H b2" in read[0], "H b4" in read[1]] == [True, True]
+
+
+class Nobody:
+    def reset(self, **columns: Any) -> None: ...
+
+    def step(self, message: str) -> None: ...
+
+
+def test_what_cannot_be_asked_again_is_refused_before_anything_is_sampled() -> None:
+    sampler, context = Scripted(), SDFTAsRun().build_context()
+    with pytest.raises(DataError, match="needs a column `privileged_context`"):
+        evaluate(world_model(), tokenizer(), QUESTIONS, context=context, sampler=sampler)
+    agent = Agent(environment_factory=Nobody)
+    with pytest.raises(ArgumentError, match="context must be None with an agent"):
+        evaluate(world_model(), tokenizer(), QUESTIONS, context=context, sampler=sampler, agent=agent)
+    assert not sampler.seeds
 
 
 def test_the_same_questions_get_the_same_answers_and_random_states_stay() -> None:
