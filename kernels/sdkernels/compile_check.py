@@ -53,6 +53,7 @@ class Case:
     constants: dict[str, Any] = field(default_factory=dict)  # tl.constexpr arguments, and None for absent ones
     gradient: str = "*bf16"
     entry: str = ""  # in the tables of launches; empty where the launch is fixed
+    aligned: bool = True  # V is a multiple of 16; where it is not, the rows are padded to one
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,18 @@ def launched_by(table: Mapping[str, Any]) -> list[Case]:
     """Returns every kernel in every variant, with the launches of `table`, a Config by kernel."""
     launched = []
 
-    def add(entry: str, variant: str, size: int, constants: dict[str, Any], gradient: str = "*bf16") -> None:
+    def add(
+        entry: str,
+        variant: str,
+        size: int,
+        constants: dict[str, Any],
+        gradient: str = "*bf16",
+        aligned: bool = True,
+    ) -> None:
         config = table[entry]
-        constants = constants | {"BV": config.block, "STAGES": config.stages}
+        constants = constants | {"BV": config.block, "STAGES": config.stages, "PADDED": not aligned}
         kernel = entry.removesuffix("_clipped") + "_kernel"
-        launched.append(Case(kernel, variant, config.block, config.warps, size, constants, gradient, entry))
+        launched.append(Case(kernel, variant, config.block, config.warps, size, constants, gradient, entry, aligned))
 
     no_bias: dict[str, Any] = {"p_student_bias": None, "p_teacher_bias": None}
     plain = no_bias | {"STUDENT_SOFTCAP": False, "TEACHER_SOFTCAP": False}
@@ -100,6 +108,7 @@ def launched_by(table: Mapping[str, Any]) -> list[Case]:
     no_groups: dict[str, Any] = {"p_groups": None, "GROUP": 1, "GROUPS_OF_TEACHER": False, "EXCLUDE": False}
     no_targets = {"p_target_ids": None}
     add("row_statistics", "both sides", 8, plain | no_groups | no_targets)
+    add("row_statistics", "both sides, odd V", 8, plain | no_groups | no_targets, aligned=False)
     add("row_statistics", "both sides, targets, bias, soft-cap", 8, capped | no_groups)
     add("row_statistics", "both sides without ids", 8, capped | no_groups | no_targets | {"EXCLUDE": True})
     add("row_statistics", "one side, targets", 4, plain | no_groups | {"p_teacher": None})
@@ -111,6 +120,7 @@ def launched_by(table: Mapping[str, Any]) -> list[Case]:
         one_pass = family != "JSD"
         add("divergence", f"{family}, loss", 8, unclipped | {"ACCUMULATE": True, "p_gradient": None})
         add("divergence", f"{family}, gradient bf16", 10, unclipped | {"ACCUMULATE": one_pass})
+        add("divergence", f"{family}, gradient bf16, odd V", 10, unclipped | {"ACCUMULATE": one_pass}, aligned=False)
         add("divergence", f"{family}, gradient fp32", 12, unclipped | {"ACCUMULATE": one_pass}, "*fp32")
         clipped = capped | {"FAMILY": number}
         add(
@@ -124,6 +134,7 @@ def launched_by(table: Mapping[str, Any]) -> list[Case]:
     no_level: dict[str, Any] = {"p_level": None, "p_tilt": None}
     add("softmax_gradient", "tail", 6, no_peak | {"SOFTCAP": False, "p_bias": None, "p_tilt": None})
     add("softmax_gradient", "sampled", 6, no_level | {"SOFTCAP": False, "p_bias": None})
+    add("softmax_gradient", "sampled, odd V", 6, no_level | {"SOFTCAP": False, "p_bias": None}, aligned=False)
     add("softmax_gradient", "log-probability, entropy, soft-cap", 6, {"SOFTCAP": True})
     add("softmax_gradient", "log-probability, entropy, fp32", 8, {"SOFTCAP": True}, "*fp32")
     supports: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -193,8 +204,9 @@ def compile_case(arch: str, case: Case) -> tuple[Any, str]:
             # Sizes in capitals, strides and counts; the others are what the host passes as Python floats.
             is_integer = name.isupper() or name.startswith(("stride_", "n_"))
             signature[name] = "i32" if is_integer else "fp32"
-        # The vocabulary and strides: multiples of 16 for the models that matter, which lets loads be 16 bytes wide.
-        if signature[name].startswith("*") or name == "V" or name.startswith("stride_"):
+        # Strides are multiples of 16, and so is the vocabulary of most models: that lets loads be 16 bytes wide.
+        is_aligned = signature[name].startswith("*") or (name == "V" and case.aligned) or name.startswith("stride_")
+        if is_aligned and not kernel.params[index].do_not_specialize_on_alignment:
             attributes[(index,)] = [["tt.divisibility", 16]]
     knobs.compilation.always_compile = True
     knobs.nvidia.dump_ptxas_log = True

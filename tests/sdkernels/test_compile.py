@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -44,6 +45,40 @@ def test_every_kernel_compiles_for_hopper_without_stack_or_spills(tmp_path: Path
     assert len(results) == len(compile_check.cases("sm_90"))
     assert all(result["registers"] > 0 and result["stack"] == result["spills"] == 0 for result in results)
     assert all(result["kernel"].removesuffix("_kernel") in run.stdout for result in results)
+
+
+def machine_code(kernel: str, variant: str) -> list[str]:
+    """The accesses to memory and the barriers of a kernel in its order, as `LDG.E.128`; SASS of sm_90."""
+    compiled, _ = compile_check.compile_case("sm_90", the_case(kernel, variant))
+    return re.findall(r"\b((?:LDG|STG|LDGSTS|BAR)\.[A-Z0-9.]+)", compiled.asm["sass"])
+
+
+@pytest.mark.parametrize("odd", ["", ", odd V"])
+def test_rows_are_read_and_written_sixteen_bytes_at_a_time_whatever_v_is(odd: str) -> None:
+    """Triton splits an access whose mask may end anywhere: into 4 bytes of float32, 2 of a 16-bit gradient."""
+    case = the_case("row_statistics_kernel", f"both sides{odd}")
+    loads = [code for code in machine_code(case.kernel, case.variant) if code.startswith("LDG")]
+    assert loads == ["LDGSTS.E.BYPASS.128"] * len(loads)
+    # Two blocks of both sides are on their way, each lane's part of them in pieces of four entries.
+    assert len(loads) == 2 * 2 * case.block // (32 * case.warps) // 4
+    case = the_case("divergence_kernel", f"reverse KL, gradient bf16{odd}")
+    codes = machine_code(case.kernel, case.variant)
+    entries = case.block // (32 * case.warps)
+    assert codes.count("LDG.E.128") == 2 * entries // 4
+    assert codes.count("STG.E.128") == entries // 8
+    assert not any(code.startswith("STG.E.U16") for code in codes)
+    # What else there is of 4 bytes are a row's statistics and sums, not its entries.
+    assert codes.count("LDG.E") == codes.count("STG.E") == 4
+
+
+@pytest.mark.parametrize("odd", ["", ", odd V"])
+def test_a_barrier_stands_between_a_blocks_loads_and_its_stores(odd: str) -> None:
+    """The 16-bit gradient lies over what is read."""
+    codes = machine_code("divergence_kernel", f"reverse KL, gradient bf16{odd}")
+    store = codes.index("STG.E.128")
+    last_load = max(i for i, code in enumerate(codes) if code == "LDG.E.128")
+    assert last_load < store
+    assert any(code.startswith("BAR.SYNC") for code in codes[last_load:store])
 
 
 def test_a_block_that_does_not_fit_the_registers_is_refused() -> None:

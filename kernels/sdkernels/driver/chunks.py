@@ -20,7 +20,7 @@ from torch import Tensor
 from ..tile.elementwise import transform_
 from ..tile.head import fast_products
 from ..tile.threads import populated
-from ..tile.tiling import MOST_ROWS, block_rows, gradient_view, plan_tiling
+from ..tile.tiling import MOST_ROWS, block_rows, gradient_view, plan_tiling, tile_columns
 from ..types import Gradients, Objective, Operands, TileRows, held_dtype, is_same
 from ..vocab_parallel.backend import VocabularyParallel
 from ..vocab_parallel.shards import Shards
@@ -97,7 +97,8 @@ class LogitWalk(RowWalk):
             workspace_bytes=workspace_bytes,
         ).chunk_rows
         self.sides = sides
-        self.logits = [side.new_empty((self.chunk_rows, self.vocab), dtype=self.dtype) for side in sides]
+        shape = (self.chunk_rows, tile_columns(self.vocab, device))
+        self.logits = [side.new_empty(shape, dtype=self.dtype)[:, : self.vocab] for side in sides]
 
     def project(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
         copies = []
@@ -155,9 +156,7 @@ class HeadWalk(RowWalk):
         self.chunk_rows = tiling.chunk_rows
         for head, _ in self.groups:
             head.reserve(tiling.cast_columns)
-        # Off the CPU, rows start on 64-byte boundaries, so that they can be read in full-width pieces.
-        columns = self.vocab if hidden.device.type == "cpu" else -(-self.vocab // 16) * 16
-        shape = (tiling.chunk_rows, columns)
+        shape = (tiling.chunk_rows, tile_columns(self.vocab, hidden.device.type))
         self.logits = [populated(hidden.new_empty(shape, dtype=self.dtype))[:, : self.vocab] for _ in sides]
         # Two teachers are mixed by their final logits, so that part of the transform is done here, not in the tile.
         self.mixing = operands.mix_hidden is not None

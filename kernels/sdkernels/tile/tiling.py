@@ -26,6 +26,8 @@ CAST_TILE_BYTES = 16 * MIB
 LEAST_CAST_COLUMNS = 64
 # Per row of the whole input, however long: the index of active rows, row values and weights.
 VECTOR_BYTES_PER_ROW = 64
+# Off the CPU, rows of logits start on multiples of this: 64 bytes of float32, to be read in full-width pieces.
+PADDED_COLUMNS = 16
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,11 @@ def plan_tiling(
     most = max(1, min(affordable_rows, rows - 1, most_rows or rows))
     chunks = -(-rows // most) if rows else 1
     return Tiling(chunk_rows=max(1, -(-rows // chunks)), cast_columns=cast_columns)
+
+
+def tile_columns(vocab: int, device_type: str) -> int:
+    """Returns the columns of a buffer for rows of `vocab` logits."""
+    return vocab if device_type == "cpu" else -(-vocab // PADDED_COLUMNS) * PADDED_COLUMNS
 
 
 def gradient_view(logits: Tensor, dtype: torch.dtype | None) -> Tensor:
