@@ -99,6 +99,7 @@ def test_the_measured_workspace_takes_the_place_of_the_rule_for_a_trained_head_o
     # No CUDA device is needed: what is no CPU and has no capability reads sm_80.
     trained = torch.empty(150_000, 1024, device="meta", requires_grad=True)
     by_rule = workspace_bytes_for(None, trained)
+    assert by_rule == DEFAULT_WORKSPACE_MB * MIB
     with tuned.using(TABLE):
         assert workspace_bytes_for(None, trained) == 700 * MIB != by_rule
         assert workspace_bytes_for(512, trained) == 512 * MIB

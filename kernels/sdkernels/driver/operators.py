@@ -175,8 +175,9 @@ def _fake_gradients(operands: Operands, objective: Objective, setting: Setting, 
 def _divergence(operands: Operands, objective: Objective, setting: Setting, wanted: str) -> Tensors:
     """Returns loss, row values, active rows and the gradients' error, eight tensors, and the three gradients."""
     # A normalizer that is given has been found positive, and the weights' own sum says nothing.
-    check_values(operands, _vocab(objective, setting), "sum" if setting.normalizer else setting.reduction)
-    values, formed = divergence_pass(operands, objective, setting, wanted)
+    reduction = "sum" if setting.normalizer else setting.reduction
+    weighed = check_values(operands, _vocab(objective, setting), reduction)
+    values, formed = divergence_pass(operands, objective, setting, wanted, weighed=weighed)
     return *_value_tensors(values, setting.reduction), *_gradient_tensors(formed, operands)
 
 
