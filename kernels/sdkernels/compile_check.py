@@ -32,7 +32,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .tile.triton_backend import buckets, divergence, softmax_gradient, statistics, topk
+from .tile.triton_backend import buckets, divergence, scale, softmax_gradient, statistics, topk
 from .tile.triton_backend.configs import FUSED_MULTIPLY_ADD, MOST_BUCKETS, TABLE, Config, bucket_config
 from .tile.triton_backend.topk import CANDIDATE_WARPS, CANDIDATES_PER_PROGRAM, LEAST_GROUP, MOST_GROUP
 from .tile.tuned import table_of
@@ -152,12 +152,15 @@ def launched_by(table: Mapping[str, Any]) -> list[Case]:
         launched.append(
             Case("candidates_kernel", f"groups of {group}", CANDIDATES_PER_PROGRAM, CANDIDATE_WARPS, 0, constants)
         )
+    for dtype in ("*bf16", "*fp32"):
+        variant, constants = f"a gradient in {dtype[1:]}", {"BLOCK": scale.BLOCK}
+        launched.append(Case("scale_kernel", variant, scale.BLOCK, scale.WARPS, 0, constants, dtype))
     return launched
 
 
 def kernel_named(name: str) -> Any:
     """Returns the Triton function of that name."""
-    for module in (statistics, divergence, softmax_gradient, buckets, topk):
+    for module in (statistics, divergence, softmax_gradient, buckets, topk, scale):
         if hasattr(module, name):
             return getattr(module, name)
     raise ValueError(f"kernel must be a function in sdkernels.tile.triton_backend, got {name!r}")
@@ -202,10 +205,10 @@ def compile_case(arch: str, case: Case) -> tuple[Any, str]:
             signature[name] = "*i64" if name.endswith("_ids") else "*fp32"
         else:
             # Sizes in capitals, strides and counts; the others are what the host passes as Python floats.
-            is_integer = name.isupper() or name.startswith(("stride_", "n_"))
+            is_integer = name.isupper() or name == "n" or name.startswith(("stride_", "n_"))
             signature[name] = "i32" if is_integer else "fp32"
         # Strides are multiples of 16, and so is the vocabulary of most models: that lets loads be 16 bytes wide.
-        is_aligned = signature[name].startswith("*") or (name == "V" and case.aligned) or name.startswith("stride_")
+        is_aligned = name in ("n", "V" if case.aligned else "") or name.startswith(("p_", "stride_"))
         if is_aligned and not kernel.params[index].do_not_specialize_on_alignment:
             attributes[(index,)] = [["tt.divisibility", 16]]
     knobs.compilation.always_compile = True

@@ -21,9 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from sdkernels.tile.triton_backend import buckets, divergence, softmax_gradient, statistics, tiles, topk
+from sdkernels.tile.triton_backend import buckets, divergence, scale, softmax_gradient, statistics, tiles, topk
 
-MODULES = (buckets, divergence, softmax_gradient, statistics, topk)
+MODULES = (buckets, divergence, scale, softmax_gradient, statistics, topk)
 GIB = 1 << 30
 
 

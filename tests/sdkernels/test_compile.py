@@ -81,6 +81,13 @@ def test_a_barrier_stands_between_a_blocks_loads_and_its_stores(odd: str) -> Non
     assert any(code.startswith("BAR.SYNC") for code in codes[last_load:store])
 
 
+def test_a_factor_of_one_ends_the_program_before_it_touches_the_gradient() -> None:
+    compiled, _ = compile_check.compile_case("sm_90", the_case("scale_kernel", "a gradient in bf16"))
+    codes = re.findall(r"\b(EXIT|LDG\.[A-Z0-9.]+|STG\.[A-Z0-9.]+)", compiled.asm["sass"])
+    assert codes.index("EXIT") < min(i for i, code in enumerate(codes) if code.endswith(".128"))
+    assert codes[: codes.index("EXIT")] == ["LDG.E"]
+
+
 def test_a_block_that_does_not_fit_the_registers_is_refused() -> None:
     case = the_case("row_statistics_kernel", "both sides")
     case = replace(case, block=8192, warps=4, constants=case.constants | {"BV": 8192})
@@ -116,9 +123,9 @@ def test_the_assemblers_report_is_read() -> None:
 
 
 def test_every_kernel_of_the_backend_is_checked_on_every_chip() -> None:
-    from sdkernels.tile.triton_backend import buckets, divergence, softmax_gradient, statistics, topk
+    from sdkernels.tile.triton_backend import buckets, divergence, scale, softmax_gradient, statistics, topk
 
-    modules = (buckets, divergence, softmax_gradient, statistics, topk)
+    modules = (buckets, divergence, scale, softmax_gradient, statistics, topk)
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     for arch in compile_check.CHIPS:
         assert {case.kernel for case in compile_check.cases(arch)} == kernels

@@ -488,6 +488,29 @@ def test_a_loss_scale_costs_float16_no_digits(alpha: float, gradient: str) -> No
 
 
 @in_this_process
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("factor", [1.0, 1 / 3, 0.0, torch.nan])
+def test_a_gradient_is_scaled_in_place_by_a_factor_on_the_device(factor: float, dtype: torch.dtype) -> None:
+    gradient = torch.randn(3, 1500, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    expected = (gradient.float() * torch.tensor(factor)).to(dtype)
+    kept = gradient.data_ptr()
+    scaled = triton_backend.scale_(gradient, torch.tensor(factor, device=DEVICE))
+    assert scaled.data_ptr() == kept
+    # The interpreter cuts bits off where a GPU rounds.
+    torch.testing.assert_close(scaled, expected, rtol=torch.finfo(dtype).eps, atol=0, equal_nan=True)
+
+
+@in_this_process
+def test_a_loss_that_is_scaled_scales_its_gradients() -> None:
+    inputs = make_inputs(12, 16, 301, device=DEVICE)
+    factors = [torch.tensor(factor, device=DEVICE) for factor in (1.0, 3.0)]
+    arguments = [make_arguments(inputs, "JSD", upstream=factor, backend="triton") for factor in factors]
+    once, thrice = (run_operation(linear_divergence, **given) for given in arguments)
+    for name in ("hidden_gradient", "weight_gradient"):
+        torch.testing.assert_close(getattr(thrice, name), 3 * getattr(once, name))
+
+
+@in_this_process
 def test_an_empty_tile_gives_empty_results() -> None:
     empty = torch.empty(0, 63, device=DEVICE)
     rows = TileRows(target_ids=torch.empty(0, dtype=torch.int64, device=DEVICE))
