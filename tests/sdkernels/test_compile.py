@@ -104,11 +104,26 @@ def test_a_kernel_that_does_not_compile_is_refused() -> None:
 
 
 def test_more_shared_memory_than_a_block_can_have_is_a_problem() -> None:
-    _, most = compile_check.CHIPS["sm_80"]
+    most = compile_check.CHIPS["sm_80"].shared
     numbers = {"registers": 64, "stack": 0, "spills": 0, "shared": most}
     assert compile_check.problems_of(numbers, most) == []
     (problem,) = compile_check.problems_of(numbers | {"shared": most + 1}, most)
     assert "shared memory" in problem
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_120", "gfx942", "gfx1201"])
+def test_kernels_compile_for_chips_of_every_kind(arch: str) -> None:
+    tried = ("both sides, V=1", "JSD, gradient fp16, bias bf16", "reverse KL, gradient bf16, odd V", "groups of 64")
+    results = [compile_check.check(arch, case) for case in compile_check.cases(arch) if case.variant in tried]
+    assert len(results) == len(tried)
+    assert all(result.registers > 0 and not result.problems for result in results), results
+
+
+def test_amds_report_is_read() -> None:
+    report = "    .private_segment_fixed_size: 12\n    .vgpr_count:     96\n    .vgpr_spill_count: 3\n"
+    assert compile_check.parse_amd(report) == {"registers": 96, "stack": 12, "spills": 3}
+    with pytest.raises(ValueError, match="must hold vgpr_count"):
+        compile_check.parse_amd("")
 
 
 def test_the_assemblers_report_is_read() -> None:

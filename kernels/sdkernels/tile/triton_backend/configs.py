@@ -63,7 +63,7 @@ TABLE: dict[str, dict[str, Config]] = {
     "sm_80": HOPPER | {"row_statistics": Config(1024, 8, 2)},
     "sm_90": HOPPER,
     "sm_100": HOPPER | {"row_statistics": Config(2048, 8, 3)},
-    # AMD: 64 lanes to a warp, so half the warps are as many lanes. Compiled by nobody yet.
+    # AMD: 64 lanes to a warp, so half the warps are as many lanes. Compiled, not run.
     "rocm": {kernel: Config(launch.block, launch.warps // 2, 1) for kernel, launch in HOPPER.items()},
     # The interpreter: small, so that short rows too take several blocks.
     "interpreter": dict.fromkeys(HOPPER, Config(256, 4, 1)),
