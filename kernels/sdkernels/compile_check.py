@@ -300,7 +300,7 @@ def run(archs: Sequence[str], jobs: int) -> Iterator[Result]:
 
 def row(*columns: object) -> str:
     """Formats a line in fixed widths, so that lines can be printed as they come."""
-    widths = ("<7", "<17", "<38", ">6", ">6", ">5", ">6", ">7", ">7", ">6", "")
+    widths = ("<8", "<17", "<50", ">6", ">6", ">5", ">6", ">7", ">7", ">6", "")
     return "".join(f"{column:{width}}" for column, width in zip(columns, widths, strict=True))
 
 
