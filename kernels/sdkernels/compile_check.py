@@ -2,7 +2,7 @@
 
 `python -m sdkernels.compile_check [--arch sm_90 ...] [--json FILE] [--jobs 2]` compiles each kernel, in the
 variants that differ in code, with the block sizes of `triton_backend/configs.py` and of `tables/`, down to machine code
-with the ptxas that ships in Triton's wheel, and prints registers per thread, stack, spills and shared memory. It exits
+with what ships in Triton's wheel, and prints registers per thread, stack, spills and shared memory. It exits
 with 1 when a kernel does not compile, uses stack or spills, or wants more shared memory than a block of the chip can
 have.
 
@@ -25,20 +25,45 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .tile.triton_backend import buckets, divergence, softmax_gradient, statistics, topk
+from .tile.triton_backend import buckets, divergence, scale, softmax_gradient, statistics, topk
 from .tile.triton_backend.configs import FUSED_MULTIPLY_ADD, MOST_BUCKETS, TABLE, Config, bucket_config
 from .tile.triton_backend.topk import CANDIDATE_WARPS, CANDIDATES_PER_PROGRAM, LEAST_GROUP, MOST_GROUP
 from .tile.tuned import table_of
 
-# Compute capability, and the most shared memory that one block can have, in bytes.
-CHIPS = {"sm_80": (80, 163 << 10), "sm_90": (90, 227 << 10), "sm_100": (100, 227 << 10)}
+
+class Chip(NamedTuple):
+    """Says what is compiled for: Triton's target, whose launches, and the most shared memory of a block in bytes."""
+
+    target: GPUTarget
+    table: str  # what `tuned.architecture` says of it
+    shared: int
+
+
+def _nvidia(capability: int, table: str, kibibytes: int) -> Chip:
+    return Chip(GPUTarget("cuda", capability, 32), table, kibibytes << 10)
+
+
+CHIPS = {
+    "sm_75": _nvidia(75, "sm_80", 64),
+    "sm_80": _nvidia(80, "sm_80", 163),
+    "sm_86": _nvidia(86, "sm_80", 99),
+    "sm_89": _nvidia(89, "sm_80", 99),
+    "sm_90": _nvidia(90, "sm_90", 227),
+    "sm_100": _nvidia(100, "sm_100", 227),
+    "sm_103": _nvidia(103, "sm_100", 227),
+    "sm_120": _nvidia(120, "sm_100", 99),
+    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), "rocm", 64 << 10),
+    "gfx950": Chip(GPUTarget("hip", "gfx950", 64), "rocm", 160 << 10),
+    "gfx1100": Chip(GPUTarget("hip", "gfx1100", 32), "rocm", 64 << 10),
+    "gfx1201": Chip(GPUTarget("hip", "gfx1201", 32), "rocm", 64 << 10),
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +78,8 @@ class Case:
     constants: dict[str, Any] = field(default_factory=dict)  # tl.constexpr arguments, and None for absent ones
     gradient: str = "*bf16"
     entry: str = ""  # in the tables of launches; empty where the launch is fixed
+    aligned: bool = True  # V is a multiple of 16; where it is not, the rows are padded to one
+    bias: str = "*fp32"
 
 
 @dataclass(frozen=True)
@@ -75,12 +102,13 @@ class Result:
 
 def cases(arch: str) -> list[Case]:
     """Returns every kernel in every variant that `arch` launches: untuned, and as its measured table has it."""
-    launched = launched_by(TABLE[arch])
+    untuned = TABLE[CHIPS[arch].table]
+    launched = launched_by(untuned)
     measured = table_of(arch)
     for entry, rows in {} if measured is None else measured.kernels.items():
         for config in dict.fromkeys(Config(row.block, row.warps, row.stages) for row in rows):
-            if config != TABLE[arch][entry]:
-                launched += [case for case in launched_by(TABLE[arch] | {entry: config}) if case.entry == entry]
+            if config != untuned[entry]:
+                launched += [case for case in launched_by(untuned | {entry: config}) if case.entry == entry]
     return launched
 
 
@@ -88,11 +116,20 @@ def launched_by(table: Mapping[str, Any]) -> list[Case]:
     """Returns every kernel in every variant, with the launches of `table`, a Config by kernel."""
     launched = []
 
-    def add(entry: str, variant: str, size: int, constants: dict[str, Any], gradient: str = "*bf16") -> None:
+    def add(
+        entry: str,
+        variant: str,
+        size: int,
+        constants: dict[str, Any],
+        gradient: str = "*bf16",
+        aligned: bool = True,
+        bias: str = "*fp32",
+    ) -> None:
         config = table[entry]
-        constants = constants | {"BV": config.block, "STAGES": config.stages}
+        constants = {"BV": config.block, "STAGES": config.stages, "PADDED": not aligned} | constants
         kernel = entry.removesuffix("_clipped") + "_kernel"
-        launched.append(Case(kernel, variant, config.block, config.warps, size, constants, gradient, entry))
+        block = constants["BV"]
+        launched.append(Case(kernel, variant, block, config.warps, size, constants, gradient, entry, aligned, bias))
 
     no_bias: dict[str, Any] = {"p_student_bias": None, "p_teacher_bias": None}
     plain = no_bias | {"STUDENT_SOFTCAP": False, "TEACHER_SOFTCAP": False}
@@ -100,6 +137,7 @@ def launched_by(table: Mapping[str, Any]) -> list[Case]:
     no_groups: dict[str, Any] = {"p_groups": None, "GROUP": 1, "GROUPS_OF_TEACHER": False, "EXCLUDE": False}
     no_targets = {"p_target_ids": None}
     add("row_statistics", "both sides", 8, plain | no_groups | no_targets)
+    add("row_statistics", "both sides, odd V", 8, plain | no_groups | no_targets, aligned=False)
     add("row_statistics", "both sides, targets, bias, soft-cap", 8, capped | no_groups)
     add("row_statistics", "both sides without ids", 8, capped | no_groups | no_targets | {"EXCLUDE": True})
     add("row_statistics", "one side, targets", 4, plain | no_groups | {"p_teacher": None})
@@ -111,6 +149,7 @@ def launched_by(table: Mapping[str, Any]) -> list[Case]:
         one_pass = family != "JSD"
         add("divergence", f"{family}, loss", 8, unclipped | {"ACCUMULATE": True, "p_gradient": None})
         add("divergence", f"{family}, gradient bf16", 10, unclipped | {"ACCUMULATE": one_pass})
+        add("divergence", f"{family}, gradient bf16, odd V", 10, unclipped | {"ACCUMULATE": one_pass}, aligned=False)
         add("divergence", f"{family}, gradient fp32", 12, unclipped | {"ACCUMULATE": one_pass}, "*fp32")
         clipped = capped | {"FAMILY": number}
         add(
@@ -120,11 +159,19 @@ def launched_by(table: Mapping[str, Any]) -> list[Case]:
             clipped | {"ACCUMULATE": True, "p_gradient": None},
         )
         add("divergence_clipped", f"{family}, soft-cap, clip, gradient", 10, clipped | {"ACCUMULATE": False})
+    # A V of 1 is a constant of its program. A C of 1 is none: kernels are not specialised by the number of rows.
+    one = {"V": 1, "BV": 1}
+    add("row_statistics", "both sides, V=1", 8, plain | no_groups | no_targets | one, aligned=False)
+    both = {"STUDENT_SOFTCAP": False, "TEACHER_SOFTCAP": False, "FAMILY": 2, "entry_clip": None, "ACCUMULATE": False}
+    add("divergence", "JSD, gradient fp16, bias bf16", 10, both, "*fp16", bias="*bf16")
+    add("divergence", "JSD, gradient fp16, V=1", 10, plain | both | one, "*fp16", aligned=False)
     no_peak: dict[str, Any] = {"p_peak": None, "p_target_ids": None}
     no_level: dict[str, Any] = {"p_level": None, "p_tilt": None}
     add("softmax_gradient", "tail", 6, no_peak | {"SOFTCAP": False, "p_bias": None, "p_tilt": None})
     add("softmax_gradient", "sampled", 6, no_level | {"SOFTCAP": False, "p_bias": None})
+    add("softmax_gradient", "sampled, odd V", 6, no_level | {"SOFTCAP": False, "p_bias": None}, aligned=False)
     add("softmax_gradient", "log-probability, entropy, soft-cap", 6, {"SOFTCAP": True})
+    add("softmax_gradient", "log-probability, entropy, fp16, bias bf16", 6, {"SOFTCAP": True}, "*fp16", bias="*bf16")
     add("softmax_gradient", "log-probability, entropy, fp32", 8, {"SOFTCAP": True}, "*fp32")
     supports: tuple[tuple[str, dict[str, Any]], ...] = (
         ("two sides, tail", {"p_teacher_logprobs": None}),
@@ -141,12 +188,15 @@ def launched_by(table: Mapping[str, Any]) -> list[Case]:
         launched.append(
             Case("candidates_kernel", f"groups of {group}", CANDIDATES_PER_PROGRAM, CANDIDATE_WARPS, 0, constants)
         )
+    for dtype in ("*bf16", "*fp32"):
+        variant, constants = f"a gradient in {dtype[1:]}", {"BLOCK": scale.BLOCK}
+        launched.append(Case("scale_kernel", variant, scale.BLOCK, scale.WARPS, 0, constants, dtype))
     return launched
 
 
 def kernel_named(name: str) -> Any:
     """Returns the Triton function of that name."""
-    for module in (statistics, divergence, softmax_gradient, buckets, topk):
+    for module in (statistics, divergence, softmax_gradient, buckets, topk, scale):
         if hasattr(module, name):
             return getattr(module, name)
     raise ValueError(f"kernel must be a function in sdkernels.tile.triton_backend, got {name!r}")
@@ -154,7 +204,7 @@ def kernel_named(name: str) -> Any:
 
 def check(arch: str, case: Case) -> Result:
     """Compiles a case for one architecture."""
-    _, most_shared = CHIPS[arch]
+    chip = CHIPS[arch]
     started = time.perf_counter()
     numbers = {"registers": 0, "stack": 0, "spills": 0, "shared": 0}
     try:
@@ -162,8 +212,9 @@ def check(arch: str, case: Case) -> Result:
     except Exception as error:
         problems = [f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}"]
     else:
-        numbers = parse_assembler_log(log) | {"shared": compiled.metadata.shared}
-        problems = problems_of(numbers, most_shared)
+        parsed = parse_assembler_log(log) if chip.target.backend == "cuda" else parse_amd(compiled.asm["amdgcn"])
+        numbers = parsed | {"shared": compiled.metadata.shared}
+        problems = problems_of(numbers, chip.shared)
     return Result(
         arch=arch,
         kernel=case.kernel,
@@ -179,7 +230,6 @@ def check(arch: str, case: Case) -> Result:
 
 def compile_case(arch: str, case: Case) -> tuple[Any, str]:
     """Returns Triton's compiled kernel and the assembler's report; never from a cache, which has no report."""
-    capability, _ = CHIPS[arch]
     kernel = kernel_named(case.kernel)
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
@@ -187,14 +237,17 @@ def compile_case(arch: str, case: Case) -> tuple[Any, str]:
             signature[name] = "constexpr"
         elif name == "p_gradient":
             signature[name] = case.gradient
+        elif name.endswith("_bias"):
+            signature[name] = case.bias
         elif name.startswith("p_"):
             signature[name] = "*i64" if name.endswith("_ids") else "*fp32"
         else:
             # Sizes in capitals, strides and counts; the others are what the host passes as Python floats.
-            is_integer = name.isupper() or name.startswith(("stride_", "n_"))
+            is_integer = name.isupper() or name == "n" or name.startswith(("stride_", "n_"))
             signature[name] = "i32" if is_integer else "fp32"
-        # The vocabulary and strides: multiples of 16 for the models that matter, which lets loads be 16 bytes wide.
-        if signature[name].startswith("*") or name == "V" or name.startswith("stride_"):
+        # Strides are multiples of 16, and so is the vocabulary of most models: that lets loads be 16 bytes wide.
+        is_aligned = name in ("n", "V" if case.aligned else "") or name.startswith(("p_", "stride_"))
+        if is_aligned and not kernel.params[index].do_not_specialize_on_alignment:
             attributes[(index,)] = [["tt.divisibility", 16]]
     knobs.compilation.always_compile = True
     knobs.nvidia.dump_ptxas_log = True
@@ -202,7 +255,7 @@ def compile_case(arch: str, case: Case) -> tuple[Any, str]:
     with contextlib.redirect_stdout(log):
         compiled = triton.compile(
             ASTSource(kernel, signature, case.constants, attributes),
-            target=GPUTarget("cuda", capability, 32),
+            target=CHIPS[arch].target,
             options={"num_warps": case.warps, "enable_fp_fusion": FUSED_MULTIPLY_ADD},
         )
     return compiled, log.getvalue()
@@ -216,6 +269,15 @@ def parse_assembler_log(log: str) -> dict[str, int]:
         raise ValueError(f"the log must hold ptxas' resource report, got {log[:200]!r}")
     stack, stores, loads = (int(number) for number in frame.groups())
     return {"registers": int(registers.group(1)), "stack": stack, "spills": stores + loads}
+
+
+def parse_amd(assembly: str) -> dict[str, int]:
+    """Reads the same off what AMD's compiler writes beside a kernel: spills in registers, not in bytes."""
+    fields = {"registers": "vgpr_count", "stack": "private_segment_fixed_size", "spills": "vgpr_spill_count"}
+    found = {name: re.search(rf"\.{field}:\s+(\d+)", assembly) for name, field in fields.items()}
+    if None in found.values():
+        raise ValueError(f"the assembly must hold {', '.join(fields.values())}, got {assembly[-200:]!r}")
+    return {name: int(match.group(1)) for name, match in found.items() if match is not None}
 
 
 def problems_of(numbers: dict[str, int], most_shared: int) -> list[str]:
@@ -238,7 +300,7 @@ def run(archs: Sequence[str], jobs: int) -> Iterator[Result]:
 
 def row(*columns: object) -> str:
     """Formats a line in fixed widths, so that lines can be printed as they come."""
-    widths = ("<7", "<17", "<38", ">6", ">6", ">5", ">6", ">7", ">7", ">6", "")
+    widths = ("<8", "<17", "<50", ">6", ">6", ">5", ">6", ">7", ">7", ">6", "")
     return "".join(f"{column:{width}}" for column, width in zip(columns, widths, strict=True))
 
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from .compile_check import CHIPS, check, launched_by
-from .tile.tiling import gradient_view
+from .tile.tiling import gradient_view, tile_columns
 from .tile.triton_backend.configs import TABLE, Config
 from .tile.triton_backend.divergence import full_divergence
 from .tile.triton_backend.softmax_gradient import softmax_gradient
@@ -39,13 +39,15 @@ from .tile.triton_backend.statistics import row_statistics
 from .tile.tuned import KERNELS, KernelRow, Table, WorkspaceRow, architecture, chip, using
 from .types import Objective, TileRows
 
-# (rows of a chunk, V): the chunks of a small and of a large workspace; first the V where the kernels weigh more.
-SHAPES: Final = ((512, 151_936), (2048, 151_936), (1024, 32_000), (4096, 32_000))
+# (rows of a chunk, V): the chunks of a small and of a large workspace; first the V where the kernels weigh more. One V
+# is odd: its kernels are programs of their own.
+SHAPES: Final = ((512, 151_936), (2048, 151_936), (1024, 32_000), (4096, 32_000), (2048, 50_257))
 BLOCKS, WARPS = (1024, 2048, 4096, 8192), (4, 8, 16)
 # Vocabulary entries of a block in a lane's registers: fewer leave loads narrow, more spill.
 ENTRIES_PER_LANE: Final = (4, 16)
-STAGES: Final = {"row_statistics": (1, 2, 3)}  # the others hold a barrier, before which little can be prefetched
-OTHER_STAGES: Final = (1, 2)
+# The others hold a barrier, before which nothing is prefetched: any number of stages is the same program.
+STAGES: Final = {"row_statistics": (1, 2, 3)}
+OTHER_STAGES: Final = (2,)
 INTERPRETED: Final = (Config(256, 4, 1), Config(128, 4, 1), Config(512, 4, 1))
 # Relative to the norm: results of float32, and of a gradient in 16 bits.
 EQUAL, EQUAL_16_BITS = 1e-5, 2.0**-8
@@ -105,13 +107,15 @@ def tune(
 ) -> Tuning:
     """Tries the candidates (`tried`, or all) at every (C, V); no other starts after `seconds`. `jobs` compile.
 
+    Compiling takes at most half of the time: what it has not reached is not tried.
+
     Raises `ValueError` for a kernel that has no row in the tables of launches.
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
     began = time.perf_counter()
     tried = list(tried) if tried is not None else candidates(kernel, device)
-    refused = problems(kernel, tried, architecture(device), jobs)
+    refused = problems(kernel, tried, architecture(device), jobs, seconds / 2)
     present = tried[0]
     trials = []
     for rows, vocab in shapes:
@@ -163,11 +167,15 @@ def merged(
     )
 
 
-def problems(kernel: str, tried: Sequence[Config], arch: str, jobs: int | None = None) -> dict[Config, str]:
+def problems(
+    kernel: str, tried: Sequence[Config], arch: str, jobs: int | None = None, seconds: float = math.inf
+) -> dict[Config, str]:
     """Says why a launch is not to be tried, by what the compiler says of all variants.
 
-    Empty where nothing speaks against it, and where nothing is compiled.
+    Empty where nothing speaks against it, and where nothing is compiled. After `seconds` only the first, which is the
+    present one, is waited for.
     """
+    deadline = time.perf_counter() + seconds
     if arch not in CHIPS:
         return dict.fromkeys(tried, "")
     work = [
@@ -178,12 +186,24 @@ def problems(kernel: str, tried: Sequence[Config], arch: str, jobs: int | None =
     ]
     # Not forked: the parent holds threads of torch, and perhaps a CUDA context.
     with ProcessPoolExecutor(jobs or max(1, (os.cpu_count() or 2) - 2), mp_context=get_context("spawn")) as pool:
-        results = list(pool.map(check, [arch] * len(work), [case for _, case in work]))
-    reasons = dict.fromkeys(tried, "")
-    for (config, case), result in zip(work, results, strict=True):
-        if result.problems and not reasons[config]:
-            reasons[config] = f"{case.variant}: {'; '.join(result.problems)}"
+        reasons = dict.fromkeys(tried, "")
+        for (config, case), future in [(item, pool.submit(check, arch, item[1])) for item in work]:
+            left = max(deadline - time.perf_counter(), 0.0)
+            try:
+                result = future.result(None if config == tried[0] or math.isinf(left) else left)
+            except TimeoutError:
+                future.cancel()
+                reasons[config] = reasons[config] or "not reached"
+                continue
+            if result.problems and not reasons[config]:
+                reasons[config] = f"{case.variant}: {'; '.join(result.problems)}"
     return reasons
+
+
+def padded(tile: Tensor) -> Tensor:
+    """Returns a copy (C, V) whose rows begin where the driver's do."""
+    columns = tile_columns(tile.shape[1], tile.device.type)
+    return tile.new_zeros(tile.shape[0], columns)[:, : tile.shape[1]].copy_(tile)
 
 
 class _Work:
@@ -192,8 +212,8 @@ class _Work:
     def __init__(self, kernel: str, rows: int, vocab: int, device: torch.device) -> None:
         self.kernel, self.device = kernel, device
         generator = torch.Generator(device).manual_seed(0)
-        self.student = 3 * torch.randn(rows, vocab, generator=generator, device=device)
-        self.teacher = self.student + torch.randn(rows, vocab, generator=generator, device=device)
+        self.student = padded(3 * torch.randn(rows, vocab, generator=generator, device=device))
+        self.teacher = padded(self.student + torch.randn(rows, vocab, generator=generator, device=device))
         ids = torch.randint(vocab, (rows,), generator=generator, device=device)
         self.rows = TileRows(target_ids=ids)
         self.statistics, _ = row_statistics(self.student, self.teacher, self.rows, Objective())
@@ -213,7 +233,7 @@ class _Work:
 
     def results(self, launched: Config) -> list[tuple[Tensor, ...]]:
         with using(self._table(launched)):
-            return [launch(self.student.clone()) for launch in self.launches().values()]
+            return [launch(padded(self.student)) for launch in self.launches().values()]
 
     def tried(self, trial: Trial, expected: list[tuple[Tensor, ...]]) -> Trial:
         """Returns the trial with its time, or with what is wrong with its results."""
@@ -230,7 +250,7 @@ class _Work:
 
     def _seconds(self, launch: Launch) -> float:
         """Times a launch (median), over and over on the same memory: what is in it does not change the time."""
-        student = self.student.clone()
+        student = padded(self.student)
         if self.device.type != "cuda":
             began = time.perf_counter()
             launch(student)

@@ -323,6 +323,28 @@ def _has_float64(device: torch.device) -> bool:
     return True
 
 
+class Weighed(NamedTuple):
+    """What the weights of a call's rows say, as numbers of the host."""
+
+    active: int  # rows whose weight is not 0
+    total: float  # sum of all weights
+
+    @classmethod
+    def of(cls, token_weights: torch.Tensor) -> Weighed:
+        active, total = on_host(cls.to_read(token_weights))
+        return cls(int(active), total)
+
+    @staticmethod
+    def to_read(token_weights: torch.Tensor) -> list[torch.Tensor]:
+        """Returns what is to be read of a device, in the order of the fields."""
+        return [(token_weights != 0).sum(), in_float64(token_weights).sum()]
+
+
+def on_host(numbers: Sequence[torch.Tensor]) -> list[float]:
+    """Reads tensors () together: a GPU is waited for once."""
+    return torch.stack([in_float64(number) for number in numbers]).tolist() if numbers else []
+
+
 def is_same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     """True where both are absent or lie in one memory: a detached bias is its original."""
     if a is None or b is None:

@@ -1,17 +1,31 @@
 """Raises every argument error of the public functions, before any work is done.
 
 What shapes, dtypes and scalars say is checked in the public function; what only values say (ids in range, weights not
-NaN) is checked inside the operator, so that a compiled graph checks it too. On a GPU that costs one synchronisation.
+NaN) is checked inside the operator, so that a compiled graph checks it too. On a GPU that is one read by the host,
+which also brings what the pass has to know of the weights.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .types import ImportanceClip, LogitTransform, Operands, Options, TeacherMix, TopK, TopKLogprobs, float64_device
+from .types import (
+    ImportanceClip,
+    LogitTransform,
+    Operands,
+    Options,
+    TeacherMix,
+    TopK,
+    TopKLogprobs,
+    Weighed,
+    float64_device,
+    on_host,
+)
 
 # The most that a row of teacher probabilities may add up to: 16-bit log-probabilities of a server are a little off.
 MOST_MASS = 1.02
@@ -285,38 +299,65 @@ def _check_rows(given: Operands, options: Options, vocab: int) -> None:
         raise ValueError(f"entry_clip is for the full vocabulary, got teacher={type(teacher).__name__}")
 
 
-def check_values(operands: Operands, vocab_size: int, reduction: str) -> None:
-    """Refuses what only the values of tensors say; the operators call it."""
-    vocab = vocab_size or operands.vocab
-    weights = operands.token_weights
+def check_values(operands: Operands, vocab_size: int, reduction: str) -> Weighed | None:
+    """Refuses what only the values of tensors say; the operators call it. Returns what their weights say, for the pass.
+
+    All is read at once, and what is wrong is looked for only where something is.
+    """
+    vocab, weights = vocab_size or operands.vocab, operands.token_weights
+    checks: list[tuple[Tensor, Callable[[], str]]] = []  # whether something is wrong, and what
     if weights is not None:
-        if not bool(weights.isfinite().all()):
-            row = int((~weights.isfinite()).nonzero()[0, 0])
-            raise ValueError(f"token_weights must be finite, got {float(weights[row])} in row {row}")
-        if reduction == "mean" and weights.numel() and bool((weights != 0).any()) and float(weights.sum()) <= 0:
-            raise ValueError(
-                f"token_weights must have a positive sum for reduction='mean', got {float(weights.sum()):g}"
-            )
+        checks.append((~weights.isfinite().all(), partial(_first_not_finite, weights)))
     for name, ids in (("target_ids", operands.target_ids), ("teacher.ids", operands.teacher_ids)):
-        if ids is not None and ids.numel():
-            _check_range(name, ids, weights, vocab)
-    if operands.teacher_ids is not None and operands.teacher_ids.shape[1] > 1:
+        if ids is not None:
+            outside = _outside(ids, weights, vocab)
+            checks.append((outside.any(), partial(_first_outside, name, ids, outside, vocab)))
+    if operands.teacher_ids is not None:
         ordered = operands.teacher_ids.sort(dim=-1).values
-        if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
-            raise ValueError("teacher.ids must not repeat an id within a row")
+        repeats = (ordered[:, 1:] == ordered[:, :-1]).any()
+        checks.append((repeats, lambda: "teacher.ids must not repeat an id within a row"))
     for name, logprobs in (
         ("importance.old_logprobs", operands.old_logprobs),
         ("teacher.logprobs", operands.teacher_logprobs),
     ):
-        if logprobs is not None and logprobs.numel() and bool(logprobs.isnan().any()):
-            raise ValueError(f"{name} must not be NaN")
-    if operands.teacher_logprobs is not None and operands.teacher_logprobs.numel():
+        if logprobs is not None:
+            checks.append((logprobs.isnan().any(), partial("{} must not be NaN".format, name)))
+    if operands.teacher_logprobs is not None:
         masses = operands.teacher_logprobs.float().exp().sum(-1)
-        if bool((masses > MOST_MASS).any()):
-            raise ValueError(
-                "teacher.logprobs must be over the full vocabulary, with probabilities that add up to at most 1, "
-                f"got {float(masses.max()):.3g} in row {int(masses.argmax())}"
-            )
+        checks.append(((masses > MOST_MASS).any(), partial(_largest_mass, masses)))
+    found = on_host([is_wrong for is_wrong, _ in checks] + (Weighed.to_read(weights) if weights is not None else []))
+    for is_wrong, (_, message) in zip(found, checks, strict=False):
+        if is_wrong:
+            raise ValueError(message())
+    if weights is None:
+        return None
+    weighed = Weighed(int(found[-2]), found[-1])
+    if reduction == "mean" and weighed.active and weighed.total <= 0:
+        raise ValueError(f"token_weights must have a positive sum for reduction='mean', got {weighed.total:g}")
+    return weighed
+
+
+def _first_not_finite(weights: Tensor) -> str:
+    row = int((~weights.isfinite()).nonzero()[0, 0])
+    return f"token_weights must be finite, got {float(weights[row])} in row {row}"
+
+
+def _outside(ids: Tensor, weights: Tensor | None, vocab: int) -> Tensor:
+    """Says which ids are none of the vocabulary's: of rows without weight, which are never looked up, none."""
+    outside = (ids < 0) | (ids >= vocab)
+    return outside if weights is None else outside & (weights != 0).view(-1, *[1] * (ids.dim() - 1))
+
+
+def _first_outside(name: str, ids: Tensor, outside: Tensor, vocab: int) -> str:
+    position = tuple(int(i) for i in outside.nonzero()[0])
+    return f"{name} must be in [0, V={vocab}), got {int(ids[position])} at {position}"
+
+
+def _largest_mass(masses: Tensor) -> str:
+    return (
+        "teacher.logprobs must be over the full vocabulary, with probabilities that add up to at most 1, "
+        f"got {float(masses.max()):.3g} in row {int(masses.argmax())}"
+    )
 
 
 def _check_machine(options: Options, backends: tuple[str, ...]) -> None:
@@ -327,16 +368,6 @@ def _check_machine(options: Options, backends: tuple[str, ...]) -> None:
 
 def _describe(value: object) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def _check_range(name: str, ids: Tensor, weights: Tensor | None, vocab: int) -> None:
-    # Rows without weight may hold a padding id such as -100: they are never looked up.
-    outside = (ids < 0) | (ids >= vocab)
-    if weights is not None:
-        outside &= (weights != 0).view(-1, *[1] * (ids.dim() - 1))
-    if bool(outside.any()):
-        position = tuple(int(i) for i in outside.nonzero()[0])
-        raise ValueError(f"{name} must be in [0, V={vocab}), got {int(ids[position])} at {position}")
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:

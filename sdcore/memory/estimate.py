@@ -51,6 +51,8 @@ FUSED_BYTES_PER_ENTRY: Final = 8
 SCRATCH_BYTES_PER_ENTRY: Final = 16
 BLOCK_ENTRIES: Final = 1 << 17
 DEFAULT_WORKSPACE_MB: Final = 256.0
+# Of the fused loss on a GPU; less on one with under 38 GB.
+GPU_WORKSPACE_MB: Final = 1536.0
 PARTS: Final = (
     "weights",
     "teacher weights",
@@ -278,9 +280,7 @@ def _loss_bytes(
     if not setting.fused:
         return states, entries * (PLAIN_LOGITS * itemsize + PLAIN_FLOAT32 * 4)
     trains_head = setting.lora_rank is None
-    budget = setting.workspace_mb
-    if budget is None:
-        budget = max(DEFAULT_WORKSPACE_MB, parameters.head * 2 / MIB if trains_head else 0.0)
+    budget = setting.workspace_mb or GPU_WORKSPACE_MB
     # Gradients of the head are summed up in float32.
     wide = parameters.head * 4 if trains_head and itemsize < 4 else 0
     needed = FUSED_BYTES_PER_ENTRY * entries + SCRATCH_BYTES_PER_ENTRY * min(entries, BLOCK_ENTRIES)

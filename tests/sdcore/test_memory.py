@@ -167,9 +167,9 @@ def test_an_8b_model_is_predicted_without_its_weights() -> None:
     assert gib["logits"] == 0
     # 4,096 rows of 151,936 logits: two in bfloat16 and six in float32.
     assert table["plain, shared"].parts["logits"] == 4096 * 151_936 * 28
-    # The head's gradient in float32, on a GPU half as much to work in, and three times the rows' states.
+    # The head's gradient in float32, a GPU's 1.5 GiB to work in, and three times the rows' states.
     head = 151_936 * 4096
-    assert best.parts["workspace"] == 4 * head + 2 * head + 3 * 4096 * 4096 * 2
+    assert best.parts["workspace"] == 4 * head + (1536 << 20) + 3 * 4096 * 4096 * 2
     bounded = predict(LARGE, LARGE_LOAD, Setting(workspace_mb=256))
     assert bounded.parts["workspace"] == 4 * head + (256 << 20) + 3 * 4096 * 4096 * 2
     # 8 prompts of 1,024 tokens become one: of 12,280 tokens 5,112 are left.

@@ -147,6 +147,23 @@ def test_autocast_computes_in_its_dtype_and_returns_the_leaves_dtype(gradient: s
     torch.testing.assert_close(run.weight_gradient, expected.weight_gradient, check_dtype=False)
 
 
+def test_between_forward_and_backward_nothing_of_the_heads_size_is_kept_but_its_gradient() -> None:
+    """Under autocast a head is a copy in 16 bits, which nothing else keeps alive."""
+    inputs = make_inputs(9, 15, 41)
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    saved = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with torch.autocast("cpu", dtype=torch.bfloat16), saved:
+        loss = linear_divergence(**make_arguments(inputs, "JSD")).loss
+    assert sum(tensor.shape == inputs.student_weight.shape for tensor in kept) == 1
+    loss.backward()
+    assert inputs.student_weight.grad is not None
+
+
 @gradients
 def test_activation_checkpointing_gives_the_same_gradients(gradient: str) -> None:
     arguments = make_arguments(small(), "JSD", gradient=gradient)

@@ -343,19 +343,26 @@ def test_a_16_bit_gradient_is_the_32_bit_one_and_lies_in_the_students_memory(nam
 
 
 @in_this_process
-@pytest.mark.parametrize("name", ["JSD", "forward KL, student top-k", "sampled"])
-def test_rows_may_be_padded_and_the_padding_stays(name: str) -> None:
-    student, teacher, rows = make_tile(3, 300, seed=7)
-    objective = OBJECTIVES[name]
+@pytest.mark.parametrize("columns", [320, 330], ids=["on multiples of 16", "on no such multiples"])
+@pytest.mark.parametrize("head", [(1.0, None, 1.0), (1.3, 5.0, 0.8)], ids=["plain", "soft-capped"])
+@pytest.mark.parametrize("name", ["JSD", "forward KL", "forward KL, student top-k", "reverse KL, clipped", "sampled"])
+def test_rows_may_be_padded_with_anything(name: str, head: tuple[float, float | None, float], columns: int) -> None:
+    vocab = 301
+    student, teacher, rows = make_tile(3, vocab, bias=True, seed=7)
+    objective = for_vocabulary(OBJECTIVES[name], vocab, head)
     values, gradient = run_tile(student, teacher, rows, objective)
-    padded = torch.full((2, 3, 320), torch.nan, device=DEVICE)
-    padded[0, :, :300], padded[1, :, :300] = student, teacher
-    padded_values, padded_gradient = triton_backend.divergence_tile(
-        padded[0, :, :300], padded[1, :, :300], rows, objective, want_gradient=True
-    )
-    assert torch.equal(padded_values.loss, values.loss)
-    assert torch.equal(padded_gradient, gradient)
-    assert padded[:, :, 300:].isnan().all()
+    for filling in (torch.nan, torch.inf, 1e30):
+        padded = torch.full((2, 3, columns), filling, device=DEVICE)
+        padded[0, :, :vocab], padded[1, :, :vocab] = student, teacher
+        padded_values, padded_gradient = triton_backend.divergence_tile(
+            padded[0, :, :vocab], padded[1, :, :vocab], rows, objective, want_gradient=True
+        )
+        # Other strides are other layouts on a GPU: sums are taken in another order.
+        assert relative_error(padded_values.loss, values.loss) < 1e-6
+        assert relative_error(padded_gradient, gradient) < 1e-6
+        kept = 304 if columns == 320 else vocab
+        expected = torch.full_like(padded[:, :, kept:], filling)
+        torch.testing.assert_close(padded[:, :, kept:], expected, rtol=0, atol=0, equal_nan=True)
 
 
 @in_this_process
@@ -478,6 +485,29 @@ def test_a_loss_scale_costs_float16_no_digits(alpha: float, gradient: str) -> No
     exact, plain = run_reference(**arguments), run_reference(**arguments, naive=True)
     for name in ("hidden_gradient", "weight_gradient"):
         assert_within_reference_error(*(getattr(run, name) for run in (actual, exact, plain)), name=name)
+
+
+@in_this_process
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("factor", [1.0, 1 / 3, 0.0, torch.nan])
+def test_a_gradient_is_scaled_in_place_by_a_factor_on_the_device(factor: float, dtype: torch.dtype) -> None:
+    gradient = torch.randn(3, 1500, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    expected = (gradient.float() * torch.tensor(factor)).to(dtype)
+    kept = gradient.data_ptr()
+    scaled = triton_backend.scale_(gradient, torch.tensor(factor, device=DEVICE))
+    assert scaled.data_ptr() == kept
+    # The interpreter cuts bits off where a GPU rounds.
+    torch.testing.assert_close(scaled, expected, rtol=torch.finfo(dtype).eps, atol=0, equal_nan=True)
+
+
+@in_this_process
+def test_a_loss_that_is_scaled_scales_its_gradients() -> None:
+    inputs = make_inputs(12, 16, 301, device=DEVICE)
+    factors = [torch.tensor(factor, device=DEVICE) for factor in (1.0, 3.0)]
+    arguments = [make_arguments(inputs, "JSD", upstream=factor, backend="triton") for factor in factors]
+    once, thrice = (run_operation(linear_divergence, **given) for given in arguments)
+    for name in ("hidden_gradient", "weight_gradient"):
+        torch.testing.assert_close(getattr(thrice, name), 3 * getattr(once, name))
 
 
 @in_this_process

@@ -99,6 +99,7 @@ def test_the_measured_workspace_takes_the_place_of_the_rule_for_a_trained_head_o
     # No CUDA device is needed: what is no CPU and has no capability reads sm_80.
     trained = torch.empty(150_000, 1024, device="meta", requires_grad=True)
     by_rule = workspace_bytes_for(None, trained)
+    assert by_rule == DEFAULT_WORKSPACE_MB * MIB
     with tuned.using(TABLE):
         assert workspace_bytes_for(None, trained) == 700 * MIB != by_rule
         assert workspace_bytes_for(512, trained) == 512 * MIB
@@ -232,6 +233,31 @@ def test_what_spills_in_a_variant_is_not_tried_on_a_gpu() -> None:
     found = problems("softmax_gradient", [present, Config(32768, 4, 1)], "sm_90", jobs=1)
     assert found[present] == ""
     assert "spills" in found[Config(32768, 4, 1)]
+
+
+def test_what_the_compiler_does_not_reach_in_time_is_not_tried() -> None:
+    pytest.importorskip("triton")
+    if "TRITON_INTERPRET" in os.environ:
+        pytest.skip("the interpreter compiles nothing")
+    from sdkernels.tile.triton_backend.configs import TABLE as UNTUNED
+    from sdkernels.tuning import problems
+
+    present = UNTUNED["sm_90"]["softmax_gradient"]
+    others = [present._replace(warps=4), present._replace(warps=16)]
+    found = problems("softmax_gradient", [present, *others], "sm_90", jobs=1, seconds=0.0)
+    assert found == {present: ""} | dict.fromkeys(others, "not reached")
+
+
+def test_programs_that_differ_are_tuned_and_equal_ones_are_not_tuned_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from sdkernels import tuning
+
+    monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
+    # A barrier keeps the compiler from prefetching, so that stages change nothing.
+    tried = [tuple(config)[:2] for config in tuning.candidates("divergence", torch.device("cuda"))]
+    assert len(tried) == len(set(tried)) > 5
+    assert any(vocab % 16 for _, vocab in tuning.SHAPES)
+    assert tuning.padded(torch.empty(3, 50_257, device="meta")).stride(0) == 50_272
 
 
 def test_a_malformed_table_in_the_package_says_so_when_it_is_imported(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..tile.tiling import DEFAULT_WORKSPACE_MB, MIB
+from ..tile.tiling import DEFAULT_WORKSPACE_MB, GPU_WORKSPACE_MB, GPU_WORKSPACE_SHARE, MIB
 from ..tile.tuned import table_for
 from ..types import LogitTransform, Objective, Operands, Options, Setting, TeacherMix, TopK, TopKLogprobs
 from ..vocab_parallel.agreement import agree, check_group, normalizer_over
@@ -149,13 +149,20 @@ def workspace_bytes_for(workspace_mb: float | None, weight: Tensor | None, vocab
     """Returns the bound on a call's workspace; `vocab` is the size of the largest slice of a sharded head."""
     if workspace_mb is not None:
         return int(workspace_mb * MIB)
-    default = DEFAULT_WORKSPACE_MB * MIB
-    if weight is None or weight.device.type == "cpu" or not weight.requires_grad:
-        return default
-    rows = weight.shape[0] if vocab is None else vocab
-    measured = table_for(weight.device)
-    megabytes = None if measured is None else measured.workspace_mb(rows, weight.shape[1])
+    if weight is None or weight.device.type == "cpu":
+        return DEFAULT_WORKSPACE_MB * MIB
+    measured = table_for(weight.device) if weight.requires_grad else None
+    megabytes = None
+    if measured is not None:
+        megabytes = measured.workspace_mb(weight.shape[0] if vocab is None else vocab, weight.shape[1])
     if megabytes is not None:
         return megabytes * MIB
-    # On a GPU each chunk of rows passes once over the float32 gradient of the head: larger chunks, fewer passes.
-    return max(default, rows * weight.shape[1] * 2)
+    if weight.device.type != "cuda":
+        return DEFAULT_WORKSPACE_MB * MIB
+    return min(GPU_WORKSPACE_MB * MIB, int(GPU_WORKSPACE_SHARE * _memory_of(weight.device)))
+
+
+@torch.compiler.assume_constant_result
+def _memory_of(device: torch.device) -> int:
+    """Returns a GPU's whole memory in bytes: what is free of it differs between ranks and steps."""
+    return torch.cuda.get_device_properties(device).total_memory

@@ -20,8 +20,8 @@ from torch import Tensor
 from ..tile.elementwise import transform_
 from ..tile.head import fast_products
 from ..tile.threads import populated
-from ..tile.tiling import MOST_ROWS, block_rows, gradient_view, plan_tiling
-from ..types import Gradients, Objective, Operands, TileRows, held_dtype, is_same
+from ..tile.tiling import MOST_ROWS, ROW_MULTIPLES, block_rows, gradient_view, plan_tiling, tile_columns
+from ..types import Gradients, Objective, Operands, TileRows, Weighed, held_dtype, is_same
 from ..vocab_parallel.backend import VocabularyParallel
 from ..vocab_parallel.shards import Shards
 from .backends import load_backend
@@ -38,12 +38,24 @@ class RowWalk:
     chunk_rows: int
     gradient_dtype: torch.dtype | None = None  # that in which a tile enters the gradient products; None: its own
 
-    def __init__(self, operands: Operands, objective: Objective, backend: str, shards: Shards | None = None) -> None:
+    def __init__(
+        self,
+        operands: Operands,
+        objective: Objective,
+        backend: str,
+        shards: Shards | None = None,
+        weighed: Weighed | None = None,
+    ) -> None:
         self.operands, self.objective, self.dtype = operands, objective, operands.dtype
         self.vocab = (objective.vocab_size or operands.vocab) if shards is None else shards.width
         self.backend: Any = load_backend(backend) if shards is None else VocabularyParallel(shards)
-        self.active = _active_rows(operands.token_weights)
-        self.count = operands.student_hidden.shape[0] if self.active is None else self.active.numel()
+        weights, self.count = operands.token_weights, operands.student_hidden.shape[0]
+        self.weighed = Weighed.of(weights) if weights is not None and weighed is None else weighed
+        self.active: Tensor | None = None
+        if weights is not None and self.weighed is not None and self.weighed.active < self.count:
+            self.count = self.weighed.active
+            # Not by nonzero(), for which a GPU is waited for: how many there are is known.
+            self.active = (weights == 0).to(torch.uint8).argsort(stable=True)[: self.count]
 
     def chunks(self) -> Iterator[Rows]:
         for start in range(0, self.count, self.chunk_rows):
@@ -80,11 +92,18 @@ class RowWalk:
 class LogitWalk(RowWalk):
     """Walks over logits that exist already: the operands' hidden states are logits (N, V)."""
 
-    def __init__(self, operands: Operands, objective: Objective, backend: str, workspace_bytes: int) -> None:
+    def __init__(
+        self,
+        operands: Operands,
+        objective: Objective,
+        backend: str,
+        workspace_bytes: int,
+        weighed: Weighed | None = None,
+    ) -> None:
         sides = [operands.student_hidden]
         if operands.teacher_hidden is not None:
             sides.append(operands.teacher_hidden)
-        super().__init__(operands, objective, backend)
+        super().__init__(operands, objective, backend, weighed=weighed)
         device = operands.student_hidden.device.type
         self.chunk_rows = plan_tiling(
             self.count,
@@ -97,7 +116,8 @@ class LogitWalk(RowWalk):
             workspace_bytes=workspace_bytes,
         ).chunk_rows
         self.sides = sides
-        self.logits = [side.new_empty((self.chunk_rows, self.vocab), dtype=self.dtype) for side in sides]
+        shape = (self.chunk_rows, tile_columns(self.vocab, device))
+        self.logits = [side.new_empty(shape, dtype=self.dtype)[:, : self.vocab] for side in sides]
 
     def project(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
         copies = []
@@ -121,9 +141,10 @@ class HeadWalk(RowWalk):
         workspace_bytes: int,
         shards: Shards | None = None,
         more: tuple[int, int] = (0, 0),
+        weighed: Weighed | None = None,
     ) -> None:
         sides = operands.sides()
-        super().__init__(operands, objective, backend, shards)
+        super().__init__(operands, objective, backend, shards, weighed)
         self.shards = shards
         # The chunks of all ranks have as many rows, or their collectives would not match.
         widest = self.vocab if shards is None else shards.widest
@@ -151,13 +172,12 @@ class HeadWalk(RowWalk):
             scratch=(once + head_once + more[0], per_row + head_per_row + more[1]),
             workspace_bytes=workspace_bytes,
             most_rows=MOST_ROWS.get(hidden.device.type),
+            multiple=ROW_MULTIPLES.get(hidden.device.type, 1),
         )
         self.chunk_rows = tiling.chunk_rows
         for head, _ in self.groups:
             head.reserve(tiling.cast_columns)
-        # Off the CPU, rows start on 64-byte boundaries, so that they can be read in full-width pieces.
-        columns = self.vocab if hidden.device.type == "cpu" else -(-self.vocab // 16) * 16
-        shape = (tiling.chunk_rows, columns)
+        shape = (tiling.chunk_rows, tile_columns(self.vocab, hidden.device.type))
         self.logits = [populated(hidden.new_empty(shape, dtype=self.dtype))[:, : self.vocab] for _ in sides]
         # Two teachers are mixed by their final logits, so that part of the transform is done here, not in the tile.
         self.mixing = operands.mix_hidden is not None
@@ -322,13 +342,6 @@ class HeadGradients:
         if bias is not None and operands.student_bias is not None:
             bias = bias.to(self.result_dtype(operands.student_bias.dtype))
         return Gradients(self.hidden, weight, bias)
-
-
-def _active_rows(token_weights: Tensor | None) -> Tensor | None:
-    if token_weights is None:
-        return None
-    active = token_weights.nonzero()[:, 0]
-    return None if active.numel() == token_weights.numel() else active
 
 
 def _into_float16(gradient: Tensor, factors: Tensor | None, most: int) -> tuple[Tensor, Tensor]:

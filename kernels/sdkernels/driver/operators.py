@@ -19,6 +19,7 @@ from torch.library import custom_op, register_autograd
 
 from ..types import Gradients, Objective, Operands, Setting, held_dtype
 from ..validation import check_values
+from .backends import load_backend
 from .passes import Values, divergence_pass, logprob_pass, topk_pass
 
 # A copy of the package may have another name.
@@ -55,14 +56,18 @@ def register(
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[differentiable:])
         *ctx.scalars, ctx.formed = inputs[OPERANDS:]
-        ctx.save_for_backward(*(inputs[:3] + output[-3:] if ctx.formed else inputs[:OPERANDS]))
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
+        hidden, weight, bias = inputs[:3]
+        if weight is not None and not weight.is_leaf and ctx.needs_input_grad[0]:
+            weight = hidden  # ties the gradient to the graph as well, and the head may be a copy, made by autocast
+        ctx.save_for_backward(*((hidden, weight, bias, *output[-3:]) if ctx.formed else inputs[:OPERANDS]))
 
     def gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         upstream, needed = upstream[:differentiable], ctx.needs_input_grad[:3]
         results: Sequence[Tensor | None] = (None, None, None)
         if any(tensor is not None for tensor in upstream):
             if ctx.formed:
-                results = _scaled(ctx.saved_tensors, upstream[0], needed)
+                results = _scaled(ctx, upstream[0], needed)
             else:
                 wanted = "".join(letter for letter, is_needed in zip("hwb", needed, strict=True) if is_needed)
                 results = backward_operator(*ctx.saved_tensors, *ctx.scalars, wanted, *upstream)
@@ -99,31 +104,40 @@ def _no_second_order(ctx: Any, *upstream: Tensor | None) -> NoReturn:
 
 
 @custom_op(f"{NAMESPACE}::scale_gradient", mutates_args=())
-def scale_gradient(gradient: Tensor, upstream: Tensor, source: Tensor) -> Tensor:
-    """Returns `gradient` times `upstream`, () or a factor a row, in the dtype of `source`.
+def scale_gradient(gradient: Tensor, upstream: Tensor, source: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns `gradient` times `upstream`, () or a factor a row, in `dtype`; `source` ties it to the graph.
 
-    That also ties it to the graph: `_no_second_order`.
+    See `_no_second_order`.
     """
-    return torch.mul(gradient, _factor(gradient, upstream), out=torch.empty_like(gradient, dtype=source.dtype))
+    return torch.mul(gradient, _factor(gradient, upstream), out=torch.empty_like(gradient, dtype=dtype))
 
 
-scale_gradient.register_fake(lambda gradient, upstream, source: torch.empty_like(gradient, dtype=source.dtype))
+scale_gradient.register_fake(lambda gradient, upstream, source, dtype: torch.empty_like(gradient, dtype=dtype))
 register_autograd(scale_gradient, _no_second_order)
 
 
-def _scaled(saved: Tensors, upstream: Any, needed: tuple[bool, ...]) -> list[Tensor | None]:
-    """Returns the gradients that the forward pass left, times `upstream`; `saved` are their sources, then they."""
-    scale = _scaled_in_place if _graph_ends_here(upstream) else scale_gradient
-    pairs = zip(saved[:3], saved[3:], needed, strict=True)
-    return [scale(gradient, upstream, source) if is_needed else None for source, gradient, is_needed in pairs]
+def _scaled(ctx: Any, upstream: Any, needed: tuple[bool, ...]) -> list[Tensor | None]:
+    """Returns the gradients that the forward pass left, times `upstream`."""
+    saved, backend, ends = ctx.saved_tensors, ctx.scalars[OBJECTIVE], _graph_ends_here(upstream)
+
+    def scaled(source: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        if ends:
+            return _scaled_in_place(gradient, upstream, dtype, backend)
+        return scale_gradient(gradient, upstream, source, dtype)
+
+    of_each = zip(saved[:3], saved[3:], ctx.dtypes, needed, strict=True)
+    return [scaled(*one) if is_needed else None for *one, is_needed in of_each]
 
 
-def _scaled_in_place(gradient: Tensor, upstream: Tensor, source: Tensor) -> Tensor:
+def _scaled_in_place(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """Does it without a second tensor of the head's size, but for float16: see `held_dtype`."""
+    kernels = load_backend(backend) if backend == "triton" else None
+    if kernels is not None and kernels.can_scale(gradient, upstream):
+        return kernels.scale_(gradient, upstream).to(dtype)
     factor = _factor(gradient, upstream)
     if isinstance(factor, Tensor) or factor != 1.0:
         torch.mul(gradient, factor, out=gradient)
-    return gradient.to(source.dtype)
+    return gradient.to(dtype)
 
 
 def _factor(gradient: Tensor, upstream: Tensor) -> Tensor | float:
@@ -175,8 +189,9 @@ def _fake_gradients(operands: Operands, objective: Objective, setting: Setting, 
 def _divergence(operands: Operands, objective: Objective, setting: Setting, wanted: str) -> Tensors:
     """Returns loss, row values, active rows and the gradients' error, eight tensors, and the three gradients."""
     # A normalizer that is given has been found positive, and the weights' own sum says nothing.
-    check_values(operands, _vocab(objective, setting), "sum" if setting.normalizer else setting.reduction)
-    values, formed = divergence_pass(operands, objective, setting, wanted)
+    reduction = "sum" if setting.normalizer else setting.reduction
+    weighed = check_values(operands, _vocab(objective, setting), reduction)
+    values, formed = divergence_pass(operands, objective, setting, wanted, weighed=weighed)
     return *_value_tensors(values, setting.reduction), *_gradient_tensors(formed, operands)
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import Gradients, Objective, Operands, Setting, in_float64
+from ..types import Gradients, Objective, Operands, Setting, Weighed
 from ..vocab_parallel.shards import Shards
 from .chunks import HeadGradients, HeadWalk, LogitGradient, LogitWalk, RowWalk
 from .columns import ColumnGradients, scratch_bytes
@@ -33,15 +33,20 @@ class Values(NamedTuple):
 
 
 def divergence_pass(
-    operands: Operands, objective: Objective, setting: Setting, wanted: str, upstream: Tensor | None = None
+    operands: Operands,
+    objective: Objective,
+    setting: Setting,
+    wanted: str,
+    upstream: Tensor | None = None,
+    weighed: Weighed | None = None,
 ) -> tuple[Values, Gradients]:
     """Returns values, and the wanted gradients of `Σ_i upstream_i · per_token_i / denominator` (upstream None: ones).
 
     Gradients that an upstream one is still to multiply are in `held_dtype`. Where the operands are logits, theirs is
-    the gradient "h".
+    the gradient "h". `weighed` is what has been read of the weights already.
     """
     if operands.student_weight is not None:
-        walk = _head_walk(operands, objective, setting)
+        walk = _head_walk(operands, objective, setting, weighed)
         old = operands.old_logprobs
         importance = None if old is None else _importance(old.new_zeros(()), old, objective.importance_clip)
         bounds = (operands.token_weights, upstream, importance)
@@ -58,10 +63,10 @@ def divergence_pass(
         # Each chunk's was small: they have added up, and the chunks' gradients of the head have cancelled.
         del walk, some
         values, formed = divergence_pass(
-            operands, objective, setting._replace(gradient_tolerance=0.0), wanted, upstream
+            operands, objective, setting._replace(gradient_tolerance=0.0), wanted, upstream, weighed
         )
         return values._replace(gradient_error=torch.zeros_like(error)), formed
-    logits = LogitWalk(operands, objective, setting.backend, setting.workspace_bytes)
+    logits = LogitWalk(operands, objective, setting.backend, setting.workspace_bytes, weighed)
     gradient = LogitGradient(logits) if wanted else None
     values = _divergence_values(logits, gradient, setting, upstream)
     return values, Gradients(None if gradient is None else gradient.logits, None, None)
@@ -110,21 +115,21 @@ def topk_pass(operands: Operands, objective: Objective, setting: Setting) -> tup
     return ids, logprobs
 
 
-def _head_walk(operands: Operands, objective: Objective, setting: Setting) -> HeadWalk:
+def _head_walk(operands: Operands, objective: Objective, setting: Setting, weighed: Weighed | None = None) -> HeadWalk:
     """Returns the walk over rows that a setting asks for."""
     shards = None
     if setting.process_group:
         shards = Shards(setting.process_group, setting.shards, objective.vocab_size or sum(setting.shards))
     vocab, width = operands.weight.shape
     more = scratch_bytes(vocab, width, operands.dtype.itemsize) if setting.gradient_tolerance else (0, 0)
-    return HeadWalk(operands, objective, setting.backend, setting.workspace_bytes, shards, more)
+    return HeadWalk(operands, objective, setting.backend, setting.workspace_bytes, shards, more, weighed)
 
 
 def _divergence_values(
     walk: RowWalk, gradients: HeadGradients | LogitGradient | None, setting: Setting, upstream: Tensor | None
 ) -> Values:
     operands, objective = walk.operands, walk.objective
-    denominator = setting.normalizer or _denominator(operands, walk.count, setting.reduction)
+    denominator = setting.normalizer or _denominator(walk, setting.reduction)
     targets, cached = operands.target_ids is not None, operands.teacher_ids is not None
     per_token, student_entropy = walk.per_row(), walk.per_row()
     teacher_entropy = None if cached else walk.per_row()
@@ -157,11 +162,10 @@ def _divergence_values(
     )
 
 
-def _denominator(operands: Operands, count: int, reduction: str) -> float:
+def _denominator(walk: RowWalk, reduction: str) -> float:
     if reduction != "mean":
         return 1.0
-    total = float(count) if operands.token_weights is None else float(in_float64(operands.token_weights).sum())
-    return total or 1.0
+    return (float(walk.count) if walk.weighed is None else walk.weighed.total) or 1.0
 
 
 def _importance(logprobs: Tensor, old_logprobs: Tensor, clip: float) -> Tensor:

@@ -182,7 +182,7 @@ def with_gradients(function: Any, row: list[Tensor]) -> list[Tensor]:
     """The output of `function(leaves)`, and its three gradients for one fixed upstream."""
     leaves = [x.detach().requires_grad_() for x in row]
     out = function(leaves)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
 
@@ -408,6 +408,34 @@ def test_flex_attention_gives_the_same_output(window: int | None, softcap: float
     with torch.no_grad():
         out = attention_cuda.flex(*row, case.call(borrowed))
     assert (out - case.reference(row, borrowed)).abs().max() < 1e-12
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("device", [f"cuda:{i}" for i in range(torch.cuda.device_count())])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (40, None), (None, 1.5), (40, 1.5)])
+@pytest.mark.parametrize(
+    "shapes",
+    [groups((0, 130, [70, 70, 121, 1])), groups((110, 50, [3, 80]), (0, 300, [129, 64]), (0, 0, [4, 2]))],
+    ids=["one group", "several groups"],
+)
+@pytest.mark.parametrize("size", [64, 128])
+def test_on_a_gpu_it_is_as_near_to_float64_as_dense_attention(
+    size: int, shapes: list[Shape], window: int | None, softcap: float | None, dtype: torch.dtype, device: str
+) -> None:
+    """The flash kernels, FlexAttention with its gradient, and the plain kernel, by what `attend` chooses."""
+    case = Case(shapes, heads_per_key=4, size=size, value_size=size, window=window, softcap=softcap)
+    row, borrowed = case.tensors(dtype)
+    exact_borrowed = borrowed and tuple(x.double() for x in borrowed)
+    exact = with_gradients(lambda leaves: case.reference(leaves, exact_borrowed), [x.double() for x in row])
+    naive = with_gradients(lambda leaves: case.fused(leaves, borrowed), row)
+    call = case.call(borrowed and tuple(x.to(device) for x in borrowed))
+    there = [x.to(device) for x in row]
+    special = window is not None or softcap is not None
+    assert attention_cuda.can_varlen(*there[::2], call) == (dtype != torch.float32 and not special)
+    actual = with_gradients(lambda leaves: attend(*leaves, call), there)
+    for name, a, e, n in zip(("out", "query", "key", "value"), actual, exact, naive, strict=True):
+        assert relative_error(a.cpu(), e) <= allowed_error(n, e), name
 
 
 class Layer(torch.nn.Module):

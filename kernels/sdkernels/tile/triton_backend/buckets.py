@@ -47,7 +47,7 @@ def log_sum(b_z):
     return b_max, tl.sum(exp(b_z - b_max), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C", "K"], do_not_specialize_on_alignment=["p_ids", "p_teacher_logprobs"])
 def bucket_kernel(
     p_ids,  # (C, K) int64
     p_student,  # (C, K) float32 raw projections at the ids

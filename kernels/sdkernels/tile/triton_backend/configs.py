@@ -16,6 +16,10 @@ to 800 ns from request to data, hence 25 to 30 KiB in flight per multiprocessor 
 - sm_80 has 11 bytes per clock and multiprocessor; its statistics spill at 2048. sm_100 has 1.7 times Hopper's
   bandwidth on 148 multiprocessors, which asks for more in flight: one more block (4096 leaves room for one program).
 
+Triton compiles a kernel anew where an integer is 1 or a multiple of 16, and where an address is such a multiple, if it
+was not before. The number of rows and where a chunk's part of a row-wise operand begins differ from chunk to chunk and
+matter to no speed: kernels name them as not to be specialised (`do_not_specialize`).
+
 `python -m sdkernels.compile_check` compiles every row of either table for its architecture and refuses spills.
 """
 
@@ -28,6 +32,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..tiling import PADDED_COLUMNS
 from ..tuned import architecture, table_for
 
 
@@ -58,7 +63,7 @@ TABLE: dict[str, dict[str, Config]] = {
     "sm_80": HOPPER | {"row_statistics": Config(1024, 8, 2)},
     "sm_90": HOPPER,
     "sm_100": HOPPER | {"row_statistics": Config(2048, 8, 3)},
-    # AMD: 64 lanes to a warp, so half the warps are as many lanes. Compiled by nobody yet.
+    # AMD: 64 lanes to a warp, so half the warps are as many lanes. Compiled, not run.
     "rocm": {kernel: Config(launch.block, launch.warps // 2, 1) for kernel, launch in HOPPER.items()},
     # The interpreter: small, so that short rows too take several blocks.
     "interpreter": dict.fromkeys(HOPPER, Config(256, 4, 1)),
@@ -100,6 +105,17 @@ def head_factors(head: tuple[float, float | None, float]) -> HeadFactors:
     if softcap is None:
         return HeadFactors(scale / temperature, 1.0, False)
     return HeadFactors(scale / softcap, softcap / temperature, True)
+
+
+def is_padded(*tiles: Tensor | None) -> bool:
+    """True where rows of V entries, V no multiple of 16, begin and end on such multiples: their padding is theirs."""
+    logits = [tile for tile in tiles if tile is not None]
+    return logits[0].shape[1] % PADDED_COLUMNS != 0 and all(
+        tile.stride(0) % PADDED_COLUMNS == 0
+        and tile.storage_offset() % PADDED_COLUMNS == 0
+        and tile.untyped_storage().nbytes() // tile.itemsize % PADDED_COLUMNS == 0
+        for tile in logits
+    )
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:

@@ -34,8 +34,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...types import Objective, TileRows
-from .configs import FUSED_MULTIPLY_ADD, block_size, config, head_factors, on_device
-from .formulas import FORWARD_KL, JSD, REVERSE_KL, divergence_terms, final_logits, log_ratio
+from .configs import FUSED_MULTIPLY_ADD, block_size, config, head_factors, is_padded, on_device
+from .formulas import FORWARD_KL, JSD, REVERSE_KL, columns, divergence_terms, final_logits, log_ratio
 from .statistics import LSE_STUDENT, LSE_TEACHER, REVERSE_KL_SUM, SHIFT, Statistics
 
 # Rows of the sums array.
@@ -53,7 +53,7 @@ class Family(NamedTuple):
     factor: float
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"])
 def divergence_kernel(
     p_student,  # (C, V) float32, row stride `stride_student`
     p_teacher,  # (C, V) float32, row stride `stride_teacher`
@@ -78,6 +78,7 @@ def divergence_kernel(
     STUDENT_SOFTCAP: tl.constexpr,
     TEACHER_SOFTCAP: tl.constexpr,
     ACCUMULATE: tl.constexpr,
+    PADDED: tl.constexpr,  # see formulas.columns
     BV: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -103,9 +104,12 @@ def divergence_kernel(
     b_size_sum = tl.zeros((BV,), tl.float32)
     for i_v in tl.range(0, V, BV, num_stages=STAGES):
         o_v = i_v + tl.arange(0, BV)
-        m_v = o_v < V
-        b_z, b_chain = final_logits(p_student, p_student_bias, o_v, m_v, student_gain, student_cap, STUDENT_SOFTCAP)
-        b_z_teacher, _ = final_logits(p_teacher, p_teacher_bias, o_v, m_v, teacher_gain, teacher_cap, TEACHER_SOFTCAP)
+        b_z, b_chain = final_logits(
+            p_student, p_student_bias, o_v, V, student_gain, student_cap, STUDENT_SOFTCAP, PADDED
+        )
+        b_z_teacher, _ = final_logits(
+            p_teacher, p_teacher_bias, o_v, V, teacher_gain, teacher_cap, TEACHER_SOFTCAP, PADDED
+        )
         b_p, b_loss, b_slope, b_constant, b_entry, b_entry_slope = divergence_terms(
             b_z - lse_student, b_z_teacher - lse_teacher, log_ratio(b_z, b_z_teacher, shift), alpha, FAMILY
         )
@@ -129,7 +133,7 @@ def divergence_kernel(
                 b_gradient = tl.where(is_clipped, -b_p * kept, b_where_kept)
             b_gradient = b_gradient * factor * b_chain
             tl.debug_barrier()
-            tl.store(p_gradient + o_v, b_gradient.to(p_gradient.dtype.element_ty), mask=m_v)
+            tl.store(p_gradient + o_v, b_gradient.to(p_gradient.dtype.element_ty), mask=columns(o_v, V, PADDED))
     if ACCUMULATE:
         loss = tl.sum(b_loss_sum, axis=0)
         if entry_clip is not None:
@@ -190,6 +194,7 @@ def full_divergence(
             STUDENT_SOFTCAP=student_head.softcap,
             TEACHER_SOFTCAP=teacher_head.softcap,
             ACCUMULATE=accumulate,
+            PADDED=is_padded(student, teacher),
             BV=block,
             STAGES=chosen.stages,
             num_warps=chosen.warps,

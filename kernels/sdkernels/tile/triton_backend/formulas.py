@@ -101,10 +101,35 @@ def transformed(b_x, p_bias, o_v, m_v, gain, cap, SOFTCAP: tl.constexpr, EXCLUDE
 
 
 @triton.jit
-def final_logits(p_row, p_bias, o_v, m_v, gain, cap, SOFTCAP: tl.constexpr, EXCLUDE: tl.constexpr = False):
-    """Loads entries `o_v` of a row of raw projections, `transformed`."""
-    b_x = tl.load(p_row + o_v, mask=m_v, other=-float("inf"))
-    return transformed(b_x, p_bias, o_v, m_v, gain, cap, SOFTCAP, EXCLUDE)
+def columns(o_v, V, PADDED: tl.constexpr):
+    """Returns which columns `o_v` may be touched: with PADDED those up to the next multiple of 16 too.
+
+    Triton makes accesses of 16 bytes only under a mask whose bound it knows to be such a multiple.
+    """
+    if PADDED:
+        m_touched = o_v < (V + 15) // 16 * 16
+    else:
+        m_touched = o_v < V
+    return m_touched
+
+
+@triton.jit
+def final_logits(
+    p_row, p_bias, o_v, V, gain, cap, SOFTCAP: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr = False
+):
+    """Loads entries `o_v` of a row of raw projections, `transformed`; whatever the padding holds, it counts as -inf."""
+    b_x = tl.load(p_row + o_v, mask=columns(o_v, V, PADDED), other=-float("inf"))
+    if PADDED:
+        b_x = tl.where(o_v < V, b_x, -float("inf"))
+    return transformed(b_x, p_bias, o_v, o_v < V, gain, cap, SOFTCAP, EXCLUDE)
+
+
+@triton.jit
+def logit_at(p_row, p_bias, i_v, V, gain, cap, SOFTCAP: tl.constexpr):
+    """Loads the one entry `i_v`, as `final_logits`; -inf where it is none of the row."""
+    m_v = (i_v >= 0) & (i_v < V)
+    b_x = tl.load(p_row + i_v, mask=m_v, other=-float("inf"))
+    return transformed(b_x, p_bias, i_v, m_v, gain, cap, SOFTCAP)
 
 
 @triton.jit

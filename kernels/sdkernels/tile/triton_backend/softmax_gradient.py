@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import FUSED_MULTIPLY_ADD, block_size, config, head_factors, on_device
-from .formulas import NEAR, exp, final_logits, mass_times, phi_near
+from .configs import FUSED_MULTIPLY_ADD, block_size, config, head_factors, is_padded, on_device
+from .formulas import NEAR, columns, exp, final_logits, logit_at, mass_times, phi_near
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["p_normalizer", "p_level", "p_tilt", "p_peak", "p_target_ids"])
 def softmax_gradient_kernel(
     p_logits,  # (C, V) float32 raw projections, row stride `stride_logits`
     p_bias,  # (V,) or None
@@ -40,6 +40,7 @@ def softmax_gradient_kernel(
     gain,
     cap,
     SOFTCAP: tl.constexpr,
+    PADDED: tl.constexpr,  # see formulas.columns
     BV: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -57,15 +58,13 @@ def softmax_gradient_kernel(
     if p_peak is not None:
         peak = tl.load(p_peak + i_row)
         i_y = tl.load(p_target_ids + i_row)
-        m_y = (i_y >= 0) & (i_y < V)
-        z, chain = final_logits(p_logits, p_bias, i_y, m_y, gain, cap, SOFTCAP)
+        z, chain = logit_at(p_logits, p_bias, i_y, V, gain, cap, SOFTCAP)
         log_p = z - normalizer
         missing = tl.where(log_p > -NEAR, -(log_p + phi_near(log_p)), 1 - exp(log_p))
         at_target = (peak * missing + exp(log_p) * level + tilt * mass_times(exp(log_p), log_p)) * chain
     for i_v in tl.range(0, V, BV, num_stages=STAGES):
         o_v = i_v + tl.arange(0, BV)
-        m_v = o_v < V
-        b_z, b_chain = final_logits(p_logits, p_bias, o_v, m_v, gain, cap, SOFTCAP)
+        b_z, b_chain = final_logits(p_logits, p_bias, o_v, V, gain, cap, SOFTCAP, PADDED)
         b_lp = b_z - normalizer
         b_p = exp(b_lp)
         b_gradient = b_p * (level - peak)
@@ -75,7 +74,7 @@ def softmax_gradient_kernel(
         if p_peak is not None:
             b_gradient = tl.where(o_v == i_y, at_target, b_gradient)
         tl.debug_barrier()
-        tl.store(p_gradient + o_v, b_gradient.to(p_gradient.dtype.element_ty), mask=m_v)
+        tl.store(p_gradient + o_v, b_gradient.to(p_gradient.dtype.element_ty), mask=columns(o_v, V, PADDED))
 
 
 def softmax_gradient(
@@ -110,6 +109,7 @@ def softmax_gradient(
             factors.gain,
             factors.cap,
             SOFTCAP=factors.softcap,
+            PADDED=is_padded(logits),
             BV=block_size(chosen, vocab),
             STAGES=chosen.stages,
             num_warps=chosen.warps,

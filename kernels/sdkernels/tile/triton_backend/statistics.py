@@ -29,8 +29,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...types import Objective, TileRows
-from .configs import FUSED_MULTIPLY_ADD, block_size, config, head_factors, on_device
-from .formulas import NEAR, exp, final_logits, log_ratio, mass_times, phi_near, rho_near
+from .configs import FUSED_MULTIPLY_ADD, block_size, config, head_factors, is_padded, on_device
+from .formulas import NEAR, exp, final_logits, log_ratio, logit_at, mass_times, phi_near, rho_near
 
 # Rows of the statistics array; the kernels below and in divergence.py address it by these numbers.
 LSE_STUDENT = tl.constexpr(0)
@@ -78,7 +78,7 @@ def add_block(b_z, b_max, b_sum, b_first):
     return b_sum + b_weight, b_first + b_weight * tl.maximum(b_below, LOWEST), b_weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C", "n_groups"], do_not_specialize_on_alignment=["p_target_ids"])
 def row_statistics_kernel(
     p_student,  # (C, V) float32, row stride `stride_student`
     p_teacher,  # (C, V) float32 or None
@@ -101,6 +101,7 @@ def row_statistics_kernel(
     EXCLUDE: tl.constexpr,  # raw projections of -inf are no part of the row, whatever a soft-cap makes of them
     GROUPS_OF_TEACHER: tl.constexpr,
     GROUP: tl.constexpr,
+    PADDED: tl.constexpr,  # see formulas.columns
     BV: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -114,8 +115,9 @@ def row_statistics_kernel(
     b_difference, b_growth = tl.zeros((BV,), tl.float32), tl.zeros((BV,), tl.float32)
     for i_v in tl.range(0, V, BV, num_stages=STAGES):
         o_v = i_v + tl.arange(0, BV)
-        m_v = o_v < V
-        b_z, _ = final_logits(p_student, p_student_bias, o_v, m_v, student_gain, student_cap, STUDENT_SOFTCAP, EXCLUDE)
+        b_z, _ = final_logits(
+            p_student, p_student_bias, o_v, V, student_gain, student_cap, STUDENT_SOFTCAP, PADDED, EXCLUDE
+        )
         # A new maximum is rare: log V times in a row of random logits.
         b_new = tl.maximum(b_max, tl.max(b_z, axis=0))
         if b_new > b_max:
@@ -127,7 +129,7 @@ def row_statistics_kernel(
         b_grouped = b_z
         if p_teacher is not None:
             b_z_teacher, _ = final_logits(
-                p_teacher, p_teacher_bias, o_v, m_v, teacher_gain, teacher_cap, TEACHER_SOFTCAP, EXCLUDE
+                p_teacher, p_teacher_bias, o_v, V, teacher_gain, teacher_cap, TEACHER_SOFTCAP, PADDED, EXCLUDE
             )
             b_new = tl.maximum(b_max_teacher, tl.max(b_z_teacher, axis=0))
             if b_new > b_max_teacher:
@@ -168,11 +170,10 @@ def row_statistics_kernel(
         tl.store(p_statistics + REVERSE_KL_SUM * C + i_row, shift - tl.sum(b_difference, axis=0) / total)
     if p_target_ids is not None:
         i_y = tl.load(p_target_ids + i_row)
-        m_y = (i_y >= 0) & (i_y < V)
-        z, _ = final_logits(p_student, p_student_bias, i_y, m_y, student_gain, student_cap, STUDENT_SOFTCAP)
+        z, _ = logit_at(p_student, p_student_bias, i_y, V, student_gain, student_cap, STUDENT_SOFTCAP)
         tl.store(p_statistics + TARGET_STUDENT * C + i_row, (z - b_max) - log_total)
         if p_teacher is not None:
-            z_teacher, _ = final_logits(p_teacher, p_teacher_bias, i_y, m_y, teacher_gain, teacher_cap, TEACHER_SOFTCAP)
+            z_teacher, _ = logit_at(p_teacher, p_teacher_bias, i_y, V, teacher_gain, teacher_cap, TEACHER_SOFTCAP)
             tl.store(p_statistics + TARGET_TEACHER * C + i_row, (z_teacher - b_max_teacher) - log_total_teacher)
             tl.store(p_statistics + TARGET_GAP * C + i_row, shift - (z_teacher - z))
 
@@ -220,6 +221,7 @@ def row_statistics(
             EXCLUDE=exclude,
             GROUPS_OF_TEACHER=groups_of == "teacher",
             GROUP=max(group, 1),
+            PADDED=is_padded(student, teacher),
             BV=block,
             STAGES=chosen.stages,
             num_warps=chosen.warps,

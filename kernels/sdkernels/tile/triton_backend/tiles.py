@@ -2,8 +2,9 @@
 
 The matrix products stay with the driver and cuBLAS; the kernels are bound by reading the tile, so what counts is how
 often: see the headers of statistics.py (one pass), divergence.py (two in all for the KLs, three for the JSD) and
-buckets.py (three). Rows must be contiguous, their stride is free: a buffer whose rows start on multiples of 16 entries
-is read in 16-byte pieces whatever V is, one whose V is odd in pieces of 4 bytes, at a fraction of the speed.
+buckets.py (three). Rows must be contiguous, their stride is free. Rows that start on multiples of 16 entries are read
+and written in pieces of 16 bytes whatever V is, and what follows them up to the next such multiple is overwritten;
+others, of a V that is no such multiple, in pieces of 4 and 2 bytes, at a fraction of the speed. So is a bias.
 
 float32 only: double precision is the torch backend's. CPU tensors run under TRITON_INTERPRET=1, as the tests do.
 """
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...types import Objective, RowValues, TileRows
-from ..tiling import gradient_view
+from ..tiling import gradient_view, tile_columns
 from .buckets import topk_divergence
 from .divergence import full_divergence
 from .softmax_gradient import softmax_gradient
@@ -26,6 +27,7 @@ from .topk import group_size, scratch_entries, top_ids
 FLOAT32_BYTES = 4
 # Statistics of rows and of their tails, sums, and the small vectors of the restricted supports.
 VECTORS = 2 * STATISTICS + 8
+MOST_SIDES = 3  # student, teacher, and the other teacher of a mix
 # Per top-k entry: int64 id, both sides' projections and gradient, torch.topk's own (value, index) and the group ids.
 BYTES_PER_CHOSEN = 48
 
@@ -33,7 +35,8 @@ BYTES_PER_CHOSEN = 48
 def scratch_bytes(rows: int, vocab: int, device_type: str, topk: int) -> tuple[int, int]:
     """Returns the bytes needed beside a tile's logits, once and per row; `topk` is the objective's, 0 for none."""
     chosen = scratch_entries(vocab, topk) * FLOAT32_BYTES + topk * BYTES_PER_CHOSEN if topk else 0
-    return 0, VECTORS * FLOAT32_BYTES + chosen
+    padding = MOST_SIDES * (tile_columns(vocab, device_type) - vocab)
+    return 0, (VECTORS + padding) * FLOAT32_BYTES + chosen
 
 
 def divergence_tile(

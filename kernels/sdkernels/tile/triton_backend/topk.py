@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import FUSED_MULTIPLY_ADD, head_factors, on_device
-from .formulas import final_logits
+from .formulas import transformed
 
 LEAST_GROUP, MOST_GROUP = 4, 64
 CANDIDATES_PER_PROGRAM = 1024
@@ -48,7 +48,8 @@ def candidates_kernel(
     b_group = tl.load(p_group_ids + i_row * n_chosen + o_c // GROUP, mask=m_c, other=0)
     o_v = b_group * GROUP + o_c % GROUP
     m_v = m_c & (o_v < V)
-    b_z, _ = final_logits(p_logits + i_row * stride_logits, p_bias, o_v, m_v, gain, cap, SOFTCAP)
+    b_x = tl.load(p_logits + i_row * stride_logits + o_v, mask=m_v, other=-float("inf"))
+    b_z, _ = transformed(b_x, p_bias, o_v, m_v, gain, cap, SOFTCAP)
     tl.store(p_candidates + i_row * n_candidates + o_c, b_z, mask=m_c)
 
 
