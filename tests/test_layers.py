@@ -53,7 +53,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"discovery"},
         {"schedule"},
         {"table"},
-        {"__init__", "__main__", "columns", "commands", "handbook"},
+        {"__init__", "__main__", "columns", "commands", "handbook", "teachers"},
     ],
 }
 BACKENDS = {"sdkernels.tile.torch_backend", "sdkernels.tile.triton_backend"}

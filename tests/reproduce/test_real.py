@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from reproduce import real_context, real_exam, real_feedback, real_model, real_sdft, records, schedule, table
+from reproduce import real_context, real_exam, real_feedback, real_model, real_sdft, records, schedule, table, teachers
 from reproduce.book import DATA, Handbook, has_words, question_of
 from reproduce.prediction import correlation, ranks
 from reproduce.records import Point, crossing, exceeds, final, matched, sparing
@@ -21,6 +21,7 @@ from tests.sdcore.contexts.chats import chat_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BOOK = Handbook()
+ROOT = Path(__file__).parents[2]
 
 
 # What is read from a run
@@ -198,6 +199,17 @@ def test_every_arm_runs(subject: Any) -> None:
                 points = study.run(arm, study.quick, 1e-3, 0)
                 assert points[-1]["step"] == 2.0, arm.name
                 assert 0 < points[-1]["kept"] < 2, arm.name
+
+
+def test_the_teachers_are_asked_before_training(subject: Any, tmp_path: Path, capsys: Any) -> None:
+    teachers.main(tmp_path / "teachers.json", seed=0, most=2)
+    found = json.loads((tmp_path / "teachers.json").read_text())["teachers"]
+    assert capsys.readouterr().out.count("±") == 2 * len(found) == 8
+    # A random model has no sum right, so all of a question's answers have feedback.
+    assert [row["metrics"]["asked_again"] for row in found] == [2, 2, 2, 8]
+    assert all(row["metrics"]["with_context_reward_mean"] == 0 for row in found)
+    committed = json.loads((ROOT / "docs/reproduction/teachers.json").read_text())["teachers"]
+    assert [row["reads"] for row in committed] == [row["reads"] for row in found]
 
 
 # Feedback
