@@ -52,7 +52,7 @@ def asked(seed: int, most: int | None) -> list[Asked]:
     sentences = [row_of(question_of(row), privileged_context=row["sentence"], words=row["words"]) for row in given]
     own = ContextDistillation(template=book.template)
     sums = real_feedback.sums(seed, feedback.episodes)[1][:most]
-    sdpo = {"num_generations": real_feedback.GROUP, "temperature": feedback.temperature}
+    sdpo: dict[str, Any] = {"num_generations": real_feedback.GROUP, "temperature": feedback.temperature}
     return [
         Asked("real_context", "the handbook's section, in the study's words", own, sections, has_words, written, 0.0),
         Asked("real_sdft", "a demonstration, in SDFT's words", SDFTAsRun(), sentences, has_words, written, 1.0),
