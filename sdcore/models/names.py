@@ -30,7 +30,9 @@ def cache_argument(model: nn.Module) -> str | None:
     It is the class's: who replaces a model's own forward may take anything and pass it on.
     """
     parameters = inspect.signature(type(model).forward).parameters
-    return next((name for name in CACHE_ARGUMENTS if name in parameters), None)
+    taken = (name for name in CACHE_ARGUMENTS if name in parameters)
+    # XLM's `cache` is a dictionary of its own.
+    return next((name for name in taken if "dict" not in str(parameters[name].annotation)), None)
 
 
 def cache_among(arguments: Mapping[str, Any]) -> Any:

@@ -295,7 +295,7 @@ def test_a_model_is_measured_and_searched_as_it_was_trained() -> None:
     assert found["settings"] | expected == found["settings"]
     assert measured("--model", "run/checkpoint-1")["metrics"] == found["metrics"]
     assert measured("--model", "base", "--like", "run")["settings"] == found["settings"]
-    assert measured("--model", "base", "--max-completion-length", 9)["settings"]["top_p"] is None
+    assert measured("--model", "base", "--max-completion-length", 9)["settings"]["top_p"] == 1.0
     other = measured("--model", "run", "--temperature", 0, "--max-completion-length", 3, "top_p=0.5", "top_k=null")
     shown = {name: other["settings"][name] for name in ("temperature", "max_completion_length", "top_p", "top_k")}
     assert shown == {"temperature": 0.0, "max_completion_length": 3, "top_p": 0.5, "top_k": None}

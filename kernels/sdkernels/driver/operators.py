@@ -104,15 +104,20 @@ def _no_second_order(ctx: Any, *upstream: Tensor | None) -> NoReturn:
 
 
 @custom_op(f"{NAMESPACE}::scale_gradient", mutates_args=())
-def scale_gradient(gradient: Tensor, upstream: Tensor, source: Tensor, dtype: torch.dtype) -> Tensor:
+def scale_gradient(gradient: Tensor, upstream: Tensor, source: Tensor, dtype: str) -> Tensor:
     """Returns `gradient` times `upstream`, () or a factor a row, in `dtype`; `source` ties it to the graph.
 
-    See `_no_second_order`.
+    See `_no_second_order`. The dtype is a name ("float32"): in a backward pass inductor leaves a `torch.dtype` out of
+    the call that it writes (torch 2.13).
     """
-    return torch.mul(gradient, _factor(gradient, upstream), out=torch.empty_like(gradient, dtype=dtype))
+    return torch.mul(gradient, _factor(gradient, upstream), out=_empty_like(gradient, dtype))
 
 
-scale_gradient.register_fake(lambda gradient, upstream, source, dtype: torch.empty_like(gradient, dtype=dtype))
+def _empty_like(gradient: Tensor, dtype: str) -> Tensor:
+    return torch.empty_like(gradient, dtype=getattr(torch, dtype))
+
+
+scale_gradient.register_fake(lambda gradient, upstream, source, dtype: _empty_like(gradient, dtype))
 register_autograd(scale_gradient, _no_second_order)
 
 
@@ -123,7 +128,7 @@ def _scaled(ctx: Any, upstream: Any, needed: tuple[bool, ...]) -> list[Tensor | 
     def scaled(source: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         if ends:
             return _scaled_in_place(gradient, upstream, dtype, backend)
-        return scale_gradient(gradient, upstream, source, dtype)
+        return scale_gradient(gradient, upstream, source, str(dtype).removeprefix("torch."))
 
     of_each = zip(saved[:3], saved[3:], ctx.dtypes, needed, strict=True)
     return [scaled(*one) if is_needed else None for *one, is_needed in of_each]
