@@ -41,6 +41,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"integrations"},
         {"__init__", "world"},
         {"demo"},
+        {"conform"},
         {"bench"},
         {"cli"},
         {"__main__"},

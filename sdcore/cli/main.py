@@ -8,6 +8,7 @@ from __future__ import annotations
 import typer
 
 from sdcore.cli.bench import bench
+from sdcore.cli.conform import conform
 from sdcore.cli.demo import demo
 from sdcore.cli.evaluate import evaluate
 from sdcore.cli.memory import profile_memory
@@ -38,3 +39,4 @@ app.command()(solve)
 app.command()(report)
 app.command("profile-memory")(profile_memory)
 app.command()(bench)
+app.command()(conform)

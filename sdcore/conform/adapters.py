@@ -1,9 +1,8 @@
 """Calls the public distillation losses, and ours, with the arguments of `cases.OPTIONS`.
 
-An adapter takes the arguments that its peer offers and no others; what it has no argument for, or raises `NotOffered`
-for, is no failure. A peer is called as its documentation says. Where it takes logits, they are made as a model's
-forward pass makes them, in the dtype of the states; where it leaves the mean over tokens to its trainer, the trainer's
-formula follows. `sdcore bench` times the same calls.
+An adapter names the arguments that its peer offers; what it does not name, or raises `NotOffered` for, is no failure. A
+peer is called as its documentation says. Where it takes logits, they are made as a model's forward pass makes them, in
+the dtype of the states; where it leaves the mean over tokens to its trainer, the trainer's formula follows.
 """
 
 from __future__ import annotations
@@ -22,9 +21,11 @@ from torch import Tensor
 
 from sdkernels import linear_divergence
 
-from .cases import arguments
+from .cases import OPTIONS, arguments, with_defaults
 
 IGNORED: Final = -100
+SIDES: Final = "student_hidden student_weight teacher_hidden teacher_weight alpha"
+HEAD: Final = "bias teacher_bias scale softcap temperature"  # what a model or its trainer does to logits
 
 
 class NotOffered(Exception):
@@ -33,383 +34,275 @@ class NotOffered(Exception):
 
 @dataclass(frozen=True)
 class Adapter:
-    """Is a peer: the call, the package to look for, and how it is run."""
+    """Is a peer: the call, what of a case it takes, and what must be installed."""
 
-    call: Callable[..., Any]
-    module: str = "torch"  # what must be importable
-    package: str = "torch"  # whose version is written down
-    needs: str = ""  # what else to install for it
+    body: Callable[[Any], Any]  # given a case's arguments as attributes
+    offers: str
+    package: str = "torch"
+    module: str = "torch"
     environment: Mapping[str, str] = field(default_factory=dict)
-    logits: bool = False  # it is given logits, which all exist before it is called
+    all_logits: str = ""  # why all logits exist, as documented
 
-    @property
-    def interpreted(self) -> bool:
-        return "TRITON_INTERPRET" in self.environment
+    def __call__(self, **call: Any) -> Any:
+        return self.body(with_defaults(call))
 
     def missing(self) -> str:
         """Returns what to install, or nothing."""
-        return "" if find_spec(self.module) else f"not installed: pip install {self.package}{self.needs}"
+        return "" if find_spec(self.module) else f"not installed: pip install {self.package}"
 
 
-def ours(*tensors: Tensor, backend: str = "auto", **call: Any) -> Tensor:
-    """Calls `linear_divergence`, with no `teacher_weight` where it is the student's."""
-    given = arguments(*tensors, **call)
-    weight, teacher_weight = given["student_weight"], given["teacher_weight"]
-    if teacher_weight is not None and teacher_weight.data_ptr() == weight.data_ptr():
+def _ours(c: Any, backend: str) -> Tensor:
+    given = arguments(c)
+    if c.teacher_weight is not None and c.teacher_weight.data_ptr() == c.student_weight.data_ptr():
         given["teacher_weight"] = None
     loss = linear_divergence(**given, backend=backend).loss  # type: ignore[arg-type]
-    return loss if call.get("num_items") is None else loss / call["num_items"]
+    return loss if c.num_items is None else loss / c.num_items
 
 
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
-) -> Tensor:
-    logits = F.linear(hidden, weight, bias) * scale
-    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+def _logits(c: Any, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Returns both sides' logits (N, V) as their models have them."""
+
+    def side(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        logits = F.linear(hidden, weight, bias) * c.scale
+        return (logits if c.softcap is None else torch.tanh(logits / c.softcap) * c.softcap) / temperature
+
+    with torch.no_grad():
+        teacher = side(c.teacher_hidden, c.teacher_weight, c.teacher_bias)
+    return side(c.student_hidden, c.student_weight, c.bias), teacher
 
 
-def _labels(token_weights: Tensor | None, rows: int) -> Tensor:
-    """Returns a label a row, the mask as ids to ignore."""
-    labels = torch.zeros(rows, dtype=torch.int64)
-    if token_weights is None:
-        return labels
-    if not ((token_weights == 0) | (token_weights == 1)).all():
+def _mask(c: Any) -> Tensor:
+    """Returns the mask (N,) of a peer that has no weights; one of another shape is its trainer's business."""
+    rows = len(c.student_hidden)
+    mask = torch.ones(rows) if c.token_weights is None else c.token_weights
+    if len(mask) != rows or not ((mask == 0) | (mask == 1)).all():
         raise NotOffered("masks tokens, does not weight them")
-    return labels.masked_fill(token_weights == 0, IGNORED)
+    return mask
 
 
-def _mean(rows: Tensor, token_weights: Tensor | None, reduction: str = "mean") -> Tensor:
-    """Reduces as the self-distillation trainers of TRL and verl's `token-mean` do."""
-    if reduction == "none":
-        return rows
-    if token_weights is None:
-        return rows.sum() if reduction == "sum" else rows.mean()
-    return (rows * token_weights).sum() / token_weights.sum().clamp(min=1.0)
+def _labels(c: Any) -> Tensor:
+    return torch.where(_mask(c) == 0, IGNORED, 0).to(c.student_hidden.device)
 
 
-def plain(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    *,
-    alpha: float,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
-    bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    token_weights: Tensor | None = None,
-    reduction: str = "mean",
-    upcast: bool = True,
-) -> Tensor:
-    """Computes it as tutorials write it: logits in the model's dtype, then float32 with `upcast`, and textbook sums."""
-    logits = _logits(student_hidden, student_weight, bias, scale, softcap)
-    with torch.no_grad():
-        teacher_logits = _logits(teacher_hidden, teacher_weight, teacher_bias, scale, softcap)
+def _mean(rows: Tensor, c: Any) -> Tensor:
+    """Reduces as TRL's self-distillation trainers do."""
+    if c.reduction != "mean" and c.token_weights is None:
+        return rows if c.reduction == "none" else rows.sum()
+    mask = _mask(c)
+    return (rows * mask).sum() / mask.sum().clamp(min=1.0)
+
+
+def _plain(c: Any, upcast: bool = True) -> Tensor:
+    """Computes it as tutorials write it: all logits, float32 with `upcast`, and textbook sums."""
+    student, teacher = _logits(c)
     if upcast:
-        logits, teacher_logits = logits.float(), teacher_logits.float()
-    log_p = (logits / temperature).log_softmax(-1)
-    log_q = (teacher_logits / (teacher_temperature or temperature)).log_softmax(-1)
-    return _mean(textbook(log_p, log_q, alpha), token_weights, reduction)
-
-
-def textbook(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
-    """Returns the divergence of log-probabilities (..., V) by `kl_div`, (...)."""
-    if alpha == 0:
-        return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
-    if alpha == 1:
-        return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-    weights = torch.tensor([1 - alpha, alpha], dtype=log_p.dtype, device=log_p.device).log()
+        student, teacher = student.float(), teacher.float()
+    log_p = (student / c.temperature).log_softmax(-1)
+    log_q = (teacher / (c.teacher_temperature or c.temperature)).log_softmax(-1)
+    if c.alpha in (0, 1):
+        target, other = (log_q, log_p) if c.alpha == 0 else (log_p, log_q)
+        return _mean(F.kl_div(other, target, reduction="none", log_target=True).sum(-1), c)
+    weights = torch.tensor([1 - c.alpha, c.alpha], dtype=log_p.dtype).log()
     log_m = torch.logsumexp(torch.stack([log_p + weights[0], log_q + weights[1]]), dim=0)
-    entries = alpha * F.kl_div(log_m, log_q, reduction="none", log_target=True)
-    return (entries + (1 - alpha) * F.kl_div(log_m, log_p, reduction="none", log_target=True)).sum(-1)
+    entries = c.alpha * F.kl_div(log_m, log_q, reduction="none", log_target=True)
+    return _mean((entries + (1 - c.alpha) * F.kl_div(log_m, log_p, reduction="none", log_target=True)).sum(-1), c)
 
 
-def torch_cross_entropy(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *, alpha: float
-) -> Tensor:
-    """Adds the teacher's entropy to torch's fused cross-entropy with its probabilities: the forward KL."""
-    if alpha != 0:
+def _forward_only(c: Any) -> None:
+    if c.alpha != 0:
         raise NotOffered("the forward KL only")
-    if not hasattr(F, "linear_cross_entropy"):
-        raise NotOffered("needs torch 2.13")
+
+
+def _torch(c: Any) -> Tensor:
+    """Adds the teacher's entropy to torch's fused cross-entropy with its probabilities: the forward KL."""
+    _forward_only(c)
     with torch.no_grad():
-        log_q = (teacher_hidden @ teacher_weight.T).float().log_softmax(-1)  # (N, V)
-        probabilities = log_q.exp()
-        negative_entropy = (probabilities * log_q).sum(-1).mean()
+        log_q = (c.teacher_hidden @ c.teacher_weight.T).float().log_softmax(-1)  # (N, V)
     with warnings.catch_warnings():
         # Its chunks take ids alone (torch 2.13): with probabilities all logits are there.
         warnings.filterwarnings("ignore", "linear_cross_entropy: ``options`` ignored")
         options = torch.nn.LinearCrossEntropyOptions()
-        loss = F.linear_cross_entropy(student_hidden, student_weight, probabilities, options=options)
-    return loss + negative_entropy
+        loss = F.linear_cross_entropy(c.student_hidden, c.student_weight, log_q.exp(), options=options)
+    return loss + (log_q.exp() * log_q).sum(-1).mean()
 
 
-def trl_chunked(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    *,
-    alpha: float,
-    temperature: float = 1.0,
-    bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    token_weights: Tensor | None = None,
-    reduction: str = "mean",
-) -> Tensor:
+def _trl_checks(alpha: float) -> None:
+    """Asks a trainer's configuration, which is where TRL checks `beta`; distillation's says the same."""
+    if not 0 <= alpha <= 1:
+        from trl.experimental.gkd import GKDConfig
+
+        GKDConfig(beta=alpha, bf16=False)
+
+
+def _trl_chunked(c: Any) -> Tensor:
     """Calls what `DistillationTrainer` calls, on the rows that its mask keeps."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    keep = slice(None) if token_weights is None else _labels(token_weights, len(student_hidden)) != IGNORED
-    sides = (student_hidden[keep], student_weight, bias, teacher_hidden[keep], teacher_weight, teacher_bias)
-    rows = ChunkedDivergenceFunction.apply(*sides, alpha, temperature, scale, softcap, scale, softcap)[0]
-    return rows.sum() / max(len(rows), 1) if reduction == "mean" else _mean(rows, None, reduction)
+    _trl_checks(c.alpha)
+    keep = slice(None) if c.token_weights is None else _mask(c) != 0
+    sides = (c.student_hidden[keep], c.student_weight, c.bias, c.teacher_hidden[keep], c.teacher_weight, c.teacher_bias)
+    heads = (c.scale, c.softcap, c.scale, c.softcap)
+    rows = ChunkedDivergenceFunction.apply(*sides, c.alpha, c.temperature, *heads)[0]
+    return rows if c.reduction == "none" else rows.sum() / (max(len(rows), 1) if c.reduction == "mean" else 1)
 
 
-def trl_gkd(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    *,
-    alpha: float,
-    temperature: float = 1.0,
-    bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    token_weights: Tensor | None = None,
-    reduction: str = "mean",
-    num_items: int | None = None,
-) -> Tensor:
-    """Calls `GKDTrainer.generalized_jsd_loss` on one sequence."""
+def _trl_gkd(c: Any) -> Tensor:
     from trl.experimental.gkd import GKDTrainer
 
-    student = _logits(student_hidden, student_weight, bias, scale, softcap)[None]
-    with torch.no_grad():
-        teacher = _logits(teacher_hidden, teacher_weight, teacher_bias, scale, softcap)[None]
-    labels = _labels(token_weights, len(student_hidden))[None]
-    items = {} if num_items is None else {"num_items_in_batch": num_items}
-    if reduction == "none":
+    _trl_checks(c.alpha)
+    if c.reduction == "none":
         raise NotOffered("has no loss per row")
-    name = "batchmean" if reduction == "mean" else reduction
-    return GKDTrainer.generalized_jsd_loss(student, teacher, labels, alpha, temperature, name, **items)
+    student, teacher = _logits(c)
+    reduction = "batchmean" if c.reduction == "mean" else c.reduction
+    sequence = (student[None], teacher[None], _labels(c)[None])
+    return GKDTrainer.generalized_jsd_loss(*sequence, c.alpha, c.temperature, reduction, c.num_items)
 
 
-def trl_self_distillation(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    *,
-    alpha: float,
-    temperature: float = 1.0,
-    bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    token_weights: Tensor | None = None,
-    topk: int | None = None,
-    tail: bool = True,
-    sampled: bool = False,
-    target_ids: Tensor | None = None,
-    old_logprobs: Tensor | None = None,
-    importance_clip: float = 2.0,
-) -> Tensor:
+def _trl_self_distillation(c: Any) -> Tensor:
     """Calls the losses of `SDPOTrainer`; `SDFTTrainer` has the same file."""
     from trl.experimental.sdpo import loss_utils
     from trl.trainer.utils import selective_log_softmax
 
-    student = _logits(student_hidden, student_weight, bias, scale, softcap) / temperature
-    with torch.no_grad():
-        teacher = _logits(teacher_hidden, teacher_weight, teacher_bias, scale, softcap) / temperature
-    if topk is not None:
-        options = {"distillation_topk": topk, "distillation_alpha": alpha, "distillation_add_tail": tail}
+    if c.temperature <= 0:
+        raise NotOffered("has its logits from its trainer, which divides them")
+    student, teacher = _logits(c, c.temperature)
+    if c.topk is not None:
+        options = {"distillation_topk": c.topk, "distillation_alpha": c.alpha, "distillation_add_tail": c.tail}
         rows = loss_utils.compute_topk_self_distillation_loss(student, teacher, **options)
-    elif sampled:
-        sides = (student, teacher, target_ids)
-        rows = loss_utils.compute_sampled_token_self_distillation_loss(*sides, distillation_alpha=alpha)
     else:
-        rows = loss_utils.compute_full_logit_self_distillation_loss(student, teacher, distillation_alpha=alpha)
-    if old_logprobs is not None:
-        now = selective_log_softmax(student, target_ids)
-        rows = loss_utils.apply_importance_sampling_clipping(rows, now, old_logprobs, importance_clip)
-    if token_weights is not None and not token_weights.any():
-        return student.sum() * 0.0  # the trainer's own answer to it
-    return _mean(rows, token_weights)
+        name, ids = ("sampled_token", (c.target_ids,)) if c.sampled else ("full_logit", ())
+        loss: Any = getattr(loss_utils, f"compute_{name}_self_distillation_loss")
+        rows = loss(student, teacher, *ids, distillation_alpha=c.alpha)
+    if c.old_logprobs is not None:
+        now = selective_log_softmax(student, c.target_ids)
+        rows = loss_utils.apply_importance_sampling_clipping(rows, now, c.old_logprobs, c.importance_clip)
+    # The trainer's own answer to a batch without tokens.
+    return student.sum() * 0.0 if not _mask(c).any() else _mean(rows, c)
 
 
-def liger_chunked(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    *,
-    alpha: float,
-    temperature: float = 1.0,
-    bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    token_weights: Tensor | None = None,
-    chunk_size: int = 1024,
-    compiled: bool = False,
-) -> Tensor:
+def _liger_chunked(c: Any, compiled: bool) -> Tensor:
     """Calls the class with a pure soft loss (its default adds half a hard cross-entropy)."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    own = {"beta": alpha, "temperature": temperature, "chunk_size": chunk_size, "compiled": compiled}
+    own = {"beta": c.alpha, "temperature": c.temperature, "compiled": compiled}
     module = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, **own)
-    labels = _labels(token_weights, len(student_hidden)).to(student_hidden.device)
-    return module(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, bias, teacher_bias)
+    sides = (c.student_hidden, c.student_weight, c.teacher_hidden, c.teacher_weight)
+    return module(*sides, _labels(c), c.bias, c.teacher_bias)
 
 
-def liger_triton(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    *,
-    alpha: float,
-    temperature: float = 1.0,
-    token_weights: Tensor | None = None,
-) -> Tensor:
+def _liger_triton(c: Any) -> Tensor:
     from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
-    labels = None if token_weights is None else _labels(token_weights, len(student_hidden))
-    module = LigerFusedLinearJSD(jsd_beta=alpha, temperature=temperature)
-    return module(student_hidden, student_weight, teacher_hidden, teacher_weight, labels)
+    module = LigerFusedLinearJSD(jsd_beta=c.alpha, temperature=c.temperature)
+    sides = (c.student_hidden, c.student_weight, c.teacher_hidden, c.teacher_weight)
+    return module(*sides, None if c.token_weights is None else _labels(c))
 
 
-def verl_topk(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
-    *,
-    alpha: float,
-    temperature: float = 1.0,
-    bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    token_weights: Tensor | None = None,
-    teacher_ids: Tensor | None = None,
-    teacher_logprobs: Tensor | None = None,
-    tail: bool | None = None,
-    num_items: int | None = None,
-    chunked: bool = False,
-) -> Tensor:
+def _verl(c: Any, chunked: bool) -> Tensor:
     """Calls `forward_kl_topk`; a teacher that is known as a whole lists all tokens of the vocabulary."""
-    if alpha != 0:
-        raise NotOffered("the forward KL only")
-    if teacher_ids is not None and tail is not False and (teacher_logprobs is None or teacher_logprobs.any()):
+    _forward_only(c)
+    if c.teacher_ids is not None and c.tail and c.teacher_logprobs.any():
         raise NotOffered("gives the tokens that are not listed no rest")
+    if c.temperature <= 0:
+        raise NotOffered("has its logits from its engine, which divides them")
+    if c.teacher_ids is None and not len(c.student_weight) == len(c.teacher_weight) <= 1024:
+        raise NotOffered("lists a teacher's tokens, not a whole vocabulary of this size")
     from verl.trainer.distillation.fsdp.losses import compute_forward_kl_topk
     from verl.trainer.ppo.core_algos import agg_loss
 
-    student = _logits(student_hidden, student_weight, bias, scale, softcap) / temperature
-    if teacher_hidden is not None and teacher_weight is not None:
-        teacher = _logits(teacher_hidden, teacher_weight, teacher_bias, scale, softcap).detach().float() / temperature
-        teacher_logprobs, teacher_ids = teacher.log_softmax(-1), torch.arange(teacher.shape[-1]).expand(teacher.shape)
-    known = {"log_prob_min_clamp": None, "use_chunked_topk": chunked}
-    nested = [torch.nested.nested_tensor([given], layout=torch.jagged) for given in (teacher_logprobs, teacher_ids)]
-    config = SimpleNamespace(distillation_loss=SimpleNamespace(**known))
-    rows = compute_forward_kl_topk(student[None], *nested, config, "thd")["distillation_losses"]
-    rows = rows.clamp_min(0.0)  # as the registered loss does
-    mask = torch.ones(rows.shape[-1]) if token_weights is None else token_weights
-    return agg_loss(rows, mask[None], "token-mean", batch_num_tokens=num_items)
+    ids, logprobs, mask = c.teacher_ids, c.teacher_logprobs, _mask(c)
+    if ids is None:
+        student, teacher = _logits(c, c.temperature)
+        ids, logprobs = torch.arange(teacher.shape[-1]).expand(teacher.shape), teacher.float().log_softmax(-1)
+    else:  # the teacher's logits are not there
+        states = {"teacher_hidden": c.student_hidden, "teacher_weight": c.student_weight}
+        student, _ = _logits(SimpleNamespace(**vars(c) | states), c.temperature)
+    nested = [torch.nested.nested_tensor([given], layout=torch.jagged) for given in (logprobs, ids)]
+    config = SimpleNamespace(log_prob_min_clamp=None, use_chunked_topk=chunked)
+    losses = compute_forward_kl_topk(student[None], *nested, SimpleNamespace(distillation_loss=config), "thd")
+    # Its trainer counts tokens over all ranks, where some are always left; the clamp is the registered loss's.
+    count = mask.sum().clamp(min=1.0) if c.num_items is None else c.num_items
+    return agg_loss(losses["distillation_losses"].clamp_min(0.0), mask[None], "token-mean", batch_num_tokens=count)
 
 
-def orda(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    *,
-    alpha: float,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
-    token_weights: Tensor | None = None,
-    reduction: str = "mean",
-    backend: str = "torch",
-) -> Tensor:
+def _orda(c: Any) -> Tensor:
     """Undoes its documented factor T²; its `kl_beta` is 1 - alpha."""
     from orda_kernel import SeparateTeacher, TiedTeacher, distillation_loss
 
-    if reduction == "none":
+    if c.reduction == "none":
         raise NotOffered("has no loss per row")
-    variant = {0.0: "forward", 1.0: "reverse"}.get(alpha, "skew_js")
-    tied = teacher_weight.data_ptr() == student_weight.data_ptr()
-    teacher = TiedTeacher(hidden=teacher_hidden) if tied else SeparateTeacher(teacher_hidden, teacher_weight)
+    tied = c.teacher_weight.data_ptr() == c.student_weight.data_ptr()
     options: dict[str, Any] = {
         "student_ce_weight": 0.0,
         "teacher_ce_weight": 0.0,
         "kl_weight": 1.0,
-        "kl_temperature": temperature,
-        "kl_teacher_temperature": teacher_temperature,
-        "kl_divergence": variant,
-        "kl_beta": 1 - alpha if variant == "skew_js" else None,
-        "reduction": reduction,
-        "backend": backend,
+        "kl_temperature": c.temperature,
+        "kl_teacher_temperature": c.teacher_temperature,
+        "kl_divergence": {0.0: "forward", 1.0: "reverse"}.get(c.alpha, "skew_js"),
+        "kl_beta": None if c.alpha in (0, 1) else 1 - c.alpha,
+        "reduction": c.reduction,
+        "backend": "torch",
     }
-    labels = _labels(token_weights, len(student_hidden)).to(student_hidden.device)
-    loss = distillation_loss(student_hidden, student_weight, labels, teacher, **options).loss
-    return loss if temperature == 1.0 else loss / temperature**2
+    teacher = TiedTeacher(hidden=c.teacher_hidden) if tied else SeparateTeacher(c.teacher_hidden, c.teacher_weight)
+    return distillation_loss(c.student_hidden, c.student_weight, _labels(c), teacher, **options).loss / c.temperature**2
 
 
-def fla(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *, alpha: float
-) -> Tensor:
-    if alpha != 0:
-        raise NotOffered("the forward KL only")
+def _fla(c: Any) -> Tensor:
+    _forward_only(c)
     from fla.modules.fused_kl_div import fused_kl_div_loss
 
-    return fused_kl_div_loss(student_hidden, teacher_hidden, student_weight, teacher_weight)
+    return fused_kl_div_loss(c.student_hidden, c.teacher_hidden, c.student_weight, c.teacher_weight)
 
 
-def cut_cross_entropy(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    *,
-    alpha: float,
-    teacher_ids: Tensor,
-    teacher_logprobs: Tensor,
-    softcap: float | None = None,
-    token_weights: Tensor | None = None,
-    reduction: str = "mean",
-) -> Tensor:
+def _cut_cross_entropy(c: Any) -> Tensor:
     """Takes a teacher that is sure of one token a row, which is all that cross-entropy can be asked."""
-    if alpha != 0 or teacher_ids.shape[1] != 1:
+    _forward_only(c)
+    if c.teacher_ids is None or c.teacher_ids.shape[1] != 1:
         raise NotOffered("the cross-entropy of one token a row only")
     from cut_cross_entropy import linear_cross_entropy
 
-    targets = teacher_ids[:, 0].masked_fill(_labels(token_weights, len(student_hidden)) == IGNORED, IGNORED)
-    own = {"softcap": softcap, "reduction": reduction, "impl": "torch_compile"}  # its choice without a GPU
-    return linear_cross_entropy(student_hidden, student_weight, targets, **own)
+    targets = torch.where(_mask(c) == 0, IGNORED, c.teacher_ids[:, 0])
+    options = {"softcap": c.softcap, "reduction": c.reduction, "impl": "torch_compile"}  # its choice without a GPU
+    return linear_cross_entropy(c.student_hidden, c.student_weight, targets, **options)
 
 
+_ALL: Final = " ".join(OPTIONS)
+_KNOWN: Final = "teacher_ids teacher_logprobs"
 _INTERPRETED: Final = {"TRITON_INTERPRET": "1"}
+_GIVEN: Final = "is given all logits"
+_SDPO: Final = "token_weights topk tail sampled target_ids old_logprobs importance_clip"
+_PLAIN: Final = f"{SIDES} {HEAD} teacher_temperature token_weights reduction"
+_LIGER: Final = f"{SIDES} temperature token_weights"
+_VERL: Final = f"{SIDES} {HEAD} token_weights {_KNOWN} tail num_items"
 ADAPTERS: Final[dict[str, Adapter]] = {
-    "sdcore, torch": Adapter(partial(ours, backend="torch"), "sdkernels", "sdcore"),
-    "sdcore, native": Adapter(partial(ours, backend="native"), "sdkernels", "sdcore"),
-    "sdcore, Triton": Adapter(partial(ours, backend="triton"), "triton", "triton", environment=_INTERPRETED),
-    "plain torch": Adapter(plain, logits=True),
-    "plain torch, no upcast": Adapter(partial(plain, upcast=False), logits=True),
-    "torch linear_cross_entropy": Adapter(torch_cross_entropy, logits=True),
-    "TRL chunked": Adapter(trl_chunked, "trl", "trl"),
-    "TRL GKD": Adapter(trl_gkd, "trl", "trl", logits=True),
-    "TRL SDPO, SDFT": Adapter(trl_self_distillation, "trl", "trl", logits=True),
-    "Liger chunked": Adapter(liger_chunked, "liger_kernel", "liger-kernel"),
-    "Liger chunked, compiled": Adapter(partial(liger_chunked, compiled=True), "liger_kernel", "liger-kernel"),
-    "Liger FusedLinearJSD": Adapter(liger_triton, "liger_kernel", "liger-kernel", environment=_INTERPRETED),
-    "verl forward_kl_topk": Adapter(verl_topk, "verl", "verl", " ray tensordict", logits=True),
-    "verl, chunked top-k": Adapter(partial(verl_topk, chunked=True), "verl", "verl", logits=True),
-    "orda-kernel": Adapter(orda, "orda_kernel", "orda-kernel"),
-    "flash-linear-attention": Adapter(fla, "fla", "flash-linear-attention", environment=_INTERPRETED),
-    "cut-cross-entropy": Adapter(cut_cross_entropy, "cut_cross_entropy", "cut-cross-entropy"),
+    "sdcore, torch": Adapter(partial(_ours, backend="torch"), _ALL),
+    "sdcore, native": Adapter(partial(_ours, backend="native"), _ALL),
+    "sdcore, Triton": Adapter(partial(_ours, backend="triton"), _ALL, "triton", "triton", _INTERPRETED),
+    "plain torch": Adapter(_plain, _PLAIN, all_logits=_GIVEN),
+    "plain torch, no upcast": Adapter(partial(_plain, upcast=False), _PLAIN, all_logits=_GIVEN),
+    "torch linear_cross_entropy": Adapter(_torch, SIDES, all_logits=_GIVEN),
+    "TRL chunked": Adapter(_trl_chunked, f"{SIDES} {HEAD} token_weights reduction", "trl", "trl"),
+    "TRL GKD": Adapter(_trl_gkd, f"{SIDES} {HEAD} token_weights reduction num_items", "trl", "trl", {}, _GIVEN),
+    "TRL SDPO, SDFT": Adapter(_trl_self_distillation, f"{SIDES} {HEAD} {_SDPO}", "trl", "trl", {}, _GIVEN),
+    "Liger chunked": Adapter(
+        partial(_liger_chunked, compiled=False), f"{_LIGER} bias teacher_bias", "liger-kernel", "liger_kernel"
+    ),
+    "Liger chunked, compiled": Adapter(
+        partial(_liger_chunked, compiled=True), f"{_LIGER} bias teacher_bias", "liger-kernel", "liger_kernel"
+    ),
+    "Liger FusedLinearJSD": Adapter(_liger_triton, _LIGER, "liger-kernel", "liger_kernel", _INTERPRETED),
+    "verl forward_kl_topk": Adapter(partial(_verl, chunked=False), _VERL, "verl", "verl", {}, _GIVEN),
+    "verl, chunked top-k": Adapter(partial(_verl, chunked=True), _VERL, "verl", "verl", {}, _GIVEN),
+    "orda-kernel": Adapter(
+        *(_orda, f"{_LIGER} teacher_temperature reduction", "orda-kernel", "orda_kernel", {}),
+        "documented to hold all logits without a GPU",
+    ),
+    "flash-linear-attention": Adapter(_fla, SIDES, "flash-linear-attention", "fla", _INTERPRETED),
+    "cut-cross-entropy": Adapter(
+        _cut_cross_entropy,
+        f"{SIDES} {_KNOWN} softcap token_weights reduction",
+        "cut-cross-entropy",
+        "cut_cross_entropy",
+    ),
 }
 OURS: Final = tuple(name for name in ADAPTERS if name.startswith("sdcore"))

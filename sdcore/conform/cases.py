@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Final, Literal
 
 import torch
@@ -47,6 +48,17 @@ OPTIONS: Final = {
     "reduction": "'mean', 'sum', or 'none' for (N,)",
     "num_items": "the sum of the rows is divided by this instead of by the weights of the call",
 }
+DEFAULTS: Final = {
+    "temperature": 1.0,
+    "scale": 1.0,
+    "topk_of": "student",
+    "tail": True,
+    "importance_clip": 2.0,
+    "reduction": "mean",
+}
+SIDES: Final = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
+Check = Literal["value", "refusal", "sign", "memory"]
+Passes = Literal["once", "twice", "accumulate", "interleaved", "repeated"]
 
 
 @dataclass(frozen=True)
@@ -56,10 +68,10 @@ class Case:
     call: dict[str, Any]
     dtype: str  # whose floor decides
     # value: loss and gradients. refusal: an error. sign: no row below 0. memory: no growth with N·V.
-    check: Literal["value", "refusal", "sign", "memory"] = "value"
+    check: Check = "value"
     # twice: backward twice over one graph. accumulate: two calls, their gradients added. interleaved: both forward
     # passes before the backward ones. repeated: two calls that must agree to the bit.
-    passes: Literal["once", "twice", "accumulate", "interleaved", "repeated"] = "once"
+    passes: Passes = "once"
     upstream: Tensor | float | None = None
     autocast: bool = False
     gradients: bool = True  # False: called under no_grad
@@ -75,14 +87,15 @@ def case(
     logit_std: float = 3.0,
     teacher_size: int | None = None,
     edit: Callable[[dict[str, Any]], object] | None = None,
-    check: Literal["value", "refusal", "sign", "memory"] = "value",
-    passes: Literal["once", "twice", "accumulate", "interleaved", "repeated"] = "once",
+    check: Check = "value",
+    passes: Passes = "once",
     upstream: Tensor | float | None = None,
     autocast: bool = False,
     gradients: bool = True,
+    floor: str | None = None,
     **options: Any,
 ) -> Case:
-    """Makes a case of seeded inputs; `edit` changes the call's arguments, which `options` are added to."""
+    """Makes a case of seeded inputs; `edit` changes the call's arguments, `options` included."""
     made = make_inputs(
         rows, hidden, vocab, teacher_size=teacher_size, noise=noise, logit_std=logit_std, dtype=DTYPES[dtype]
     )
@@ -92,73 +105,42 @@ def case(
         "student_weight": made.student_weight,
         "teacher_hidden": made.teacher_hidden,
         "teacher_weight": teacher_weight,
-        "alpha": 1.0,
+        "alpha": 0.0,  # what every peer has
         **options,
     }
     if edit is not None:
         edit(call)
-    return Case(call, "bf16" if autocast else dtype, check, passes, upstream, autocast, gradients)
+    return Case(call, floor or ("bf16" if autocast else dtype), check, passes, upstream, autocast, gradients)
 
 
-def arguments(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
-    *,
-    alpha: float,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    topk: int | None = None,
-    topk_of: Literal["student", "teacher"] = "student",
-    tail: bool = True,
-    teacher_ids: Tensor | None = None,
-    teacher_logprobs: Tensor | None = None,
-    sampled: bool = False,
-    old_logprobs: Tensor | None = None,
-    importance_clip: float = 2.0,
-    reduction: str = "mean",
-    num_items: int | None = None,
-    **others: Any,
-) -> dict[str, Any]:
-    """Returns the arguments of `linear_divergence`, and of its reference, for those of a case.
+def with_defaults(call: dict[str, Any]) -> Any:
+    """Returns a call as attributes, `DEFAULTS` for what it does not say."""
+    return SimpleNamespace(**dict.fromkeys(OPTIONS) | DEFAULTS | call)
+
+
+def arguments(c: Any) -> dict[str, Any]:
+    """Returns the arguments of `linear_divergence`, and of its reference, for a call with its defaults.
 
     `num_items` makes it a sum, which the caller divides.
     """
-    head = LogitTransform(bias=bias, scale=scale, softcap=softcap)
-    support: Any = "sampled" if sampled else TopK(topk, topk_of, tail) if topk is not None else None
-    cached = None
-    if teacher_ids is not None and teacher_logprobs is not None:
-        cached = TopKLogprobs(teacher_ids, teacher_logprobs)
+    own = {"bias": c.teacher_bias, "temperature": c.teacher_temperature}
+    kept = ("alpha", "temperature", "token_weights", "target_ids", "entry_clip", "vocab_size")
     return {
-        "student_hidden": student_hidden,
-        "student_weight": student_weight,
-        "teacher_hidden": teacher_hidden,
-        "teacher_weight": teacher_weight,
-        "alpha": alpha,
-        "temperature": temperature,
-        "student_head": head,
-        "teacher_head": LogitTransform(
-            bias=teacher_bias, scale=scale, softcap=softcap, temperature=teacher_temperature
-        ),
-        "support": support,
-        "teacher": cached,
-        "importance": None if old_logprobs is None else ImportanceClip(old_logprobs, importance_clip),
-        "reduction": reduction if num_items is None else "sum",
-        **others,
+        **{name: getattr(c, name) for name in (*SIDES, *kept)},
+        "student_head": LogitTransform(bias=c.bias, scale=c.scale, softcap=c.softcap),
+        "teacher_head": LogitTransform(scale=c.scale, softcap=c.softcap, **own),
+        "support": "sampled" if c.sampled else None if c.topk is None else TopK(c.topk, c.topk_of, c.tail),
+        "teacher": None if c.teacher_ids is None else TopKLogprobs(c.teacher_ids, c.teacher_logprobs),
+        "importance": None if c.old_logprobs is None else ImportanceClip(c.old_logprobs, c.importance_clip),
+        "reduction": c.reduction if c.num_items is None else "sum",
     }
 
 
 def truth(case: Case) -> dict[str, Tensor]:
     """Returns loss and gradients in float64, as `runner.measured` names them."""
     count = case.call.get("num_items")
-    loss_dtype = torch.float64
-    upstream = torch.as_tensor(1.0 if case.upstream is None else case.upstream, dtype=loss_dtype)
-    run = run_reference(**arguments(**case.call), upstream=upstream / (count or 1))
+    upstream = torch.as_tensor(1.0 if case.upstream is None else case.upstream, dtype=torch.float64)
+    run = run_reference(**arguments(with_defaults(case.call)), upstream=upstream / (count or 1))
     factor = 2 if case.passes in ("twice", "accumulate", "interleaved") else 1
     exact = {"loss": run.output.loss / (count or 1)}
     if case.gradients:

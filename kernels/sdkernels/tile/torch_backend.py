@@ -112,7 +112,9 @@ def topk_tile(logits: Tensor, rows: TileRows, objective: Objective, k: int) -> t
     """Returns the k most likely ids (C, k), most likely first, and their log-probabilities (C, k)."""
     finalise_(logits, objective.student, rows.student_bias)
     values, ids = logits.topk(k, dim=-1)
-    return ids, values - torch.logsumexp(logits, dim=-1, keepdim=True)
+    # The largest goes first: beside logits of 10⁴ the log of a sum has no digits left.
+    largest = values[:, :1]
+    return ids, (values - largest) - logits.sub_(largest).logsumexp(-1, keepdim=True)
 
 
 class Side(NamedTuple):
