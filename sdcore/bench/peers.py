@@ -12,7 +12,6 @@ way `alpha` is defined here (0: KL(teacher‖student), 1: KL(student‖teacher))
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -23,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..conform.adapters import ADAPTERS, textbook
+from ..conform.cases import with_defaults
 from .measure import Unavailable, timed
 from .rows import FLOOR, FROZEN_FLOOR, Outcome, Step
 from .shapes import DTYPES, CaseInputs, Divergence
@@ -110,17 +111,7 @@ def plain_loss(
     if divergence.topk is not None:
         ids = student_logits.topk(divergence.topk, -1).indices  # (N, K)
         log_p, log_q = _with_tail(log_p.gather(-1, ids)), _with_tail(log_q.gather(-1, ids))
-    alpha = divergence.alpha
-    if alpha == 0:
-        entries = F.kl_div(log_p, log_q, reduction="none", log_target=True)
-    elif alpha == 1:
-        entries = F.kl_div(log_q, log_p, reduction="none", log_target=True)
-    else:
-        weights = torch.tensor([1 - alpha, alpha], dtype=log_p.dtype, device=log_p.device).log()
-        log_m = torch.logsumexp(torch.stack([log_p + weights[0], log_q + weights[1]]), dim=0)
-        entries = alpha * F.kl_div(log_m, log_q, reduction="none", log_target=True)
-        entries = entries + (1 - alpha) * F.kl_div(log_m, log_p, reduction="none", log_target=True)
-    return entries.sum(-1).mean()
+    return textbook(log_p, log_q, divergence.alpha).mean()
 
 
 def _with_tail(logprobs: Tensor) -> Tensor:  # (N, K) -> (N, K + 1)
@@ -150,54 +141,30 @@ def _compiled(inputs: CaseInputs, divergence: Divergence) -> Loss:
     return lambda: loss(*inputs)
 
 
+def _peer(inputs: CaseInputs, divergence: Divergence, *, name: str, forward: bool = False, **options: Any) -> Loss:
+    """Builds a peer's call as `sdcore conform` has it; `forward`: it has the forward KL only."""
+    adapter = ADAPTERS[name]
+    require(adapter.module, adapter.package)
+    _full_vocabulary_only(divergence, name)
+    if forward and divergence.alpha != 0:
+        raise Unavailable(f"{name} has the forward KL only")
+    hidden, weight, teacher_hidden = inputs
+    sides = {"student_hidden": hidden, "student_weight": weight, "teacher_hidden": teacher_hidden}
+    call = with_defaults({**sides, "teacher_weight": weight.detach(), "alpha": divergence.alpha})
+    return lambda: adapter.body(call, **options)
+
+
 def _torch(inputs: CaseInputs, divergence: Divergence) -> Loss:
-    """Builds torch's own fused loss: the cross-entropy to the teacher's probabilities is forward KL and its entropy."""
-    if divergence.topk is not None or divergence.alpha != 0:
-        raise Unavailable("torch's linear_cross_entropy has the forward KL only")
     if not hasattr(F, "linear_cross_entropy"):
         raise Unavailable("needs torch 2.13")
-    hidden, weight, teacher_hidden = inputs
-
-    def loss() -> Tensor:
-        with torch.no_grad():
-            log_q = (teacher_hidden @ weight.T).float().log_softmax(-1)  # (N, V)
-            probabilities = log_q.exp()
-            negative_entropy = (probabilities * log_q).sum(-1).mean()
-        with warnings.catch_warnings():
-            # Its chunks take ids alone (torch 2.13): with probabilities all logits are there.
-            warnings.filterwarnings("ignore", "linear_cross_entropy: ``options`` ignored")
-            options = torch.nn.LinearCrossEntropyOptions()
-            return F.linear_cross_entropy(hidden, weight, probabilities, options=options) + negative_entropy
-
-    return loss
-
-
-def _trl(inputs: CaseInputs, divergence: Divergence) -> Loss:
-    require("trl", "trl")
-    _full_vocabulary_only(divergence, "trl.kernels")
-    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-
-    hidden, weight, teacher_hidden = inputs
-    arguments = (hidden, weight, None, teacher_hidden, weight.detach(), None, divergence.alpha)
-    return lambda: ChunkedDivergenceFunction.apply(*arguments)[0].mean()
+    return _peer(inputs, divergence, name="torch linear_cross_entropy", forward=True)
 
 
 def _liger(inputs: CaseInputs, divergence: Divergence, *, chunk_size: int | None = None) -> Loss:
-    require("liger_kernel", "liger-kernel")
-    _full_vocabulary_only(divergence, "Liger")
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
+    name = "Liger chunked, compiled"
+    _peer(inputs, divergence, name=name)  # what it does not have is known before a chunk is looked for
     _allow_many_graphs()
-    hidden, weight, teacher_hidden = inputs
-    module = LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0,
-        weight_soft_loss=1.0,
-        beta=divergence.alpha,
-        chunk_size=chunk_size or best_liger_chunk(inputs),
-    )
-    labels = torch.zeros(len(hidden), dtype=torch.int64, device=inputs.device)
-    teacher_weight = weight.detach()
-    return lambda: module(hidden, weight, teacher_hidden, teacher_weight, labels)
+    return _peer(inputs, divergence, name=name, chunk_size=chunk_size or best_liger_chunk(inputs))
 
 
 _best_chunks: dict[tuple[Any, ...], int] = {}
@@ -244,35 +211,14 @@ def _liger_fused(inputs: CaseInputs, divergence: Divergence, *, implementation: 
 
 
 def _orda(inputs: CaseInputs, divergence: Divergence) -> Loss:
-    require("orda_kernel", "orda-kernel")
-    _full_vocabulary_only(divergence, "orda-kernel")
-    from orda_kernel import TiedTeacher, distillation_loss
-
-    variant = {0.0: "forward", 1.0: "reverse"}.get(divergence.alpha, "skew_js")
-    hidden, weight, teacher_hidden = inputs
-    labels = torch.zeros(len(hidden), dtype=torch.int64, device=inputs.device)
-    options: dict[str, Any] = {
-        "student_ce_weight": 0.0,
-        "teacher_ce_weight": 0.0,
-        "kl_weight": 1.0,
-        "kl_divergence": variant,
-        "kl_beta": 1 - divergence.alpha if variant == "skew_js" else None,
-        "backend": "triton" if inputs.device.type == "cuda" else "torch",
-    }
-    return lambda: distillation_loss(hidden, weight, labels, TiedTeacher(hidden=teacher_hidden), **options).loss
+    return _peer(inputs, divergence, name="orda-kernel", backend="triton" if inputs.device.type == "cuda" else "torch")
 
 
 def _flash_linear_attention(inputs: CaseInputs, divergence: Divergence) -> Loss:
-    require("fla", "flash-linear-attention")
-    if divergence.topk is not None or divergence.alpha != 0:
-        raise Unavailable("flash-linear-attention has the forward KL only")
+    loss = _peer(inputs, divergence, name="flash-linear-attention", forward=True)
     if inputs.device.type != "cuda":
         raise Unavailable("needs a GPU")
-    from fla.modules.fused_kl_div import fused_kl_div_loss
-
-    hidden, weight, teacher_hidden = inputs
-    tensors = (hidden, teacher_hidden, weight, weight.detach())
-    return lambda: fused_kl_div_loss(*tensors)
+    return loss
 
 
 # Ours stand out in a picture; the others are told apart by hue and marker.
@@ -285,7 +231,7 @@ PLAIN = Contender("plain torch", _plain, "naive", "#8c8c8c", "X")
 PLAIN_LOW_PRECISION = Contender("plain torch, no upcast", partial(_plain, upcast=False), "naive", "#4d4d4d", "d")
 COMPILED = Contender("torch.compile", _compiled, "compile", "#8a7fb5", "v", compiled=True)
 TORCH = Contender("torch linear_cross_entropy", _torch, "torch", "#5b5b3a", "h")
-TRL = Contender("TRL chunked", _trl, "trl", "#c8443c", "P")
+TRL = Contender("TRL chunked", partial(_peer, name="TRL chunked"), "trl", "#c8443c", "P")
 LIGER = Contender("Liger chunked", _liger, "liger", "#e08a1e", "s", compiled=True)
 _triton, _cute = (partial(_liger_fused, implementation=name) for name in (LIGER_TRITON_KERNEL, LIGER_CUTE_KERNEL))
 LIGER_TRITON = Contender("Liger FusedLinearJSD", _triton, "liger", "#b8621b", "^")

@@ -73,15 +73,16 @@ def _logits(c: Any, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
 
 def _mask(c: Any) -> Tensor:
     """Returns the mask (N,) of a peer that has no weights; one of another shape is its trainer's business."""
-    rows = len(c.student_hidden)
-    mask = torch.ones(rows) if c.token_weights is None else c.token_weights
-    if len(mask) != rows or not ((mask == 0) | (mask == 1)).all():
+    if c.token_weights is None:
+        return c.student_hidden.new_ones(len(c.student_hidden), dtype=torch.float32)
+    mask = c.token_weights
+    if len(mask) != len(c.student_hidden) or not ((mask == 0) | (mask == 1)).all():
         raise NotOffered("masks tokens, does not weight them")
     return mask
 
 
 def _labels(c: Any) -> Tensor:
-    return torch.where(_mask(c) == 0, IGNORED, 0).to(c.student_hidden.device)
+    return torch.where(_mask(c) == 0, IGNORED, 0)
 
 
 def _mean(rows: Tensor, c: Any) -> Tensor:
@@ -99,13 +100,21 @@ def _plain(c: Any, upcast: bool = True) -> Tensor:
         student, teacher = student.float(), teacher.float()
     log_p = (student / c.temperature).log_softmax(-1)
     log_q = (teacher / (c.teacher_temperature or c.temperature)).log_softmax(-1)
-    if c.alpha in (0, 1):
-        target, other = (log_q, log_p) if c.alpha == 0 else (log_p, log_q)
-        return _mean(F.kl_div(other, target, reduction="none", log_target=True).sum(-1), c)
-    weights = torch.tensor([1 - c.alpha, c.alpha], dtype=log_p.dtype).log()
-    log_m = torch.logsumexp(torch.stack([log_p + weights[0], log_q + weights[1]]), dim=0)
-    entries = c.alpha * F.kl_div(log_m, log_q, reduction="none", log_target=True)
-    return _mean((entries + (1 - c.alpha) * F.kl_div(log_m, log_p, reduction="none", log_target=True)).sum(-1), c)
+    return _mean(textbook(log_p, log_q, c.alpha), c)
+
+
+def textbook(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
+    """Returns the divergence of log-probabilities (..., V) as trainers write it, with `kl_div`, (...)."""
+    if alpha == 0:
+        entries = F.kl_div(log_p, log_q, reduction="none", log_target=True)
+    elif alpha == 1:
+        entries = F.kl_div(log_q, log_p, reduction="none", log_target=True)
+    else:
+        weights = torch.tensor([1 - alpha, alpha], dtype=log_p.dtype, device=log_p.device).log()
+        log_m = torch.logsumexp(torch.stack([log_p + weights[0], log_q + weights[1]]), dim=0)
+        entries = alpha * F.kl_div(log_m, log_q, reduction="none", log_target=True)
+        entries = entries + (1 - alpha) * F.kl_div(log_m, log_p, reduction="none", log_target=True)
+    return entries.sum(-1)
 
 
 def _forward_only(c: Any) -> None:
@@ -180,11 +189,11 @@ def _trl_self_distillation(c: Any) -> Tensor:
     return student.sum() * 0.0 if not _mask(c).any() else _mean(rows, c)
 
 
-def _liger_chunked(c: Any, compiled: bool) -> Tensor:
+def _liger_chunked(c: Any, compiled: bool, chunk_size: int = 1024) -> Tensor:
     """Calls the class with a pure soft loss (its default adds half a hard cross-entropy)."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    own = {"beta": c.alpha, "temperature": c.temperature, "compiled": compiled}
+    own = {"beta": c.alpha, "temperature": c.temperature, "compiled": compiled, "chunk_size": chunk_size}
     module = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, **own)
     sides = (c.student_hidden, c.student_weight, c.teacher_hidden, c.teacher_weight)
     return module(*sides, _labels(c), c.bias, c.teacher_bias)
@@ -225,7 +234,7 @@ def _verl(c: Any, chunked: bool) -> Tensor:
     return agg_loss(losses["distillation_losses"].clamp_min(0.0), mask[None], "token-mean", batch_num_tokens=count)
 
 
-def _orda(c: Any) -> Tensor:
+def _orda(c: Any, backend: str = "torch") -> Tensor:
     """Undoes its documented factor T²; its `kl_beta` is 1 - alpha."""
     from orda_kernel import SeparateTeacher, TiedTeacher, distillation_loss
 
@@ -241,7 +250,7 @@ def _orda(c: Any) -> Tensor:
         "kl_divergence": {0.0: "forward", 1.0: "reverse"}.get(c.alpha, "skew_js"),
         "kl_beta": None if c.alpha in (0, 1) else 1 - c.alpha,
         "reduction": c.reduction,
-        "backend": "torch",
+        "backend": backend,
     }
     teacher = TiedTeacher(hidden=c.teacher_hidden) if tied else SeparateTeacher(c.teacher_hidden, c.teacher_weight)
     return distillation_loss(c.student_hidden, c.student_weight, _labels(c), teacher, **options).loss / c.temperature**2

@@ -91,7 +91,8 @@ def _lowest_row(function: Callable[..., Any], case: Case) -> float:
     call = case.call
     rows = range(len(call["student_hidden"]))
     sides = ("student_hidden", "teacher_hidden")
-    losses = [function(**call | {name: call[name][row : row + 1] for name in sides}) for row in rows]
+    with torch.no_grad():
+        losses = [function(**call | {name: call[name][row : row + 1] for name in sides}) for row in rows]
     return min(float(loss if isinstance(loss, Tensor) else loss.loss) for loss in losses)
 
 

@@ -58,7 +58,7 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 
 def _exact_logits(size: float, alpha: float) -> Case:
-    """Makes logits of this size that float32 products hold exactly: one-hot states, weights in steps of 1/256."""
+    """Makes logits that float32 products hold exactly: one-hot states, weights in steps of 1/256."""
 
     def edit(call: dict[str, Any]) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -135,13 +135,10 @@ SITUATIONS: dict[str, Situation] = {
     "reverse KL": _value(DIRECTION, alpha=1.0),
     "Jensen-Shannon": _value(DIRECTION, alpha=0.5),
     "Jensen-Shannon, alpha 0.1": _value(DIRECTION, alpha=0.1),
-    "Jensen-Shannon, alpha 0.9": _value(DIRECTION, alpha=0.9),
     "Jensen-Shannon, alpha 0.001": _value(DIRECTION, alpha=0.001),
     "forward KL, bfloat16": _value(DTYPE, alpha=0.0, dtype="bf16"),
     "reverse KL, bfloat16": _value(DTYPE, alpha=1.0, dtype="bf16"),
-    "Jensen-Shannon, bfloat16": _value(DTYPE, alpha=0.5, dtype="bf16"),
     "reverse KL, float16": _value(DTYPE, alpha=1.0, dtype="fp16"),
-    "forward KL under autocast": _value(DTYPE, alpha=0.0, autocast=True),
     "reverse KL under autocast": _value(DTYPE, alpha=1.0, autocast=True),
     "float16 with a loss scale": _value(
         "small gradients are rounded to 0 before the loss scale reaches them",
@@ -157,11 +154,9 @@ SITUATIONS: dict[str, Situation] = {
     "near the teacher, Jensen-Shannon": _value(NEAR_LOSS, alpha=0.5, noise=1e-3),
     "near the teacher, forward KL, bfloat16": _value(NEAR, alpha=0.0, noise=0.01, dtype="bf16"),
     "near the teacher, reverse KL, bfloat16": _value(NEAR, alpha=1.0, noise=0.01, dtype="bf16"),
-    "far from the teacher, forward KL": _value(LARGE, alpha=0.0, logit_std=30.0, edit=_far_apart),
     "far from the teacher, reverse KL": _value(LARGE, alpha=1.0, logit_std=30.0, edit=_far_apart),
     "far from the teacher, Jensen-Shannon": _value(LARGE, alpha=0.5, logit_std=10.0, gradients=False, edit=_far_apart),
     "nearly all mass on one token": _value(LARGE, alpha=0.0, edit=_peaked),
-    "logits of ±100": Situation(lambda: _exact_logits(100.0, 0.0), DIGITS),
     "logits of ±10,000, forward KL": Situation(lambda: _exact_logits(1e4, 0.0), DIGITS),
     "logits of ±10,000, reverse KL": Situation(lambda: _exact_logits(1e4, 1.0), DIGITS),
     "logits of ±10,000, Jensen-Shannon": Situation(lambda: _exact_logits(1e4, 0.5), DIGITS),
@@ -173,16 +168,11 @@ SITUATIONS: dict[str, Situation] = {
         "the first token of a completion is not learnt",
         edit=_fill_from_student(slice(1, None)),
     ),
-    "only the last row differs": _value(
-        "the last token of a completion is not learnt",
-        edit=_fill_from_student(slice(None, -1)),
-    ),
     "teacher shifted by one row": _value(
         "rows are compared with their neighbours: a teacher one token late has no loss",
         edit=_set(teacher_hidden=lambda c: c["student_hidden"].detach().roll(1, 0)),
     ),
     "masked rows": _value(NORMALISER, token_weights=_mask((3, 9), (15, 20))),
-    "mask of one row": _value(NORMALISER, token_weights=_mask((5, 6))),
     "mask uneven over chunks": Situation(
         lambda: case(rows=2100, hidden=8, vocab=64, token_weights=_mask((0, 900), (2090, 2100), rows=2100)),
         "the loss depends on how masked tokens are spread over the batch, or over chunks of it",
@@ -197,9 +187,6 @@ SITUATIONS: dict[str, Situation] = {
     "weights per token": _value(WEIGHTS, token_weights=torch.linspace(0.0, 2.0, 24)),
     "sum of the rows": _value(WEIGHTS, reduction="sum"),
     "a loss per row": _value(WEIGHTS, reduction="none", upstream=torch.linspace(-1.0, 2.0, 24)),
-    "count of items": _value(
-        "with gradient accumulation, batches of few tokens count as much as those of many", num_items=100
-    ),
     "count of items and masked rows": _value(
         "with gradient accumulation, batches of few tokens count as much as those of many",
         num_items=100,
@@ -240,13 +227,6 @@ SITUATIONS: dict[str, Situation] = {
         ),
         "a teacher that is kept in bfloat16 cannot be used, or rounds the student",
     ),
-    "transposed memory": _value(
-        "tensors that are views give other results",
-        edit=_set(
-            student_hidden=lambda c: _leaf(c["student_hidden"].detach().T.contiguous().T),
-            teacher_hidden=lambda c: c["teacher_hidden"].T.contiguous().T,
-        ),
-    ),
     "every other row and column of memory": _value(
         "tensors that are views give other results",
         edit=_set(
@@ -270,13 +250,9 @@ SITUATIONS: dict[str, Situation] = {
         edit=lambda c: [_fill(f"{side}_weight", slice(100, None), 3.0)(c) for side in ("student", "teacher")],
     ),
     "temperature 2": _value("the temperature acts on one side only, or scales the loss", alpha=0.0, temperature=2.0),
-    "temperature 0.5, Jensen-Shannon": _value(
-        "the temperature acts on one side only, or scales the loss", alpha=0.5, temperature=0.5
-    ),
     "teacher's temperature alone": _value(
         "the teacher is not sharpened", temperature=1.0, teacher_temperature=0.5, alpha=0.0
     ),
-    "soft-cap": _value(SOFTCAP, softcap=4.0),
     "soft-cap and temperature": _value(SOFTCAP, softcap=4.0, temperature=2.0),
     "scale": _value(SOFTCAP, scale=0.25, alpha=0.0),
     "bias": _value(
@@ -293,9 +269,7 @@ SITUATIONS: dict[str, Situation] = {
         lambda: _known_teacher(10, 0.0, tail=False),
         "the listed tokens are neither renormalised nor given a rest: not a divergence, and negative at places",
     ),
-    "teacher known by its top-k, reverse KL": Situation(lambda: _known_teacher(10, 1.0), SUPPORT),
     "teacher sure of one token": Situation(lambda: _hard_labels(), SUPPORT),
-    "teacher sure of one token, soft-cap": Situation(lambda: _hard_labels(softcap=4.0), SOFTCAP),
     "teacher sure of one token, masked rows": Situation(
         lambda: _hard_labels(token_weights=_mask((3, 9), (15, 20))), NORMALISER
     ),
@@ -316,7 +290,6 @@ SITUATIONS: dict[str, Situation] = {
     "alpha 1.5": _refusal(SILENT, "alpha", "beta", alpha=1.5),
     "alpha NaN": _refusal(SILENT, "alpha", "beta", alpha=math.nan),
     "temperature 0": _refusal(SILENT, "temperature", temperature=0.0),
-    "temperature below 0": _refusal(SILENT, "temperature", temperature=-1.0),
     "more teacher than student rows": _refusal(
         SILENT,
         "rows",
