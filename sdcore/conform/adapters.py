@@ -132,7 +132,7 @@ def _torch(c: Any) -> Tensor:
         warnings.filterwarnings("ignore", "linear_cross_entropy: ``options`` ignored")
         options = torch.nn.LinearCrossEntropyOptions()
         loss = F.linear_cross_entropy(c.student_hidden, c.student_weight, log_q.exp(), options=options)
-    return loss + (log_q.exp() * log_q).sum(-1).mean()
+    return loss + (log_q.exp() * log_q).sum() / max(len(log_q), 1)
 
 
 def _trl_checks(alpha: float) -> None:

@@ -32,7 +32,7 @@ from .adapters import ADAPTERS, Adapter, NotOffered
 from .cases import OPTIONS, Case, truth
 from .situations import SITUATIONS, Situation
 
-FLOORS: Final = {"fp32": 2e-4, "fp16": 0.04, "bf16": 0.05}
+FLOORS: Final = {"fp32": 5e-4, "fp16": 0.04, "bf16": 0.05}
 SECONDS: Final = 60  # for one situation, imports included
 RIGHT, OFF, CLEAR, UNCLEAR = "right", "off", "refused clearly", "refused unclearly"
 CRASHED, ABSENT = "crashed", "not offered"

@@ -119,7 +119,7 @@ def _refusal(symptom: str, *words: str, **options: Any) -> Situation:
 
 DIRECTION = "another divergence is trained than the one that was asked for"
 NORMALISER = "the loss and the learning rate depend on how many tokens are masked"
-NEAR = "near the teacher a large part of the gradient is rounding, of logits to bfloat16 for the most part"
+NEAR = "near the teacher rounded logits drown what is to be learnt: a large part of gradient or loss is noise"
 SOFTCAP = "models with this transform (Gemma, Cohere, Granite) are trained towards another distribution"
 SUPPORT = "top-k training pulls towards another distribution than the teacher's"
 ACCUMULATED = "gradients are wrong as soon as more than one backward pass is made"
@@ -156,7 +156,7 @@ SITUATIONS: dict[str, Situation] = {
     "near the teacher, reverse KL, bfloat16": _value(NEAR, alpha=1.0, noise=0.01, dtype="bf16"),
     "far from the teacher, reverse KL": _value(LARGE, alpha=1.0, logit_std=30.0, edit=_far_apart),
     "far from the teacher, Jensen-Shannon": _value(LARGE, alpha=0.5, logit_std=10.0, gradients=False, edit=_far_apart),
-    "nearly all mass on one token": _value(LARGE, alpha=0.0, edit=_peaked),
+    "nearly all mass on one token": _value(LARGE, edit=_peaked),
     "logits of ±10,000, forward KL": Situation(lambda: _exact_logits(1e4, 0.0), DIGITS),
     "logits of ±10,000, reverse KL": Situation(lambda: _exact_logits(1e4, 1.0), DIGITS),
     "logits of ±10,000, Jensen-Shannon": Situation(lambda: _exact_logits(1e4, 0.5), DIGITS),
@@ -263,7 +263,11 @@ SITUATIONS: dict[str, Situation] = {
     "student's top-k and tail": _value(SUPPORT, alpha=1.0, topk=10),
     "teacher's top-k and tail": _value(SUPPORT, topk=10, topk_of="teacher", alpha=0.0),
     "top-k without tail": _value(SUPPORT, topk=10, tail=False),
-    "top-k that holds nearly all mass": _value(SUPPORT, alpha=0.0, topk=2, edit=_peaked),
+    "top-k that holds nearly all mass": _value(
+        "where the student is sure, the rest's probability is rounded or clamped away, and its gradient with it",
+        topk=2,
+        edit=_peaked,
+    ),
     "teacher known by its top-k, tail": Situation(lambda: _known_teacher(10, 0.0), SUPPORT),
     "teacher known by its top-k, no tail": Situation(
         lambda: _known_teacher(10, 0.0, tail=False),

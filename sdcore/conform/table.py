@@ -22,11 +22,12 @@ INTRODUCTION: Final = """# Conformance of distillation losses
 
 What `sdcore conform --all` found: {situations} situations, each one call of a distillation loss on small seeded inputs
 with a float64 truth, asked of everybody. Made by that command of [conformance.json](conformance.json), never by hand.
-Run on {date} on {machine}, on CPUs: Triton's kernels in its interpreter, so that nothing here is about a GPU. Versions:
-{versions}.
+Run on {date} on a CPU, with Triton's kernels in its interpreter: nothing here is about a GPU.
 
-- **✓** loss and gradients are as far from float64 as rounding takes them: {floors}, relative, by norm. These are at
-  least four times what textbook code in plain torch is off by wherever that code is right at all.
+{machine}; {versions}.
+
+- **✓** loss and gradients are as near to float64 as rounding leaves them, relative, by norm: {floors}.
+  This is at least four times what textbook code in plain torch is off by wherever that code is right at all.
 - **a number**: off by so much of the truth; *accepted*: a call without meaning returned a number. Most wrong numbers
   below are small, and many of them belong to textbook code as well, which has a column: read them as what a run
   in that situation would meet, not as a rank.

@@ -1,4 +1,4 @@
-"""`sdcore conform`: our own loss is right in every situation, but with a fault planted in it; the page is of one run."""
+"""`sdcore conform`: our own loss is right in every situation until a fault is planted; the page is of one run."""
 
 from __future__ import annotations
 
