@@ -18,7 +18,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from importlib import import_module
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -28,6 +27,7 @@ from sdkernels.live_bytes import LiveBytes
 from sdkernels.testing import relative_error
 
 from ..errors import ArgumentError
+from ..rollouts.named import load
 from .adapters import ADAPTERS, Adapter, NotOffered
 from .cases import OPTIONS, Case, truth
 from .situations import SITUATIONS, Situation
@@ -166,18 +166,13 @@ def _offered(function: Callable[..., Any]) -> set[str]:
 
 
 def named(target: str) -> Callable[..., Any]:
-    """Returns the adapter of this name, or `MODULE:FUNCTION`; raises `ArgumentError` for what is neither."""
+    """Returns the adapter of this name, or what `load` finds; raises `ArgumentError` for what is neither."""
     if target in ADAPTERS:
         return ADAPTERS[target]
-    module, colon, name = target.partition(":")
-    if not (module and colon and name):
-        raise ArgumentError(f"expected MODULE:FUNCTION or one of {', '.join(ADAPTERS)}, got {target!r}")
-    try:
-        function = getattr(import_module(module), name, None)
-    except Exception as error:  # whatever the module raises
-        raise ArgumentError(f"module {module!r} cannot be imported: {type(error).__name__}: {error}") from error
-    if not callable(function):
-        raise ArgumentError(f"{module!r} has no function {name!r}")
+    if ":" not in target:
+        known = ", ".join(ADAPTERS)
+        raise ArgumentError(f"expected MODULE:FUNCTION, FILE.py:FUNCTION or one of {known}, got {target!r}")
+    function = load(target)
     if missing := [name for name in ("student_hidden", "student_weight", "alpha") if name not in _offered(function)]:
         meanings = ", ".join(f"{name} ({OPTIONS[name]})" for name in missing)
         raise ArgumentError(f"{target} must take {meanings}; `sdcore conform --help` has the signature")
@@ -190,7 +185,6 @@ def results(target: str, *, seconds: float = SECONDS) -> Iterator[tuple[str, Res
     environment = {**os.environ, **(function.environment if isinstance(function, Adapter) else {})}
     while start < len(names):
         command = [sys.executable, "-m", "sdcore.conform.runner", target, str(start)]
-        # The current folder comes first on the path of `-m`, as it does for a module of the user's.
         output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
         process = subprocess.Popen(command, env=environment, **output)
         lines: queue.Queue[str | None] = queue.Queue()

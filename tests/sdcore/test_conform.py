@@ -156,7 +156,6 @@ number = 1
 def my_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "my_losses.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "my_losses", raising=False)
     monkeypatch.setenv("PYTHONPATH", f"{DOCS.parent}:{DOCS.parent / 'kernels'}")
     return "my_losses"
@@ -179,10 +178,10 @@ def test_a_loss_that_does_not_answer_has_crashed(my_module: str) -> None:
     ("words", "said"),
     [
         (["my_losses:without_alpha"], "must take alpha (0: KL(teacher‖student)"),
-        (["my_losses:number"], "'my_losses' has no function 'number'"),
-        (["my_losses:nothing"], "'my_losses' has no function 'nothing'"),
-        (["no_such_module:loss"], "module 'no_such_module' cannot be imported: ModuleNotFoundError"),
-        (["my_losses"], "expected MODULE:FUNCTION or one of sdcore, torch"),
+        (["my_losses:number"], "my_losses:number must be a function, got"),
+        (["my_losses:nothing"], "my_losses has no function 'nothing'"),
+        (["no_such_module:loss"], "there is no module 'no_such_module'"),
+        (["my_losses"], "expected MODULE:FUNCTION, FILE.py:FUNCTION or one of sdcore, torch"),
         ([], "give either MODULE:FUNCTION or --all"),
         (["my_losses:dies", "--all"], "give either MODULE:FUNCTION or --all"),
         (["my_losses:dies", "--output", "x"], "output is for --all"),
