@@ -27,7 +27,8 @@ def conform(
 ) -> None:
     """Hold a distillation loss to a float64 truth in some eighty situations: masks, dtypes, chunks, bad settings.
 
-    FUNCTION, of a MODULE or a FILE.py, takes keyword arguments and returns the loss in the graph, or an object with it as `loss`:
+    FUNCTION, of a MODULE or a FILE.py, takes keyword arguments and returns the loss in the graph, or an object with it
+    as `loss`:
 
     \b
       def loss(*, student_hidden, student_weight, teacher_hidden, teacher_weight, alpha):
