@@ -104,7 +104,8 @@ def linear_divergence(
         target_ids: (N,) int64; their log-probabilities under both sides come as by-products.
         importance: truncated importance weights of the sampled tokens (SDPO, arXiv:2601.20802).
         entry_clip: cap on each vocabulary entry's summand (OPSD, arXiv:2601.18734).
-        vocab_size: columns from here on are padding and ignored on both sides.
+        vocab_size: columns from here on are padding and ignored on both sides, whose heads may then have different
+            numbers of rows (151,936 and 152,064 of Qwen's), but not with a `process_group`.
         reduction: "mean" over the sum of weights, "sum", or "none" for (N,).
         backend: "triton" on a GPU, "native" on a CPU with a C compiler, "torch" anywhere; "auto" picks and
             `output.backend` says which. "reference" is the definition itself: float64 inside, gradients through

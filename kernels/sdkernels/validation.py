@@ -151,7 +151,8 @@ def check_linear_divergence(given: Operands, options: Options, whole_vocab: int)
     check_options(options)
     _check_rows(given, options, options.vocab_size or whole_vocab or weight.shape[0])
     check_head("student_head", options.student_head, weight.shape[0], hidden)
-    check_head("teacher_head", options.teacher_head, weight.shape[0], hidden)
+    teachers = weight if given.teacher_weight is None else given.teacher_weight
+    check_head("teacher_head", options.teacher_head, teachers.shape[0], hidden)
     trained = weight.requires_grad or (given.student_bias is not None and given.student_bias.requires_grad)
     if options.gradient == "in_forward" and options.reduction == "none" and trained and torch.is_grad_enabled():
         raise ValueError(
@@ -254,14 +255,28 @@ def _check_sides(given: Operands, options: Options, whole_vocab: int) -> None:
     if given.teacher_weight is None:
         check_tensor("teacher_hidden (without a teacher_weight)", given.teacher_hidden, (rows, width))
     else:
-        check_tensor("teacher_weight", given.teacher_weight, (vocab, given.teacher_hidden.shape[1]), student_hidden)
+        _check_other_head("teacher_weight", given.teacher_weight, given.teacher_hidden, given, options, whole_vocab)
     if isinstance(teacher, TeacherMix):
         check_number("teacher.share", teacher.share, 0.0, 1.0)
         check_tensor("teacher.hidden", teacher.hidden, (rows, None), student_hidden)
         if teacher.weight is None:
             check_tensor("teacher.hidden (without a weight)", teacher.hidden, (rows, given.teacher_hidden.shape[1]))
         else:
-            check_tensor("teacher.weight", teacher.weight, (vocab, teacher.hidden.shape[1]), student_hidden)
+            _check_other_head("teacher.weight", teacher.weight, teacher.hidden, given, options, whole_vocab)
+
+
+def _check_other_head(
+    name: str, weight: Tensor, hidden: Tensor, given: Operands, options: Options, whole_vocab: int
+) -> None:
+    """Refuses a teacher's head with other rows than the student's, unless `vocab_size` says how many are real."""
+    check_tensor(name, weight, (None, hidden.shape[1]), given.student_hidden)
+    rows, own, real = weight.shape[0], given.weight.shape[0], options.vocab_size
+    if rows == own:
+        return
+    if whole_vocab or real is None:
+        hint = "all slices are cut alike" if whole_vocab else "where the padding differs, give vocab_size"
+        raise ValueError(f"{name} must have a row for each of the student's V={own}, got {rows}: {hint}")
+    check_count("vocab_size", real, 1, rows, f"rows of {name}")
 
 
 def _check_rows(given: Operands, options: Options, vocab: int) -> None:

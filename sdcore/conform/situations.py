@@ -249,6 +249,11 @@ SITUATIONS: dict[str, Situation] = {
         vocab_size=100,
         edit=lambda c: [_fill(f"{side}_weight", slice(100, None), 3.0)(c) for side in ("student", "teacher")],
     ),
+    "heads padded differently": _value(
+        "models whose output layers end in paddings of different lengths cannot be compared",
+        vocab_size=100,
+        edit=_set(teacher_weight=lambda c: torch.cat([c["teacher_weight"][:100], torch.full((36, 16), 3.0)])),
+    ),
     "temperature 2": _value("the temperature acts on one side only, or scales the loss", alpha=0.0, temperature=2.0),
     "teacher's temperature alone": _value(
         "the teacher is not sharpened", temperature=1.0, teacher_temperature=0.5, alpha=0.0

@@ -91,17 +91,23 @@ def choose_for_teacher(body: Body, teacher: Teacher, plan: Plan, students: Choic
         return _chosen(own, replace(plan, student=()), "naive", refusal)
 
 
-def require_fits(body: Body, teacher: Teacher, plan: Plan) -> None:
-    """Refuses a teacher with a model of its own that cannot read the plan, or has another vocabulary."""
+def require_fits(body: Body, teacher: Teacher, plan: Plan, vocab_size: int | None = None) -> None:
+    """Refuses a teacher with a model of its own that cannot read the plan, or has another vocabulary.
+
+    `vocab_size` says how many logits are real: beyond them both models have padding, each its own.
+    """
     if _runs_the_student(teacher):
         return
     with teacher.weights(body.model) as module:
         own = find_body(module)
         if own.causal_lm is body.causal_lm:
             return
-        if body.num_logits != own.num_logits:
+        known = own.num_logits if vocab_size is None else min(vocab_size, own.num_logits)
+        if known != (body.num_logits if vocab_size is None else vocab_size):
+            real = "" if vocab_size is None else f", of which vocab_size={vocab_size} are real"
             raise ArgumentError(
-                f"teacher must have the student's vocabulary, {body.num_logits} logits a token, got {own.num_logits}"
+                f"teacher must have the student's vocabulary, {body.num_logits} logits a token{real}, got "
+                f"{own.num_logits}; where the padding differs, the loss's vocab_size says so"
             )
         # The completions are among what the student reads, but its prompts are not the teacher's to read.
         check_against(plan, vocab_size=own.vocab_size, max_positions=None, device=own.device)

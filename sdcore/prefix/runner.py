@@ -116,11 +116,13 @@ def passes(
     max_tokens: int | None = None,
     verify: Verify = "once",
     whole: bool = False,
+    vocab_size: int | None = None,
 ) -> Passes:
     """Prepares both passes in parts; `micro_batch` completions at a time asks for `two_phase`. Raises as `run` does.
 
     `max_tokens`: whole trees of several groups are run together as long as neither pass computes more tokens at a time;
     a tree of more is run alone. `whole`: all rows in one part, whose graph may go backward at any later time.
+    `vocab_size`: as in `require_fits`.
     """
     body = find_body(model)
     if whole and (strategy == "two_phase" or micro_batch is not None or max_tokens is not None):
@@ -156,7 +158,7 @@ def passes(
     of_each = [replace(plan, teachers=(trees,)) for trees in plan.teachers]
     for weights, own_plan in zip(teachers, of_each, strict=True):
         checked_teacher("teacher", weights)
-        require_fits(body, weights, own_plan)
+        require_fits(body, weights, own_plan, vocab_size)
     shares = any(weights.shares_weights for weights in teachers)
     choice, fallbacks = choose(body, plan, strategy, micro_batch, shares, verify, whole or max_tokens is not None)
     choices = [

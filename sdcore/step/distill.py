@@ -123,6 +123,7 @@ def distill_step(
         max_tokens=max_tokens,
         verify=verify,
         whole=backward is None,
+        vocab_size=loss.options.vocab_size if tilt is None else None,
     )
     total, rows = run_parts(
         model,

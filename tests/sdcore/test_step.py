@@ -160,6 +160,22 @@ def test_a_frozen_teachers_head_is_transformed_as_its_own_model_does() -> None:
     assert close(out.loss, divergences(log_p, log_q, 1.0).mean())
 
 
+@pytest.mark.parametrize("logits", [58, 61, 70])
+def test_a_teacher_may_pad_its_vocabulary_otherwise(logits: int) -> None:
+    model, given = tiny("llama"), random_ids(SEED)
+    other = build(LlamaConfig(**COMMON | {"vocab_size": logits}))
+    teacher_prompts: Any = given.teacher_prompts
+    completions = [[completion % 50 for completion in group] for group in given.completions]
+    ids = Ids([prompt % 50 for prompt in given.student_prompts], completions, [p % 50 for p in teacher_prompts])
+    with torch.no_grad():
+        student = full_logits(model, ids.student_prompts, completions)[..., :57]
+        teacher = full_logits(other, [p % 50 for p in teacher_prompts], completions)[..., :57]
+    loss = FusedLinearDivergence(alpha=1.0, vocab_size=57)
+    out = distill_step(model, plan(*ids), teacher=Frozen(other), loss=loss)
+    assert close(out.loss, divergences(student.log_softmax(-1), teacher.log_softmax(-1), 1.0).mean())
+    assert (model.lm_head.weight.grad[57:] == 0).all()
+
+
 @pytest.mark.parametrize("strategy", ["packed", "two_phase"])
 def test_tied_embeddings_gather_both_gradients(strategy: Any) -> None:
     model, ids = tied(), random_ids(SEED)

@@ -216,21 +216,30 @@ def test_memory_layout_does_not_matter(gradient: str) -> None:
     torch.testing.assert_close(actual.output[:-1], expected.output[:-1])
 
 
+def padded_by(tensor: Tensor, rows: int) -> Tensor:
+    """Returns a leaf with so many rows of NaN more."""
+    tail = tensor.new_full((rows, *tensor.shape[1:]), math.nan)
+    return torch.cat([tensor.detach(), tail]).requires_grad_(tensor.requires_grad)
+
+
+@pytest.mark.parametrize("of_teacher", [5, 0, 8])
 @gradients
 @objectives
-def test_padded_columns_take_no_part(objective: str, gradient: str) -> None:
+def test_padded_columns_take_no_part(objective: str, gradient: str, of_teacher: int) -> None:
+    """Whether both heads are padded alike, the teacher's is not, or more."""
     inputs = make_inputs(9, 15, 41, teacher_size=7)
     arguments = make_arguments(inputs, objective, student_head=with_bias(41))
+    if arguments["teacher_weight"] is not None:
+        arguments["teacher_head"] = replace(HEAD, bias=torch.linspace(-1, 1, 41))
     expected = run_operation(linear_divergence, **arguments, gradient=gradient)
     padded = dict(arguments, vocab_size=41, gradient=gradient)
-    for name in ("student_weight", "teacher_weight"):
-        if padded[name] is not None:
-            tail = torch.full((5, padded[name].shape[1]), math.nan)
-            padded[name] = torch.cat([padded[name].detach(), tail]).requires_grad_(padded[name].requires_grad)
+    padded["student_weight"] = padded_by(inputs.student_weight, 5)
+    padded["student_head"] = replace(HEAD, bias=padded_by(arguments["student_head"].bias, 5))
+    if padded["teacher_weight"] is not None:
+        padded["teacher_weight"] = padded_by(padded["teacher_weight"], of_teacher)
+        padded["teacher_head"] = replace(HEAD, bias=padded_by(arguments["teacher_head"].bias, of_teacher))
     if isinstance(padded.get("teacher"), TeacherMix):
-        padded["teacher"] = replace(padded["teacher"], weight=padded["teacher_weight"])
-    bias = torch.cat([arguments["student_head"].bias.detach(), torch.full((5,), math.nan)]).requires_grad_()
-    padded["student_head"] = replace(HEAD, bias=bias)
+        padded["teacher"] = replace(padded["teacher"], weight=padded_by(padded["teacher"].weight, 13 - of_teacher))
     actual = run_operation(linear_divergence, **padded)
     torch.testing.assert_close(actual.output[:-1], expected.output[:-1])
     torch.testing.assert_close(actual.hidden_gradient, expected.hidden_gradient)

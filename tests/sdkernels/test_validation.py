@@ -57,8 +57,27 @@ LINEAR_DIVERGENCE: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"student_weight": torch.ones(0, H)}, ValueError, ["student_weight", "at least one", "(0, 5)"]),
     ({"teacher_hidden": torch.ones(N + 1, H)}, ValueError, ["teacher_hidden", "(6, *)", "(7, 5)"]),
     ({"teacher_hidden": torch.ones(N, HT)}, ValueError, ["teacher_hidden", "(6, 5)", "(6, 4)"]),
-    ({"teacher_weight": torch.ones(V, HT)}, ValueError, ["teacher_weight", "(11, 5)", "(11, 4)"]),
-    ({"teacher_weight": torch.ones(V - 1, H)}, ValueError, ["teacher_weight", "(11, 5)", "(10, 5)"]),
+    ({"teacher_weight": torch.ones(V, HT)}, ValueError, ["teacher_weight", "(*, 5)", "(11, 4)"]),
+    ({"teacher_weight": torch.ones(V - 1, H)}, ValueError, ["teacher_weight", "V=11", "10", "vocab_size"]),
+    (
+        {"teacher_weight": torch.ones(V - 2, H), "vocab_size": V - 1},
+        ValueError,
+        ["vocab_size", "rows of teacher_weight=9", "10"],
+    ),
+    (
+        {"teacher": TeacherMix(torch.ones(N, H), torch.ones(V - 2, H)), "vocab_size": V - 1},
+        ValueError,
+        ["vocab_size", "rows of teacher.weight=9", "10"],
+    ),
+    (
+        {
+            "teacher_weight": torch.ones(V + 2, H),
+            "teacher_head": LogitTransform(bias=torch.ones(V)),
+            "vocab_size": V - 1,
+        },
+        ValueError,
+        ["teacher_head.bias", "(13)", "(11,)"],
+    ),
     ({"token_weights": torch.ones(N, 1)}, ValueError, ["token_weights", "(6)", "(6, 1)"]),
     ({"target_ids": torch.arange(N - 1)}, ValueError, ["target_ids", "(6)", "(5,)"]),
     ({"student_head": LogitTransform(bias=torch.ones(V - 1))}, ValueError, ["student_head.bias", "(11)", "(10,)"]),
@@ -68,7 +87,7 @@ LINEAR_DIVERGENCE: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     (
         {"teacher": TeacherMix(torch.ones(N, HT), torch.ones(V, H))},
         ValueError,
-        ["teacher.weight", "(11, 4)", "(11, 5)"],
+        ["teacher.weight", "(*, 4)", "(11, 5)"],
     ),
     (
         WITHOUT_TEACHER | {"teacher": cached(logprobs=torch.ones(N, 4))},
