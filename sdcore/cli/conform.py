@@ -23,7 +23,7 @@ def conform(
     output: Annotated[
         Path | None, typer.Option(help="Folder for conformance.json and conformance.md; with --all.")
     ] = None,
-    seconds: Annotated[float, typer.Option(help="After which a situation without an answer has crashed.")] = 60.0,
+    seconds: Annotated[float, typer.Option(help="After which a situation without an answer has crashed.")] = 300.0,
 ) -> None:
     """Hold a distillation loss to a float64 truth in some eighty situations: masks, dtypes, chunks, bad settings.
 

@@ -33,7 +33,7 @@ from .cases import OPTIONS, Case, truth
 from .situations import SITUATIONS, Situation
 
 FLOORS: Final = {"fp32": 5e-4, "fp16": 0.04, "bf16": 0.05}
-SECONDS: Final = 60  # for one situation, imports included
+SECONDS: Final = 300  # for one situation, imports included: on a busy machine, in an interpreter
 RIGHT, OFF, CLEAR, UNCLEAR = "right", "off", "refused clearly", "refused unclearly"
 CRASHED, ABSENT = "crashed", "not offered"
 PARAMETERS: Final = {"hidden": "student_hidden", "weight": "student_weight", "bias": "bias"}
