@@ -129,7 +129,7 @@ PASSES: dict[str, tuple[Callable[[], Callable[[], Any]], float]] = {
     "trust region": (lambda: divergence("trust region"), 53),
     "log-probabilities": (lambda: log_probabilities(trained=False), 9),
     "log-probabilities and their gradients": (lambda: log_probabilities(trained=True), 27),
-    "most likely ids": (most_likely, 2),
+    "most likely ids": (most_likely, 4),
     "JSD of logits": (lambda: of_logits(0.5), 120),
 }
 
